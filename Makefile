@@ -1,0 +1,69 @@
+# Two commands do everything on a fresh machine: `make run` and `make test`. `make help` lists the rest.
+
+SHELL := /bin/bash
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	$$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
+BIN := $(abspath $(VENV))/bin
+LOCK := requirements/all.txt
+
+export PATH := $(BIN):$(PATH)
+export PYTHONPATH := $(CURDIR)
+# No dependency calls home.
+export DVC_NO_ANALYTICS := 1
+export DO_NOT_TRACK := true
+export GX_ANALYTICS_ENABLED := false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-all reproduce check bench evidence lock clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+setup: $(VENV)/.ready  ## virtual environment with the locked dependencies
+
+$(VENV)/.ready: $(LOCK) requirements/uv.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "cadx needs Python 3.11 or 3.12 with venv; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "Setting up $(VENV) with $$($(PYTHON) --version): about 5.5 GB, once"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/uv.txt
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes $(LOCK)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+run: setup  ## the main job on the embedded synthetic chest X-rays
+	@$(MAKE) --no-print-directory reproduce EXPERIMENT=phantom-xray
+
+reproduce: setup  ## one experiment: make reproduce EXPERIMENT=pneumoniamnist
+	@test -n "$(EXPERIMENT)" || { echo "name one: make reproduce EXPERIMENT=phantom-xray" >&2; exit 1; }
+	dvc repro summarise@$(EXPERIMENT)
+	@cadx show $(EXPERIMENT)
+
+test: setup  ## every fast test
+	python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu and not container and not browser"
+
+test-all: setup  ## the slow, container and browser tests
+	python -m pytest -m "slow or container or browser"
+
+check: setup  ## style, types, layers, contract, dependency audit
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+	python -m pytest -q tests/test_contract.py
+	pip-audit --requirement $(LOCK) --require-hashes --disable-pip
+
+bench: setup  ## every benchmark, as a table
+	python -m benchmarks
+
+evidence: setup  ## recompute the committed results, each with its command
+	dvc repro
+
+lock: setup  ## pin the dependencies anew, hashed and without addresses
+	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --no-annotate --no-header --quiet --upgrade --output-file $(LOCK)
+	uv pip compile - <<< "$$(grep -o '^uv==[0-9.]*' $(LOCK))" --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --no-annotate --no-header --quiet --output-file requirements/uv.txt
+
+clean:  ## remove everything that was made, but not the environment
+	rm -rf data/work data/sources data/reports/*/index.html .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,100 @@
+"""Bytes on disk: digests, canonical JSON, and writes that appear whole or not at all."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cadx.types import Digest
+
+_CHUNK_BYTES = 1 << 20
+
+
+def digest_bytes(data: bytes) -> Digest:
+    """The SHA-256 of `data`.
+
+    >>> digest_bytes(b"")[:14]
+    'sha256:e3b0c44'
+    """
+    return Digest("sha256:" + hashlib.sha256(data).hexdigest())
+
+
+def digest_path(path: Path) -> Digest:
+    """The SHA-256 of a file's bytes, or of a folder's sorted relative names and file digests.
+
+    Raises:
+        FileNotFoundError: if nothing is there.
+    """
+    if path.is_dir():
+        members = sorted(p for p in path.rglob("*") if p.is_file())
+        listing = "".join(f"{p.relative_to(path).as_posix()} {digest_path(p)}\n" for p in members)
+        return digest_bytes(listing.encode())
+    hasher = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            hasher.update(chunk)
+    return Digest("sha256:" + hasher.hexdigest())
+
+
+def plain(value: Any) -> Any:
+    """`value` in JSON's own types: NumPy scalars and arrays unwrapped, NaN and infinities as None.
+
+    >>> import numpy as np
+    >>> plain({"a": np.float32(0.5), "b": float("nan"), "c": (1, np.int64(2)), "d": np.arange(2)})
+    {'a': 0.5, 'b': None, 'c': [1, 2], 'd': [0, 1]}
+    """
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):  # NumPy's arrays and scalars, without importing it
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def canonical_json(value: Any) -> str:
+    """The one text of `value`: two-space indent, keys in the order given, a final newline, no NaN."""
+    return json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as canonical JSON, whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(canonical_json(value), encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; it takes the place of `path` only if the block succeeds.
+
+    What a killed run left beside `path` is cleared first. The block may make a file or a folder there.
+
+    Raises:
+        AssertionError: if the block wrote nothing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{path.name}.*.partial"):
+        _remove(stale)
+    partial = path.parent / f".{path.name}.{os.getpid()}.partial"
+    try:
+        yield partial
+        assert partial.exists(), f"nothing was written for {path}"
+        if path.is_dir():
+            _remove(path)
+        os.replace(partial, path)
+    finally:
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

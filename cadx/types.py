@@ -1,0 +1,76 @@
+"""The vocabulary: configuration, units, tasks, samples and predictions.
+
+The axis order is fixed here and nowhere else:
+
+    image    C H W      volume  C D H W  (D, H, W = superior, anterior, right: RAS+)
+    batch    N ...      bag     T E      (tiles, embedding)
+    boxes    N 4        x0 y0 x1 y1, 0-based, half-open, in stored pixels
+    labels   N K        one column per class, NaN = unlabelled
+
+Raw pixels, before preprocessing, are H W (gray) or H W 3 (colour), uint8 or uint16, with black = 0.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NewType
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:  # the command line starts without NumPy
+    import numpy as np
+
+Task = Literal["binary", "multiclass", "multilabel", "detection"]
+Split = Literal["train", "val", "calibration", "test", "excluded"]
+
+Millimetres = NewType("Millimetres", float)
+Digest = NewType("Digest", str)  # "sha256:" and 64 hex digits
+
+
+class Config(BaseModel):
+    """A frozen, closed record: an unknown field is an error, never ignored.
+
+    Lax on numbers on purpose: Kubeflow hands 7 over as 7.0.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class RawImage:
+    """One 2D image as read from a file, before any preprocessing.
+
+    Attributes:
+        pixels: H W or H W 3, uint8 or uint16, black = 0, full range used by the format's own scale.
+        spacing_mm: (row, column) distance between pixel centres, or None where the file does not say.
+        attributes: what the file says of the patient's group and the machine, identifiers never among
+            them: any of `site`, `scanner`, `age` (years), `sex` (F, M, O), `view`.
+        patient: the file's patient identifier as it stands there. It must be replaced by a pseudonym
+            before it is written, logged or shown.
+        assumptions: what was not in the file and was taken as given, in words.
+    """
+
+    pixels: "np.ndarray"
+    spacing_mm: tuple[Millimetres, Millimetres] | None = None
+    attributes: dict[str, Any] = field(default_factory=dict)
+    patient: str | None = field(default=None, repr=False)
+    assumptions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a bundle says of one image.
+
+    Attributes:
+        probabilities: class name -> probability in 0..1, calibrated; sums to 1 unless multilabel.
+        decision: the class, or for multilabel the classes, at the bundle's operating point.
+        attention: H W float32, 0..1, in the coordinates of the raw image; None unless asked for.
+        embedding: F float32, the features that the classifier sees.
+        statistics: image statistics of the raw pixels (`drift.image_statistics`).
+        warnings: why this answer deserves care, in words (an assumption, an unusual input).
+    """
+
+    probabilities: dict[str, float]
+    decision: str | tuple[str, ...]
+    attention: "np.ndarray | None"
+    embedding: "np.ndarray"
+    statistics: dict[str, float]
+    warnings: tuple[str, ...] = ()

@@ -1,0 +1,14 @@
+"""The steps, in order. Everything else about a step stands in the file of its name."""
+
+from components.contract import Step
+
+STEPS = (
+    Step("ingest"),
+    Step("validate"),
+    Step("split"),
+    Step("imbalance"),
+    Step("train"),
+    Step("calibrate"),
+    Step("evaluate"),
+    Step("summarise"),
+)

@@ -1,0 +1,264 @@
+"""What a step is: a function whose signature alone declares its command, its stage and its component.
+
+    @step
+    def evaluate(*, dataset: In, bundle: In, metrics: Out, params: EvaluateParams) -> None:
+        \"\"\"Score a bundle on one split. ...\"\"\"
+
+From that signature come `cadx evaluate --dataset ... --params params.yaml:phantom-xray`, the stage in
+dvc.yaml whose cmd is that line, and the Kubeflow component whose container runs it.
+
+Invariants: outputs appear whole or not at all; parameters are checked before any work; this is the only
+module that reads params.yaml.
+"""
+
+import ast
+import functools
+import inspect
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, Literal, ParamSpec, get_args, get_origin
+
+import yaml
+from cyclopts import Parameter
+from pydantic import ValidationError
+
+from cadx.files import replacing
+from cadx.types import Config
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a path means to the pipeline around a step."""
+
+    name: Literal["in", "out", "keep"]
+
+
+In = Annotated[Path, Role("in")]
+"""A file or folder that must exist: a dependency."""
+Ins = Annotated[tuple[Path, ...], Role("in"), Parameter(consume_multiple=True)]
+"""Several of them, one per seed."""
+Out = Annotated[Path, Role("out")]
+"""A file or folder that the step makes, whole or not at all: an output."""
+Keep = Annotated[Path, Role("keep")]
+"""A path that the step may read and add to and that outlives the run: neither dependency nor output."""
+
+
+class Params(Config):
+    """Base of a step's parameters: a section of params.yaml, closed and frozen."""
+
+
+P = ParamSpec("P")
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """A step's signature, read: argument names by what they mean."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    keeps: tuple[str, ...]
+    options: tuple[str, ...]
+    params: type[Params] | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step by its name; its function stands in `components/<name>.py` under the same name.
+
+    `reproducible` steps are DVC stages; the others have side effects and run uncached.
+    """
+
+    name: str
+    reproducible: bool = True
+
+    @property
+    def path(self) -> Path:
+        """The step's source file."""
+        return ROOT / "components" / f"{self.name}.py"
+
+    @property
+    def summary(self) -> str:
+        """The first line of its docstring, read without importing it: `cadx --help` stays fast."""
+        for node in ast.parse(self.path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and node.name == self.name:
+                return (ast.get_docstring(node) or "").partition("\n")[0]
+        raise AssertionError(f"{self.path.name} has no function {self.name}")
+
+    def load(self) -> Callable[..., None]:
+        """Import the step and return its function."""
+        function: Callable[..., None] = getattr(import_module(f"components.{self.name}"), self.name)
+        return function
+
+    def declaration(self) -> Declaration:
+        """What its signature declares."""
+        return declaration(self.load())
+
+
+def declaration(function: Callable[..., None]) -> Declaration:
+    """Read the declaration off a step's function."""
+    roles: dict[str, list[str]] = {"in": [], "out": [], "keep": [], "option": []}
+    params: type[Params] | None = None
+    for name, parameter in inspect.signature(inspect.unwrap(function)).parameters.items():
+        assert parameter.kind is parameter.KEYWORD_ONLY, f"{name}: a step takes keyword arguments only"
+        if name == "params":
+            params = parameter.annotation
+        else:
+            roles[role.name if (role := _role(parameter.annotation)) else "option"].append(name)
+    return Declaration(
+        tuple(roles["in"]), tuple(roles["out"]), tuple(roles["keep"]), tuple(roles["option"]), params
+    )
+
+
+def step(function: Callable[P, None]) -> Callable[P, None]:
+    """Turn a function with a step's signature into the step, for every door.
+
+    The returned function has the same arguments. It checks that the inputs exist, reads `params` where
+    they come as text, and hands the function paths beside its outputs which take their places together
+    once it has returned.
+    """
+    declared = declaration(function)
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        arguments = bound.arguments
+        if declared.params is not None:
+            arguments["params"] = read_params(arguments["params"], function.__name__, declared.params)
+        for name in declared.inputs:
+            _require(arguments[name], name)
+        with ExitStack() as stack:
+            for name in declared.outputs:
+                arguments[name] = stack.enter_context(replacing(Path(arguments[name])))
+            function(*bound.args, **bound.kwargs)
+
+    run.__signature__ = _command_signature(signature)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in _command_signature(signature).parameters.values()}
+    return run
+
+
+def read_params(source: "str | Params", step_name: str, cls: type[Params]) -> Params:
+    """The step's parameters from `FILE:experiment`, from a JSON object, or as they are.
+
+    Raises:
+        ValueError: one line that names the file, the field and the fix.
+    """
+    if isinstance(source, cls):
+        return source
+    assert isinstance(source, str), f"params of {step_name} must be {cls.__name__} or text"
+    if source.lstrip().startswith("{"):
+        where = f"--params of {step_name}"
+        try:
+            section = json.loads(source)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{where}: not JSON ({error}); give FILE:experiment or one JSON object"
+            ) from None
+    else:
+        file, _, experiment = source.rpartition(":")
+        if not file:
+            raise ValueError(f"--params {source}: give FILE:experiment, as in params.yaml:phantom-xray")
+        section = read_experiment(Path(file), experiment).get(step_name) or {}
+        where = f"{file}: {experiment}.{step_name}"
+    try:
+        return cls.model_validate(section)
+    except ValidationError as error:
+        raise ValueError(explain(error, where)) from None
+
+
+def read_experiment(file: Path, experiment: str) -> dict[str, Any]:
+    """One experiment's sections of a parameter file, by step.
+
+    Raises:
+        ValueError: if the file is missing, is no YAML, or does not hold the experiment.
+    """
+    try:
+        experiments = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such parameter file; give FILE:experiment") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(experiments, dict) or not isinstance(experiments.get(experiment), dict):
+        known = ", ".join(experiments) if isinstance(experiments, dict) else "none"
+        raise ValueError(f"{file}: no experiment {experiment!r}; it holds: {known}")
+    section: dict[str, Any] = experiments[experiment]
+    return section
+
+
+def explain(error: ValidationError, where: str) -> str:
+    """One line for a failed validation: the field, what is wrong, and the nearest known name."""
+    problems = []
+    for item in error.errors(include_url=False, include_input=False):
+        place = ".".join([where, *(str(part) for part in item["loc"])]) if item["loc"] else where
+        if item["type"] == "extra_forbidden":
+            near = get_close_matches(str(item["loc"][-1]), _field_names(error, item["loc"]), n=1)
+            problems.append(f"{place}: unknown parameter" + (f"; did you mean {near[0]!r}?" if near else ""))
+        else:
+            problems.append(f"{place}: {item['msg'][:1].lower()}{item['msg'][1:]}")
+    return "; ".join(problems)
+
+
+def _field_names(error: ValidationError, loc: tuple[int | str, ...]) -> list[str]:
+    # pydantic's error does not carry the class, only its title; every Config knows its subclasses.
+    names: set[str] = set()
+    pending: list[type[Config]] = [Config]
+    while pending:
+        cls = pending.pop()
+        pending.extend(cls.__subclasses__())
+        if cls.__name__ == error.title or len(loc) > 1:
+            names.update(cls.model_fields)
+    return sorted(names)
+
+
+def _role(annotation: Any) -> Role | None:
+    if get_origin(annotation) is not Annotated:
+        return None
+    return next((item for item in get_args(annotation)[1:] if isinstance(item, Role)), None)
+
+
+def _require(value: Path | tuple[Path, ...], name: str) -> None:
+    for path in value if isinstance(value, tuple) else (value,):
+        if not path.exists():
+            raise ValueError(
+                f"--{name.replace('_', '-')} {path}: no such file or folder; run the step that makes it first"
+            )
+
+
+def _command_signature(signature: inspect.Signature) -> inspect.Signature:
+    text = Annotated[
+        str,
+        Parameter(help="FILE:experiment, as in params.yaml:phantom-xray, or the step's section as JSON."),
+    ]
+    return signature.replace(
+        parameters=[
+            p.replace(annotation=text) if p.name == "params" else p for p in signature.parameters.values()
+        ]
+    )
+
+
+def code_dependencies(step: Step) -> tuple[str, ...]:
+    """The source files that decide what a step does: its first-party import closure, sorted.
+
+    Imports inside functions count too. An edited loss therefore retrains, an edited page does not.
+    """
+    graph = _import_graph()
+    module = f"components.{step.name}"
+    closure = {module, *graph.find_upstream_modules(module)}
+    files = (ROOT.joinpath(*name.split(".")) for name in closure)
+    sources = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py") for path in files)
+    return tuple(sorted(path.relative_to(ROOT).as_posix() for path in sources))
+
+
+@functools.cache
+def _import_graph() -> Any:
+    import grimp
+
+    return grimp.build_graph("cadx", "components", cache_dir=None)

@@ -1,0 +1,23 @@
+"""What every test may ask for."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def mirror() -> Path:
+    """The mirror of public data sets; tests that need it are skipped where it is not at hand."""
+    folder = Path(os.environ.get("CADX_DATA_MIRROR") or ROOT.parent / "shared" / "data")
+    if not (folder / "md5sums.txt").is_file():
+        pytest.skip("no mirror of public data: set CADX_DATA_MIRROR")
+    return folder
