@@ -1,0 +1,975 @@
+"""The dataset folder: its schema, writing and reading it, splits by patient, samplers, and torch's view.
+
+    dataset.json     DatasetInfo: what the set is, and the digest of every other file
+    samples.parquet  a row per image (SAMPLE_COLUMNS)
+    boxes.parquet    a row per box (BOX_COLUMNS)
+    shards/          raw pixels: safetensors files, key = sample_id
+
+Invariants: the same samples in the same order give the same bytes; no patient crosses a split; a sampler's
+order is a pure function of (seed, epoch).
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, Self, TypedDict, get_args, overload
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from pydantic import Field, ValidationError, model_validator
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch.utils.data import Dataset, Sampler
+
+from cadx.files import digest_path, write_json
+from cadx.transforms import Preprocessing, check_pixels
+from cadx.types import Config, Digest, Split, Task
+
+# A shard is what writing holds in memory, and what a changed sample makes DVC store again; far fewer
+# files than images, because version control and object stores are slow on many small files.
+SHARD_BYTES = 256 * 1024**2
+# A shard's header is parsed whole when it is opened: 4096 entries take about 3 ms.
+SHARD_SAMPLES = 4096
+# Memory maps held open by one process: each costs address space and about 1 MB for its header.
+_OPEN_SHARDS = 64
+
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_SEXES = ("", "F", "M", "O")
+_GIVEN_SPLITS = ("", "train", "val", "calibration", "test")
+_ARROW = {"string": pa.string(), "float64": pa.float64(), "int64": pa.int64()}
+_REMAKE = "run `cadx ingest` again"
+_RERUN = "run the step that makes it again"
+
+
+class Column(NamedTuple):
+    """One column of a table: its name (`<...>` stands for any), its type and what it means."""
+
+    name: str
+    dtype: Literal["string", "float64", "int64"]
+    meaning: str
+
+
+SAMPLE_COLUMNS = (
+    Column("sample_id", "string", "unique name of the sample, no identifier of a patient"),
+    Column("path", "string", "the shard that holds the pixels, relative to the folder"),
+    Column("sha256", "string", "digest of the source file"),
+    Column("pixels_sha256", "string", "digest of dtype, shape and pixels: equal for exact copies"),
+    Column("patient", "string", "pseudonym of the patient; samples that share it never cross a split"),
+    Column("site", "string", "hospital or centre; empty where unknown"),
+    Column("scanner", "string", "make and model; empty where unknown"),
+    Column("age", "float64", "years; NaN where unknown"),
+    Column("sex", "string", "F, M, O, or empty where unknown"),
+    Column("view", "string", "projection, such as PA or AP; empty where unknown"),
+    Column("given_split", "string", "the set's official split: train, val, calibration, test, or empty"),
+    Column("height_px", "int64", "rows of the stored image"),
+    Column("width_px", "int64", "columns of the stored image"),
+    Column("channels", "int64", "1 (gray) or 3 (colour)"),
+    Column("bits", "int64", "8 (uint8) or 16 (uint16)"),
+    Column("spacing_row_mm", "float64", "distance between centres of rows; NaN where unknown"),
+    Column("spacing_column_mm", "float64", "distance between centres of columns; NaN where unknown"),
+    Column("stat_<name>", "float64", "a statistic of the raw pixels"),
+    Column("label_<class>", "float64", "1 or 0 per class; NaN = unlabelled; one-hot unless multilabel"),
+)
+BOX_COLUMNS = (
+    Column("sample_id", "string", "the sample that the box lies in"),
+    Column("class", "string", "what it encloses"),
+    Column("x0", "float64", "left edge, stored pixels, 0-based"),
+    Column("y0", "float64", "top edge"),
+    Column("x1", "float64", "right edge, exclusive"),
+    Column("y1", "float64", "bottom edge, exclusive"),
+)
+SPLIT_COLUMNS = (
+    Column("sample_id", "string", "every sample of the dataset, once"),
+    Column("split", "string", "train, val, calibration, test or excluded"),
+    Column("reason", "string", "why it was excluded, or how it was placed; may be empty"),
+)
+
+
+def schema_markdown() -> str:
+    """The dataset's schema as Markdown tables, from the data that the code checks by."""
+    records = [(name, field) for name, field in DatasetInfo.model_fields.items() if field.description]
+    parts = [
+        "### dataset.json",
+        "| field | meaning |\n|---|---|\n"
+        + "\n".join(f"| `{name}` | {field.description} |" for name, field in records),
+    ]
+    for file, columns in (
+        ("samples.parquet", SAMPLE_COLUMNS),
+        ("boxes.parquet", BOX_COLUMNS),
+        ("splits.parquet", SPLIT_COLUMNS),
+    ):
+        rows = "\n".join(f"| `{column.name}` | {column.dtype} | {column.meaning} |" for column in columns)
+        parts += [f"### {file}", "| column | type | meaning |\n|---|---|---|\n" + rows]
+    return "\n\n".join(parts) + "\n"
+
+
+class SourceInfo(Config):
+    """Where a dataset comes from."""
+
+    title: str
+    address: str | None = None
+    digest: Digest | None = None
+    licence: str
+    citation: str
+    note: str = ""
+
+
+class DatasetInfo(Config):
+    """What a dataset folder is: the content of dataset.json."""
+
+    schema_version: Literal[1] = Field(default=1, description="of this form; other versions are refused")
+    name: str = Field(min_length=1, description="the catalogue's name of the set")
+    task: Task = Field(description="binary, multiclass, multilabel or detection")
+    classes: tuple[str, ...] = Field(min_length=1, description="in the order of label columns and logits")
+    positive: str | None = Field(default=None, description="the class that a binary task looks for")
+    modality: str = Field(min_length=1, description="what the images are, such as chest X-ray")
+    clustered: bool = Field(description="false where the source has no patients, one is made up per image")
+    source: SourceInfo = Field(description="title, address, digest, licence, citation, note")
+    assumptions: tuple[str, ...] = Field(default=(), description="what was taken as given")
+    num_samples: int = Field(default=0, ge=0, description="rows of samples.parquet")
+    num_patients: int = Field(default=0, ge=0, description="different pseudonyms")
+    files: dict[str, Digest] = Field(default_factory=dict, description="digest of every other file")
+
+    @model_validator(mode="after")
+    def _classes_fit_task(self) -> Self:
+        if len(set(self.classes)) != len(self.classes) or not all(self.classes):
+            raise ValueError("classes must be different and not empty")
+        if self.task == "binary" and len(self.classes) != 2:
+            raise ValueError(f"a binary task has two classes, not {len(self.classes)}; use multilabel")
+        if self.task == "multiclass" and len(self.classes) < 2:
+            raise ValueError("a multiclass task has at least two classes; use multilabel for one")
+        if (self.task == "binary") != (self.positive is not None):
+            raise ValueError("positive names one class of a binary task, and is null for every other task")
+        if self.positive is not None and self.positive not in self.classes:
+            raise ValueError(f"positive {self.positive!r} is not among the classes {', '.join(self.classes)}")
+        return self
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """The label columns of samples.parquet, in the order of the classes."""
+        return tuple(f"label_{name}" for name in self.classes)
+
+
+class DatasetWriter:
+    """Writes a dataset folder sample by sample, holding one shard in memory; complete when its block ends.
+
+    The folder may hold anything if the block raises: write to a path that is discarded then.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        name: str,
+        task: Task,
+        classes: Sequence[str],
+        positive: str | None,
+        modality: str,
+        clustered: bool,
+        source: SourceInfo,
+    ) -> None:
+        """Start a dataset at `path`, which must not exist yet.
+
+        Raises:
+            ValueError: if the description contradicts itself.
+        """
+        description = {
+            "name": name,
+            "task": task,
+            "classes": tuple(classes),
+            "positive": positive,
+            "modality": modality,
+            "clustered": clustered,
+            "source": source,
+        }
+        self.path = path
+        self._info = _validated(description, "dataset")
+        self._samples: dict[str, list[Any]] = {}
+        self._sample_ids: set[str] = set()
+        self._boxes: dict[str, list[Any]] = {column.name: [] for column in BOX_COLUMNS}
+        self._assumptions: dict[str, None] = {}
+        self._statistics: tuple[str, ...] = ()
+        self._shard: dict[str, np.ndarray] = {}
+        self._shard_bytes = 0
+        self._num_shards = 0
+
+    def __enter__(self) -> Self:
+        """Make the folder."""
+        (self.path / "shards").mkdir(parents=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Write what is left, the tables and dataset.json, unless the block raised."""
+        if kind is None:
+            self._finish()
+
+    def add(
+        self,
+        *,
+        sample_id: str,
+        pixels: np.ndarray,
+        labels: Mapping[str, float],
+        patient: str,
+        sha256: Digest,
+        site: str = "",
+        scanner: str = "",
+        age: float = math.nan,
+        sex: str = "",
+        view: str = "",
+        given_split: str = "",
+        spacing_mm: tuple[float, float] | None = None,
+        statistics: Mapping[str, float],
+        boxes: Sequence[tuple[str, float, float, float, float]] = (),
+        assumptions: Sequence[str] = (),
+    ) -> None:
+        """Add one sample.
+
+        Args:
+            sample_id: unique, and free of identifiers: it appears in logs and reports.
+            pixels: H W or H W 3, uint8 or uint16, black = 0.
+            labels: class -> 1 or 0; a missing class is unlabelled. In a binary or multiclass task the
+                one class that is 1 suffices; none at all means unlabelled.
+            patient: pseudonym.
+            sha256: digest of the source file.
+            site: hospital or centre.
+            scanner: make and model.
+            age: years.
+            sex: F, M, O or empty.
+            view: projection.
+            given_split: the set's official split, or empty.
+            spacing_mm: (row, column).
+            statistics: name -> value; the same names for every sample.
+            boxes: (class, x0, y0, x1, y1) in stored pixels, recorded as they are: `validate` judges them.
+            assumptions: what the source does not say and was taken as given.
+
+        Raises:
+            ValueError: if an argument is not as described.
+            OSError: if the disk is full.
+        """
+        where = f"sample {sample_id!r}"
+        if not isinstance(sample_id, str) or not sample_id or sample_id == "__metadata__":
+            raise ValueError(f"{where}: sample_id must be a text that is not empty and not '__metadata__'")
+        if sample_id in self._sample_ids:
+            raise ValueError(f"{where}: this sample_id was added before; make sample_id unique")
+        try:
+            check_pixels(pixels)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if not patient:
+            raise ValueError(
+                f"{where}: patient is empty; give a pseudonym, or the sample_id where there is none"
+            )
+        if not _DIGEST.fullmatch(sha256):
+            raise ValueError(f"{where}: sha256 is not 'sha256:' and 64 hex digits; use files.digest_path")
+        if sex not in _SEXES:
+            raise ValueError(f"{where}: sex {sex!r} is not F, M, O or empty")
+        if given_split not in _GIVEN_SPLITS:
+            raise ValueError(
+                f"{where}: given_split {given_split!r} is not {' '.join(_GIVEN_SPLITS[1:])} or empty"
+            )
+        if spacing_mm is not None and not all(math.isfinite(value) and value > 0 for value in spacing_mm):
+            raise ValueError(f"{where}: spacing_mm {spacing_mm} must be two positive numbers, or None")
+        if self._sample_ids and set(statistics) != set(self._statistics):
+            raise ValueError(f"{where}: statistics must have the first sample's names: {self._statistics}")
+        self._statistics = self._statistics or tuple(statistics)
+        row_mm, column_mm = spacing_mm or (math.nan, math.nan)
+        row = {
+            "sample_id": sample_id,
+            "path": _shard_name(self._num_shards),
+            "sha256": sha256,
+            "pixels_sha256": _pixels_digest(pixels),
+            "patient": patient,
+            "site": site,
+            "scanner": scanner,
+            "age": float(age),
+            "sex": sex,
+            "view": view,
+            "given_split": given_split,
+            "height_px": pixels.shape[0],
+            "width_px": pixels.shape[1],
+            "channels": 1 if pixels.ndim == 2 else 3,
+            "bits": 8 * pixels.itemsize,
+            "spacing_row_mm": float(row_mm),
+            "spacing_column_mm": float(column_mm),
+            **{f"stat_{name}": float(statistics[name]) for name in self._statistics},
+            **self._complete(labels, where),
+        }
+        for name, *corners in boxes:
+            if not name or len(corners) != 4 or not all(math.isfinite(corner) for corner in corners):
+                raise ValueError(f"{where}: a box must be (class, x0, y0, x1, y1) with finite numbers")
+            for column, value in zip(self._boxes, (sample_id, name, *map(float, corners)), strict=True):
+                self._boxes[column].append(value)
+        for column, value in row.items():
+            self._samples.setdefault(column, []).append(value)
+        self._sample_ids.add(sample_id)
+        self._assumptions.update(dict.fromkeys(assumptions))
+        # A copy: the caller may reuse its buffer, or hold a view of a far larger array.
+        self._shard[sample_id] = np.array(pixels, order="C")
+        self._shard_bytes += pixels.nbytes
+        if self._shard_bytes >= SHARD_BYTES or len(self._shard) >= SHARD_SAMPLES:
+            self._flush()
+
+    def _complete(self, labels: Mapping[str, float], where: str) -> dict[str, float]:
+        """The row's label columns."""
+        classes = self._info.classes
+        if unknown := [name for name in labels if name not in classes]:
+            raise ValueError(f"{where}: label {unknown[0]!r} is not among the classes {', '.join(classes)}")
+        values = {name: float(labels.get(name, math.nan)) for name in classes}
+        if not all(value in (0, 1) or math.isnan(value) for value in values.values()):
+            raise ValueError(f"{where}: labels must be 1, 0, or NaN for unlabelled")
+        if self._info.task in ("binary", "multiclass"):
+            positives = [name for name, value in values.items() if value == 1]
+            if len(positives) == 1:
+                values = {name: float(name == positives[0]) for name in classes}
+            elif positives or 0 in values.values():
+                raise ValueError(
+                    f"{where}: {len(positives)} classes are 1, a {self._info.task} task needs exactly one;"
+                    " give no labels where it is unknown"
+                )
+        return {f"label_{name}": value for name, value in values.items()}
+
+    def _flush(self) -> None:
+        path = self.path / _shard_name(self._num_shards)
+        try:
+            save_file(self._shard, path)
+        except SafetensorError as error:  # a full disk, which is an OSError everywhere else
+            raise OSError(f"{path}: cannot be written: {error}") from None
+        self._shard = {}
+        self._shard_bytes = 0
+        self._num_shards += 1
+
+    def _finish(self) -> None:
+        if not self._sample_ids:
+            raise ValueError("dataset: no sample was added; check the source's folder and patterns")
+        if self._shard:
+            self._flush()
+        _write_table(self.path / "samples.parquet", self._samples, SAMPLE_COLUMNS)
+        _write_table(self.path / "boxes.parquet", self._boxes, BOX_COLUMNS)
+        names = ["samples.parquet", "boxes.parquet", *map(_shard_name, range(self._num_shards))]
+        info = self._info.model_copy(
+            update={
+                "assumptions": tuple(self._assumptions),
+                "num_samples": len(self._sample_ids),
+                "num_patients": len(set(self._samples["patient"])),
+                "files": {name: digest_path(self.path / name) for name in names},
+            }
+        )
+        write_json(self.path / "dataset.json", info.model_dump())
+
+
+class DatasetFolder:
+    """A dataset folder for reading: tables on opening, pixels on demand through a memory map."""
+
+    def __init__(self, path: Path) -> None:
+        """Open `path` and check its form; digests are left to `verify`.
+
+        Raises:
+            ValueError: if a file, a column or a type is not of this schema.
+        """
+        self.path = path
+        self.info = _read_info(path / "dataset.json")
+        labels = tuple(Column(name, "float64", "") for name in self.info.label_columns)
+        fixed = tuple(column for column in SAMPLE_COLUMNS if "<" not in column.name)
+        self.samples = _read_table(path / "samples.parquet", fixed + labels)
+        self.boxes = _read_table(path / "boxes.parquet", BOX_COLUMNS)
+        if len(self.samples) != self.info.num_samples:
+            raise ValueError(
+                f"{path / 'samples.parquet'}: {len(self.samples)} rows, but dataset.json says"
+                f" num_samples = {self.info.num_samples}; {_REMAKE}"
+            )
+        self._rows = pd.Index(self.samples["sample_id"])
+        if not self._rows.is_unique:
+            raise ValueError(f"{path / 'samples.parquet'}: column sample_id has duplicates; {_REMAKE}")
+        self._paths: list[str] = self.samples["path"].tolist()
+        self._shards: OrderedDict[str, Any] = OrderedDict()
+        self._process_id = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the memory maps, which no other process can use."""
+        return {**self.__dict__, "_shards": OrderedDict()}
+
+    def pixels(self, sample_id: str) -> np.ndarray:
+        """The raw pixels, H W or H W 3, uint8 or uint16: a copy of its own.
+
+        Raises:
+            ValueError: if the dataset has no such sample, or its shard does not hold it.
+        """
+        try:
+            shard = self._paths[self._rows.get_loc(sample_id)]
+        except KeyError:
+            raise self._unknown(sample_id) from None
+        try:
+            pixels: np.ndarray = self._open(shard).get_tensor(sample_id)
+        except (SafetensorError, OSError):
+            raise ValueError(
+                f"{self.path / shard}: sample {sample_id!r} cannot be read, the file is damaged; {_REMAKE}"
+            ) from None
+        return pixels
+
+    def labels(self, sample_ids: Sequence[str] | None = None) -> np.ndarray:
+        """The labels, N K float32, NaN = unlabelled; of these samples in this order, or of all.
+
+        Raises:
+            ValueError: if the dataset lacks one of the samples.
+        """
+        values = self.samples[list(self.info.label_columns)].to_numpy(np.float32)
+        return values if sample_ids is None else values[self.rows(sample_ids)]
+
+    def rows(self, sample_ids: Sequence[str]) -> np.ndarray:
+        """The row number of each sample in `samples`.
+
+        Raises:
+            ValueError: if the dataset lacks one of the samples.
+        """
+        rows: np.ndarray = self._rows.get_indexer(pd.Index(sample_ids, dtype=self._rows.dtype))
+        if (rows < 0).any():
+            raise self._unknown(list(sample_ids)[int(np.argmax(rows < 0))])
+        return rows
+
+    def verify(self) -> None:
+        """Compare every file with its digest in dataset.json.
+
+        Raises:
+            ValueError: if a file was changed, is missing or is not listed; it names the file.
+        """
+        for name, digest in self.info.files.items():
+            if not (self.path / name).is_file():
+                raise ValueError(f"{self.path / name}: missing, but dataset.json lists it; {_REMAKE}")
+            if digest_path(self.path / name) != digest:
+                raise ValueError(f"{self.path / name}: changed since it was written; {_REMAKE}")
+        present = {file.relative_to(self.path).as_posix() for file in self.path.rglob("*") if file.is_file()}
+        if extra := sorted(present - self.info.files.keys() - {"dataset.json"}):
+            raise ValueError(f"{self.path / extra[0]}: not listed in dataset.json; remove it")
+
+    def _unknown(self, sample_id: str) -> ValueError:
+        return ValueError(
+            f"{self.path}: no sample {sample_id!r}; run `cadx split` again if the dataset was remade"
+        )
+
+    def _open(self, shard: str) -> Any:
+        if self._process_id != os.getpid():  # a loader worker after a fork
+            self._shards = OrderedDict()
+            self._process_id = os.getpid()
+        if shard not in self._shards:
+            if len(self._shards) >= _OPEN_SHARDS:
+                self._shards.popitem(last=False)
+            if shard not in self.info.files:
+                raise ValueError(f"{self.path}: shard {shard!r} is not listed in dataset.json; {_REMAKE}")
+            self._shards[shard] = safe_open(self.path / shard, framework="numpy")
+        self._shards.move_to_end(shard)
+        return self._shards[shard]
+
+
+def write_splits(path: Path, frame: pd.DataFrame) -> None:
+    """Write splits.parquet: columns sample_id, split, reason, a row per sample.
+
+    Raises:
+        ValueError: if a column is missing or more, a split is unknown, or a sample stands twice.
+    """
+    names = [column.name for column in SPLIT_COLUMNS]
+    if sorted(frame.columns) != sorted(names):
+        raise ValueError(f"splits: columns are {', '.join(map(str, frame.columns))}; give {', '.join(names)}")
+    _check_splits(frame, "splits")
+    _write_table(path, {name: frame[name].tolist() for name in names}, SPLIT_COLUMNS)
+
+
+def read_splits(path: Path) -> pd.DataFrame:
+    """splits.parquet: columns sample_id, split, reason.
+
+    Raises:
+        ValueError: if it is not of this form.
+    """
+    frame = _read_table(path, SPLIT_COLUMNS)
+    _check_splits(frame, str(path))
+    return frame
+
+
+def _check_splits(frame: pd.DataFrame, where: str) -> None:
+    known = get_args(Split)
+    if len(unknown := frame.loc[~frame["split"].isin(known), "split"]):
+        raise ValueError(
+            f"{where}: split {unknown.iloc[0]!r} in row {unknown.index[0]}; use {', '.join(known)}"
+        )
+    if len(twice := frame.loc[frame["sample_id"].duplicated(), "sample_id"]):
+        raise ValueError(f"{where}: sample {twice.iloc[0]!r} stands twice; give each sample one split")
+
+
+def _shard_name(index: int) -> str:
+    return f"shards/{index:05d}.safetensors"
+
+
+def _pixels_digest(pixels: np.ndarray) -> Digest:
+    hasher = hashlib.sha256(f"{pixels.dtype} {pixels.shape} ".encode())
+    hasher.update(np.ascontiguousarray(pixels).data)
+    return Digest("sha256:" + hasher.hexdigest())
+
+
+def _write_table(path: Path, data: Mapping[str, list[Any]], columns: Sequence[Column]) -> None:
+    # Built by Arrow, not by DataFrame.to_parquet, which adds the versions of pandas and pyarrow to the file.
+    dtypes = {column.name: column.dtype for column in columns}  # what is not named there is stat_ or label_
+    arrays = {name: pa.array(values, _ARROW[dtypes.get(name, "float64")]) for name, values in data.items()}
+    pq.write_table(pa.table(arrays), path, compression="zstd")
+
+
+def _read_table(path: Path, columns: Sequence[Column]) -> pd.DataFrame:
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; run the step that makes it first") from None
+    except (pa.ArrowInvalid, OSError):
+        raise ValueError(f"{path}: not a Parquet file; {_RERUN}") from None
+    for column in columns:
+        if column.name not in table.column_names:
+            raise ValueError(f"{path}: no column {column.name!r} ({column.dtype}); {_RERUN}")
+        found = str(table.schema.field(column.name).type).removeprefix("large_")  # pandas writes large_string
+        if found not in (column.dtype, {"float64": "double"}.get(column.dtype)):
+            raise ValueError(f"{path}: column {column.name!r} is {found}, not {column.dtype}; {_RERUN}")
+        if column.dtype != "float64" and table.column(column.name).null_count:
+            raise ValueError(f"{path}: column {column.name!r} has empty cells; {_RERUN}")
+    frame: pd.DataFrame = table.to_pandas()
+    return frame
+
+
+def _read_info(path: Path) -> DatasetInfo:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; {path.parent} is no dataset: run `cadx ingest`") from None
+    except ValueError:
+        raise ValueError(f"{path}: not JSON; {_REMAKE}") from None
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != 1:
+        raise ValueError(f"{path}: schema_version is {version}, but this version of cadx reads 1; {_REMAKE}")
+    return _validated(content, str(path))
+
+
+def _validated(content: Mapping[str, Any], where: str) -> DatasetInfo:
+    try:
+        return DatasetInfo.model_validate(content)
+    except ValidationError as error:
+        problems = (
+            f"{'.'.join([where, *map(str, item['loc'])])}: {item['msg'].removeprefix('Value error, ')}"
+            for item in error.errors(include_url=False, include_input=False)
+        )
+        raise ValueError("; ".join(problems)) from None
+
+
+def assign_splits(
+    samples: pd.DataFrame, *, fractions: Mapping[str, float], seed: int, labels: Sequence[str]
+) -> pd.Series:
+    """The split of each sample, indexed like `samples`: by patient, stratified by label, then by site.
+
+    A patient's stratum is the rarest of the labels that any of its samples carries. First every split is
+    given one patient of each class; then each stratum is dealt out, site after site and large patients
+    first, always to the split that is furthest behind its share of images: a stratum's shares are off by
+    about one patient's images, and a site's within it by about one patient per octave of sizes.
+    (scikit-learn's StratifiedGroupKFold makes equal parts only, and knows no second label.)
+
+    Args:
+        samples: columns patient, site and the label columns.
+        fractions: split -> share of the images; they sum to 1.
+        seed: 0 or more.
+        labels: the label columns (`DatasetInfo.label_columns`); 1 = positive.
+
+    Raises:
+        ValueError: if a class has too few patients for one in every split, or the fractions are unusable.
+
+    Source: the order of dealing, rarest first, is that of Sechidis, Tsoumakas and Vlahavas 2011, "On the
+    stratification of multi-label data", ECML PKDD, algorithm 1; by patient instead of by sample.
+    """
+    names = list(fractions)
+    if unknown := [name for name in names if name not in _GIVEN_SPLITS[1:]]:
+        raise ValueError(f"fractions: unknown split {unknown[0]!r}; use {', '.join(_GIVEN_SPLITS[1:])}")
+    shares = np.array([fractions[name] for name in names], float)
+    if (shares <= 0).any() or not math.isclose(shares.sum(), 1, abs_tol=1e-6):
+        raise ValueError(f"fractions: {dict(fractions)} must be positive and sum to 1; omit unwanted splits")
+    grouped = samples.groupby("patient", sort=True)
+    sizes = grouped.size().to_numpy()
+    sites = grouped["site"].first().to_numpy()
+    positive = grouped[list(labels)].max().to_numpy(float) == 1
+    num_patients = positive.sum(axis=0)
+    for label, count in zip(labels, num_patients, strict=True):
+        if count < len(names):
+            raise _too_few_patients(label, int(count), names)
+
+    rarest_first = np.argsort(num_patients, kind="stable")
+    stratum = np.full(len(sizes), len(labels))
+    for column in rarest_first[::-1]:
+        stratum[positive[:, column]] = column
+    shuffle = np.random.default_rng(np.random.SeedSequence(seed)).permutation(len(sizes))
+
+    placed = np.full(len(sizes), -1)
+    dealt = np.zeros((len(labels) + 1, len(names)))  # images by stratum and split
+
+    def place(patient: int, split: int) -> None:
+        placed[patient] = split
+        dealt[stratum[patient], split] += sizes[patient]
+
+    for column in rarest_first:
+        members = shuffle[positive[shuffle, column]]
+        for split in np.argsort(shares, kind="stable"):
+            if (placed[members] == split).any():
+                continue
+            free = members[placed[members] < 0]
+            if not len(free):
+                raise _too_few_patients(labels[column], len(members), names)
+            fitting = free[sizes[free] <= max(shares[split] * sizes[members].sum(), sizes[free].min())]
+            place(int(fitting[0]), int(split))
+    for column in [*rarest_first, len(labels)]:
+        members = shuffle[(stratum[shuffle] == column) & (placed[shuffle] < 0)]
+        octave = np.floor(np.log2(sizes[members])) if len(members) else members
+        for patient in members[np.lexsort((sites[members].astype(str), -octave))]:
+            behind = shares * (dealt[column].sum() + sizes[patient]) - dealt[column]
+            place(int(patient), int(np.argmax(behind)))
+    by_patient = dict(zip(grouped.size().index, placed, strict=True))
+    return samples["patient"].map(by_patient).map(dict(enumerate(names))).rename("split")
+
+
+def cut(
+    samples: pd.DataFrame,
+    splits: pd.Series,
+    *,
+    within: str,
+    into: str,
+    fraction: float,
+    seed: int,
+    labels: Sequence[str],
+) -> pd.Series:
+    """`splits` with a share of one split moved into another, by patient and stratified.
+
+    For sets whose official splits have no calibration part.
+
+    Args:
+        samples: as for `assign_splits`.
+        splits: the split of each sample, indexed like `samples`.
+        within: the split to cut from, such as train.
+        into: the split to make, such as calibration.
+        fraction: share of the images of `within`, between 0 and 1.
+        seed: 0 or more.
+        labels: the label columns.
+
+    Raises:
+        ValueError: if a class has fewer than two patients in `within`, or the fraction is unusable.
+    """
+    inside = splits == within
+    parts = assign_splits(
+        samples[inside], fractions={within: 1 - fraction, into: fraction}, seed=seed, labels=labels
+    )
+    return splits.where(~inside, parts.reindex(splits.index))
+
+
+def _too_few_patients(label: str, count: int, splits: Sequence[str]) -> ValueError:
+    name = label.removeprefix("label_")
+    patients = "1 patient" if count == 1 else f"{count} patients"
+    return ValueError(
+        f"class {name!r}: {patients}, too few for one in each of {', '.join(splits)};"
+        " add patients of this class, drop it, or use fewer splits"
+    )
+
+
+class ClassBalance(TypedDict):
+    """The figures of one class."""
+
+    count: int
+    percentage: float
+    imbalance_factor: float
+
+
+@overload
+def analyze_class_imbalance(
+    labels: Sequence[Any] | pd.Series | pd.DataFrame,
+    *,
+    classes: Sequence[Hashable] | None = None,
+    patients: Sequence[Any] | pd.Series | None = None,
+    groups: None = None,
+) -> dict[Any, ClassBalance]: ...
+@overload
+def analyze_class_imbalance(
+    labels: Sequence[Any] | pd.Series | pd.DataFrame,
+    *,
+    classes: Sequence[Hashable] | None = None,
+    patients: Sequence[Any] | pd.Series | None = None,
+    groups: Sequence[Any] | pd.Series,
+) -> dict[Any, dict[Any, ClassBalance]]: ...
+def analyze_class_imbalance(
+    labels: Sequence[Any] | pd.Series | pd.DataFrame,
+    *,
+    classes: Sequence[Hashable] | None = None,
+    patients: Sequence[Any] | pd.Series | None = None,
+    groups: Sequence[Any] | pd.Series | None = None,
+) -> dict[Any, Any]:
+    """Count, percentage and imbalance factor (largest count / count) of each class.
+
+    `percentage` is of what is labelled for the class. A class without samples has count 0 and an infinite
+    imbalance factor; a class without labels has percentage NaN.
+
+    Args:
+        labels: N labels (None or NaN = unlabelled), or a table with a column per class, of 1, 0 and NaN =
+            unlabelled: one-hot or multilabel. Boxes are flat labels: one per box.
+        classes: all classes, in the order of the answer; else the table's columns, or as they appear.
+        patients: N patients: count patients, who have a class if any of their samples has it.
+        groups: N groups, such as sites: answer for each, group -> class -> figures.
+
+    >>> analyze_class_imbalance(["normal"] * 3 + ["cancer"])["cancer"]
+    {'count': 1, 'percentage': 25.0, 'imbalance_factor': 3.0}
+    """
+    table = labels.reset_index(drop=True) if isinstance(labels, pd.DataFrame) else _one_hot(labels, classes)
+    if classes is not None:
+        table = table.reindex(columns=list(classes))
+    if groups is not None:
+        keys = pd.Series(list(groups))
+        members = pd.Series(list(patients)) if patients is not None else None
+        return {
+            group: analyze_class_imbalance(
+                table.iloc[rows], patients=None if members is None else members.iloc[rows]
+            )
+            for group, rows in keys.groupby(keys, sort=True).indices.items()
+        }
+    if patients is not None:
+        table = table.groupby(list(patients)).max()
+    counts = (table == 1).sum()
+    labelled = table.notna().sum()
+    largest = counts.max()
+    return {
+        name: ClassBalance(
+            count=int(count),
+            percentage=100 * float(count) / float(known) if known else math.nan,
+            imbalance_factor=float(largest) / float(count) if count else math.inf,
+        )
+        for name, count, known in zip(table.columns, counts, labelled, strict=True)
+    }
+
+
+def _one_hot(
+    labels: Sequence[Any] | pd.Series | np.ndarray, classes: Sequence[Hashable] | None
+) -> pd.DataFrame:
+    """A column of 1 and 0 per class; rows without a label are NaN."""
+    flat = pd.Series(list(labels), dtype=object)
+    known = flat.notna()
+    found = list(dict.fromkeys(flat[known]))
+    if classes is not None and (unknown := [label for label in found if label not in classes]):
+        raise ValueError(
+            f"labels: {unknown[0]!r} is not among the classes {', '.join(map(str, classes))}; add it there"
+        )
+    return pd.DataFrame({name: (flat == name).astype(float).where(known) for name in (classes or found)})
+
+
+class _EpochOrder(Sampler[int], ABC):
+    """A sampler whose order is a pure function of (seed, epoch), divided among `world_size` processes.
+
+    All processes see the same global order; rank r takes places r, r + world_size, ... of it. Where its
+    length is no multiple of world_size, the order's first places are repeated at its end, so that all
+    ranks yield equally many.
+    """
+
+    def __init__(self, num_samples: int, *, seed: int, rank: int, world_size: int) -> None:
+        assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
+        self.num_samples = num_samples
+        self.seed = seed
+        self.epoch = 0
+        self._rank = rank
+        self._world_size = world_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration yields."""
+        self.epoch = epoch
+
+    def epoch_indices(self, epoch: int) -> np.ndarray:
+        """This rank's sample indices of an epoch, in order: a resumed run skips to its step in it."""
+        padded = len(self) * self._world_size
+        return np.resize(self._global_order(epoch), padded)[self._rank :: self._world_size]
+
+    def __len__(self) -> int:
+        """How many indices an iteration yields."""
+        return math.ceil(self.num_samples / self._world_size)
+
+    def __iter__(self) -> Iterator[int]:
+        """The indices of the chosen epoch."""
+        return iter(self.epoch_indices(self.epoch).tolist())
+
+    @abstractmethod
+    def _global_order(self, epoch: int) -> np.ndarray:
+        """The indices of all ranks, `num_samples` of them."""
+
+    def _shuffled(self, indices: np.ndarray, epoch: int) -> np.ndarray:
+        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, epoch))))
+        return generator.permutation(indices)
+
+
+class EpochSampler(_EpochOrder):
+    """Every labelled sample once per epoch, shuffled."""
+
+    def __init__(
+        self, labels: np.ndarray | Sequence[Any], *, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        """Prepare the draws.
+
+        Args:
+            labels: N K, NaN = unlabelled, or N flat labels.
+            seed: 0 or more.
+            rank: this process, 0-based.
+            world_size: number of processes.
+
+        Raises:
+            ValueError: if nothing is labelled.
+        """
+        self._labelled = np.flatnonzero(_pools(labels).labelled)
+        super().__init__(len(self._labelled), seed=seed, rank=rank, world_size=world_size)
+
+    def _global_order(self, epoch: int) -> np.ndarray:
+        return self._shuffled(self._labelled, epoch)
+
+
+class BalancedSampler(_EpochOrder):
+    """Epochs in which every class is drawn equally often, within one, shuffled.
+
+    A multilabel sample belongs to each class that it carries, and to a class of its own, "all negative",
+    if it carries none. A class goes through all of its samples, in random order and across epochs, before
+    one is repeated. Samples without any label are never drawn.
+    """
+
+    def __init__(
+        self,
+        labels: np.ndarray | Sequence[Any],
+        *,
+        seed: int,
+        num_samples: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """Prepare the draws.
+
+        Args:
+            labels: N K, NaN = unlabelled, or N flat labels.
+            seed: 0 or more.
+            num_samples: draws per epoch over all processes; N by default.
+            rank: this process, 0-based.
+            world_size: number of processes.
+
+        Raises:
+            ValueError: if nothing is labelled.
+        """
+        pools = _pools(labels)
+        self._members = [members for members in pools.members if len(members)]
+        super().__init__(
+            len(pools.labelled) if num_samples is None else num_samples,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def _global_order(self, epoch: int) -> np.ndarray:
+        # Draw number g of the whole run is the next sample of class g mod C: epochs cut this one sequence,
+        # so that classes stay balanced, and no sample is repeated early, over epochs too.
+        draws = np.arange(epoch * self.num_samples, (epoch + 1) * self.num_samples)
+        order = np.empty(len(draws), np.intp)
+        for number, members in enumerate(self._members):
+            mine = draws % len(self._members) == number
+            order[mine] = self._stream(number, members, draws[mine] // len(self._members))
+        return self._shuffled(order, epoch)
+
+    def _stream(self, number: int, members: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """The samples at consecutive places of a class's endless sequence of permutations."""
+        if not len(places):
+            return members[:0]
+        first, last = places[0] // len(members), places[-1] // len(members)
+        # Philox counts in blocks of four words: whole blocks per permutation let any one be computed alone.
+        blocks = -(-len(members) // 4)
+        bits = np.random.Philox(np.random.SeedSequence((self.seed, number), spawn_key=(0,)))
+        keys = bits.advance(int(first) * blocks).random_raw(int(last - first + 1) * blocks * 4)
+        ranks = np.argsort(keys.reshape(-1, blocks * 4)[:, : len(members)], axis=1, kind="stable")
+        stream: np.ndarray = members[ranks.ravel()[places - first * len(members)]]
+        return stream
+
+
+class _Pools(NamedTuple):
+    labelled: np.ndarray  # N bool
+    members: list[np.ndarray]  # per class, and last "all negative": sample indices
+
+
+def _pools(labels: np.ndarray | Sequence[Any]) -> _Pools:
+    values = np.asarray(labels)
+    if values.ndim == 1:
+        values = _one_hot(labels, None).to_numpy(float)
+    labelled = ~np.isnan(values).all(axis=1)
+    if not labelled.any():
+        raise ValueError("labels: no sample is labelled; label some before training")
+    positive = values == 1
+    members = [np.flatnonzero(column) for column in positive.T]
+    return _Pools(labelled, [*members, np.flatnonzero(labelled & ~positive.any(axis=1))])
+
+
+class ImageDataset(Dataset[tuple[torch.Tensor, torch.Tensor, int]]):
+    """Preprocessed images with labels: (C H W float32, K float32 with NaN = unlabelled, index).
+
+    The images are kept in memory, each as it is first asked for, if all of them fit into `cache_mb`.
+    """
+
+    def __init__(
+        self, folder: DatasetFolder, sample_ids: Sequence[str], preprocessing: Preprocessing, cache_mb: float
+    ) -> None:
+        """Choose the samples; index i is `sample_ids[i]`.
+
+        Args:
+            folder: the dataset.
+            sample_ids: which samples, in which order.
+            preprocessing: how their pixels become tensors.
+            cache_mb: memory for preprocessed images, in MiB; 0 keeps none.
+
+        Raises:
+            ValueError: if the dataset lacks one of the samples.
+        """
+        self.folder = folder
+        self.sample_ids = tuple(sample_ids)
+        self.preprocessing = preprocessing
+        self.labels = folder.labels(self.sample_ids)
+        shape = (
+            len(self.sample_ids),
+            preprocessing.channels,
+            preprocessing.height_px,
+            preprocessing.width_px,
+        )
+        self._cache = torch.empty(shape) if math.prod(shape) * 4 <= cache_mb * 1024**2 else None
+        self._cached = np.zeros(len(self.sample_ids), bool)
+
+    def warm(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Fill the cache, if there is one: before loader workers fork, so that they share it.
+
+        Args:
+            progress: called with (images done, images in all) after each image.
+        """
+        if self._cache is None:
+            return
+        for index in range(len(self)):
+            self._image(index)
+            if progress is not None:
+                progress(index + 1, len(self))
+
+    def __len__(self) -> int:
+        """The number of samples."""
+        return len(self.sample_ids)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Image, target and index of one sample."""
+        return self._image(index), torch.from_numpy(self.labels[index]), index
+
+    def _image(self, index: int) -> torch.Tensor:
+        if self._cache is not None and self._cached[index]:
+            return self._cache[index]
+        image = self.preprocessing.apply(self.folder.pixels(self.sample_ids[index]))
+        if self._cache is not None:
+            self._cache[index] = image
+            self._cached[index] = True
+        return image

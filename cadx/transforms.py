@@ -1,0 +1,255 @@
+"""What happens to pixels before a network sees them: preprocessing as data, and augmentation.
+
+Invariants: preprocessing is one image at a time, in one thread and without any processor-dependent
+kernel, so that training, evaluation and serving compute equal values; an augmentation is a pure function
+of (seed, epoch, sample), whatever the batch, its order and the number of loader workers.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pydantic import Field, field_validator
+
+from cadx.types import Config
+
+# Rec. 601 luma. Source: ITU-R BT.601-7, section 2.5.1.
+_LUMA = (np.float32(0.299), np.float32(0.587), np.float32(0.114))
+
+
+class Placement(NamedTuple):
+    """Where a resized image lies on the canvas, in canvas pixels."""
+
+    top_px: int
+    left_px: int
+    height_px: int
+    width_px: int
+
+
+class Preprocessing(Config):
+    """How raw pixels become a network's input: part of the bundle, the same in training and serving."""
+
+    channels: int = Field(default=1, description="1 (colour becomes luma) or 3 (gray is repeated)")
+    height_px: int = Field(ge=1)
+    width_px: int = Field(ge=1)
+    fit: Literal["stretch", "pad"] = Field(
+        default="pad", description="pad keeps the aspect ratio and fills with black; stretch does not"
+    )
+    mean: float = Field(description="subtracted, in units of the full range 0..1")
+    std: float = Field(gt=0, description="divided by, in units of the full range 0..1")
+
+    @field_validator("channels")
+    @classmethod
+    def _known_channels(cls, channels: int) -> int:
+        if channels not in (1, 3):
+            raise ValueError(f"{channels} channels are not supported; set 1 (gray) or 3 (colour)")
+        return channels
+
+    @property
+    def background(self) -> float:
+        """The value of a black raw pixel after normalisation."""
+        return (0.0 - self.mean) / self.std
+
+    def placement(self, raw_height_px: int, raw_width_px: int) -> Placement:
+        """Where a raw image of this size lies on the canvas after resizing.
+
+        >>> Preprocessing(height_px=224, width_px=224, mean=0.5, std=0.25).placement(512, 1024)
+        Placement(top_px=56, left_px=0, height_px=112, width_px=224)
+        """
+        if self.fit == "stretch":
+            return Placement(0, 0, self.height_px, self.width_px)
+        scale = min(self.height_px / raw_height_px, self.width_px / raw_width_px)
+        height_px = min(self.height_px, max(1, round(raw_height_px * scale)))
+        width_px = min(self.width_px, max(1, round(raw_width_px * scale)))
+        top_px, left_px = (self.height_px - height_px) // 2, (self.width_px - width_px) // 2
+        return Placement(top_px, left_px, height_px, width_px)
+
+    def apply(self, pixels: np.ndarray) -> torch.Tensor:
+        """The network's input, C H W float32, from raw pixels H W or H W 3 (uint8 or uint16, black = 0).
+
+        The resize is bilinear with antialiasing, pixel centres at half-integers.
+
+        Raises:
+            ValueError: if the pixels have another shape or dtype.
+        """
+        check_pixels(pixels)
+        place = self.placement(*pixels.shape[:2])
+        if pixels.ndim == 2:
+            planes = [pixels.astype(np.float32)]
+        else:
+            planes = [pixels[..., channel].astype(np.float32) for channel in range(3)]
+            if self.channels == 1:
+                red, green, blue = (weight * plane for weight, plane in zip(_LUMA, planes, strict=True))
+                planes = [red + green + blue]
+        canvas = np.zeros((self.channels, self.height_px, self.width_px), np.float32)
+        rows = slice(place.top_px, place.top_px + place.height_px)
+        columns = slice(place.left_px, place.left_px + place.width_px)
+        for channel, plane in enumerate(planes):
+            canvas[channel, rows, columns] = _resize(plane, place.height_px, place.width_px)
+        canvas[len(planes) :] = canvas[0]
+        canvas *= np.float32(1 / (np.iinfo(pixels.dtype).max * self.std))
+        canvas += np.float32(self.background)
+        return torch.from_numpy(canvas)
+
+    def to_raw(self, grid: np.ndarray, raw_height_px: int, raw_width_px: int) -> np.ndarray:
+        """A map over the network's grid, h w, in raw image coordinates: H W float32, padding cut off.
+
+        A cell of the grid covers height_px / h by width_px / w pixels of the network's input. Values are
+        interpolated between the cells' centres, and held beyond the outermost.
+        """
+        place = self.placement(raw_height_px, raw_width_px)
+        rows = _grid_positions(raw_height_px, place.top_px, place.height_px, self.height_px, grid.shape[0])
+        columns = _grid_positions(raw_width_px, place.left_px, place.width_px, self.width_px, grid.shape[1])
+        values = _interpolate(np.asarray(grid, np.float32), rows)
+        return np.ascontiguousarray(_interpolate(values.T, columns).T)
+
+
+def check_pixels(pixels: np.ndarray) -> None:
+    """Accept raw pixels, H W or H W 3, uint8 or uint16, not empty.
+
+    Raises:
+        ValueError: if they are anything else.
+    """
+    if pixels.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"pixels: dtype is {pixels.dtype}; convert to uint8 or uint16 with black = 0")
+    if not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)) or pixels.size == 0:
+        raise ValueError(f"pixels: shape is {pixels.shape}; give H W (gray) or H W 3 (colour), not empty")
+
+
+def _resize(plane: np.ndarray, height_px: int, width_px: int) -> np.ndarray:
+    # Pillow and not torch: its float resize is plain C in one thread, equal on every processor and for
+    # every number of threads; torch picks kernels by both.
+    if plane.shape == (height_px, width_px):
+        return plane
+    return np.asarray(Image.fromarray(plane).resize((width_px, height_px), Image.Resampling.BILINEAR))
+
+
+def _grid_positions(raw_px: int, start_px: int, placed_px: int, canvas_px: int, cells: int) -> np.ndarray:
+    """For the centre of each raw pixel along one axis, its place in units of grid cells' centres."""
+    canvas = start_px + (np.arange(raw_px) + 0.5) * (placed_px / raw_px)
+    positions: np.ndarray = np.clip(canvas * (cells / canvas_px) - 0.5, 0, cells - 1)
+    return positions
+
+
+def _interpolate(values: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Rows of `values` at fractional row numbers, linearly interpolated."""
+    lower = np.floor(positions).astype(np.intp)
+    upper = np.minimum(lower + 1, len(values) - 1)
+    weight = (positions - lower).astype(np.float32)[:, None]
+    rows: np.ndarray = values[lower] * (1 - weight) + values[upper] * weight
+    return rows
+
+
+class _Draws(NamedTuple):
+    """One batch of random draws, N each, uniform in -1..1."""
+
+    flip: torch.Tensor
+    rotation: torch.Tensor
+    shift_x: torch.Tensor
+    shift_y: torch.Tensor
+    scale: torch.Tensor
+    brightness: torch.Tensor
+    contrast: torch.Tensor
+
+
+class Augmentation(Config):
+    """Random changes that keep an X-ray's label; every field is the largest change, 0 means none."""
+
+    horizontal_flip: bool = Field(default=False, description="mirror half of the images")
+    rotation_degrees: float = Field(default=0.0, ge=0, le=180)
+    translation_fraction: float = Field(default=0.0, ge=0, le=1, description="of height and width")
+    scale_fraction: float = Field(default=0.0, ge=0, lt=1, description="0.1 scales by 0.9 to 1.1")
+    brightness: float = Field(default=0.0, ge=0, description="added, in units of the normalised input")
+    contrast: float = Field(default=0.0, ge=0, lt=1, description="factor 1 +- this about the training mean")
+    noise_std: float = Field(default=0.0, ge=0, description="Gaussian, in units of the normalised input")
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether `apply` returns its batch unchanged."""
+        return not any(self.model_dump().values())
+
+    def apply(
+        self,
+        batch: torch.Tensor,
+        *,
+        seed: int,
+        epoch: int,
+        samples: Sequence[int] | torch.Tensor,
+        background: float,
+    ) -> torch.Tensor:
+        """The augmented batch, N C H W, on the batch's device; the batch itself if nothing is to be done.
+
+        Args:
+            batch: N C H W float32, preprocessed.
+            seed: of the run, 0 or more.
+            epoch: 0 or more.
+            samples: N sample indices: with seed and epoch they alone decide the draws.
+            background: what lies outside of an image (`Preprocessing.background`).
+        """
+        if self.is_identity:
+            return batch
+        indices = [int(sample) for sample in samples]
+        assert len(indices) == len(batch), f"{len(indices)} sample indices for a batch of {len(batch)}"
+        draws = _draw(seed, epoch, indices, batch.device)
+        if self.horizontal_flip:
+            batch = torch.where(_per_image(draws.flip < 0), batch.flip(-1), batch)
+        if self.rotation_degrees or self.translation_fraction or self.scale_fraction:
+            grid = self._grid(draws, height_px=batch.shape[2], width_px=batch.shape[3])
+            # Zero is the background of the shifted batch, and grid_sample pads with zeros.
+            batch = F.grid_sample(batch - background, grid, align_corners=False) + background
+        if self.contrast:
+            batch = batch * _per_image(1 + self.contrast * draws.contrast)
+        if self.brightness:
+            batch = batch + _per_image(self.brightness * draws.brightness)
+        if self.noise_std:
+            batch = batch + self.noise_std * _noise(seed, epoch, indices, batch)
+        return batch
+
+    def _grid(self, draws: _Draws, *, height_px: int, width_px: int) -> torch.Tensor:
+        """Where each output pixel comes from, N H W 2 (x, y) in -1..1; turned about the centre."""
+        # Not affine_grid: it multiplies matrices, and a BLAS may round a batch of one differently.
+        device = draws.rotation.device
+        x = ((torch.arange(width_px, device=device) * 2 + 1) / width_px - 1).view(1, 1, -1)
+        y = ((torch.arange(height_px, device=device) * 2 + 1) / height_px - 1).view(1, -1, 1)
+        angle = draws.rotation * math.radians(self.rotation_degrees)
+        factor = 1 / (1 + self.scale_fraction * draws.scale)
+        cos, sin = (_per_image(factor * part)[..., 0] for part in (torch.cos(angle), torch.sin(angle)))
+        shift_x = _per_image(2 * self.translation_fraction * draws.shift_x)[..., 0]
+        shift_y = _per_image(2 * self.translation_fraction * draws.shift_y)[..., 0]
+        source_x = cos * x - sin * (height_px / width_px) * y + shift_x
+        source_y = sin * (width_px / height_px) * x + cos * y + shift_y
+        return torch.stack((source_x, source_y), dim=-1)
+
+
+def _per_image(values: torch.Tensor) -> torch.Tensor:
+    return values.view(-1, 1, 1, 1)
+
+
+def _key(seed: int, epoch: int) -> np.ndarray:
+    return np.random.SeedSequence((seed, epoch)).generate_state(2, np.uint64)
+
+
+def _draw(seed: int, epoch: int, samples: Sequence[int], device: torch.device) -> _Draws:
+    """All draws, used or not: switching one change on leaves the others as they were."""
+    key = _key(seed, epoch)
+    values = np.empty((len(_Draws._fields), len(samples)), np.float32)
+    for row, sample in enumerate(samples):
+        # The sample stands in the second word of the counter: 2^64 draws away from its neighbours.
+        bits = np.random.Philox(key=key, counter=[0, sample, 0, 0])
+        values[:, row] = np.random.Generator(bits).uniform(-1, 1, len(_Draws._fields))
+    return _Draws(*torch.from_numpy(values).to(device))
+
+
+def _noise(seed: int, epoch: int, samples: Sequence[int], batch: torch.Tensor) -> torch.Tensor:
+    """Standard normal noise like `batch`, drawn image by image on its device."""
+    noise = torch.empty_like(batch)
+    generator = torch.Generator(batch.device)
+    for image, sample in zip(noise, samples, strict=True):
+        (word,) = np.random.SeedSequence((seed, epoch, sample)).generate_state(1, np.uint64)
+        generator.manual_seed(int(word >> 1))
+        image.normal_(generator=generator)
+    return noise

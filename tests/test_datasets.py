@@ -1,0 +1,797 @@
+"""The dataset folder, splits, class balance, samplers and torch's view of them."""
+
+import contextlib
+import json
+import math
+import pickle
+import time
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from cadx import datasets
+from cadx.datasets import (
+    BOX_COLUMNS,
+    SAMPLE_COLUMNS,
+    BalancedSampler,
+    DatasetFolder,
+    DatasetWriter,
+    EpochSampler,
+    ImageDataset,
+    SourceInfo,
+    analyze_class_imbalance,
+    assign_splits,
+    cut,
+    read_splits,
+    schema_markdown,
+    write_splits,
+)
+from cadx.files import digest_bytes, digest_path
+from cadx.transforms import Preprocessing
+from cadx.types import Digest
+
+SOURCE = SourceInfo(title="Made for a test", licence="CC0", citation="none")
+SHA = digest_bytes(b"source file")
+SMALL = Preprocessing(height_px=8, width_px=8, mean=0.5, std=0.25)
+
+
+def writer(path: Path, **changes: Any) -> DatasetWriter:
+    description: dict[str, Any] = {
+        "name": "made",
+        "task": "binary",
+        "classes": ("normal", "pneumonia"),
+        "positive": "pneumonia",
+        "modality": "chest X-ray",
+        "clustered": True,
+        "source": SOURCE,
+    }
+    return DatasetWriter(path, **(description | changes))
+
+
+def sample(index: int, **changes: Any) -> dict[str, Any]:
+    rng = np.random.default_rng(index)
+    values: dict[str, Any] = {
+        "sample_id": f"s{index}",
+        "pixels": rng.integers(0, 256, (9 + index % 3, 12), np.uint8),
+        "labels": {"pneumonia": index % 2, "normal": 1 - index % 2},
+        "patient": f"p{index // 2}",
+        "sha256": SHA,
+        "statistics": {"mean": float(index), "std": 1.0},
+    }
+    return values | changes
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DatasetFolder:
+    """Ten samples in four shards."""
+    monkeypatch.setattr(datasets, "SHARD_SAMPLES", 3)
+    with writer(tmp_path / "made") as dataset:
+        for index in range(10):
+            dataset.add(**sample(index, boxes=[("opacity", 1, 2, 3.5, 4)] if index == 7 else []))
+    return DatasetFolder(tmp_path / "made")
+
+
+# --- writing and reading -----------------------------------------------------------------------------
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    gray16 = np.arange(12, dtype=np.uint16).reshape(3, 4) * 5000
+    colour = np.arange(36, dtype=np.uint8).reshape(4, 3, 3)
+    with writer(tmp_path / "made") as dataset:
+        dataset.add(
+            **sample(
+                0,
+                pixels=gray16,
+                labels={"pneumonia": 1},
+                site="A",
+                scanner="maker, model",
+                age=61.5,
+                sex="F",
+                view="PA",
+                given_split="test",
+                spacing_mm=(0.2, 0.3),
+                boxes=[("pneumonia", -1, 0, 2, 3)],
+                assumptions=["patient: one per image"],
+            )
+        )
+        dataset.add(**sample(1, pixels=colour, labels={}, assumptions=["patient: one per image", "gray"]))
+    folder = DatasetFolder(tmp_path / "made")
+    first, second = folder.samples.to_dict("records")
+    assert first == {
+        "sample_id": "s0",
+        "path": "shards/00000.safetensors",
+        "sha256": SHA,
+        "pixels_sha256": first["pixels_sha256"],
+        "patient": "p0",
+        "site": "A",
+        "scanner": "maker, model",
+        "age": 61.5,
+        "sex": "F",
+        "view": "PA",
+        "given_split": "test",
+        "height_px": 3,
+        "width_px": 4,
+        "channels": 1,
+        "bits": 16,
+        "spacing_row_mm": 0.2,
+        "spacing_column_mm": 0.3,
+        "stat_mean": 0.0,
+        "stat_std": 1.0,
+        "label_normal": 0.0,
+        "label_pneumonia": 1.0,
+    }
+    assert (second["channels"], second["bits"], second["sex"]) == (3, 8, "")
+    assert math.isnan(second["age"])
+    assert math.isnan(second["spacing_row_mm"])
+    for sample_id, pixels in (("s0", gray16), ("s1", colour)):
+        np.testing.assert_array_equal(folder.pixels(sample_id), pixels, strict=True)
+    np.testing.assert_array_equal(folder.labels(["s1", "s0"]), np.float32([[np.nan, np.nan], [0, 1]]))
+    assert folder.boxes.to_dict("records") == [
+        {"sample_id": "s0", "class": "pneumonia", "x0": -1.0, "y0": 0.0, "x1": 2.0, "y1": 3.0}
+    ]
+    assert (folder.info.num_samples, folder.info.num_patients) == (2, 1)
+    assert folder.info.assumptions == ("patient: one per image", "gray")
+    folder.verify()
+
+
+def test_same_samples_give_same_bytes(tmp_path: Path, folder: DatasetFolder) -> None:
+    with writer(tmp_path / "again") as dataset:
+        for index in range(10):
+            dataset.add(**sample(index, boxes=[("opacity", 1, 2, 3.5, 4)] if index == 7 else []))
+    assert digest_path(tmp_path / "again") == digest_path(folder.path)
+
+
+def test_exact_copies_share_a_digest_and_other_shapes_do_not(tmp_path: Path) -> None:
+    pixels = np.arange(12, dtype=np.uint8)
+    with writer(tmp_path / "made") as dataset:
+        dataset.add(**sample(0, pixels=pixels.reshape(3, 4)))
+        dataset.add(**sample(1, pixels=np.asfortranarray(pixels.reshape(3, 4))))
+        dataset.add(**sample(2, pixels=pixels.reshape(4, 3)))
+    first, copy, other = DatasetFolder(tmp_path / "made").samples["pixels_sha256"]
+    assert first == copy != other
+
+
+def test_a_reused_buffer_does_not_change_what_was_added(tmp_path: Path) -> None:
+    buffer = np.full((4, 4), 7, np.uint8)
+    with writer(tmp_path / "made") as dataset:
+        dataset.add(**sample(0, pixels=buffer))
+        buffer[:] = 0
+    assert (DatasetFolder(tmp_path / "made").pixels("s0") == 7).all()
+
+
+def test_writing_holds_one_shard_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "SHARD_BYTES", 1_000_000)
+    pixels = np.zeros((250, 400), np.uint8)
+    tracemalloc.start()
+    with writer(tmp_path / "made") as dataset:
+        for index in range(100):
+            dataset.add(**sample(index, pixels=pixels))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(list((tmp_path / "made" / "shards").iterdir())) == 10
+    assert peak < 2_500_000  # of 10 MB
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": {"tuberculosis": 1}}, "label 'tuberculosis' is not among the classes normal, pneumonia"),
+        ({"labels": {"pneumonia": 0.5}}, "labels must be 1, 0"),
+        ({"labels": {"pneumonia": 1, "normal": 1}}, "2 classes are 1"),
+        ({"labels": {"pneumonia": 0, "normal": 0}}, "0 classes are 1"),
+        ({"sample_id": "s0"}, "added before"),
+        ({"sample_id": ""}, "sample_id must be"),
+        ({"sample_id": "__metadata__"}, "sample_id must be"),
+        ({"pixels": np.zeros((4, 4), np.float32)}, "dtype is float32"),
+        ({"pixels": np.zeros((4, 0), np.uint8)}, "shape is"),
+        ({"pixels": np.zeros((4, 4, 4), np.uint8)}, "shape is"),
+        ({"patient": ""}, "patient is empty"),
+        ({"sha256": "abc"}, "sha256 is not"),
+        ({"sex": "female"}, "sex 'female'"),
+        ({"given_split": "dev"}, "given_split 'dev'"),
+        ({"spacing_mm": (0.0, 1.0)}, "spacing_mm"),
+        ({"statistics": {"mean": 1.0}}, "statistics"),
+        ({"boxes": [("opacity", 0, 0, math.nan, 1)]}, "box"),
+    ],
+)
+def test_bad_sample_is_refused_in_one_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with writer(tmp_path / "made") as dataset:
+        dataset.add(**sample(0))
+        with pytest.raises(ValueError, match=message) as error:
+            dataset.add(**sample(1, **changes))
+    assert "\n" not in str(error.value)
+    assert "p0" not in str(error.value)  # the patient
+    folder = DatasetFolder(tmp_path / "made")
+    assert (len(folder.samples), len(folder.boxes)) == (1, 0)  # nothing of the refused sample stayed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"positive": "cancer"}, "positive 'cancer'"),
+        ({"positive": None}, "positive names"),
+        ({"classes": ("a", "a")}, "different"),
+        ({"classes": ("pneumonia",)}, "two classes, not 1"),
+        ({"task": "segmentation"}, "dataset.task"),
+        ({"task": "multilabel"}, "positive names"),
+    ],
+)
+def test_contradictory_description_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        writer(tmp_path / "made", **changes)
+    assert "\n" not in str(error.value)
+
+
+def test_an_empty_dataset_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no sample was added"), writer(tmp_path / "made"):
+        pass
+
+
+def test_an_interrupted_dataset_cannot_be_opened(tmp_path: Path) -> None:
+    with contextlib.suppress(KeyboardInterrupt), writer(tmp_path / "made") as dataset:
+        dataset.add(**sample(0))
+        raise KeyboardInterrupt
+    with pytest.raises(ValueError, match=r"dataset\.json: no such file"):
+        DatasetFolder(tmp_path / "made")
+
+
+def test_a_full_disk_is_an_os_error_that_names_the_file(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with contextlib.ExitStack() as stack:
+        dataset = stack.enter_context(writer(tmp_path / "made"))
+        dataset.add(**sample(0, pixels=np.zeros((400, 400), np.uint8)))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        try:
+            with pytest.raises(OSError, match=r"00000\.safetensors: cannot be written"):
+                stack.close()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_verify_names_the_changed_file(folder: DatasetFolder) -> None:
+    folder.verify()
+    shard = folder.path / "shards" / "00002.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=r"00002\.safetensors: changed"):
+        folder.verify()
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"00002\.safetensors: missing"):
+        folder.verify()
+
+
+def test_verify_names_a_file_that_does_not_belong(folder: DatasetFolder) -> None:
+    (folder.path / "notes.csv").write_text("x")
+    with pytest.raises(ValueError, match=r"notes\.csv: not listed"):
+        folder.verify()
+
+
+def damage(folder: DatasetFolder, frame: pd.DataFrame) -> None:
+    frame.to_parquet(folder.path / "samples.parquet", index=False)
+
+
+def test_a_lost_column_is_named(folder: DatasetFolder) -> None:
+    damage(folder, folder.samples.drop(columns="patient"))
+    with pytest.raises(ValueError, match=r"samples\.parquet: no column 'patient' \(string\)"):
+        DatasetFolder(folder.path)
+
+
+def test_a_lost_label_column_is_named(folder: DatasetFolder) -> None:
+    damage(folder, folder.samples.drop(columns="label_pneumonia"))
+    with pytest.raises(ValueError, match="no column 'label_pneumonia'"):
+        DatasetFolder(folder.path)
+
+
+def test_a_column_of_another_type_is_named(folder: DatasetFolder) -> None:
+    damage(folder, folder.samples.assign(height_px=folder.samples["height_px"].astype(float)))
+    with pytest.raises(ValueError, match="column 'height_px' is double, not int64"):
+        DatasetFolder(folder.path)
+
+
+def test_an_empty_cell_is_refused_where_it_has_no_meaning(folder: DatasetFolder) -> None:
+    damage(folder, folder.samples.assign(site=folder.samples["site"].where(folder.samples.index > 3)))
+    with pytest.raises(ValueError, match="column 'site' has empty cells"):
+        DatasetFolder(folder.path)
+
+
+def test_a_table_rewritten_by_pandas_still_opens(folder: DatasetFolder) -> None:
+    damage(folder, folder.samples)
+    pd.testing.assert_frame_equal(DatasetFolder(folder.path).samples, folder.samples)
+
+
+def test_lost_rows_are_noticed(folder: DatasetFolder) -> None:
+    damage(folder, folder.samples.iloc[:-1])
+    with pytest.raises(ValueError, match=r"9 rows, but dataset\.json says num_samples = 10"):
+        DatasetFolder(folder.path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda info: info | {"schema_version": 2}, "schema_version is 2"),
+        (lambda info: info | {"classes": ["x"]}, "two classes"),
+        (lambda info: info | {"colour": "blue"}, r"dataset\.json\.colour"),
+        (lambda info: [info], "schema_version is None"),
+    ],
+)
+def test_a_foreign_dataset_json_is_refused(folder: DatasetFolder, change: Any, message: str) -> None:
+    path = folder.path / "dataset.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(ValueError, match=message) as error:
+        DatasetFolder(folder.path)
+    assert "\n" not in str(error.value)
+
+
+def test_text_that_is_no_json_or_parquet_is_refused(folder: DatasetFolder) -> None:
+    (folder.path / "samples.parquet").write_text("sample_id,path\n")
+    with pytest.raises(ValueError, match="not a Parquet file"):
+        DatasetFolder(folder.path)
+    (folder.path / "dataset.json").write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        DatasetFolder(folder.path)
+
+
+def test_a_truncated_shard_is_named(folder: DatasetFolder) -> None:
+    shard = folder.path / "shards" / "00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"00000\.safetensors: sample 's0' cannot be read"):
+        folder.pixels("s0")
+
+
+def test_a_shard_outside_of_the_folder_is_never_opened(folder: DatasetFolder) -> None:
+    damage(folder, folder.samples.assign(path="../elsewhere.safetensors"))
+    with pytest.raises(ValueError, match=r"not listed in dataset\.json"):
+        DatasetFolder(folder.path).pixels("s0")
+
+
+def test_an_unknown_sample_is_named(folder: DatasetFolder) -> None:
+    with pytest.raises(ValueError, match="no sample 'x9'"):
+        folder.pixels("x9")
+    with pytest.raises(ValueError, match="no sample 'x9'"):
+        folder.labels(["s0", "x9"])
+
+
+def test_few_shards_stay_open(folder: DatasetFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "_OPEN_SHARDS", 2)
+    for index in [0, 3, 6, 9, 0]:
+        np.testing.assert_array_equal(folder.pixels(f"s{index}"), sample(index)["pixels"])
+    assert len(folder._shards) == 2
+
+
+def test_a_hundred_thousand_rows_are_quick(tmp_path: Path) -> None:
+    pixels = np.zeros((2, 2), np.uint8)
+    start = time.perf_counter()
+    with writer(tmp_path / "made") as dataset:
+        for index in range(100_000):
+            dataset.add(
+                sample_id=f"s{index}",
+                pixels=pixels,
+                labels={"pneumonia": 1},
+                patient=f"p{index}",
+                sha256=SHA,
+                statistics={"mean": 0.5},
+            )
+    written = time.perf_counter()
+    folder = DatasetFolder(tmp_path / "made")
+    read = time.perf_counter()
+    print(f"100,000 rows: written in {written - start:.2f} s, read in {read - written:.2f} s")
+    assert len(folder.samples) == 100_000
+    assert written - start < 15
+    assert read - written < 3
+
+
+def test_the_schema_is_told_in_full() -> None:
+    text = schema_markdown()
+    for column in SAMPLE_COLUMNS + BOX_COLUMNS:
+        assert f"| `{column.name}` | {column.dtype} | {column.meaning} |" in text
+    assert "`num_patients`" in text
+
+
+def test_written_columns_stand_in_the_order_of_the_schema(folder: DatasetFolder) -> None:
+    fixed = [column.name for column in SAMPLE_COLUMNS if "<" not in column.name]
+    assert list(folder.samples.columns) == [
+        *fixed,
+        "stat_mean",
+        "stat_std",
+        "label_normal",
+        "label_pneumonia",
+    ]
+
+
+# --- splits on disk ----------------------------------------------------------------------------------
+
+
+def test_splits_round_trip_with_equal_bytes(tmp_path: Path) -> None:
+    frame = pd.DataFrame(
+        {"sample_id": ["a", "b"], "split": ["train", "excluded"], "reason": ["", "copy of a"]}
+    )
+    write_splits(tmp_path / "one.parquet", frame)
+    write_splits(tmp_path / "two.parquet", frame[["reason", "split", "sample_id"]])
+    pd.testing.assert_frame_equal(read_splits(tmp_path / "one.parquet"), frame)
+    assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"split": ["train", "dev"]}, "split 'dev' in row 1"),
+        ({"sample_id": ["a", "a"]}, "sample 'a' stands twice"),
+        ({"extra": ["", ""]}, "columns are"),
+    ],
+)
+def test_bad_splits_are_refused(tmp_path: Path, change: dict[str, list[str]], message: str) -> None:
+    frame = pd.DataFrame({"sample_id": ["a", "b"], "split": ["train", "val"], "reason": ["", ""]})
+    with pytest.raises(ValueError, match=message):
+        write_splits(tmp_path / "splits.parquet", frame.assign(**change))
+    with pytest.raises(ValueError, match="no such file"):
+        read_splits(tmp_path / "splits.parquet")
+
+
+# --- assigning splits --------------------------------------------------------------------------------
+
+FRACTIONS = {"train": 0.6, "val": 0.1, "calibration": 0.1, "test": 0.2}
+
+
+def cohort(
+    num_patients: int, prevalence: float, seed: int, *, sites: int = 3, most_images: int = 6
+) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    patient = np.repeat(np.arange(num_patients), rng.integers(1, most_images + 1, num_patients))
+    ill = rng.random(num_patients) < prevalence
+    positive = (ill[patient] & (rng.random(len(patient)) < 0.8)).astype(float)
+    return pd.DataFrame(
+        {
+            "sample_id": [f"s{row}" for row in range(len(patient))],
+            "patient": [f"p{number}" for number in patient],
+            "site": [f"site{number % sites}" for number in patient],
+            "label_normal": 1 - positive,
+            "label_pneumonia": positive,
+        }
+    )
+
+
+LABELS = ["label_normal", "label_pneumonia"]
+
+
+def crossing(samples: pd.DataFrame, splits: pd.Series) -> list[str]:
+    """The patients who stand in more than one split."""
+    pairs = pd.DataFrame({"patient": samples["patient"], "split": splits}).drop_duplicates()
+    return pairs.loc[pairs["patient"].duplicated(), "patient"].tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_patients=st.integers(5, 80),
+    prevalence=st.floats(0.05, 0.9),
+    seed=st.integers(0, 1000),
+    most_images=st.integers(1, 40),
+)
+def test_no_patient_crosses_and_every_split_has_every_class(
+    num_patients: int, prevalence: float, seed: int, most_images: int
+) -> None:
+    samples = cohort(num_patients, prevalence, seed, most_images=most_images)
+    refusal = ""
+    try:
+        splits = assign_splits(samples, fractions=FRACTIONS, seed=seed, labels=LABELS)
+    except ValueError as error:
+        refusal = str(error)
+    if refusal:
+        # Four patients of a class may be spoken for by another class that has few of its own.
+        assert "too few for one in each of train, val, calibration, test" in refusal
+        assert samples[LABELS].groupby(samples["patient"]).max().sum().min() < 8
+        return
+    assert splits.index.equals(samples.index)
+    assert not crossing(samples, splits)
+    positives = samples[LABELS].groupby(splits).sum()
+    assert sorted(positives.index) == sorted(FRACTIONS)
+    assert (positives >= 1).all(axis=None)
+
+
+@pytest.mark.parametrize("most_images", [1, 10])
+def test_fractions_labels_and_sites_are_honoured(most_images: int) -> None:
+    samples = cohort(600, 0.2, seed=1, most_images=most_images)
+    splits = assign_splits(samples, fractions=FRACTIONS, seed=0, labels=LABELS)
+    for part in [samples, samples[samples["label_pneumonia"] == 1], *(g for _, g in samples.groupby("site"))]:
+        found = splits[part.index].value_counts(normalize=True)
+        for name, fraction in FRACTIONS.items():
+            assert found[name] == pytest.approx(fraction, abs=0.03), name
+
+
+def test_one_patient_with_a_third_of_all_images_leaves_the_fractions_close() -> None:
+    samples = cohort(200, 0.5, seed=2, most_images=3)
+    giant = pd.DataFrame(
+        {"patient": "giant", "site": "site0", "label_normal": 0.0, "label_pneumonia": [1.0] * 150}
+    )
+    samples = pd.concat([samples, giant], ignore_index=True)
+    splits = assign_splits(samples, fractions=FRACTIONS, seed=0, labels=LABELS)
+    found = splits.value_counts(normalize=True)
+    assert all(found[name] == pytest.approx(fraction, abs=0.03) for name, fraction in FRACTIONS.items())
+
+
+def test_splits_depend_on_the_seed_and_not_on_the_order_of_rows() -> None:
+    samples = cohort(60, 0.4, seed=3)
+    splits = assign_splits(samples, fractions=FRACTIONS, seed=0, labels=LABELS)
+    shuffled = samples.sample(frac=1, random_state=5)
+    again = assign_splits(shuffled, fractions=FRACTIONS, seed=0, labels=LABELS)
+    pd.testing.assert_series_equal(again.sort_index(), splits)
+    assert not assign_splits(samples, fractions=FRACTIONS, seed=1, labels=LABELS).equals(splits)
+
+
+def test_a_class_with_a_single_patient_is_named() -> None:
+    samples = cohort(50, 0.0, seed=0)
+    samples.loc[samples["patient"] == "p7", ["label_normal", "label_pneumonia"]] = [0.0, 1.0]
+    with pytest.raises(ValueError, match="class 'pneumonia': 1 patient, too few") as error:
+        assign_splits(samples, fractions=FRACTIONS, seed=0, labels=LABELS)
+    assert "\n" not in str(error.value)
+    assert "p7" not in str(error.value)
+
+
+def test_rare_labels_reach_every_split_in_a_multilabel_set() -> None:
+    rng = np.random.default_rng(0)
+    labels = [f"label_{name}" for name in ("effusion", "nodule", "hernia")]
+    samples = pd.DataFrame((rng.random((3000, 3)) < [0.3, 0.1, 0.004]).astype(float), columns=labels)
+    samples = samples.assign(patient=[f"p{row // 2}" for row in range(3000)], site="")
+    samples.loc[:99, "label_nodule"] = np.nan
+    splits = assign_splits(samples, fractions=FRACTIONS, seed=0, labels=labels)
+    shares = samples[labels].groupby(splits).sum() / samples[labels].sum()
+    assert (shares["label_hernia"] > 0).all()
+    for label in ("label_effusion", "label_nodule"):
+        for name, fraction in FRACTIONS.items():
+            assert shares.loc[name, label] == pytest.approx(fraction, abs=0.04)
+    assert not crossing(samples, splits)
+
+
+def test_unlabelled_samples_are_split_too() -> None:
+    samples = cohort(100, 0.3, seed=4)
+    samples.loc[samples["patient"].isin([f"p{n}" for n in range(50)]), LABELS] = np.nan
+    assert assign_splits(samples, fractions=FRACTIONS, seed=0, labels=LABELS).notna().all()
+
+
+@pytest.mark.parametrize(
+    "fractions", [{"train": 0.5, "test": 0.4}, {"train": 1.0, "test": 0.0}, {"train": 0.5, "dev": 0.5}]
+)
+def test_unusable_fractions_are_refused(fractions: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="fractions"):
+        assign_splits(cohort(50, 0.5, seed=0), fractions=fractions, seed=0, labels=LABELS)
+
+
+def test_calibration_is_cut_from_train_alone() -> None:
+    samples = cohort(300, 0.3, seed=5)
+    official = samples["patient"].map(lambda name: "test" if int(name[1:]) % 5 == 0 else "train")
+    splits = cut(samples, official, within="train", into="calibration", fraction=0.15, seed=0, labels=LABELS)
+    assert (splits[official == "test"] == "test").all()
+    moved = splits[official == "train"] == "calibration"
+    assert moved.mean() == pytest.approx(0.15, abs=0.02)
+    assert not crossing(samples, splits)
+    prevalence = samples["label_pneumonia"].groupby(splits).mean()
+    assert prevalence["calibration"] == pytest.approx(prevalence["train"], abs=0.03)
+
+
+# --- class balance -----------------------------------------------------------------------------------
+
+
+def test_imbalance_of_the_chapters_example() -> None:
+    labels = ["normal"] * 9500 + ["pneumonia"] * 300 + ["tuberculosis"] * 150 + ["cancer"] * 50
+    found = analyze_class_imbalance(labels)
+    assert list(found) == ["normal", "pneumonia", "tuberculosis", "cancer"]
+    assert [item["count"] for item in found.values()] == [9500, 300, 150, 50]
+    assert [item["percentage"] for item in found.values()] == [95.0, 3.0, 1.5, 0.5]
+    assert [round(item["imbalance_factor"], 1) for item in found.values()] == [1.0, 31.7, 63.3, 190.0]
+
+
+def test_imbalance_counts_more_than_flat_single_labels() -> None:
+    table = pd.DataFrame({"effusion": [1, 1, 1, 0, np.nan], "hernia": [1, 0, 0, 0, 0]})
+    found = analyze_class_imbalance(table)
+    assert found == {
+        "effusion": {"count": 3, "percentage": 75.0, "imbalance_factor": 1.0},
+        "hernia": {"count": 1, "percentage": 20.0, "imbalance_factor": 3.0},
+    }
+
+
+def test_imbalance_of_a_class_without_samples_is_infinite() -> None:
+    found = analyze_class_imbalance(["a", "a", None], classes=["a", "b"])
+    assert found["a"] == {"count": 2, "percentage": 100.0, "imbalance_factor": 1.0}
+    assert found["b"] == {"count": 0, "percentage": 0.0, "imbalance_factor": math.inf}
+    assert analyze_class_imbalance([], classes=["a"])["a"]["count"] == 0
+    with pytest.raises(ValueError, match="'c' is not among the classes"):
+        analyze_class_imbalance(["c"], classes=["a", "b"])
+
+
+def test_imbalance_per_site_and_per_patient() -> None:
+    labels = ["ill", "ill", "well", "well", "well", "ill"]
+    patients = ["p1", "p1", "p1", "p2", "p3", "p4"]
+    sites = ["north", "north", "north", "north", "south", "south"]
+    by_site = analyze_class_imbalance(labels, groups=sites)
+    assert by_site["north"]["ill"] == {"count": 2, "percentage": 50.0, "imbalance_factor": 1.0}
+    assert by_site["south"]["well"]["count"] == 1
+    by_patient = analyze_class_imbalance(labels, patients=patients)
+    assert (by_patient["ill"]["count"], by_patient["well"]["count"]) == (2, 3)  # p1 has both
+    both = analyze_class_imbalance(labels, patients=patients, groups=sites)
+    assert (both["north"]["ill"]["count"], both["south"]["ill"]["count"]) == (1, 1)
+
+
+# --- samplers ----------------------------------------------------------------------------------------
+
+ONE_IN_A_THOUSAND = np.array(["normal"] * 1000 + ["cancer"])
+
+
+def one_hot(columns: list[int], num_classes: int) -> np.ndarray:
+    return np.eye(num_classes, dtype=np.float32)[columns]
+
+
+@pytest.mark.parametrize("num_samples", [None, 1, 7, 64, 5000])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_sampler_length_is_what_it_yields(num_samples: int | None, world_size: int) -> None:
+    sampler = BalancedSampler(ONE_IN_A_THOUSAND, seed=0, num_samples=num_samples, world_size=world_size)
+    assert len(list(sampler)) == len(sampler) == math.ceil((num_samples or 1001) / world_size)
+
+
+def test_sampler_ignores_and_leaves_the_global_random_state() -> None:
+    orders = []
+    for global_seed in (1, 2):
+        np.random.seed(global_seed)  # noqa: NPY002 - the global state is the subject
+        torch.manual_seed(global_seed)
+        before = np.random.get_state()[1].copy()  # noqa: NPY002
+        orders.append(list(BalancedSampler(ONE_IN_A_THOUSAND, seed=5)))
+        np.testing.assert_array_equal(np.random.get_state()[1], before)  # noqa: NPY002
+    assert orders[0] == orders[1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 50), min_size=1, max_size=5).filter(any),
+    num_samples=st.integers(1, 300),
+    epoch=st.integers(0, 9),
+)
+def test_every_class_is_drawn_equally_often(counts: list[int], num_samples: int, epoch: int) -> None:
+    classes = np.repeat(np.arange(len(counts)), counts)
+    order = BalancedSampler(one_hot(classes, len(counts)), seed=1, num_samples=num_samples).epoch_indices(
+        epoch
+    )
+    drawn = Counter(classes[order].tolist())
+    numbers = [drawn[name] for name, count in enumerate(counts) if count]
+    assert sum(numbers) == num_samples
+    assert max(numbers) - min(numbers) <= 1
+
+
+def test_a_class_is_exhausted_before_a_sample_is_repeated_even_over_epochs() -> None:
+    classes = np.repeat([0, 1], [40, 7])
+    sampler = BalancedSampler(one_hot(classes, 2), seed=0, num_samples=25)
+    drawn: Counter[int] = Counter()
+    for epoch in range(12):
+        drawn.update(sampler.epoch_indices(epoch).tolist())
+        for members in (np.arange(40), np.arange(40, 47)):
+            times = [drawn[index] for index in members.tolist()]
+            assert max(times) - min(times) <= 1, epoch
+
+
+def test_one_in_a_thousand_is_half_of_the_epoch() -> None:
+    order = BalancedSampler(ONE_IN_A_THOUSAND, seed=0).epoch_indices(0)
+    assert abs((order == 1000).mean() - 0.5) < 0.001
+    normal = order[order != 1000]
+    assert len(set(normal.tolist())) == len(normal)
+
+
+def test_draws_are_shuffled_within_the_epoch() -> None:
+    order = BalancedSampler(ONE_IN_A_THOUSAND, seed=0).epoch_indices(0)
+    rare = (order == 1000).astype(int)
+    assert 400 < np.abs(np.diff(rare)).sum() < 600  # neither in blocks nor strictly in turn
+
+
+def test_unlabelled_samples_are_never_drawn() -> None:
+    labels = one_hot([0, 1, 0, 1], 2)
+    labels[2] = np.nan
+    for sampler in (BalancedSampler(labels, seed=0, num_samples=100), EpochSampler(labels, seed=0)):
+        assert 2 not in list(sampler)
+    with pytest.raises(ValueError, match="no sample is labelled"):
+        BalancedSampler(np.full((3, 2), np.nan), seed=0)
+
+
+def test_multilabel_draws_balance_positives_and_all_negatives() -> None:
+    labels = np.zeros((1000, 2), np.float32)
+    labels[:10, 0] = 1
+    labels[10:60, 1] = 1
+    labels[60:70, 1] = np.nan
+    order = BalancedSampler(labels, seed=0, num_samples=300).epoch_indices(0)
+    assert [((order >= a) & (order < b)).sum() for a, b in ((0, 10), (10, 60), (60, 1000))] == [100, 100, 100]
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    labels = one_hot([0] * 90 + [1] * 10, 2)
+    for make in (BalancedSampler, EpochSampler):
+        sampler = make(labels, seed=3)
+        first = list(sampler)
+        sampler.set_epoch(4)
+        later = list(sampler)
+        assert later != first
+        fresh = make(labels, seed=3)
+        assert fresh.epoch_indices(4).tolist() == later  # a resumed run, without the epochs before
+        assert list(fresh) == first
+        assert list(make(labels, seed=4)) != first
+
+
+@pytest.mark.parametrize("make", [BalancedSampler, EpochSampler])
+def test_ranks_divide_one_global_order(make: Any) -> None:
+    labels = one_hot([0] * 90 + [1] * 13, 2)
+    whole = make(labels, seed=0).epoch_indices(2)
+    parts = [make(labels, seed=0, rank=rank, world_size=4).epoch_indices(2) for rank in range(4)]
+    joined = np.stack(parts, axis=1).ravel()
+    assert len(joined) == 104
+    np.testing.assert_array_equal(joined, [*whole, whole[0]])
+
+
+def test_plain_shuffle_yields_every_sample_once() -> None:
+    sampler = EpochSampler(one_hot([0] * 50 + [1] * 5, 2), seed=0)
+    assert len(sampler) == 55
+    assert sorted(sampler) == list(range(55))
+
+
+# --- torch's view ------------------------------------------------------------------------------------
+
+
+def test_cached_images_equal_those_read_on_demand(folder: DatasetFolder) -> None:
+    ids = [f"s{index}" for index in (7, 0, 3)]
+    steps: list[tuple[int, int]] = []
+    cached = ImageDataset(folder, ids, SMALL, cache_mb=1)
+    cached.warm(lambda done, total: steps.append((done, total)))
+    assert steps == [(1, 3), (2, 3), (3, 3)]
+    direct = ImageDataset(folder, ids, SMALL, cache_mb=0)
+    for index, sample_id in enumerate(ids):
+        image, target, position = cached[index]
+        assert position == index
+        assert (image.dtype, image.shape) == (torch.float32, (1, 8, 8))
+        assert torch.equal(image, direct[index][0])
+        assert torch.equal(image, SMALL.apply(folder.pixels(sample_id)))
+        np.testing.assert_array_equal(target.numpy(), folder.labels([sample_id])[0])
+
+
+def test_a_warm_cache_reads_nothing_more(folder: DatasetFolder) -> None:
+    dataset = ImageDataset(folder, ["s0", "s1"], SMALL, cache_mb=1)
+    dataset.warm()
+    for shard in (folder.path / "shards").iterdir():
+        shard.unlink()
+    assert dataset[1][0].isfinite().all()
+
+
+def test_loader_workers_read_the_same_images(folder: DatasetFolder) -> None:
+    dataset = ImageDataset(folder, [f"s{index}" for index in range(10)], SMALL, cache_mb=0)
+    dataset[0]  # the parent's memory map is open when the workers fork
+    loader = DataLoader(dataset, batch_size=4, num_workers=2, multiprocessing_context="fork")
+    images = torch.cat([batch for batch, _, _ in loader])
+    assert torch.equal(images, torch.stack([dataset[index][0] for index in range(10)]))
+
+
+def test_a_folder_can_be_pickled_after_reading(folder: DatasetFolder) -> None:
+    folder.pixels("s0")
+    again = pickle.loads(pickle.dumps(folder))
+    np.testing.assert_array_equal(again.pixels("s4"), folder.pixels("s4"))
+
+
+def test_pneumoniamnist_has_its_official_counts(mirror: Path, tmp_path: Path) -> None:
+    with np.load(mirror / "pneumoniamnist" / "pneumoniamnist.npz") as arrays:
+        images, labels = arrays["train_images"], arrays["train_labels"][:, 0]
+    with writer(tmp_path / "made", clustered=False) as dataset:
+        for index, (pixels, label) in enumerate(zip(images, labels, strict=True)):
+            dataset.add(
+                sample_id=f"train-{index:05d}",
+                pixels=pixels,
+                labels={("normal", "pneumonia")[label]: 1},
+                patient=f"train-{index:05d}",
+                sha256=Digest(SHA),
+                statistics={"mean": float(pixels.mean())},
+            )
+    folder = DatasetFolder(tmp_path / "made")
+    found = analyze_class_imbalance(folder.samples[list(folder.info.label_columns)])
+    assert [item["count"] for item in found.values()] == [1214, 3494]
+    np.testing.assert_array_equal(folder.pixels("train-04707"), images[-1])

@@ -1,0 +1,430 @@
+"""Ingest: everything of the source stands in the dataset, or one clear line and nothing at all."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pydicom
+import pytest
+import yaml
+from PIL import Image
+
+from cadx.catalog import describe_folder
+from cadx.datasets import DatasetFolder
+from cadx.files import digest_path
+from cadx.phantom import Faults, XrayPhantom, write_xray_cohort
+from cadx.reading import read_image
+from components.ingest import ingest
+
+NAME = "Ignatowska^Bronislawa"
+PHANTOM = {"num_patients": 12, "prevalence": 0.3, "size_px": 48}
+COMMON = {
+    "title": "T", "task": "binary", "classes": ["normal", "opacity"], "positive": "opacity",
+    "modality": "chest X-ray", "licence": "L", "citation": "C",
+}  # fmt: skip
+
+Run = Callable[..., DatasetFolder]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch) -> Run:
+    """Ingest of one entry; what it leaves is checked to be whole or nothing."""
+    monkeypatch.delenv("CADX_DATA_MIRROR", raising=False)
+    monkeypatch.setenv("CADX_SITE_KEY", 32 * "5a")
+
+    def ingested(entry: dict[str, object], out: str = "dataset", digest: str = "") -> DatasetFolder:
+        catalog = tmp_path / "catalog.yaml"
+        catalog.write_text(yaml.safe_dump({"mine": entry}), encoding="utf-8")
+        before = set(tmp_path.iterdir())
+        try:
+            ingest(
+                catalog=catalog, cache=tmp_path / "cache", dataset=tmp_path / out, digest=digest,
+                params='{"source": "mine"}',
+            )  # fmt: skip
+        except ValueError as error:
+            assert "\n" not in str(error)  # noqa: PT017  it is raised again
+            assert set(tmp_path.iterdir()) == before, "a failed ingest leaves something behind"
+            raise
+        return DatasetFolder(tmp_path / out)
+
+    return ingested
+
+
+def write_png(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def folders(tmp_path) -> dict[str, object]:
+    """An entry for a folder per class: three normal images and two opacities."""
+    for name, count in (("normal", 3), ("opacity", 2)):
+        for index in range(count):
+            write_png(tmp_path / f"own/{name}/{name[0]}{index}.png", np.full((6, 5), 10 * index, np.uint8))
+    return COMMON | {"format": "folder", "file": str(tmp_path / "own"), "patient": "per-image"}
+
+
+@pytest.fixture
+def table(tmp_path) -> dict[str, object]:
+    """An entry for a table with the usual columns, of four images of three patients, with one box."""
+    for index in range(4):
+        write_png(tmp_path / f"own/images/{index}.png", np.full((6, 5), index, np.uint8))
+    write_rows(tmp_path, "0.png,no,A1,Hill,45,F,PA,train", "1.png,yes,A1,Hill,045Y,f,AP,train",
+               "2.png,no,B2,,6M,male,,validation", "3.png,,C3,,,,,test")  # fmt: skip
+    (tmp_path / "own/boxes.csv").write_text(
+        "file,reader,what,x,y,w,h\n1.png,r1,yes,1,2,3,4\n1.png,r2,yes,0,0,1,1\n"
+    )
+    columns = ("patient", "site", "age", "sex", "view", "split")
+    return COMMON | {
+        "format": "table", "file": str(tmp_path / "own"), "table": "t.csv", "images": "images",
+        "label_column": "ill", "values": {"no": "normal", "yes": "opacity"},
+        "patient": "public", "columns": {c: c for c in columns},
+        "boxes": {"table": "boxes.csv", "class_name": "what", "x0": "x", "y0": "y", "width": "w",
+                  "height": "h", "where": {"reader": "r1"}, "values": {"yes": "opacity"}},
+    }  # fmt: skip
+
+
+def write_rows(tmp_path: Path, *rows: str) -> None:
+    (tmp_path / "own/t.csv").write_text("\n".join(["file,ill,patient,site,age,sex,view,split", *rows]))
+
+
+# --- What arrives -------------------------------------------------------------------------------------
+
+
+def test_pneumoniamnist_of_the_mirror_has_the_official_counts(root, mirror, tmp_path, monkeypatch):
+    monkeypatch.setenv("CADX_DATA_MIRROR", str(mirror))
+    ingest(catalog=root / "data/catalog.yaml", cache=tmp_path / "cache", dataset=tmp_path / "out",
+           params='{"source": "pneumoniamnist"}')  # fmt: skip
+    folder = DatasetFolder(tmp_path / "out")
+    samples = folder.samples
+    assert len(samples) == 5856
+    counts = samples.groupby("given_split")[["label_normal", "label_pneumonia"]].sum().astype(int)
+    expected = {"train": [1214, 3494], "val": [135, 389], "test": [234, 390]}
+    assert counts.T.to_dict("list") == expected
+    assert not folder.info.clustered
+    assert samples["patient"].is_unique
+    with np.load(mirror / "pneumoniamnist/pneumoniamnist.npz") as arrays:
+        np.testing.assert_array_equal(folder.pixels("val-00100"), arrays["val_images"][100])
+    by_split = samples.groupby("given_split")["pixels_sha256"].apply(set)
+    assert samples["pixels_sha256"][samples["given_split"] == "val"].isin(by_split["train"]).sum() == 8
+
+
+def test_nih_rsna_of_the_mirror(root, mirror, tmp_path, monkeypatch):
+    monkeypatch.setenv("CADX_DATA_MIRROR", str(mirror))
+    ingest(catalog=root / "data/catalog.yaml", cache=tmp_path / "cache", dataset=tmp_path / "out",
+           params='{"source": "nih-rsna"}')  # fmt: skip
+    folder = DatasetFolder(tmp_path / "out")
+    assert folder.samples["label_opacity"].sum() == 32
+    assert folder.samples["patient"].nunique() == 60
+    boxes = pd.read_csv(mirror / "nih_rsna_cxr/boxes.csv")
+    boxes = boxes[boxes["source"] == "RSNA2018"]
+    assert len(folder.boxes) == len(boxes)
+    assert (folder.boxes["x1"] - folder.boxes["x0"]).sum() == pytest.approx(boxes["w"].sum())
+    assert set(folder.boxes["sample_id"]) == set(
+        folder.samples["sample_id"][folder.samples["label_opacity"] == 1]
+    )
+    assert folder.samples.set_index("sample_id").loc["00000193_019", ["age", "sex", "view"]].tolist() == [
+        54,
+        "M",
+        "AP",
+    ]
+
+
+def test_phantom_is_made_and_read_as_dicom(run, tmp_path):
+    entry = COMMON | {"format": "phantom", "patient": "public", "parameters": PHANTOM}
+    folder = run(entry)
+    write_xray_cohort(tmp_path / "cohort", XrayPhantom(**PHANTOM))
+    truth = pd.read_csv(tmp_path / "cohort/labels.csv")
+    samples = folder.samples.set_index("sample_id")
+    assert samples["label_opacity"].tolist() == truth["label_opacity"].tolist()
+    assert len(folder.boxes) == len(pd.read_csv(tmp_path / "cohort/boxes.csv"))
+    first = read_image(tmp_path / "cohort" / truth["file"][0])
+    np.testing.assert_array_equal(folder.pixels(samples.index[0]), first.pixels)
+    assert samples["site"].all()
+    assert samples["spacing_row_mm"].notna().all()
+    assert folder.info.clustered
+    assert folder.info.source.digest == digest_path(tmp_path / "cohort")
+
+
+def test_same_source_gives_the_same_bytes(run):
+    entry = COMMON | {"format": "phantom", "patient": "hmac", "parameters": PHANTOM}
+    one, other = run(entry, "one"), run(entry, "other")
+    assert digest_path(one.path) == digest_path(other.path)
+
+
+def test_a_folder_per_class(run, folders):
+    folder = run(folders)
+    samples = folder.samples
+    assert samples["sample_id"].tolist() == [
+        "normal-n0",
+        "normal-n1",
+        "normal-n2",
+        "opacity-o0",
+        "opacity-o1",
+    ]
+    assert samples["label_opacity"].tolist() == [0, 0, 0, 1, 1]
+    assert samples["patient"].equals(samples["sample_id"])
+    assert folder.pixels("normal-n2")[0, 0] == 20
+
+
+def test_class_folders_within_split_folders(run, tmp_path):
+    for split in ("train", "val"):
+        for name in ("normal", "opacity"):
+            write_png(tmp_path / f"own/{split}/{name}/{split}.png", np.zeros((4, 4), np.uint8))
+    entry = {"format": "folder", "file": str(tmp_path / "own"), "patient": "per-image"}
+    samples = run(COMMON | entry | {"split_folders": {"train": "train", "val": "val"}}).samples
+    assert samples["given_split"].tolist() == ["train", "train", "val", "val"]
+    assert samples["label_opacity"].tolist() == [0, 1, 0, 1]
+
+
+def test_a_table_with_everything(run, table):
+    folder = run(table)
+    samples = folder.samples.set_index("sample_id")
+    assert samples["patient"].tolist() == ["A1", "A1", "B2", "C3"]
+    assert samples["given_split"].tolist() == ["train", "train", "val", "test"]
+    assert samples["age"].tolist()[:3] == [45, 45, 0.5]
+    assert np.isnan(samples["age"].iloc[3])
+    assert samples["sex"].tolist() == ["F", "F", "M", ""]
+    assert samples["label_opacity"].tolist()[:3] == [0, 1, 0]
+    assert samples[["label_normal", "label_opacity"]].iloc[3].isna().all(), "an empty cell means unlabelled"
+    assert folder.boxes.to_numpy().tolist() == [["1", "opacity", 1, 2, 4, 6]], "the other reader is left out"
+
+
+def test_multilabel_table(run, tmp_path, table):
+    entry = {
+        key: value
+        for key, value in table.items()
+        if key not in ("label_column", "values", "boxes", "positive")
+    }
+    (tmp_path / "own/t.csv").write_text(
+        "file,patient,m,e\n0.png,A,1,0\n1.png,A,,1\n2.png,B,0,0\n3.png,C,0,1\n"
+    )
+    samples = run(
+        entry | {"task": "multilabel", "classes": ["mass", "edema"],
+                 "label_columns": {"mass": "m", "edema": "e"},
+                 "columns": {"patient": "patient"}}
+    ).samples  # fmt: skip
+    np.testing.assert_array_equal(samples["label_mass"], [1, np.nan, 0, 0])
+    np.testing.assert_array_equal(samples["label_edema"], [0, 1, 0, 1])
+
+
+def test_what_cadx_new_describes_can_be_ingested(run, tmp_path):
+    write_xray_cohort(tmp_path / "own", XrayPhantom(**PHANTOM, faults=Faults(identifiers=2)))
+    described, _ = describe_folder(tmp_path / "own")
+    folder = run(described.model_dump(mode="json", exclude_defaults=True))
+    truth = pd.read_csv(tmp_path / "own/labels.csv")
+    assert folder.samples["label_opacity"].sum() == truth["label_opacity"].sum()
+    assert 1 < folder.samples["patient"].nunique() <= PHANTOM["num_patients"]
+
+
+# --- Identifiers --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def identified(tmp_path) -> dict[str, object]:
+    """A cohort of real DICOM files with a planted name, in tags and in a file's name; one is 97 years old."""
+    own = tmp_path / "own"
+    write_xray_cohort(own, XrayPhantom(**PHANTOM))
+    labels = pd.read_csv(own / "labels.csv", dtype=str)
+    for index in (2, 5):
+        path = own / labels.loc[index, "file"]
+        ds = pydicom.dcmread(path)
+        ds.PatientName, ds.PatientID, ds.PatientBirthDate, ds.PatientAge = NAME, NAME, "19280301", "097Y"
+        del ds.PatientIdentityRemoved
+        named = path.with_name(f"Ignatowska_{index}.dcm")
+        pydicom.dcmwrite(named, ds, enforce_file_format=True)
+        path.unlink()
+        labels.loc[index, "file"] = f"images/{named.name}"
+    labels.to_csv(own / "labels.csv", index=False)
+    (own / "boxes.csv").unlink()
+    return COMMON | {
+        "format": "table", "file": str(own), "patient": "hmac", "table": "labels.csv",
+        "label_column": "label_opacity", "values": {"0": "normal", "1": "opacity"},
+    }  # fmt: skip
+
+
+def test_ingest_stops_on_identifiers_and_names_tags_and_count(run, identified):
+    with pytest.raises(ValueError, match=r"patient identifiers in 2 of \d+ images") as caught:
+        run(identified)
+    message = str(caught.value)
+    assert "(PatientBirthDate, PatientID, PatientName)" in message
+    assert "deidentify: true" in message
+    assert "Ignatowska" not in message
+
+
+def test_deidentified_dataset_holds_no_byte_of_a_name(run, identified, capfd, caplog):
+    folder = run(identified | {"deidentify": True})
+    out, err = capfd.readouterr()
+    texts = [path.read_bytes() for path in folder.path.rglob("*") if path.is_file()]
+    texts += [out.encode(), err.encode(), caplog.text.encode()]
+    # Parquet compresses; so the values are looked at as well.
+    texts += [
+        folder.samples.to_csv().encode(),
+        folder.boxes.to_csv().encode(),
+        folder.info.model_dump_json().encode(),
+    ]
+    for secret in (b"Ignatowska", b"Bronislawa", b"19280301"):
+        assert not any(secret in text for text in texts)
+    samples = folder.samples
+    assert samples["sample_id"].str.fullmatch("x[0-9a-f]{12}").all()
+    assert samples["patient"].str.fullmatch("p[0-9a-f]{16}").all()
+    assert samples["age"].max() == 90
+    assert "ages above 89 were set to 90" in folder.info.assumptions
+    assert (samples["patient"].value_counts() >= 2).any(), "the two images of one name stay one patient"
+
+
+def test_another_site_key_gives_other_pseudonyms(run, identified, monkeypatch):
+    one = run(identified | {"deidentify": True}, "one").samples
+    monkeypatch.setenv("CADX_SITE_KEY", 32 * "77")
+    other = run(identified | {"deidentify": True}, "other").samples
+    for column in ("sample_id", "patient"):
+        assert not set(one[column]) & set(other[column])
+
+
+def test_burned_in_identifiers_cannot_be_dropped(run, tmp_path, identified):
+    path = sorted((tmp_path / "own/images").glob("*.dcm"))[0]
+    ds = pydicom.dcmread(path)
+    ds.BurnedInAnnotation = "YES"
+    pydicom.dcmwrite(path, ds)
+    with pytest.raises(ValueError, match=r"BurnedInAnnotation.*in their pixels"):
+        run(identified | {"deidentify": True})
+
+
+def test_a_policy_that_needs_patients_refuses_images_without(run, folders):
+    with pytest.raises(ValueError, match=r"5 of 5 images cannot be taken: class normal, file 1.*no patient"):
+        run(folders | {"patient": "hmac"})
+
+
+# --- Bad input ----------------------------------------------------------------------------------------
+
+
+def test_unreadable_files_are_counted_and_at_most_five_listed(run, folders, tmp_path):
+    for index in range(7):
+        (tmp_path / f"own/normal/Ignatowska{index}.dcm").write_text("a text file")
+    (tmp_path / "own/opacity/o0.png").write_bytes((tmp_path / "own/opacity/o0.png").read_bytes()[:40])
+    (tmp_path / "own/opacity/o1.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="mine: 9 of 12 images cannot be taken") as caught:
+        run(folders)
+    message = str(caught.value)
+    assert message.count("neither DICOM, PNG nor JPEG") == 5
+    assert "and 4 more" in message
+    assert "Ignatowska" not in message
+
+
+def test_phantom_with_corrupt_files_stops(run):
+    entry = COMMON | {
+        "format": "phantom",
+        "patient": "public",
+        "parameters": PHANTOM | {"faults": {"corrupt_files": 3}},
+    }
+    with pytest.raises(ValueError, match=r"3 of \d+ images cannot be taken") as caught:
+        run(entry)
+    for reason in ("damaged or truncated", "an empty file", "neither DICOM, PNG nor JPEG"):
+        assert reason in str(caught.value)
+
+
+def test_folders_and_classes_must_agree(run, folders, tmp_path):
+    (tmp_path / "own/Ignatowska").mkdir()
+    with pytest.raises(ValueError, match="1 of 3 folders are none of the classes normal, opacity") as caught:
+        run(folders)
+    assert "Ignatowska" not in str(caught.value)
+    (tmp_path / "own/Ignatowska").rmdir()
+    with pytest.raises(ValueError, match="class fracture has no folder"):
+        run(folders | {"task": "multiclass", "positive": None, "classes": ["normal", "opacity", "fracture"]})
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("3.png,maybe,Ignatowska,,,,,", "t.csv row 5, column ill: a label that is none of no, yes"),
+        ("4.png,no,Ignatowska,,,,,", "t.csv row 5: its image file is not there"),
+        ("2.png,no,Ignatowska,,,,,", "t.csv row 5: the same file as t.csv row 4"),
+        ("../t.csv,no,Ignatowska,,,,,", "t.csv row 5: column file must be a path within the source"),
+        ("3.png,no,Ignatowska,,,,,maybe", "t.csv row 5, column split: not train, val"),
+        ("3.png,no", "t.csv row 5: 2 cells, but 8 columns"),
+        ("3.png,no,,,,,,", "1 of 4 images cannot be taken: t.csv row 5: no patient"),
+    ],
+)
+def test_bad_rows(run, table, tmp_path, row, reason):
+    write_rows(tmp_path, *(f"{index}.png,no,P,,,,," for index in range(3)), row)
+    with pytest.raises(ValueError, match=reason) as caught:
+        run({key: value for key, value in table.items() if key != "boxes"})
+    assert "Ignatowska" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("1.png,r1,no,1,2,3,4", "boxes.csv row 2: a box of a class that is none of yes"),
+        ("1.png,r1,yes,1,2,x,4", "boxes.csv row 2: a corner is no number"),
+        ("9.png,r1,yes,1,2,3,4", "boxes.csv: boxes of 1 files that have no row"),
+    ],
+)
+def test_bad_boxes(run, table, tmp_path, row, reason):
+    (tmp_path / "own/boxes.csv").write_text(f"file,reader,what,x,y,w,h\n{row}\n")
+    with pytest.raises(ValueError, match=reason):
+        run(table)
+
+
+def test_image_without_row_and_missing_table_and_column(run, table, tmp_path):
+    write_png(tmp_path / "own/images/Ignatowska.png", np.zeros((4, 4), np.uint8))
+    with pytest.raises(ValueError, match=r"t\.csv: 1 images beside the listed have no row") as caught:
+        run(table)
+    assert "Ignatowska" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"t\.csv: no column 'truth'; it has file, ill, patient"):
+        run(table | {"label_column": "truth"})
+    with pytest.raises(ValueError, match=r"labels\.csv: no such table"):
+        run(table | {"table": "labels.csv"})
+
+
+def test_names_that_differ_only_in_the_extension(run, folders, tmp_path):
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "own/normal/n0.jpg")
+    with pytest.raises(ValueError, match=r"file 1 .* and .*file 2 .*differ only in the extension"):
+        run(folders)
+
+
+def test_differing_digest_is_refused_with_both_named(run, folders, tmp_path):
+    found = digest_path(tmp_path / "own")
+    declared = "sha256:" + 64 * "0"
+    for entry, digest in ((folders | {"digest": declared}, ""), (folders, declared)):
+        with pytest.raises(ValueError, match="digest") as caught:
+            run(entry, digest=digest)
+        assert found in str(caught.value)
+        assert declared in str(caught.value)
+    assert len(run(folders | {"digest": found}, digest=found).samples) == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"train_labels": np.array([[0], [7]])},
+            r"train_labels row 1: \[7\] is none of .*0 normal, 1 opacity",
+        ),
+        ({"train_labels": np.array([[0]])}, "do not have equal lengths"),
+        ({"train_images": np.zeros((2, 4, 4, 4), np.uint8)}, "must be N H W or N H W 3"),
+        ({"train_images": np.zeros((2, 4, 4))}, "uint8 or uint16"),
+        (
+            {"extra_images": np.zeros((2, 4, 4), np.uint8), "extra_labels": np.zeros((2, 1))},
+            "extra_images belongs to none",
+        ),
+    ],
+)
+def test_bad_arrays(run, tmp_path, changes, reason):
+    arrays = {"train_images": np.zeros((2, 4, 4), np.uint8), "train_labels": np.array([[0], [1]])}
+    np.savez(tmp_path / "set.npz", **(arrays | changes))
+    entry = COMMON | {"format": "npz", "file": str(tmp_path / "set.npz"), "patient": "per-image"}
+    with pytest.raises(ValueError, match=reason):
+        run(entry)
+
+
+def test_unknown_source_parameter_and_phantom_parameter(run, tmp_path, root):
+    with pytest.raises(ValueError, match=r"mine\.parameters\.num_patient: unknown parameter.*'num_patients'"):
+        run(COMMON | {"format": "phantom", "patient": "public", "parameters": {"num_patient": 3}})
+    paths = {"catalog": root / "data/catalog.yaml", "cache": tmp_path / "c", "dataset": tmp_path / "d"}
+    with pytest.raises(ValueError, match="did you mean 'pneumoniamnist'"):
+        ingest(**paths, params=json.dumps({"source": "pneumoniamnis"}))
+    with pytest.raises(ValueError, match=r"ingest\.sourc: unknown parameter; did you mean 'source'"):
+        ingest(**paths, params=json.dumps({"sourc": "pneumoniamnist"}))

@@ -1,0 +1,447 @@
+"""Reading: right pixels and geometry from every format, one clear line for the rest, never an identifier."""
+
+import io
+import logging
+import threading
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+from pydicom.data import get_testdata_file
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.pixels import apply_modality_lut, apply_windowing
+from pydicom.sequence import Sequence
+from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian, RLELossless
+
+from cadx.reading import (
+    MAX_PIXELS,
+    dicom_identifiers,
+    read_arrays,
+    read_image,
+    sniff,
+)
+
+NAME = "Ignatowska^Bronislawa"
+
+
+def dicom_dataset(stored: np.ndarray, *, bits: int | None = None, **elements: object) -> Dataset:
+    """A minimal gray DICOM dataset with `stored` as its stored values."""
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = ComputedRadiographyImageStorage
+    meta.MediaStorageSOPInstanceUID = "1.2.3.4"
+    ds = Dataset()
+    ds.file_meta = meta
+    ds.SOPClassUID, ds.SOPInstanceUID = ComputedRadiographyImageStorage, "1.2.3.4"
+    ds.Rows, ds.Columns = stored.shape[:2]
+    ds.SamplesPerPixel = 1
+    ds.PhotometricInterpretation = "MONOCHROME2"
+    ds.BitsAllocated = 8 * stored.itemsize
+    ds.BitsStored = bits or ds.BitsAllocated
+    ds.HighBit = ds.BitsStored - 1
+    ds.PixelRepresentation = int(stored.dtype.kind == "i")
+    ds.PixelData = stored.tobytes()
+    ds["PixelData"].VR = "OB" if stored.itemsize == 1 else "OW"
+    for keyword, value in elements.items():
+        setattr(ds, keyword, value)
+    return ds
+
+
+def encode(ds: Dataset) -> bytes:
+    stream = io.BytesIO()
+    pydicom.dcmwrite(stream, ds, enforce_file_format=True)
+    return stream.getvalue()
+
+
+def dicom_bytes(stored: np.ndarray, **elements: object) -> bytes:
+    return encode(dicom_dataset(stored, **elements))
+
+
+def picture_bytes(pixels: np.ndarray, kind: str = "PNG", **options: object) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def ramp12() -> np.ndarray:
+    """Every 12-bit value once, 64 x 64."""
+    return np.arange(4096, dtype=np.uint16).reshape(64, 64)
+
+
+# --- DICOM: pixels ------------------------------------------------------------------------------------
+
+
+def test_monochrome1_twin_reads_equal_to_its_monochrome2_original(ramp12):
+    original = read_image(dicom_bytes(ramp12, bits=12, WindowCenter=1800, WindowWidth=1500))
+    twin = read_image(
+        dicom_bytes(
+            4095 - ramp12, bits=12, PhotometricInterpretation="MONOCHROME1",
+            WindowCenter=4095 - 1800 + 1, WindowWidth=1500,  # a window is centred at c - 0.5
+        )
+    )  # fmt: skip
+    np.testing.assert_array_equal(twin.pixels, original.pixels)
+    gray = np.random.default_rng(0).integers(0, 256, (20, 30), dtype=np.uint8)
+    inverse = dicom_bytes(255 - gray, PhotometricInterpretation="MONOCHROME1")
+    np.testing.assert_array_equal(read_image(inverse).pixels, gray)
+
+
+def test_mirror_pair_that_differs_in_its_photometric_interpretation_only(mirror):
+    # The two files hold the same JPEG stream under MONOCHROME2 and MONOCHROME1, so the standard makes one
+    # the negative of the other; a reader that finds them equal ignores the tag.
+    one = mirror / "dicom_ct/1.2.276.0.7230010.3.1.4.8323329.6904.1517875201.850819.dcm"
+    other = mirror / "dicom_ct/Fake_MONOHR1.dcm"
+    assert pydicom.dcmread(one).PixelData == pydicom.dcmread(other).PixelData
+    image, negative = read_image(one), read_image(other)
+    np.testing.assert_array_equal(image.pixels, 255 - negative.pixels)
+    lungs, spine = image.pixels[400:500, 250:350].mean(), image.pixels[400:500, 490:530].mean()
+    assert lungs < spine, "air must be darker than bone"
+    assert image.spacing_mm == (0.168, 0.168)
+    assert image.attributes == {"sex": "M", "age": 62.0, "view": "PA"}
+    assert "PatientAge without a unit was taken for years" in image.assumptions
+
+
+@pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
+@pytest.mark.parametrize("signed", [False, True])
+def test_window_equals_pydicom(ramp12, function, signed):
+    stored = (ramp12.astype(np.int16) - 2048) if signed else ramp12
+    ds = dicom_dataset(
+        stored, bits=12, WindowCenter=["900", "0"], WindowWidth=["777", "1"], VOILUTFunction=function,
+        RescaleSlope=2, RescaleIntercept=-1000,
+    )  # fmt: skip
+    image = read_image(encode(ds))
+    reference = apply_windowing(apply_modality_lut(stored, ds), ds)
+    low, high = (-2048, 2047) if signed else (0, 4095)
+    unit = (reference - (2 * low - 1000)) / (2 * (high - low))
+    assert image.pixels.dtype == np.uint16
+    np.testing.assert_allclose(image.pixels / 65535, unit, atol=0.51 / 65535)
+    assert "the first of 2 display windows was taken" in image.assumptions
+
+
+def test_twelve_bits_without_window_fill_the_range_and_say_so(ramp12):
+    image = read_image(dicom_bytes(ramp12, bits=12))
+    np.testing.assert_array_equal(image.pixels, np.rint(ramp12 / 4095 * 65535))
+    assert any("no display window" in text for text in image.assumptions)
+
+
+def test_window_of_width_one_is_a_threshold(ramp12):
+    pixels = read_image(dicom_bytes(ramp12, bits=12, WindowCenter=100, WindowWidth=1)).pixels
+    np.testing.assert_array_equal(pixels > 0, ramp12 > 99.5)
+
+
+def test_bits_above_bits_stored_are_ignored(ramp12):
+    with_overlay = ramp12 | np.uint16(0x8000)
+    np.testing.assert_array_equal(
+        read_image(dicom_bytes(with_overlay, bits=12)).pixels, read_image(dicom_bytes(ramp12, bits=12)).pixels
+    )
+
+
+@pytest.mark.parametrize("entry_bits", [8, 12])
+def test_voi_lookup_table(ramp12, entry_bits):
+    top = 2**entry_bits - 1
+    entries = np.rint(np.linspace(0, 1, 1000) ** 2 * top).astype(np.uint16)
+    item = Dataset()
+    item.LUTDescriptor, item.LUTData = [1000, 500, entry_bits], entries.tolist()
+    for element in item:
+        element.VR = "US"
+    image = read_image(dicom_bytes(ramp12, bits=12, VOILUTSequence=Sequence([item])))
+    expected = np.rint(entries[np.clip(ramp12.astype(int) - 500, 0, 999)] / top * 65535)
+    np.testing.assert_array_equal(image.pixels, expected)
+
+
+def test_padding_outside_the_collimator_is_black_even_in_monochrome1():
+    stored = np.array([[0, 10, 255]], dtype=np.uint8)
+    data = dicom_bytes(stored, PhotometricInterpretation="MONOCHROME1", PixelPaddingValue=0)
+    assert read_image(data).pixels.tolist() == [[0, 245, 0]]
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "MR_small_RLE.dcm", "MR_small_jp2klossless.dcm", "MR_small_jpeg_ls_lossless.dcm",
+        "MR_small_bigendian.dcm", "MR_small_implicit.dcm",
+    ],
+)  # fmt: skip
+def test_transfer_syntaxes_give_the_uncompressed_pixels(file):
+    plain = read_image(Path(get_testdata_file("MR_small.dcm", download=False)))
+    coded = read_image(Path(get_testdata_file(file, download=False)))
+    np.testing.assert_array_equal(coded.pixels, plain.pixels)
+
+
+def test_rle_of_our_own(ramp12):
+    ds = dicom_dataset(ramp12, bits=12)
+    plain = read_image(encode(ds)).pixels
+    ds.compress(RLELossless)
+    np.testing.assert_array_equal(read_image(encode(ds)).pixels, plain)
+
+
+def test_jpeg_baseline_in_dicom_reads_as_the_jpeg_itself():
+    gray = np.add.outer(np.arange(64), np.arange(64)).astype(np.uint8)
+    jpeg = picture_bytes(gray, "JPEG", quality=90)
+    ds = dicom_dataset(gray)
+    ds.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit
+    ds.PixelData = pydicom.encaps.encapsulate([jpeg])
+    np.testing.assert_array_equal(read_image(encode(ds)).pixels, read_image(jpeg).pixels)
+
+
+def test_colour_dicom_is_rgb_and_collapses_where_it_is_gray():
+    rgb = read_image(Path(get_testdata_file("SC_ybr_full_422_uncompressed.dcm", download=False)))
+    assert rgb.pixels.shape == (100, 100, 3)
+    assert rgb.pixels[5, 5].tolist() == [254, 0, 0], "the picture begins with red"
+    gray = np.arange(48, dtype=np.uint8).reshape(6, 8)
+    colour = {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "PlanarConfiguration": 0}
+    data = dicom_bytes(np.repeat(gray[..., None], 3, axis=2), **colour)
+    np.testing.assert_array_equal(read_image(data).pixels, gray)
+
+
+# --- DICOM: what it says ------------------------------------------------------------------------------
+
+
+def test_attributes_and_geometry():
+    image = read_image(
+        dicom_bytes(
+            np.zeros((4, 4), np.uint8), InstitutionName="Alder Valley", Manufacturer="Kestrel",
+            ManufacturerModelName="Lumen 7", PatientAge="006M", PatientSex="F", ViewPosition="AP",
+            PatientID="4711", PatientBirthDate="19500101", ImagerPixelSpacing=["0.2", "0.3"],
+        )
+    )  # fmt: skip
+    expected = {"site": "Alder Valley", "scanner": "Kestrel Lumen 7", "age": 0.5, "sex": "F", "view": "AP"}
+    assert image.attributes == expected
+    assert image.patient == "4711"
+    assert "4711" not in repr(image)
+    assert image.spacing_mm == (0.2, 0.3)
+    assert any("ImagerPixelSpacing" in text for text in image.assumptions)
+
+
+def test_age_is_never_computed_from_the_birth_date():
+    image = read_image(
+        dicom_bytes(np.zeros((4, 4), np.uint8), PatientBirthDate="19500101", StudyDate="20200101")
+    )
+    assert "age" not in image.attributes
+
+
+@pytest.mark.parametrize("spacing", [["0", "0.1"], ["-1", "1"]])
+def test_impossible_spacing_is_unknown(spacing):
+    assert read_image(dicom_bytes(np.zeros((4, 4), np.uint8), PixelSpacing=spacing)).spacing_mm is None
+
+
+def test_identifiers_of_the_mirror_series_are_found(mirror):
+    for file in (mirror / "dicom_ct/tcia_PGBM-003").rglob("*.dcm"):
+        found = dicom_identifiers(file)
+        # The first series says PatientIdentityRemoved = YES, and still carries a name.
+        assert {"PatientName", "AccessionNumber"} <= set(found)
+        assert not any("Dumbledore" in keyword for keyword in found)
+
+
+def test_identifiers_need_a_value_and_are_found_at_any_depth():
+    pixels = np.zeros((4, 4), np.uint8)
+    clean = {"PatientName": "", "PatientID": "P7", "PatientIdentityRemoved": "YES", "AccessionNumber": " "}
+    assert dicom_identifiers(dicom_bytes(pixels, **clean)) == ()
+    assert dicom_identifiers(dicom_bytes(pixels, PatientID="P7")) == ("PatientID",)
+    assert dicom_identifiers(dicom_bytes(pixels, BurnedInAnnotation="YES")) == ("BurnedInAnnotation",)
+    inner = Dataset()
+    inner.ScheduledPerformingPhysicianName = NAME
+    nested = dicom_bytes(pixels, ScheduledProcedureStepSequence=Sequence([inner]))
+    assert dicom_identifiers(nested) == ("ScheduledPerformingPhysicianName",)
+    assert dicom_identifiers(picture_bytes(pixels)) == ()
+
+
+def test_no_message_warning_or_log_line_repeats_a_name(caplog, capfd):
+    """Each fault makes pydicom say something, and some of it quotes values."""
+    caplog.set_level(logging.DEBUG)
+    pixels = np.zeros((16, 16), np.uint8)
+    said: list[str] = []
+    name = NAME.encode()
+    whole = dicom_bytes(pixels, PatientName=NAME, PatientID=NAME, WindowCenter="1", WindowWidth="2")
+    broken = [whole[:cut] for cut in range(140, len(whole), 37)]
+    broken.append(whole.replace(name, b"\xff\xfe" + name[2:]))
+    broken.append(whole.replace(b"MONOCHROME2 ", name[:12]))
+    for keyword in (
+        "InstanceNumber",
+        "WindowCenter",
+        "PatientAge",
+        "NumberOfFrames",
+        "StudyInstanceUID",
+        "StudyDate",
+    ):
+        # Written as text, then given the representation that the standard demands and the value breaks.
+        ds = dicom_dataset(pixels, WindowWidth="5")
+        ds[keyword] = pydicom.DataElement(keyword, "LO", NAME)
+        data, vr = encode(ds), pydicom.datadict.dictionary_VR(ds[keyword].tag).encode()
+        at = data.index(name)
+        broken.append(data[: at - 4] + vr + data[at - 2 :])
+    caplog.clear()
+    capfd.readouterr()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for data in broken:
+            for function in (read_image, dicom_identifiers):
+                try:
+                    function(data)
+                except ValueError as error:
+                    said.append(f"{error!s} {error!r} {error.__cause__} {error.__suppress_context__}")
+    out, err = capfd.readouterr()
+    said += [str(warning.message) for warning in caught] + [caplog.text, out, err]
+    assert said
+    for part in ("Ignatowska", "Bronislawa"):
+        assert not any(part in text for text in said)
+
+
+def test_threads_leave_the_warning_filters_as_they_were():
+    before = list(warnings.filters)
+    data = dicom_bytes(np.zeros((8, 8), np.uint8))
+    threads = [threading.Thread(target=lambda: [read_image(data) for _ in range(30)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert warnings.filters == before
+
+
+# --- PNG and JPEG -------------------------------------------------------------------------------------
+
+
+def test_png_round_trips():
+    rng = np.random.default_rng(1)
+    for pixels in (
+        rng.integers(0, 256, (7, 5), dtype=np.uint8),
+        rng.integers(0, 65536, (7, 5), dtype=np.uint16),
+        rng.integers(0, 256, (7, 5, 3), dtype=np.uint8),
+    ):
+        np.testing.assert_array_equal(read_image(picture_bytes(pixels)).pixels, pixels)
+
+
+def test_gray_in_disguise_is_gray():
+    gray = np.arange(40, dtype=np.uint8).reshape(5, 8)
+    opaque = np.dstack([gray, gray, gray, np.full_like(gray, 255)])
+    palette = io.BytesIO()
+    Image.fromarray(gray).convert("P").save(palette, "PNG")
+    for data in (picture_bytes(np.dstack([gray] * 3)), picture_bytes(opaque), palette.getvalue()):
+        image = read_image(data)
+        np.testing.assert_array_equal(image.pixels, gray)
+        assert image.assumptions == ()
+
+
+def test_transparency_lies_over_black_and_is_recorded():
+    pixels = np.full((2, 2, 4), 200, np.uint8)
+    pixels[0, 0, 3] = 0
+    pixels[1:, :, 3] = 255
+    image = read_image(picture_bytes(pixels))
+    assert image.pixels[0, 0] == 0
+    assert image.pixels[1, 1] == 200
+    assert image.assumptions == ("transparent pixels were laid over black",)
+
+
+def test_one_bit_png_is_black_and_white():
+    stream = io.BytesIO()
+    Image.fromarray(np.eye(4, dtype=bool)).save(stream, "PNG")
+    np.testing.assert_array_equal(read_image(stream.getvalue()).pixels, np.eye(4) * 255)
+
+
+def test_cmyk_is_refused():
+    stream = io.BytesIO()
+    Image.new("CMYK", (4, 4)).save(stream, "JPEG")
+    with pytest.raises(ValueError, match="JPEG: colour mode CMYK"):
+        read_image(stream.getvalue())
+
+
+# --- Bad input ----------------------------------------------------------------------------------------
+
+GRAY = np.random.default_rng(2).integers(0, 256, (40, 40), dtype=np.uint8)
+BAD = {
+    "empty file": (b"", "an empty file"),
+    "text named .dcm": (b"PatientName: Somebody\n" * 20, "neither DICOM, PNG nor JPEG"),
+    "truncated DICOM": (dicom_bytes(GRAY)[:-700], "DICOM: damaged or truncated"),
+    "DICOM cut in its header": (dicom_bytes(GRAY)[:400], "DICOM: "),
+    "truncated PNG": (picture_bytes(GRAY)[:-900], "PNG: damaged or truncated"),
+    "truncated JPEG": (picture_bytes(GRAY, "JPEG")[:-300], "JPEG: damaged or truncated"),
+    "no rows": (dicom_bytes(GRAY, Rows=0), "an empty image"),
+    "huge PNG": (
+        (lambda data: data[:16] + (70000).to_bytes(4, "big") * 2 + data[24:])(picture_bytes(GRAY)), "PNG: ",
+    ),
+    "huge DICOM": (dicom_bytes(GRAY, Rows=60000, Columns=60000), f"over the limit of {MAX_PIXELS}"),
+    "several frames": (dicom_bytes(GRAY, NumberOfFrames="2", PixelData=GRAY.tobytes() * 2), "several frames"),
+    "palette": (dicom_bytes(GRAY, PhotometricInterpretation="PALETTE COLOR"), "PhotometricInterpretation"),
+    "wrong high bit": (dicom_bytes(GRAY.astype(np.uint16), bits=12, HighBit=15), "HighBit"),
+    "no window width": (dicom_bytes(GRAY, WindowCenter="1", WindowWidth="0"), "WindowWidth"),
+    "flat rescale": (dicom_bytes(GRAY, RescaleSlope="0", RescaleIntercept="1"), "RescaleSlope"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_that_says_why(case, tmp_path):
+    data, reason = BAD[case]
+    file = tmp_path / "Ignatowska_Bronislawa.dcm"
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=reason) as caught:
+        read_image(file)
+    assert "\n" not in str(caught.value)
+    assert "Ignatowska" not in str(caught.value)
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(ValueError, match="no such image file"):
+        read_image(tmp_path / "absent.dcm")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_image(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "file", ["image_dfl.dcm", "rtdose_1frame.dcm", "test-SR.dcm", "MR_truncated.dcm", "badVR.dcm"]
+)
+def test_dicom_that_is_no_plain_image_is_refused(file):
+    with pytest.raises(ValueError, match=r"^DICOM: "):
+        read_image(Path(get_testdata_file(file, download=False)))
+
+
+def test_corrupted_files_give_an_image_or_a_value_error():
+    rng = np.random.default_rng(3)
+    sources = [dicom_bytes(GRAY, PatientName=NAME), picture_bytes(GRAY), picture_bytes(GRAY, "JPEG")]
+    names = (
+        "MR_small_RLE.dcm",
+        "MR_small_jp2klossless.dcm",
+        "MR_small_jpeg_ls_lossless.dcm",
+        "SC_rgb_jpeg_gdcm.dcm",
+    )
+    sources += [Path(get_testdata_file(name, download=False)).read_bytes() for name in names]
+    refused = 0
+    for data in sources:
+        for _ in range(25):
+            damaged = bytearray(data)
+            for at in rng.integers(8, len(data), rng.integers(1, 20)):
+                damaged[at] = rng.integers(256)
+            if rng.random() < 0.3:
+                del damaged[rng.integers(1, len(damaged)) :]
+            try:
+                image = read_image(bytes(damaged))
+                assert image.pixels.dtype in (np.uint8, np.uint16)
+                dicom_identifiers(bytes(damaged))
+            except ValueError as error:
+                assert "\n" not in str(error)  # noqa: PT017  both outcomes are allowed
+                refused += 1
+    assert refused > 20
+
+
+# --- Sniffing and arrays ------------------------------------------------------------------------------
+
+
+def test_the_first_bytes_decide_not_the_name(tmp_path):
+    file = tmp_path / "x.dcm"
+    file.write_bytes(picture_bytes(GRAY))
+    np.testing.assert_array_equal(read_image(file).pixels, GRAY)
+    assert sniff(dicom_bytes(GRAY)[:132]) == "DICOM"
+
+
+def test_arrays(tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", train_images=GRAY[None])
+    np.testing.assert_array_equal(read_arrays(tmp_path / "a.npz")["train_images"], GRAY[None])
+    np.savez(tmp_path / "objects.npz", train_images=np.array([{"a": 1}], dtype=object))
+    (tmp_path / "text.npz").write_text("no archive")
+    whole = (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    for name in ("objects.npz", "text.npz", "cut.npz", "absent.npz"):
+        with pytest.raises(ValueError, match=f"^{name}: [^\n]*$"):
+            read_arrays(tmp_path / name)

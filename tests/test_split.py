@@ -1,0 +1,188 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cadx.datasets import DatasetWriter, SourceInfo, read_splits
+from cadx.drift import image_statistics
+from cadx.files import digest_bytes, digest_path, write_json
+from components.split import SplitParams, split
+
+SECRET = "Doe^Jane-4711"
+
+
+def cohort(path: Path, num_patients: int = 60, changes: dict[int, dict[str, Any]] | None = None) -> Path:
+    """Two images a patient, a quarter sick, two sites."""
+    generator = np.random.default_rng(0)
+    with DatasetWriter(
+        path,
+        name="cohort",
+        task="binary",
+        classes=("normal", "sick"),
+        positive="sick",
+        modality="chest X-ray",
+        clustered=True,
+        source=SourceInfo(title="t", licence="MIT", citation="c"),
+    ) as writer:
+        for row in range(2 * num_patients):
+            pixels = generator.integers(0, 255, (8, 8), dtype=np.uint8)
+            sample: dict[str, Any] = {
+                "labels": {"normal" if row // 2 % 4 else "sick": 1.0},
+                "patient": f"{SECRET}-{row // 2}",
+                "site": "north" if row // 2 % 3 else "south",
+                **(changes or {}).get(row, {}),
+            }
+            writer.add(
+                sample_id=f"s{row:03d}",
+                pixels=pixels,
+                sha256=digest_bytes(pixels.tobytes()),
+                statistics=image_statistics(pixels),
+                **sample,
+            )
+    return path
+
+
+def official(num_patients: int = 60) -> dict[int, dict[str, Any]]:
+    """Official splits by patient: 4 of 6 train, 1 val, 1 test, in turn over the classes."""
+    parts = ["train"] * 4 + ["val", "test"]
+    return {row: {"given_split": parts[row // 8 % 6]} for row in range(2 * num_patients)}
+
+
+def divide(
+    tmp_path: Path, dataset: Path, quarantined: dict[str, str] | None = None, **params: Any
+) -> pd.DataFrame:
+    write_json(
+        tmp_path / "validation.json",
+        {
+            "schema": 1,
+            "dataset": digest_path(dataset / "dataset.json"),
+            "quarantined": [{"sample_id": key, "reason": text} for key, text in (quarantined or {}).items()],
+        },
+    )
+    split(
+        dataset=dataset,
+        validation=tmp_path / "validation.json",
+        splits=tmp_path / "splits.parquet",
+        params=SplitParams.model_validate(params),
+    )
+    return read_splits(tmp_path / "splits.parquet")
+
+
+def test_no_row_is_lost_and_no_patient_crosses(tmp_path: Path):
+    dataset = cohort(tmp_path / "d")
+    samples = pd.read_parquet(dataset / "samples.parquet")
+    placed = divide(tmp_path, dataset, {"s003": "blank_image", "s100": "tiny_image; invalid_box"})
+    assert placed["sample_id"].tolist() == samples["sample_id"].tolist()
+    excluded = placed[placed["split"] == "excluded"].set_index("sample_id")["reason"]
+    assert excluded.to_dict() == {"s003": "blank_image", "s100": "tiny_image; invalid_box"}
+    used = placed[placed["split"] != "excluded"].merge(samples, on="sample_id")
+    assert used.groupby("patient")["split"].nunique().max() == 1
+    shares = used["split"].value_counts(normalize=True)
+    assert shares["train"] == pytest.approx(0.6, abs=0.05)
+    assert shares["test"] == pytest.approx(0.2, abs=0.05)
+    assert (used.groupby("split")["label_sick"].max() == 1).all()
+
+
+def test_equal_seeds_give_equal_bytes_and_other_seeds_other_splits(tmp_path: Path):
+    dataset = cohort(tmp_path / "d")
+    first = divide(tmp_path, dataset, seed=1)
+    data = (tmp_path / "splits.parquet").read_bytes()
+    divide(tmp_path, dataset, seed=1)
+    assert (tmp_path / "splits.parquet").read_bytes() == data
+    assert not divide(tmp_path, dataset, seed=2).equals(first)
+
+
+def test_official_splits_stay_and_calibration_is_cut_from_train_by_patient(tmp_path: Path):
+    dataset = cohort(tmp_path / "d", changes=official())
+    samples = pd.read_parquet(dataset / "samples.parquet")
+    placed = divide(tmp_path, dataset, strategy="given", calibration_fraction=0.2).merge(
+        samples, on="sample_id"
+    )
+    calibration = placed["split"] == "calibration"
+    assert (placed.loc[~calibration, "split"] == placed.loc[~calibration, "given_split"]).all()
+    assert (placed.loc[calibration, "given_split"] == "train").all()
+    assert calibration.sum() / (placed["given_split"] == "train").sum() == pytest.approx(0.2, abs=0.05)
+    assert placed.groupby("patient")["split"].nunique().max() == 1
+    assert set(placed.loc[calibration, "reason"]) == {"cut from the official train part, by patient"}
+    assert set(placed.loc[~calibration, "reason"]) == {"official"}
+    assert placed.loc[calibration, "label_sick"].max() == 1
+
+
+def test_an_official_calibration_part_is_left_alone(tmp_path: Path):
+    parts = official()
+    for row in (0, 1, 2, 3):
+        parts[row] = {"given_split": "calibration"}
+    placed = divide(tmp_path, cohort(tmp_path / "d", changes=parts), strategy="given")
+    assert placed.loc[placed["split"] == "calibration", "sample_id"].tolist() == [
+        "s000",
+        "s001",
+        "s002",
+        "s003",
+    ]
+
+
+def test_patients_across_official_splits_are_refused_by_number_not_by_name(tmp_path: Path):
+    parts = official()
+    parts[1] = {"given_split": "test"}
+    parts[3] = {"given_split": "val"}
+    dataset = cohort(tmp_path / "d", changes=parts)
+    with pytest.raises(ValueError, match="2 patients have images in several official splits") as error:
+        divide(tmp_path, dataset, strategy="given")
+    assert SECRET not in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "splits.parquet").exists()
+    placed = divide(tmp_path, dataset, {"s001": "x", "s003": "x"}, strategy="given")
+    assert (placed["split"] == "excluded").sum() == 2
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [("", "16 of 120 images have no official split"), ("train", "the official splits have no test part")],
+)
+def test_incomplete_official_splits_are_refused(tmp_path: Path, part: str, message: str):
+    parts = {row: {"given_split": part} if p["given_split"] == "test" else p for row, p in official().items()}
+    with pytest.raises(ValueError, match=message):
+        divide(tmp_path, cohort(tmp_path / "d", changes=parts), strategy="given")
+
+
+@pytest.mark.parametrize("strategy", ["patient", "given"])
+def test_a_class_with_a_single_patient_is_one_clear_line(tmp_path: Path, strategy: str):
+    sick = {row: {"labels": {"sick" if row < 2 else "normal": 1.0}} for row in range(120)}
+    changes = {row: sick[row] | given for row, given in official().items()}
+    with pytest.raises(ValueError, match="class 'sick': 1 patient, too few") as error:
+        divide(tmp_path, cohort(tmp_path / "d", changes=changes), strategy=strategy)
+    assert "\n" not in str(error.value)
+    assert SECRET not in str(error.value)
+
+
+def test_a_class_without_images_does_not_hinder(tmp_path: Path):
+    normal = {row: {"labels": {"normal": 1.0}} for row in range(120)}
+    placed = divide(tmp_path, cohort(tmp_path / "d", changes=normal))
+    assert set(placed["split"]) == {"train", "val", "calibration", "test"}
+
+
+def test_a_validation_of_another_dataset_is_refused(tmp_path: Path):
+    dataset, other = cohort(tmp_path / "d"), cohort(tmp_path / "e", num_patients=30)
+    divide(tmp_path, other)
+    with pytest.raises(ValueError, match="judges another dataset"):
+        split(
+            dataset=dataset,
+            validation=tmp_path / "validation.json",
+            splits=tmp_path / "s.parquet",
+            params=SplitParams(),
+        )
+    (tmp_path / "validation.json").write_text("[]")
+    with pytest.raises(ValueError, match="not a validation"):
+        split(
+            dataset=dataset,
+            validation=tmp_path / "validation.json",
+            splits=tmp_path / "s.parquet",
+            params=SplitParams(),
+        )
+
+
+def test_fractions_that_do_not_sum_to_one_are_refused_before_any_work():
+    with pytest.raises(ValueError, match=r"sum to 0\.9, not to 1"):
+        SplitParams.model_validate({"fractions": {"train": 0.5}})

@@ -1,0 +1,321 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
+from cadx.drift import image_statistics
+from cadx.files import digest_bytes, digest_path, write_json
+from components.validate import ValidateParams, find_duplicates, validate
+
+SECRET = "Doe^Jane-4711"
+SOURCE = SourceInfo(title="Cohort <b>", licence="MIT", citation="None")
+
+
+def picture(seed: int, shape: tuple[int, int] = (20, 20)) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 255, shape, dtype=np.uint8)
+
+
+def cohort(
+    path: Path, changes: dict[int, dict[str, Any]] | None = None, num_samples: int = 24, **info: Any
+) -> Path:
+    """A faultless binary set, two images a patient, two sites; `changes` plants faults by row."""
+    description: dict[str, Any] = {
+        "name": "cohort",
+        "task": "binary",
+        "classes": ("normal", "sick"),
+        "positive": "sick",
+        "modality": "chest X-ray",
+        "clustered": True,
+        "source": SOURCE,
+        **info,
+    }
+    with DatasetWriter(path, **description) as writer:
+        for row in range(num_samples):
+            sample: dict[str, Any] = {
+                "sample_id": f"s{row:03d}",
+                "pixels": picture(row),
+                "labels": {description["classes"][row // 2 % 2]: 1.0},
+                "patient": f"{SECRET}-{row // 2}",
+                "site": "north" if row // 2 % 3 else "south",
+                "age": 50.0,
+                "sex": "F",
+                **(changes or {}).get(row, {}),
+            }
+            writer.add(
+                **sample,
+                sha256=digest_bytes(sample["sample_id"].encode()),
+                statistics=image_statistics(sample["pixels"]),
+            )
+    return path
+
+
+def rewrite(dataset: Path, **columns: Any) -> None:
+    """Change columns of the sample table behind the writer's back, with digests that fit."""
+    table = pd.read_parquet(dataset / "samples.parquet").assign(**columns)
+    table.to_parquet(dataset / "samples.parquet", index=False)
+    info = json.loads((dataset / "dataset.json").read_text())
+    info["files"]["samples.parquet"] = digest_path(dataset / "samples.parquet")
+    write_json(dataset / "dataset.json", info)
+
+
+def judge(tmp_path: Path, dataset: Path, **params: Any) -> dict[str, Any]:
+    validate(
+        dataset=dataset,
+        validation=tmp_path / "validation.json",
+        report=tmp_path / "validation.html",
+        params=ValidateParams(**params),
+    )
+    return json.loads((tmp_path / "validation.json").read_text())
+
+
+def failed(result: dict[str, Any]) -> dict[str, list[str]]:
+    return {rule["name"]: rule["sample_ids"] for rule in result["rules"] if not rule["passed"]}
+
+
+def test_a_faultless_set_passes_every_rule(tmp_path: Path):
+    dataset = cohort(tmp_path / "d")
+    result = judge(tmp_path, dataset)
+    assert failed(result) == {}
+    assert result["quarantined"] == []
+    assert result["great_expectations"]["success"] is True
+    assert result["great_expectations"]["evaluated"] > 20
+    assert result["dataset"] == digest_path(dataset / "dataset.json")
+
+
+def test_equal_inputs_give_equal_bytes(tmp_path: Path):
+    dataset = cohort(tmp_path / "d", {4: {"pixels": picture(0)}})
+    judge(tmp_path, dataset)
+    first = [(tmp_path / name).read_bytes() for name in ("validation.json", "validation.html")]
+    judge(tmp_path, dataset)
+    assert [(tmp_path / name).read_bytes() for name in ("validation.json", "validation.html")] == first
+
+
+def test_pneumoniamnist_has_exactly_eight_val_images_that_are_copies_of_train_images(
+    tmp_path: Path, mirror: Path
+):
+    source = np.load(mirror / "pneumoniamnist" / "pneumoniamnist.npz")
+    classes = ("normal", "pneumonia")
+    info = {"classes": classes, "positive": "pneumonia", "clustered": False}
+    with DatasetWriter(
+        tmp_path / "d", name="pneumoniamnist", task="binary", modality="chest X-ray", source=SOURCE, **info
+    ) as writer:
+        for part in ("train", "val", "test"):
+            images, labels = source[f"{part}_images"], source[f"{part}_labels"][:, 0]
+            for row, (pixels, label) in enumerate(zip(images, labels, strict=True)):
+                writer.add(
+                    sample_id=f"{part}-{row:05d}",
+                    pixels=pixels,
+                    labels={classes[int(label)]: 1.0},
+                    patient=f"{part}-{row:05d}",
+                    sha256=digest_bytes(pixels.tobytes()),
+                    given_split=part,
+                    statistics=image_statistics(pixels),
+                )
+    result = judge(tmp_path, tmp_path / "d")
+
+    in_train = {image.tobytes() for image in source["train_images"]}
+    leaks = [
+        f"val-{row:05d}" for row, image in enumerate(source["val_images"]) if image.tobytes() in in_train
+    ]
+    assert len(leaks) == 8
+    rules = {rule["name"]: rule for rule in result["rules"]}
+    assert rules["duplicate_across_splits"]["sample_ids"] == leaks
+    assert rules["duplicate_across_splits"]["message"].startswith("8 val images are copies of train images")
+    out = {entry["sample_id"] for entry in result["quarantined"]}
+    assert {sample_id for sample_id in out if sample_id.startswith("val")} == set(leaks)
+    assert not any(sample_id.startswith("test") for sample_id in out)  # 624, as published
+    page = (tmp_path / "validation.html").read_text()
+    assert "8 val images are copies of train images" in page
+    assert all(sample_id in page for sample_id in leaks)
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "dropped"),
+    [
+        ("train", "test", "train"),
+        ("val", "train", "val"),
+        ("val", "calibration", "val"),
+        ("test", "val", "val"),
+    ],
+)
+def test_a_copy_leaves_the_less_precious_split(here: str, there: str, dropped: str):
+    samples = pd.DataFrame(
+        {
+            "sample_id": ["a", "b"],
+            "pixels_sha256": ["x", "x"],
+            "patient": ["p", "p"],
+            "given_split": [here, there],
+            "label_sick": [1.0, 1.0],
+        }
+    )
+    kinds = find_duplicates(samples, ["label_sick"])["duplicate"]
+    assert dict(zip(samples["given_split"], kinds, strict=True)) == {
+        dropped: "duplicate_across_splits",
+        ({here, there} - {dropped}).pop(): "",
+    }
+
+
+def test_kinds_of_copies(tmp_path: Path):
+    sick, normal = {"labels": {"sick": 1.0}}, {"labels": {"normal": 1.0}}
+    dataset = cohort(
+        tmp_path / "d",
+        {
+            1: {"pixels": picture(0)},  # the same patient
+            5: {"pixels": picture(4), "patient": f"{SECRET}-77"},  # another patient, the same label
+            8: {"pixels": picture(8), **sick},
+            12: {"pixels": picture(8), **normal},  # contradicts
+            20: {"pixels": picture(16), "labels": {}},  # an unlabelled copy contradicts nothing
+        },
+    )
+    result = judge(tmp_path, dataset)
+    assert failed(result) == {
+        "unlabelled": ["s020"],
+        "contradicting_labels": ["s008", "s012"],
+        "duplicate_across_patients": ["s005", "s020"],
+        "duplicate_within_patient": ["s001"],
+    }
+    assert [entry["sample_id"] for entry in result["quarantined"]] == ["s005", "s008", "s012", "s020"]
+    assert result["quarantined"][0]["reason"] == "duplicate_across_patients (of s004)"
+
+
+def test_a_labelled_copy_is_kept_rather_than_an_unlabelled_one(tmp_path: Path):
+    dataset = cohort(tmp_path / "d", {0: {"labels": {}}, 8: {"pixels": picture(0)}})
+    result = judge(tmp_path, dataset)
+    assert [entry["sample_id"] for entry in result["quarantined"]] == ["s000"]
+
+
+def test_blank_images_are_not_copies_of_each_other(tmp_path: Path):
+    blank = {"pixels": np.full((20, 20), 7, np.uint8)}
+    result = judge(tmp_path, cohort(tmp_path / "d", {3: blank, 9: blank}))
+    assert failed(result) == {"blank_image": ["s003", "s009"]}
+
+
+def test_images_and_boxes(tmp_path: Path):
+    dataset = cohort(
+        tmp_path / "d",
+        {
+            0: {"pixels": picture(90, (4, 40))},
+            1: {"boxes": [("sick", 1, 1, 1, 9)]},  # no area
+            2: {"boxes": [("sick", 1, 1, 21, 9)]},  # leaves the image
+            3: {"boxes": [("sick", 0, 0, 20, 20)]},  # the whole image is fine
+            4: {"age": 140.0},
+        },
+    )
+    result = judge(tmp_path, dataset)
+    assert failed(result) == {"age_range": ["s004"], "tiny_image": ["s000"], "invalid_box": ["s001", "s002"]}
+
+
+def test_patients_across_official_splits_are_counted(tmp_path: Path):
+    parts = {row: {"given_split": "val" if row % 8 == 1 else "train"} for row in range(24)}
+    result = judge(tmp_path, cohort(tmp_path / "d", parts))
+    assert list(failed(result)) == ["patient_across_splits"]
+    result = judge(tmp_path, tmp_path / "d", patient_across_splits="quarantine")
+    assert [entry["sample_id"] for entry in result["quarantined"]] == ["s001", "s009", "s017"]
+
+
+def test_faults_behind_the_writers_back_are_found(tmp_path: Path):
+    dataset = cohort(tmp_path / "d")
+    table = pd.read_parquet(dataset / "samples.parquet")
+    labels = table["label_sick"].where(table.index != 3, 0.5)
+    rewrite(dataset, label_sick=labels, sex=table["sex"].where(table.index != 5, "female"))
+    with pytest.raises(ValueError, match="rule label_values: 1 image with a label that is not 0, 1") as error:
+        judge(tmp_path, dataset)
+    assert "s003" in str(error.value)
+    assert "also failed: one_hot" in str(error.value)
+    result = judge(tmp_path, dataset, label_values="quarantine", one_hot="quarantine")
+    assert failed(result) == {"label_values": ["s003"], "one_hot": ["s003"], "sex_values": ["s005"]}
+    assert result["quarantined"] == [{"sample_id": "s003", "reason": "label_values; one_hot"}]
+
+
+def test_partly_labelled_rows_are_fine_in_multilabel_only(tmp_path: Path):
+    some = {row: {"labels": {"normal": 0.0}} for row in (0, 4)}
+    info = {"task": "multilabel", "positive": None}
+    assert failed(judge(tmp_path, cohort(tmp_path / "d", some, **info))) == {}
+
+
+def test_a_class_that_quarantine_emptied_is_noticed(tmp_path: Path):
+    blank = np.zeros((20, 20), np.uint8)
+    sick = {row: {"pixels": blank} for row in range(24) if row // 2 % 2}
+    with pytest.raises(ValueError, match="rule class_without_images: 1 class without any image: sick;"):
+        judge(tmp_path, cohort(tmp_path / "d", sick))
+    result = judge(tmp_path, tmp_path / "d", class_without_images="warn")
+    assert set(failed(result)) == {"blank_image", "class_without_images", "class_with_one_patient"}
+
+
+def test_a_stop_writes_nothing_and_says_rule_count_and_fix_in_one_line(tmp_path: Path):
+    dataset = cohort(tmp_path / "d", {1: {"boxes": [("sick", 1, 1, 1, 9)]}})
+    before = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="cohort") as error:
+        judge(tmp_path, dataset, invalid_box="stop")
+    message = str(error.value)
+    assert message == (
+        "dataset cohort: rule invalid_box: 1 image with a box that has no area or leaves the image"
+        " (sample_id s001); correct the boxes at their source,"
+        " or set validate.invalid_box to another severity"
+    )
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_no_patient_appears_in_a_message_or_report(tmp_path: Path):
+    parts = {row: {"given_split": "val" if row % 8 == 1 else "train"} for row in range(24)}
+    parts[6] |= {"pixels": picture(4), "age": -3.0, "labels": {}}
+    dataset = cohort(tmp_path / "d", parts)
+    assert SECRET in pd.read_parquet(dataset / "samples.parquet")["patient"][0]
+    judge(tmp_path, dataset)
+    assert SECRET not in (tmp_path / "validation.json").read_text()
+    assert SECRET not in (tmp_path / "validation.html").read_text()
+    for rule in ("patient_across_splits", "duplicate_across_patients", "age_range"):
+        with pytest.raises(ValueError, match=rule) as error:
+            judge(tmp_path, dataset, **{rule: "stop"})
+        assert SECRET not in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_a_changed_shard_is_refused(tmp_path: Path):
+    dataset = cohort(tmp_path / "d")
+    shard = dataset / "shards" / "00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x00\x01")
+    with pytest.raises(ValueError, match="changed since it was written"):
+        judge(tmp_path, dataset)
+
+
+def test_an_unknown_rule_is_refused_with_the_nearest_name(tmp_path: Path):
+    dataset = cohort(tmp_path / "d")
+    with pytest.raises(ValueError, match="did you mean 'blank_image'"):
+        validate(
+            dataset=dataset,
+            validation=tmp_path / "v.json",
+            report=tmp_path / "v.html",
+            params='{"blank_images": "warn"}',
+        )
+
+
+def test_importing_the_step_does_not_import_great_expectations():
+    code = "import sys, components.validate; sys.exit('great_expectations' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_nothing_is_reported_to_a_vendor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    calls: list[Any] = []
+    monkeypatch.setattr(socket.socket, "connect", lambda self, address: calls.append(address))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: calls.append(args))
+    judge(tmp_path, cohort(tmp_path / "d"))
+    assert calls == []
+    assert os.environ["GX_ANALYTICS_ENABLED"] == "false"
+
+
+def test_what_is_shown_stays_small(tmp_path: Path):
+    changes = {row: {"pixels": picture(row % 4, (300, 300))} for row in range(60)}
+    dataset = cohort(tmp_path / "d", changes, num_samples=60)
+    assert DatasetFolder(dataset).info.num_samples == 60
+    result = judge(tmp_path, dataset, contradicting_labels="warn")
+    assert result["rules"][-1]["name"] == "class_with_one_patient"
+    assert (tmp_path / "validation.html").stat().st_size < 5_000_000
