@@ -1,0 +1,301 @@
+"""A bundle: everything that decides an answer, in one folder whose digest names it.
+
+    bundle.json               the Manifest, canonical JSON; its SHA-256 is the bundle's digest
+    weights/<n>.safetensors   one file per ensemble member
+    reference.parquet         image statistics (`stat_*`) of the training split, one row a sample
+    history.json              one record per training epoch
+
+`train` writes it, `calibrate` completes it under another path, nothing changes it afterwards: bundle.json
+holds the digest of every other file, and opening a bundle checks them all.
+"""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torchvision
+from pydantic import Field, ValidationError, model_validator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cadx.datasets import SourceInfo
+from cadx.files import canonical_json, digest_bytes, digest_path, replacing, write_json
+from cadx.metrics import Estimate
+from cadx.models import ModelConfig
+from cadx.transforms import Preprocessing
+from cadx.types import Config, Digest, Split, Task
+
+MANIFEST = "bundle.json"
+REFERENCE = "reference.parquet"
+HISTORY = "history.json"
+REFERENCE_DECIMALS = 6
+
+
+class WeightFile(Config):
+    """One ensemble member's weights; `averaged` says that they are an exponential moving average (EMA)."""
+
+    file: str = Field(pattern=r"^weights/[0-9]+\.safetensors$")
+    digest: Digest
+    averaged: bool = False
+
+
+class OperatingPoint(Config):
+    """How probabilities become a decision, chosen once on `split` and frozen.
+
+    Binary and multilabel: a class is called when its probability >= its threshold. Multiclass: the most
+    probable class, `thresholds` is empty and there is no target.
+
+    Attributes:
+        target_metric: what the thresholds were chosen to reach; None for multiclass.
+        target_value: the declared clinical target of it, in 0..1.
+        thresholds: class -> probability; for binary the positive class alone.
+        split: where they were chosen.
+        n: labelled samples there.
+        achieved: class -> metric -> value with its interval, on the same samples the thresholds were
+            chosen on, hence optimistic: what holds elsewhere is what `evaluate` reports.
+    """
+
+    target_metric: Literal["sensitivity"] | None = None
+    target_value: float | None = Field(default=None, gt=0, le=1)
+    thresholds: dict[str, float] = Field(default_factory=dict)
+    split: Split
+    n: int
+    achieved: dict[str, dict[str, Estimate]] = Field(default_factory=dict)
+
+
+class Provenance(Config):
+    """What a bundle was made from.
+
+    Attributes:
+        dataset: digest of the dataset's dataset.json, which holds the digests of its other files.
+        splits: digest of the splits file.
+        parameters: digest of the training parameters (`parameters_digest`).
+        code: digest of the sources (`code_digest`).
+        seed: of the training.
+        versions: of what computes (`versions`).
+    """
+
+    dataset: Digest
+    splits: Digest
+    parameters: Digest
+    code: Digest
+    seed: int
+    versions: dict[str, str]
+
+
+class Manifest(Config):
+    """What bundle.json says.
+
+    `weights`, `reference` and `history` are filled in by `write_bundle`; `temperature` and
+    `operating_point` by `Bundle.complete`.
+
+    Attributes:
+        positive: the class that binary metrics speak of; None for other tasks.
+        requires_spacing: an image without a known pixel spacing is refused.
+        assumptions: what was taken as given of the data, in words.
+        clustered: patients may have several images; False means that each image counts as a patient.
+    """
+
+    schema_version: Literal[1] = 1
+    experiment: str
+    seed: int
+    task: Task
+    classes: tuple[str, ...]
+    positive: str | None
+    modality: str
+    model: ModelConfig
+    preprocessing: Preprocessing
+    weights: tuple[WeightFile, ...] = ()
+    temperature: float | None = Field(default=None, gt=0)
+    operating_point: OperatingPoint | None = None
+    requires_spacing: bool = False
+    clustered: bool
+    source: SourceInfo
+    assumptions: tuple[str, ...] = ()
+    provenance: Provenance
+    reference: Digest | None = None
+    history: Digest | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.task == "binary" and (len(self.classes) != 2 or self.positive not in self.classes):
+            raise ValueError("a binary task has two classes, one of them named by `positive`")
+        if self.operating_point and (unknown := set(self.operating_point.thresholds) - set(self.classes)):
+            raise ValueError(f"operating_point.thresholds names unknown classes {sorted(unknown)}")
+        return self
+
+    @property
+    def files(self) -> dict[str, Digest]:
+        """Every file beside bundle.json, by relative path."""
+        assert self.weights, "write_bundle fills this in"
+        assert self.reference is not None, "write_bundle fills this in"
+        assert self.history is not None, "write_bundle fills this in"
+        return {w.file: w.digest for w in self.weights} | {REFERENCE: self.reference, HISTORY: self.history}
+
+
+def write_bundle(
+    path: Path,
+    manifest: Manifest,
+    state_dicts: Sequence[Mapping[str, Tensor]],
+    reference: pd.DataFrame,
+    *,
+    history: Sequence[Mapping[str, Any]] = (),
+    averaged: bool = False,
+) -> None:
+    """Write a bundle folder at `path`, whole or not at all; the same inputs give the same bytes.
+
+    Args:
+        path: the folder to make.
+        manifest: the description; its `weights`, `reference` and `history` are replaced.
+        state_dicts: one per ensemble member.
+        reference: the training split's rows of samples.parquet; its `stat_*` columns are kept.
+        history: one record per epoch. Without clock times or memory, which differ from run to run.
+        averaged: the weights are an exponential moving average.
+    """
+    assert state_dicts, "a bundle needs weights"
+    with replacing(path) as folder:
+        (folder / "weights").mkdir(parents=True)
+        weights = []
+        for number, state in enumerate(state_dicts):
+            file = f"weights/{number}.safetensors"
+            # Clones: safetensors refuses tensors that share storage.
+            save_file(
+                {k: v.detach().cpu().clone().contiguous() for k, v in sorted(state.items())}, folder / file
+            )
+            weights.append(WeightFile(file=file, digest=digest_path(folder / file), averaged=averaged))
+        statistics = reference.filter(like="stat_").astype(np.float64).round(REFERENCE_DECIMALS)
+        pq.write_table(pa.Table.from_pandas(statistics, preserve_index=False), folder / REFERENCE)
+        write_json(folder / HISTORY, list(history))
+        complete = manifest.model_copy(
+            update={
+                # The weights stand here: opening must not ask for what training started from.
+                "model": manifest.model.model_copy(update={"pretrained": None}),
+                "weights": tuple(weights),
+                "reference": digest_path(folder / REFERENCE),
+                "history": digest_path(folder / HISTORY),
+            }
+        )
+        write_json(folder / MANIFEST, complete.model_dump(mode="json"))
+
+
+class Bundle:
+    """A bundle folder, opened: every file has been checked against its digest.
+
+    Attributes:
+        path: the folder.
+        manifest: what bundle.json says.
+        digest: SHA-256 of bundle.json, the bundle's name.
+
+    Raises:
+        ValueError: if a file is missing, changed or foreign, or bundle.json does not hold a manifest.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        try:
+            text = (self.path / MANIFEST).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise ValueError(
+                f"{self.path}: no {MANIFEST} there; give a folder that `train` or `calibrate` wrote"
+            ) from None
+        self.digest = digest_bytes(text)
+        try:
+            self.manifest = Manifest.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise ValueError(
+                f"{self.path / MANIFEST}: no manifest of this version: {field}: {first['msg']}; train again"
+            ) from None
+        self._verify()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether `calibrate` has set the temperature and the operating point."""
+        return self.manifest.temperature is not None and self.manifest.operating_point is not None
+
+    def networks(self) -> list[nn.Module]:
+        """The ensemble's members in eval mode, on the CPU."""
+        members: list[nn.Module] = []
+        for weights in self.manifest.weights:
+            # Building draws random weights, which are thrown away: the caller's generator must not notice.
+            with torch.random.fork_rng(devices=[]):
+                network = self.manifest.model.build(
+                    len(self.manifest.classes), self.manifest.preprocessing.channels
+                )
+            network.load_state_dict(load_file(self.path / weights.file))
+            members.append(network.eval())
+        return members
+
+    def reference(self) -> pd.DataFrame:
+        """Image statistics of the training split: columns `stat_*`, one row a sample."""
+        return pd.read_parquet(self.path / REFERENCE)
+
+    def history(self) -> list[dict[str, Any]]:
+        """One record per training epoch."""
+        records: list[dict[str, Any]] = json.loads((self.path / HISTORY).read_text(encoding="utf-8"))
+        return records
+
+    def complete(self, path: Path, *, temperature: float, operating_point: OperatingPoint) -> None:
+        """Write the final bundle at `path`: this one with its temperature and operating point set.
+
+        Raises:
+            ValueError: if this bundle is complete already.
+        """
+        if self.is_complete:
+            raise ValueError(
+                f"{self.path}: this bundle is complete and never changes; calibrate what `train` wrote"
+            )
+        fields = self.manifest.model_dump() | {
+            "temperature": temperature,
+            "operating_point": operating_point.model_dump(),
+        }
+        with replacing(path) as folder:
+            for name in self.manifest.files:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes((self.path / name).read_bytes())
+            write_json(folder / MANIFEST, Manifest.model_validate(fields).model_dump(mode="json"))
+
+    def _verify(self) -> None:
+        expected = self.manifest.files
+        present = {p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if not p.is_dir()}
+        if missing := sorted(set(expected) - present):
+            raise ValueError(f"{self.path}: missing {', '.join(missing)}; copy the whole bundle folder again")
+        if foreign := sorted(present - set(expected) - {MANIFEST}):
+            raise ValueError(
+                f"{self.path}: foreign {', '.join(foreign)}; a bundle holds only what {MANIFEST} names"
+            )
+        if changed := [name for name, digest in expected.items() if digest_path(self.path / name) != digest]:
+            raise ValueError(
+                f"{self.path}: changed since it was written: {', '.join(changed)}; get the bundle again"
+            )
+
+
+def code_digest() -> Digest:
+    """The SHA-256 over the sources in cadx/ and components/: relative names and bytes, in order of name."""
+    root = Path(__file__).resolve().parent.parent
+    files = (p for folder in ("cadx", "components") for p in (root / folder).rglob("*.py"))
+    sources = sorted(p.relative_to(root).as_posix() for p in files)
+    return digest_bytes("".join(f"{name} {digest_path(root / name)}\n" for name in sources).encode())
+
+
+def versions() -> dict[str, str]:
+    """The versions of what computes an answer: Python, torch, torchvision and NumPy."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def parameters_digest(params: Config) -> Digest:
+    """The SHA-256 of a parameter record's canonical JSON."""
+    return digest_bytes(canonical_json(params.model_dump(mode="json")).encode())

@@ -1,0 +1,129 @@
+"""What turns logits into probabilities that mean what they say, and probabilities into decisions.
+
+Everything here is fitted on the calibration split and frozen in the bundle. Float64 throughout: at 2.2e-16
+of 1 a float32 probability has long been 1.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import optimize, special
+
+from cadx.types import Task
+
+FloatArray = NDArray[np.float64]
+
+MIN_TEMPERATURE = 0.05
+MAX_TEMPERATURE = 20.0
+"""Bounds of the fitted temperature. Logits that separate the classes would have it fall to 0, so that every
+probability is 0 or 1; logits that say nothing would have it rise without end."""
+
+
+def fit_temperature(logits: ArrayLike, labels: ArrayLike, task: Task) -> float:
+    """The temperature, within 0.05..20, that makes the labels likeliest given logits / temperature.
+
+    Args:
+        logits: N K.
+        labels: N K of 0 and 1, NaN = unlabelled; one-hot in binary and multiclass tasks.
+        task: binary and multiclass take the softmax, multilabel the sigmoid of each column.
+
+    Raises:
+        ValueError: if shapes differ, a logit is not finite, or nothing is labelled.
+
+    Source: Guo et al. 2017, ICML, section 4.2. The likelihood is concave in 1 / temperature, so the root of
+    its derivative is the one maximum; bracketing finds it to the last digits, without a start to choose.
+
+    >>> fit_temperature([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0]], [[1, 0], [1, 0], [0, 1]], "binary").__round__(4)
+    2.8854
+    """
+    z, y = _checked(logits, labels)
+    known = np.isfinite(y) if task == "multilabel" else np.isfinite(y).all(axis=1)
+    z, y = z[known], y[known]
+    if z.size == 0:
+        raise ValueError("labels: no labelled case to fit a temperature on; give a larger calibration split")
+
+    def slope(sharpness: float) -> float:
+        excess = apply(z, 1 / sharpness, task) - y
+        return float((excess * z).sum()) / len(z)
+
+    flattest, sharpest = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
+    if slope(sharpest) <= 0:
+        return MIN_TEMPERATURE
+    if slope(flattest) >= 0:
+        return MAX_TEMPERATURE
+    return 1 / float(optimize.brentq(slope, flattest, sharpest, xtol=1e-14, rtol=1e-14))
+
+
+def apply(logits: ArrayLike, temperature: float, task: Task) -> FloatArray:
+    """Probabilities float64 of the shape of `logits`: softmax over the last axis, or sigmoid for multilabel.
+
+    Raises:
+        ValueError: if the temperature is not positive.
+
+    >>> apply([[2.0, 0.0]], 2.0, "binary").round(3).tolist()
+    [[0.731, 0.269]]
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature {temperature}: must be above 0; fit it again")
+    scaled = np.asarray(logits, dtype=np.float64) / temperature
+    probabilities: FloatArray = (
+        special.expit(scaled) if task == "multilabel" else special.softmax(scaled, axis=-1)
+    )
+    return probabilities
+
+
+def operating_threshold(scores: ArrayLike, labels: ArrayLike, *, sensitivity: float = 0.95) -> float:
+    """The largest threshold that still reaches `sensitivity` here; positive is score >= threshold.
+
+    It lies midway between the lowest score that must be positive and the next lower score (or 0), so that
+    the last digits of a score, which differ between machines, decide nothing. Multilabel tasks call it on
+    the column of each class.
+
+    Args:
+        scores: N probabilities.
+        labels: N of 0 and 1, NaN = unlabelled, left out.
+        sensitivity: to reach, above 0 and at most 1.
+
+    Raises:
+        ValueError: if there is no positive, or an argument is out of range.
+
+    >>> operating_threshold([0.1, 0.4, 0.6, 0.9], [0, 1, 0, 1], sensitivity=1.0)
+    0.25
+    """
+    if not 0 < sensitivity <= 1:
+        raise ValueError(f"sensitivity {sensitivity}: must be above 0 and at most 1")
+    p, positive = _outcomes(scores, labels)
+    found = np.sort(p[positive])[::-1]
+    if found.size == 0:
+        raise ValueError(
+            "labels: no positive to choose an operating point on; give a larger calibration split"
+        )
+    # 0.07 * 100 is 7.000000000000001: without the margin one positive too many.
+    lowest = float(found[max(math.ceil(sensitivity * found.size - 1e-9), 1) - 1])
+    below = float(p[p < lowest].max(initial=0.0))
+    middle = (lowest + below) / 2
+    return middle if middle > below else lowest
+
+
+def _checked(logits: ArrayLike, labels: ArrayLike) -> tuple[FloatArray, FloatArray]:
+    z, y = np.asarray(logits, dtype=np.float64), np.asarray(labels, dtype=np.float64)
+    if z.ndim != 2 or z.shape != y.shape:
+        raise ValueError(f"logits: shape {z.shape}, but labels have {y.shape}; give N K of both")
+    if not np.isfinite(z).all():
+        raise ValueError(
+            f"logits: row {np.argwhere(~np.isfinite(z))[0][0]} is not finite; the network has diverged"
+        )
+    return z, y
+
+
+def _outcomes(scores: ArrayLike, labels: ArrayLike) -> tuple[FloatArray, NDArray[np.bool_]]:
+    p, y = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.float64)
+    if p.ndim != 1 or p.shape != y.shape:
+        raise ValueError(f"scores: shape {p.shape}, but labels have {y.shape}; give N of both")
+    known = ~np.isnan(y)
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError("scores: a value is not within 0..1; apply the temperature to logits first")
+    if bool(np.any((y[known] != 0) & (y[known] != 1))):
+        raise ValueError("labels: a value is neither 0 nor 1 nor NaN (unlabelled); give 1 for positives")
+    return p[known], y[known] == 1

@@ -1,0 +1,220 @@
+"""Pictures of why, and of how well: attention over images, curves with bands, intervals side by side.
+
+The drawing functions draw on axes that the caller made, in the style these axes have.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLORMAP = "inferno"
+MAX_OPACITY = 0.55
+BAND_RESAMPLES = 500
+FOREST_METRICS = ("sensitivity", "specificity", "auc")
+_MUTED = "#5b6675"
+_INK_BLUE = "#0072B2"
+
+
+class EstimateLike(Protocol):
+    """A value with its 95 % interval; None where undefined."""
+
+    @property
+    def value(self) -> float | None: ...  # noqa: D102
+
+    @property
+    def low(self) -> float | None: ...  # noqa: D102
+
+    @property
+    def high(self) -> float | None: ...  # noqa: D102
+
+
+class SubgroupLike(Protocol):
+    """Counts, and an estimate for each of `FOREST_METRICS`."""
+
+    @property
+    def n(self) -> int: ...  # noqa: D102
+
+    @property
+    def n_positive(self) -> int: ...  # noqa: D102
+
+
+class Curve(Protocol):
+    """What gives a curve's heights at `grid` from N labels and N scores; None where it is undefined."""
+
+    def __call__(self, labels: np.ndarray, scores: np.ndarray, grid: np.ndarray) -> np.ndarray | None:
+        """The heights, one for each place of the grid."""
+        ...
+
+
+class Band(NamedTuple):
+    """A curve at the places of a grid: the mean over models and its pointwise 95 % limits."""
+
+    grid: np.ndarray
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def overlay(pixels: np.ndarray, attention: np.ndarray) -> np.ndarray:
+    """The image with its attention map laid over it: H W 3 uint8.
+
+    The more attention, the less transparent the colour: where the map is 0 the image shows unchanged.
+
+    Args:
+        pixels: H W or H W 3, uint8 or uint16.
+        attention: H W, >= 0, in the image's own coordinates; scaled so that its maximum is fully coloured.
+
+    >>> overlay(np.full((2, 2), 255, np.uint8), np.array([[0.0, 0.0], [0.0, 1.0]]))[0, 0].tolist()
+    [255, 255, 255]
+    """
+    import matplotlib
+
+    assert attention.shape == pixels.shape[:2], "attention must be in the image's coordinates"
+    scaled = pixels.astype(np.float64) / np.iinfo(pixels.dtype).max
+    image = scaled if scaled.ndim == 3 else np.repeat(scaled[..., None], 3, axis=2)
+    strength = attention / max(float(attention.max()), np.finfo(np.float64).tiny)
+    colour = matplotlib.colormaps[COLORMAP](strength)[..., :3]
+    opacity = MAX_OPACITY * strength[..., None]
+    return np.round(255 * ((1 - opacity) * image + opacity * colour)).astype(np.uint8)
+
+
+def patient_band(
+    curve: Curve,
+    labels: np.ndarray,
+    scores: np.ndarray,
+    patients: np.ndarray | None,
+    *,
+    resamples: int = BAND_RESAMPLES,
+    seed: int = 0,
+) -> Band | None:
+    """The mean of the models' curves over 0..1, with limits from a bootstrap of whole patients.
+
+    Each resample of patients is applied to all models. None where the curve is undefined.
+
+    Args:
+        curve: see `Curve`.
+        labels: N of 0 and 1.
+        scores: S N for S models.
+        patients: N, or None where each case is a patient.
+        resamples: of patients; those that lack a class are left out.
+        seed: of the resampling.
+    """
+    grid = np.linspace(0, 1, 101)
+
+    def mean_curve(rows: np.ndarray) -> np.ndarray | None:
+        lines = [line for one in scores if (line := curve(labels[rows], one[rows], grid)) is not None]
+        return np.mean(lines, axis=0) if len(lines) == len(scores) else None
+
+    value = mean_curve(np.arange(len(labels)))
+    if value is None:
+        return None
+    code = np.arange(len(labels)) if patients is None else np.unique(patients, return_inverse=True)[1]
+    rows_of = np.split(np.argsort(code, kind="stable"), np.cumsum(np.bincount(code))[:-1])
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(resamples):
+        rows = np.concatenate([rows_of[i] for i in rng.integers(len(rows_of), size=len(rows_of))])
+        if (line := mean_curve(rows)) is not None:
+            drawn.append(line)
+    low, high = np.quantile(drawn, [0.025, 0.975], axis=0) if drawn else (np.full(101, np.nan),) * 2
+    return Band(grid, value, low, high)
+
+
+def draw_band(
+    axes: "Axes", band: Band, label: str, *, drawn_as: tuple[np.ndarray, np.ndarray] | None = None
+) -> None:
+    """Draw a band with its line: the mean, or the exact curve (x, y) where `drawn_as` gives it."""
+    x, y = drawn_as if drawn_as is not None else (band.grid, band.value)
+    (line,) = axes.plot(x, y, label=label)
+    axes.fill_between(band.grid, band.low, band.high, color=line.get_color(), alpha=0.16, linewidth=0)
+
+
+def square(axes: "Axes", x_label: str, y_label: str) -> None:
+    """Make axes a unit square, as curves of shares need."""
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel=x_label, ylabel=y_label, aspect="equal")
+
+
+def draw_subgroups(
+    panels: "Sequence[Axes]",
+    by_subgroup: Mapping[str, Mapping[str, SubgroupLike]],
+    overall: Mapping[str, EstimateLike],
+) -> None:
+    """Draw a forest plot: a row for each subgroup, a panel for each of `FOREST_METRICS`.
+
+    Args:
+        panels: one for each metric; the first carries the names.
+        by_subgroup: attribute -> value -> its estimates.
+        overall: metric -> the value of all, drawn as a reference line.
+    """
+    rows = [
+        (attribute, value, group)
+        for attribute, groups in by_subgroup.items()
+        for value, group in groups.items()
+    ]
+    names = [
+        f"{attribute}: {value}  ({group.n:,}, {group.n_positive:,} +)" for attribute, value, group in rows
+    ]
+    heights = -np.arange(len(rows))
+    for axes, metric in zip(panels, FOREST_METRICS, strict=True):
+        estimates: list[EstimateLike] = [getattr(group, metric) for *_, group in rows]
+        reference = overall[metric].value
+        if reference is not None:
+            axes.axvline(reference, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        for height, estimate in zip(heights, estimates, strict=True):
+            if estimate.value is None:
+                axes.annotate(
+                    "too few",
+                    (0.03, height),
+                    xycoords=("axes fraction", "data"),
+                    va="center",
+                    color=_MUTED,
+                    fontsize=8,
+                )
+                continue
+            low = estimate.value if estimate.low is None else estimate.low
+            high = estimate.value if estimate.high is None else estimate.high
+            (line,) = axes.plot(
+                [low, high], [height, height], color=_INK_BLUE, linewidth=1.6, solid_capstyle="butt"
+            )
+            axes.plot([estimate.value], [height], marker="s", markersize=4.5, color=line.get_color())
+        shown = [v for e in (*estimates, overall[metric]) for v in (e.value, e.low) if v is not None]
+        lowest = np.floor(10 * min([*shown, 0.9])) / 10
+        axes.set(title=title(metric), ylim=(heights[-1] - 0.6, 0.6), xlim=(lowest - 0.02, 1.02))
+        axes.set_yticks(heights, names if axes is panels[0] else [""] * len(names))
+        axes.tick_params(axis="y", length=0)
+        axes.grid(visible=False, axis="y")
+        # Attributes apart by a line.
+        for above, below, height in zip(rows, rows[1:], heights, strict=False):
+            if above[0] != below[0]:
+                axes.axhline(height - 0.5, color="#e3e7ec", linewidth=0.8)
+
+
+def steps_at(x: np.ndarray, y: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """The heights at `grid` of a curve that rises in steps: the last y whose x does not exceed the place.
+
+    >>> steps_at(np.array([0.0, 0.5, 0.5]), np.array([0.1, 0.2, 0.3]), np.array([0.0, 0.4, 0.5])).tolist()
+    [0.1, 0.1, 0.3]
+    """
+    return y[np.searchsorted(x, grid, side="right") - 1]
+
+
+def next_at(x: np.ndarray, y: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """The heights at `grid` of a curve whose points must be reached: the first y whose x is not below it.
+
+    >>> next_at(np.array([0.5, 1.0]), np.array([0.9, 0.4]), np.array([0.0, 0.5, 0.6])).tolist()
+    [0.9, 0.9, 0.4]
+    """
+    return y[np.minimum(np.searchsorted(x, grid - 1e-12), len(y) - 1)]
+
+
+def title(metric: str) -> str:
+    """A metric's name as a reader sees it.
+
+    >>> title("auc"), title("balanced_accuracy")
+    ('AUC', 'balanced accuracy')
+    """
+    return metric.upper() if metric in ("auc", "ppv", "npv", "f1") else metric.replace("_", " ")

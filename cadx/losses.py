@@ -1,0 +1,189 @@
+"""Losses for imbalanced classes: weighted cross-entropy and focal loss.
+
+Each takes logits N K and targets N K (0..1, NaN = unlabelled) and returns a scalar. Softmax losses take a
+row with any NaN as unlabelled; multilabel (sigmoid) losses mask label by label. A batch without a label
+gives 0, still attached to the graph.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from cadx.types import Config, Task
+
+Weighting = Literal["none", "balanced", "effective_number"]
+
+
+class LossConfig(Config):
+    """The choice of a loss.
+
+    Attributes:
+        kind: "focal" turns the loss down on what is already classified well.
+        weights: how classes are weighted by their counts in the training split (`class_weights`).
+        gamma: focal loss: how strongly the easy are turned down; 0 is cross-entropy.
+        label_smoothing: share of the target that is spread evenly.
+        beta: effective number: 1 - 1/beta counts saturate; near 1 it is "balanced".
+    """
+
+    kind: Literal["cross_entropy", "focal"] = "cross_entropy"
+    weights: Weighting = "none"
+    gamma: Annotated[float, Field(ge=0)] = 2.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    beta: Annotated[float, Field(ge=0, lt=1)] = 0.999
+
+    def build(self, task: Task, class_counts: np.ndarray) -> nn.Module:
+        """The loss for a task, from `count_labels` of its training split."""
+        multilabel = task == "multilabel"
+        weights = None
+        if self.weights != "none":
+            rows = class_counts if multilabel else class_counts[:, 1]
+            weights = torch.tensor(class_weights(rows, self.weights, self.beta), dtype=torch.float32)
+        if self.kind == "focal":
+            return FocalLoss(weights, self.gamma, multilabel=multilabel, label_smoothing=self.label_smoothing)
+        return BalancedCrossEntropyLoss(weights, multilabel=multilabel, label_smoothing=self.label_smoothing)
+
+
+def count_labels(labels: np.ndarray) -> np.ndarray:
+    """K 2 counts of the absent (0) and the present (1) in `labels`, N K; NaN is neither.
+
+    >>> count_labels(np.array([[1, 0], [0, 1], [0, 1], [np.nan, np.nan]])).tolist()
+    [[2, 1], [1, 2]]
+    """
+    return np.stack([(labels == 0).sum(0), (labels == 1).sum(0)], axis=1)
+
+
+def class_weights(counts: np.ndarray, weighting: Weighting, beta: float = 0.999) -> np.ndarray:
+    """A weight per count, along the last axis; their mean over the counted samples is 1.
+
+    A class without a sample has weight 0, so that no infinity arises.
+
+    Source: "effective_number" is Cui et al. 2019, "Class-Balanced Loss Based on Effective Number of Samples",
+    eq. 4, (1 - beta) / (1 - beta^n), normalised over samples rather than over classes.
+
+    >>> class_weights(np.array([900, 100, 0]), "balanced").round(3).tolist()
+    [0.556, 5.0, 0.0]
+    >>> class_weights(np.array([900, 100]), "effective_number", beta=0.0).tolist()
+    [1.0, 1.0]
+    """
+    counts = np.asarray(counts, dtype=np.float64)
+    effective = {
+        "none": np.ones_like(counts),
+        "balanced": counts,
+        "effective_number": -np.expm1(counts * np.log(beta)) if beta > 0 else np.ones_like(counts),
+    }[weighting]
+    raw = np.divide(1.0, effective, out=np.zeros_like(counts), where=counts > 0)
+    total = (raw * counts).sum(-1, keepdims=True)
+    return raw * np.divide(counts.sum(-1, keepdims=True), total, out=np.zeros_like(total), where=total > 0)
+
+
+class FocalLoss(nn.Module):
+    """Focal loss, -alpha (1 - p)^gamma log p, as the mean over what is labelled.
+
+    Source: Lin et al. 2017, "Focal Loss for Dense Object Detection", eq. 5; the softmax form puts the
+    probability of the target class for p. With label smoothing, each class's term is weighted by its share
+    of the smoothed target. Alpha is not divided out: gamma = 0 with weights is the weighted sum over N.
+
+    Args:
+        alpha: a factor. Softmax: a scalar for all classes, or one per class. Multilabel: the weight of the
+            present, 1 - alpha that of the absent, as a scalar or per class; or K 2 weights (absent, present).
+        gamma: how strongly the easy are turned down.
+        multilabel: independent sigmoids instead of one softmax.
+        label_smoothing: share of the target that is spread evenly.
+    """
+
+    def __init__(
+        self,
+        alpha: float | Sequence[float] | Tensor | None = None,
+        gamma: float = 2.0,
+        *,
+        multilabel: bool = False,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.alpha: Tensor | None
+        weights = None if alpha is None else torch.as_tensor(alpha, dtype=torch.get_default_dtype())
+        if weights is not None and multilabel and weights.ndim < 2:
+            weights = torch.stack([1 - weights, weights], -1)
+        self.register_buffer("alpha", weights)
+        self.gamma, self.multilabel, self.label_smoothing = gamma, multilabel, label_smoothing
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The loss of `logits`, N K, against `targets`, N K, or, with softmax, N class numbers."""
+        losses, _, labelled = _terms(
+            logits, targets, self.alpha, self.gamma, self.label_smoothing, multilabel=self.multilabel
+        )
+        return _ratio(losses, labelled)
+
+
+class BalancedCrossEntropyLoss(nn.Module):
+    """Weighted cross-entropy: the weighted sum over the sum of the weights, as in torch's `cross_entropy`.
+
+    Args:
+        class_weights: softmax: one per class; multilabel: K 2 (absent, present); None: all 1.
+        multilabel: independent sigmoids instead of one softmax.
+        label_smoothing: share of the target that is spread evenly.
+    """
+
+    def __init__(
+        self,
+        class_weights: Sequence[float] | Tensor | None = None,
+        *,
+        multilabel: bool = False,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.class_weights: Tensor | None
+        weights = None
+        if class_weights is not None:
+            weights = torch.as_tensor(class_weights, dtype=torch.get_default_dtype())
+        self.register_buffer("class_weights", weights)
+        self.multilabel, self.label_smoothing = multilabel, label_smoothing
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The loss of `logits`, N K, against `targets`, N K, or, with softmax, N class numbers."""
+        losses, weights, _ = _terms(
+            logits, targets, self.class_weights, 0.0, self.label_smoothing, multilabel=self.multilabel
+        )
+        return _ratio(losses, weights)
+
+
+def _terms(
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    gamma: float,
+    smoothing: float,
+    *,
+    multilabel: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted loss, weight and 0/1 mask of the labelled: per sample, or per label for multilabel."""
+    if targets.ndim == 1:
+        targets = F.one_hot(targets, logits.shape[1])
+    targets = targets.to(logits.dtype)
+    # Both forms are one: outcomes along the last axis, N K for softmax, N K 2 (absent, present) else.
+    if multilabel:
+        log_probs = torch.stack([F.logsigmoid(-logits), F.logsigmoid(logits)], -1)
+        targets = torch.stack([1 - targets, targets], -1)
+    else:
+        log_probs = logits.log_softmax(-1)
+    labelled = targets.isfinite().all(-1)
+    targets = targets.nan_to_num(0.0)
+    smoothed = targets * (1 - smoothing) + smoothing / targets.shape[-1]
+    each = -log_probs
+    if gamma > 0:
+        # 1 - p without cancellation; off zero, where a power below 1 has no finite slope.
+        each = each * (-torch.expm1(log_probs)).clamp_min(torch.finfo(logits.dtype).tiny) ** gamma
+    if weights is None:
+        weights = torch.ones((), dtype=logits.dtype, device=logits.device)
+    losses = torch.where(labelled, (each * smoothed * weights).sum(-1), 0.0)
+    return losses, torch.where(labelled, (targets * weights).sum(-1), 0.0), labelled.to(logits.dtype)
+
+
+def _ratio(losses: Tensor, weights: Tensor) -> Tensor:
+    total = weights.sum()
+    return losses.sum() / total.where(total > 0, torch.ones_like(total))

@@ -1,0 +1,113 @@
+"""Make probabilities honest and choose the operating point, on the calibration split alone."""
+
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field
+
+from cadx import calibration
+from cadx.bundle import Bundle, OperatingPoint
+from cadx.datasets import DatasetFolder, read_splits
+from cadx.metrics import Estimate, Scores, score
+from cadx.predicting import Predictor, decide
+from cadx.types import Task
+from components.contract import In, Out, Params, step
+
+
+class CalibrateParams(Params):
+    """The clinical target."""
+
+    sensitivity: float = Field(
+        default=0.95,
+        gt=0,
+        le=1,
+        description="share of positives that must be found, for each class that is called",
+    )
+
+
+@step
+def calibrate(*, dataset: In, splits: In, trained: In, bundle: Out, params: CalibrateParams) -> None:
+    """Fit the temperature and choose the operating point; write the final bundle.
+
+    The threshold is the largest that reaches the declared sensitivity on the calibration split (of every
+    class for multilabel). Multiclass calls the most probable class: there is no threshold to choose.
+
+    Raises:
+        ValueError: if the calibration split lacks rows or a class, or the dataset has other classes.
+    """
+    folder = DatasetFolder(dataset)
+    opened = Bundle(trained)
+    manifest = opened.manifest
+    task, classes, positive = manifest.task, manifest.classes, manifest.positive
+    if folder.info.classes != classes:
+        raise ValueError(
+            f"{dataset}: classes {folder.info.classes}, but {trained} was trained on {classes}; train again"
+        )
+    assigned = read_splits(splits)
+    sample_ids = assigned.loc[assigned["split"] == "calibration", "sample_id"].tolist()
+    labels = folder.labels(sample_ids).astype(np.float64)
+    _require_every_class(labels, classes, task, splits)
+
+    predictor = Predictor(opened, uncalibrated_ok=True)
+    logits, _ = predictor.logits(folder.pixels(sample_id) for sample_id in sample_ids)
+    temperature = calibration.fit_temperature(logits, labels, task)
+    probabilities = calibration.apply(logits, temperature, task)
+
+    called = (
+        [] if task == "multiclass" else [name for name in classes if task == "multilabel" or name == positive]
+    )
+    thresholds = {
+        name: calibration.operating_threshold(
+            probabilities[:, classes.index(name)],
+            labels[:, classes.index(name)],
+            sensitivity=params.sensitivity,
+        )
+        for name in called
+    }
+    scores = score(
+        labels,
+        probabilities,
+        decide(probabilities, thresholds, task, classes, positive),
+        task=task,
+        classes=classes,
+        positive=positive,
+        patients=folder.samples["patient"].to_numpy(object)[folder.rows(sample_ids)]
+        if manifest.clustered
+        else None,
+        resamples=0,
+    )
+    opened.complete(
+        bundle,
+        temperature=temperature,
+        operating_point=OperatingPoint(
+            target_metric="sensitivity" if called else None,
+            target_value=params.sensitivity if called else None,
+            thresholds=thresholds,
+            split="calibration",
+            n=scores.n,
+            achieved=_achieved(scores, called or list(classes)),
+        ),
+    )
+
+
+def _require_every_class(labels: np.ndarray, classes: tuple[str, ...], task: Task, splits: Path) -> None:
+    """Refuse a calibration split on which a temperature or a threshold would mean nothing."""
+    if np.isnan(labels).all():
+        raise ValueError(
+            f"{splits}: no labelled sample in the calibration split; "
+            "give it a share in split.fractions, split again"
+        )
+    for column, name in enumerate(classes):
+        for value, word in ((1, "positive"), (0, "negative")) if task == "multilabel" else ((1, "sample"),):
+            if not (labels[:, column] == value).any():
+                raise ValueError(
+                    f"{splits}: no {word} of class {name!r} in the calibration split; "
+                    "give it a larger share in split.fractions, split again"
+                )
+
+
+def _achieved(scores: Scores, names: list[str]) -> dict[str, dict[str, Estimate]]:
+    return {
+        name: {metric: scores.by_class[name][metric] for metric in ("sensitivity", "specificity")}
+        for name in names
+    }

@@ -1,0 +1,163 @@
+"""Training: from a dataset and its splits to a bundle of the weights that did best on val.
+
+training.jsonl has a header line (what was trained, on what, with which loss and sampler), a line per
+epoch, and last a line that names the best epoch. Clock times and memory stand there and not in the bundle,
+whose bytes are a function of data, parameters, seed and code.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, ValidationError
+
+from cadx.bundle import Manifest, Provenance, code_digest, parameters_digest, versions, write_bundle
+from cadx.datasets import DatasetFolder, read_splits
+from cadx.files import digest_path, plain
+from cadx.losses import LossConfig
+from cadx.training import Fitted, Recipe, SamplerName, TrainingConfig, discard_checkpoint, fit
+from cadx.transforms import Preprocessing
+from cadx.types import Config
+from components.contract import In, Keep, Out, Params, explain, step
+
+_MEASURED = {"seconds", "peak_memory_mb"}
+
+
+class InputParams(Preprocessing):
+    """How pixels become a network's input; centred on mid-gray unless said otherwise."""
+
+    mean: float = 0.5
+    std: Annotated[float, Field(gt=0)] = 0.25
+
+
+class TrainParams(Recipe, Params):
+    """The recipe of `cadx.training.Recipe`, with the loss and the sampler.
+
+    Attributes:
+        loss: a LossConfig, or "auto" for what `imbalance` recommends.
+        sampler: "natural" draws each sample once, "balanced" each class equally often, "auto" is what
+            `imbalance` recommends.
+    """
+
+    preprocessing: InputParams
+    loss: LossConfig | Literal["auto"] = "auto"
+    sampler: SamplerName | Literal["auto"] = "auto"
+
+    def resolve(self, imbalance: Path) -> TrainingConfig:
+        """The recipe with every "auto" replaced by the recommendation in the `imbalance` file.
+
+        Raises:
+            ValueError: if an "auto" stands and the file holds no recommendation.
+        """
+        loss, sampler = self.loss, self.sampler
+        if loss == "auto" or sampler == "auto":
+            recommended = _Recommended.read(imbalance)
+            loss = recommended.loss if loss == "auto" else loss
+            sampler = recommended.sampler if sampler == "auto" else sampler
+        shared = {name: getattr(self, name) for name in Recipe.model_fields}
+        shared["preprocessing"] = Preprocessing(**self.preprocessing.model_dump())
+        return TrainingConfig(**shared, loss=loss, sampler=sampler)
+
+
+class _Recommended(Config):
+    """What `train` takes from imbalance.json."""
+
+    loss: LossConfig
+    sampler: SamplerName
+
+    @classmethod
+    def read(cls, imbalance: Path) -> "_Recommended":
+        try:
+            recommendation = json.loads(imbalance.read_text(encoding="utf-8"))["recommendation"]
+            return cls.model_validate({name: recommendation.get(name) for name in cls.model_fields})
+        except ValidationError as error:
+            raise ValueError(explain(error, f"{imbalance}: recommendation")) from None
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+            raise ValueError(
+                f"{imbalance}: no recommendation there; run `cadx imbalance`, or set loss and sampler"
+            ) from None
+
+
+@step
+def train(
+    *,
+    dataset: In,
+    splits: In,
+    imbalance: In,
+    checkpoints: Keep,
+    trained: Out,
+    log: Out,
+    experiment: str,
+    seed: int,
+    params: TrainParams,
+) -> None:
+    """Train a network, keep the epoch that did best on val, and write it as a bundle.
+
+    A run that was killed goes on at its last checkpoint when it is started again with the same data,
+    parameters, seed and code.
+
+    Raises:
+        ValueError: if a split cannot serve, the loss is not finite, or the memory does not suffice.
+    """
+    folder = DatasetFolder(dataset)
+    folder.verify()
+    frame = read_splits(splits)
+    config = params.resolve(imbalance)
+    fitted = fit(config, folder, frame, seed=seed, checkpoints=checkpoints)
+    info = folder.info
+    manifest = Manifest(
+        experiment=experiment,
+        seed=seed,
+        task=info.task,
+        classes=info.classes,
+        positive=info.positive,
+        modality=info.modality,
+        model=config.model,
+        preprocessing=config.preprocessing,
+        clustered=info.clustered,
+        source=info.source,
+        assumptions=(*info.assumptions, *_start(config)),
+        provenance=Provenance(
+            dataset=digest_path(dataset / "dataset.json"),
+            splits=digest_path(splits),
+            parameters=parameters_digest(config),
+            code=code_digest(),
+            seed=seed,
+            versions=versions(),
+        ),
+    )
+    write_bundle(
+        trained,
+        manifest,
+        [fitted.state_dict],
+        folder.samples.iloc[folder.rows(frame.loc[frame["split"] == "train", "sample_id"].tolist())],
+        history=[{k: v for k, v in record.items() if k not in _MEASURED} for record in fitted.history],
+        averaged=fitted.averaged,
+    )
+    records = [_header(experiment, seed, config, fitted), *fitted.history, {"best_epoch": fitted.best_epoch}]
+    lines = (json.dumps(plain(record), allow_nan=False) + "\n" for record in records)
+    log.write_text("".join(lines), encoding="utf-8")
+    discard_checkpoint(checkpoints)
+
+
+def _start(config: TrainingConfig) -> tuple[str, ...]:
+    pretrained = config.model.pretrained
+    return (f"training started from the weights {digest_path(pretrained)}",) if pretrained else ()
+
+
+def _header(experiment: str, seed: int, config: TrainingConfig, fitted: Fitted) -> dict[str, Any]:
+    return {
+        "experiment": experiment,
+        "seed": seed,
+        "device": fitted.device,
+        "precision": fitted.precision,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "versions": versions(),
+        "num_parameters": fitted.num_parameters,
+        "train_counts": fitted.train_counts,
+        "loss": config.loss.model_dump(),
+        "sampler": config.sampler,
+    }

@@ -1,0 +1,180 @@
+"""Temperature and operating point, against scipy's minimiser and the definition tried on every threshold."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import optimize, special
+from sklearn.metrics import log_loss
+
+from cadx.calibration import MAX_TEMPERATURE, MIN_TEMPERATURE, apply, fit_temperature, operating_threshold
+
+
+def draw(seed: int, task: str) -> tuple[np.ndarray, np.ndarray]:
+    """Logits N K that are overconfident by a known factor, and labels drawn from the true probabilities."""
+    rng = np.random.default_rng(seed)
+    k = 2 if task == "binary" else 4
+    logits = rng.normal(0, 2, (300, k))
+    p = apply(logits, 1.0, task)
+    if task == "multilabel":
+        labels = (rng.random(p.shape) < p).astype(float)
+    else:
+        labels = np.eye(k)[(p.cumsum(axis=1) < rng.random((300, 1))).sum(axis=1)]
+    return logits * rng.uniform(0.5, 4), labels
+
+
+def likelihood_loss(temperature: float, logits: np.ndarray, labels: np.ndarray, task: str) -> float:
+    """The mean negative log-likelihood, written out."""
+    z = logits / temperature
+    if task == "multilabel":
+        return float(np.nanmean(np.logaddexp(0, np.where(labels == 1, -z, z)) + 0 * labels))
+    known = ~np.isnan(labels).any(axis=1)
+    return float((special.logsumexp(z, axis=1) - (z * np.nan_to_num(labels)).sum(axis=1))[known].mean())
+
+
+@pytest.mark.parametrize("task", ["binary", "multiclass", "multilabel"])
+def test_temperature_minimises_the_negative_log_likelihood(task: str) -> None:
+    for seed in range(70):
+        logits, labels = draw(seed, task)
+        found = fit_temperature(logits, labels, task)
+        best = optimize.minimize_scalar(
+            likelihood_loss,
+            bounds=(MIN_TEMPERATURE, MAX_TEMPERATURE),
+            args=(logits, labels, task),
+            method="bounded",
+            options={"xatol": 1e-10},
+        )
+        assert found == pytest.approx(best.x, rel=1e-4)
+        assert likelihood_loss(found, logits, labels, task) <= best.fun + 1e-15
+        assert found == fit_temperature(logits, labels, task)
+
+
+@pytest.mark.parametrize("task", ["binary", "multiclass", "multilabel"])
+def test_temperature_undoes_overconfidence(task: str) -> None:
+    logits, labels = draw(0, task)
+    once = fit_temperature(logits, labels, task)
+    assert fit_temperature(logits * 3, labels, task) == pytest.approx(3 * once)
+    if task == "multiclass":
+        truth = labels.argmax(axis=1)
+        assert log_loss(truth, apply(logits, once, task)) < log_loss(truth, apply(logits, 1.0, task))
+
+
+def test_temperature_leaves_unlabelled_cases_and_cells_out() -> None:
+    logits, labels = draw(1, "multilabel")
+    labels[np.random.default_rng(0).random(labels.shape) < 0.3] = np.nan
+    known = ~np.isnan(labels)
+    expected = fit_temperature(logits[known][:, None], labels[known][:, None], "multilabel")
+    assert fit_temperature(logits, labels, "multilabel") == pytest.approx(expected)
+    logits, labels = draw(2, "multiclass")
+    labels[200:] = np.nan
+    assert fit_temperature(logits, labels, "multiclass") == fit_temperature(
+        logits[:200], labels[:200], "multiclass"
+    )
+
+
+@pytest.mark.parametrize("task", ["binary", "multilabel"])
+def test_temperature_stays_within_its_bounds_when_logits_say_all_or_nothing(task: str) -> None:
+    labels = np.eye(2)[[0, 1, 0, 1]]
+    separated = (labels - 0.5) * 100
+    assert fit_temperature(separated, labels, task) == MIN_TEMPERATURE
+    assert fit_temperature(-separated, labels, task) == MAX_TEMPERATURE
+    assert MIN_TEMPERATURE <= fit_temperature(np.zeros((4, 2)), labels, task) <= MAX_TEMPERATURE
+    assert np.isfinite(apply(separated * 1e3, MIN_TEMPERATURE, task)).all()
+
+
+def test_probabilities_are_float64_and_keep_the_ranking() -> None:
+    logits, _ = draw(3, "multiclass")
+    p = apply(logits.astype(np.float32), 2.5, "multiclass")
+    assert p.dtype == np.float64
+    np.testing.assert_allclose(p.sum(axis=1), 1)
+    assert (p.argmax(axis=1) == logits.astype(np.float32).argmax(axis=1)).all()
+    with pytest.raises(ValueError, match="temperature 0: must be above 0"):
+        apply(logits, 0, "binary")
+
+
+def test_threshold_is_the_largest_that_reaches_the_sensitivity() -> None:
+    for seed in range(400):
+        rng = np.random.default_rng(seed)
+        n = int(rng.integers(2, 60))
+        y = rng.integers(0, 2, n)
+        y[0] = 1
+        p = rng.random(n).round(1 if seed % 2 else 8)
+        target = float(rng.choice([0.5, 0.7, 0.8, 0.9, 0.95, 1.0]))
+        threshold = operating_threshold(p, y, sensitivity=target)
+
+        def sensitivity(at: float, p: np.ndarray = p, y: np.ndarray = y) -> float:
+            return float((p[y == 1] >= at).mean())
+
+        reaching = max(at for at in p if sensitivity(at) >= target - 1e-12)
+        assert sensitivity(threshold) == sensitivity(reaching) >= target - 1e-12
+        # Midway between two scores that occur: the same calls, and none at the edge.
+        assert ((p >= threshold) == (p >= reaching)).all()
+        below = p[p < reaching]
+        assert threshold == pytest.approx((reaching + (below.max() if below.size else 0)) / 2)
+
+
+def test_decisions_at_the_threshold_survive_the_last_digits() -> None:
+    rng = np.random.default_rng(0)
+    p, y = rng.random(200), rng.integers(0, 2, 200)
+    threshold = operating_threshold(p, y, sensitivity=0.95)
+    as_served = p.astype(np.float32).astype(np.float64)
+    assert ((as_served >= threshold) == (p >= threshold)).all()
+    assert (p != threshold).all()
+
+
+def test_threshold_counts_a_target_that_float_overshoots() -> None:
+    # 0.07 * 100 is 7.000000000000001: seven positives of a hundred are .07 all the same.
+    p = np.arange(1, 101) / 101
+    assert math.ceil(0.07 * 100) == 8
+    assert (p >= operating_threshold(p, np.ones(100), sensitivity=0.07)).sum() == 7
+
+
+def test_threshold_between_neighbouring_floats_keeps_the_lower_one_out() -> None:
+    low = 0.5
+    high = np.nextafter(low, 1)
+    threshold = operating_threshold([low, high], [0, 1], sensitivity=1.0)
+    assert low < threshold <= high
+
+
+def test_threshold_of_rare_constant_and_unlabelled_scores() -> None:
+    p = np.r_[np.linspace(0, 0.2, 1000), 0.9]
+    y = np.r_[np.zeros(1000), 1]
+    assert operating_threshold(p, y) == pytest.approx(0.55)
+    assert operating_threshold(np.full(4, 0.5), [0, 1, 0, 1]) == 0.25
+    assert operating_threshold(np.zeros(4), [0, 1, 0, 1]) == 0
+    assert operating_threshold([0.1, 0.8, 0.3], [0, 1, np.nan]) == pytest.approx(0.45)
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "sensitivity", "message"),
+    [
+        ([0.1, 0.2], [0, 0], 0.95, "no positive"),
+        ([], [], 0.95, "no positive"),
+        ([0.1, 0.2], [0, 1], 0.0, "sensitivity 0.0"),
+        ([0.1, 0.2], [0, 1], 1.5, "sensitivity 1.5"),
+        ([0.1, 3.0], [0, 1], 0.95, "not within 0..1"),
+        ([0.1, np.nan], [0, 1], 0.95, "not within 0..1"),
+        ([0.1, 0.2], [0, 2], 0.95, "neither 0 nor 1"),
+        ([0.1], [0, 1], 0.95, "scores: shape"),
+    ],
+)
+def test_threshold_refuses_what_it_cannot_use(
+    scores: list[float], labels: list[float], sensitivity: float, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        operating_threshold(scores, labels, sensitivity=sensitivity)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "message"),
+    [
+        (np.zeros((3, 2)), np.zeros((4, 2)), "logits: shape"),
+        (np.full((2, 2), np.inf), np.eye(2), "row 0 is not finite"),
+        (np.zeros((2, 2)), np.full((2, 2), np.nan), "no labelled case"),
+        (np.zeros((0, 2)), np.zeros((0, 2)), "no labelled case"),
+    ],
+)
+def test_temperature_refuses_what_it_cannot_use(logits: np.ndarray, labels: np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit_temperature(logits, labels, "binary")

@@ -1,0 +1,114 @@
+"""The README's first command on a clean checkout: what it makes, what it reruns, and whom it calls."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+# Runs inside every Python process of the run, DVC's and ours: whoever looks up a host or connects is written down.
+_WATCH = """
+import os, sys
+def _watch(event, args):
+    if event == "socket.connect":
+        address = args[1]
+        host = address[0] if isinstance(address, tuple) else "unix"
+    elif event == "socket.getaddrinfo":
+        host = args[0]
+    else:
+        return
+    if host not in ("127.0.0.1", "::1", "localhost", "unix", None):
+        with open(os.environ["CADX_TEST_CONNECTIONS"], "a") as log:
+            log.write(f"{sys.argv[:2]} {event} {host}\\n")
+sys.addaudithook(_watch)
+"""
+
+
+class Checkout:
+    """A copy of what git would check out, with the environment of the original."""
+
+    def __init__(self, origin: Path, folder: Path) -> None:
+        self.folder = folder / "cadx"
+        listing = subprocess.run(
+            ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=origin, capture_output=True, text=True, check=True
+        )
+        for name in filter(None, listing.stdout.split("\0")):
+            if (origin / name).is_file():
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(origin / name, self.folder / name)
+        subprocess.run(["git", "init", "-q"], cwd=self.folder, check=True)
+        watch = folder / "watch"
+        watch.mkdir()
+        (watch / "sitecustomize.py").write_text(_WATCH)
+        self.connections = folder / "connections.log"
+        self.environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": f"{self.folder}:{watch}",
+            "CADX_TEST_CONNECTIONS": str(self.connections),
+            "COLUMNS": "100",
+        }
+        self.environment.pop("CADX_DATA_MIRROR", None)
+
+    def run(self, *command: str) -> str:
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False, timeout=1500
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout + done.stderr
+
+    def reproduce(self) -> set[str]:
+        """Run the phantom experiment; the stages that ran."""
+        return set(re.findall(r"Running stage '(\w+)", self.run("dvc", "repro", "summarise@phantom-xray")))
+
+
+@pytest.fixture(scope="module")
+def checkout(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    made = Checkout(root, tmp_path_factory.mktemp("clean"))
+    made.reproduce()
+    made.output = made.run("cadx", "show", "phantom-xray")  # type: ignore[attr-defined]
+    return made
+
+
+@pytest.mark.timeout(1800)
+def test_the_main_job_ends_in_one_page_that_stands_alone(checkout: Checkout) -> None:
+    page = (checkout.folder / "data/reports/phantom-xray/index.html").read_text()
+    assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", page)
+    assert page.count("<img") + page.count("<svg") > 10
+    assert len(page) < 5_000_000
+    assert "index.html" in checkout.output.splitlines()[-2] + checkout.output.splitlines()[-1]  # type: ignore[attr-defined]
+
+
+@pytest.mark.timeout(1800)
+def test_nothing_was_asked_of_any_other_machine(checkout: Checkout) -> None:
+    assert not checkout.connections.exists(), checkout.connections.read_text()
+
+
+@pytest.mark.timeout(1800)
+def test_the_phantom_is_found_and_every_number_has_its_interval(checkout: Checkout) -> None:
+    metrics = json.loads((checkout.folder / "data/reports/phantom-xray/metrics.json").read_text())
+    assert metrics["clustered"] is True
+    for name, estimate in metrics["metrics"].items():
+        assert estimate["low"] <= estimate["value"] <= estimate["high"], name
+    assert metrics["metrics"]["auc"]["low"] > 0.8
+    uses = (checkout.folder / "data/reports/phantom-xray/test_uses.jsonl").read_text().splitlines()
+    assert {json.loads(line)["seed"] for line in uses} == {0, 1, 2}
+
+
+@pytest.mark.timeout(1800)
+def test_a_second_run_runs_nothing_and_a_change_only_what_depends_on_it(checkout: Checkout) -> None:
+    assert checkout.reproduce() == set()
+
+    params = checkout.folder / "params.yaml"
+    params.write_text(params.read_text().replace("sensitivity: 0.95", "sensitivity: 0.9", 1))
+    assert checkout.reproduce() == {"calibrate", "evaluate", "summarise"}
+
+    step = checkout.folder / "components/summarise.py"
+    step.write_text(step.read_text() + "\n# An edit.\n")
+    assert checkout.reproduce() == {"summarise"}

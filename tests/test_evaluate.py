@@ -1,0 +1,226 @@
+"""What a scoring writes: numbers that anyone can recompute, and a report that stands alone."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn import metrics as reference
+from test_bundle import CLASSES, NUM, train_bundle, write_dataset
+
+from cadx.bundle import Bundle
+from cadx.datasets import DatasetFolder, read_splits, write_splits
+from cadx.metrics import METRICS
+from cadx.predicting import Predictor, read_predictions
+from cadx.types import RawImage
+from components.calibrate import CalibrateParams, calibrate
+from components.evaluate import EvaluateParams, evaluate
+
+
+@dataclass
+class Run:
+    """An experiment whose bundle is ready to be scored."""
+
+    dataset: Path
+    splits: Path
+    bundle: Path
+
+    def evaluate(self, out: Path, **params: object) -> dict:
+        evaluate(
+            dataset=self.dataset,
+            splits=self.splits,
+            bundle=self.bundle,
+            test_uses=out / "test_uses.jsonl",
+            predictions=out / "predictions.parquet",
+            metrics=out / "metrics.json",
+            report=out / "report.html",
+            params=EvaluateParams(resamples=100, **params),
+        )
+        return json.loads((out / "metrics.json").read_text())
+
+
+def prepare(folder: Path, task: str = "binary", *, clustered: bool = True, steps: int = 16) -> Run:
+    dataset, splits = write_dataset(folder, task, clustered=clustered)
+    trained = train_bundle(folder / "trained", dataset, splits, steps=steps)
+    params = CalibrateParams(sensitivity=0.9)
+    calibrate(dataset=dataset, splits=splits, trained=trained, bundle=folder / "bundle", params=params)
+    return Run(dataset, splits, folder / "bundle")
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return prepare(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def scored(ready: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a scoring of test."""
+    out = tmp_path_factory.mktemp("scored")
+    ready.evaluate(out, split="test", minimum_n=5)
+    return out
+
+
+def test_metrics_are_what_scikit_learn_makes_of_the_predictions_file(scored: Path) -> None:
+    frame, info = read_predictions(scored / "predictions.parquet")
+    found = json.loads((scored / "metrics.json").read_text())
+    y, p = frame["label_opacity"], frame["prob_opacity"]
+    called = frame["decision"] == "opacity"
+    assert (called == (p >= info.thresholds["opacity"])).all()
+    expected = {
+        "auc": reference.roc_auc_score(y, p),
+        "average_precision": reference.average_precision_score(y, p),
+        "sensitivity": reference.recall_score(y, called),
+        "specificity": reference.recall_score(1 - y, ~called),
+        "ppv": reference.precision_score(y, called),
+        "npv": reference.precision_score(1 - y, ~called),
+        "f1": reference.f1_score(y, called),
+        "accuracy": reference.accuracy_score(y, p > 0.5),
+        "accuracy_at_operating_point": reference.accuracy_score(y, called),
+        "balanced_accuracy": reference.balanced_accuracy_score(y, called),
+        "brier": reference.brier_score_loss(y, p),
+    }
+    for name, value in expected.items():
+        estimate = found["metrics"][name]
+        assert estimate["value"] == pytest.approx(value, abs=1e-9), name
+        assert estimate["low"] <= value <= estimate["high"], name
+        assert estimate["method"]
+    truth = np.where(y == 1, "opacity", "normal")
+    confusion = reference.confusion_matrix(truth, frame["decision"], labels=info.classes)
+    np.testing.assert_array_equal(found["confusion"]["at_operating_point"], confusion)
+
+
+def test_the_record_has_its_form(scored: Path, ready: Run) -> None:
+    found = json.loads((scored / "metrics.json").read_text())
+    assert list(found) == [
+        "schema", "experiment", "seed", "split", "bundle", "dataset", "n", "n_patients", "clustered", "warnings",
+        "metrics", "by_class", "by_subgroup", "confusion",
+    ]  # fmt: skip
+    assert (found["schema"], found["experiment"], found["split"]) == (1, "squares", "test")
+    assert found["bundle"] == Bundle(ready.bundle).digest
+    assert (found["n"], found["n_patients"]) == (NUM["test"], NUM["test"] // 2)
+    assert set(found["metrics"]) <= set(METRICS)
+    assert set(found["by_subgroup"]) == {"site", "sex", "age"}
+    assert set(found["by_subgroup"]["site"]) == {"north", "south"}
+    assert sum(group["n"] for group in found["by_subgroup"]["age"].values()) == NUM["test"]
+
+
+def test_predictions_are_those_of_the_predictor_alone(scored: Path, ready: Run) -> None:
+    frame, info = read_predictions(scored / "predictions.parquet")
+    folder, predictor = DatasetFolder(ready.dataset), Predictor(ready.bundle, device="cpu")
+    assert info.bundle == predictor.bundle.digest
+    for row in frame.head(12).itertuples():
+        answer = predictor.predict(RawImage(folder.pixels(row.sample_id)))
+        assert answer.probabilities["opacity"] == pytest.approx(row.prob_opacity, abs=1e-6)
+        assert answer.decision == row.decision
+
+
+def test_each_scoring_of_test_is_one_line_and_of_val_none(ready: Run, tmp_path: Path) -> None:
+    ready.evaluate(tmp_path, split="val")
+    assert not (tmp_path / "test_uses.jsonl").exists()
+    ready.evaluate(tmp_path, split="test")
+    ready.evaluate(tmp_path, split="test")
+    ready.evaluate(tmp_path)
+    lines = (tmp_path / "test_uses.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    use = json.loads(lines[0])
+    assert set(use) == {"time", "experiment", "seed", "split", "bundle", "dataset"}
+    assert (use["split"], use["bundle"]) == ("test", Bundle(ready.bundle).digest)
+    assert use["time"].endswith("+00:00")
+    assert (tmp_path / "report.html").read_text().count(use["bundle"][7:19]) >= 2, (
+        "the report shows both uses"
+    )
+
+
+def test_a_scoring_of_test_that_fails_afterwards_is_still_written_down(
+    ready: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("components.evaluate.write_predictions", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ready.evaluate(tmp_path, split="test")
+    assert [p.name for p in tmp_path.iterdir()] == ["test_uses.jsonl"]
+
+
+def test_val_is_scored_the_same_to_the_byte(ready: Run, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        ready.evaluate(tmp_path / name)
+    for file in ("predictions.parquet", "metrics.json", "report.html"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
+def test_the_report_fetches_nothing_and_names_no_patient(scored: Path) -> None:
+    html = (scored / "report.html").read_text()
+    assert "http" not in html
+    assert not re.findall(r"<(script|link|iframe)", html)
+    assert "pseudonym-" not in html
+    for text in (
+        "0.9",
+        "ROC",
+        "operating point",
+        "Worst mistakes",
+        "pixel values were taken as linear",
+        "Wilson",
+    ):
+        assert text in html, text
+
+
+def test_the_report_shows_the_worst_mistakes_by_sample_id(scored: Path) -> None:
+    frame, _ = read_predictions(scored / "predictions.parquet")
+    missed = frame[(frame["label_opacity"] == 1) & (frame["decision"] == "normal")]
+    alarms = frame[(frame["label_opacity"] == 0) & (frame["decision"] == "opacity")]
+    assert len(missed), "no mistake: the test shows nothing"
+    assert len(alarms), "no mistake: the test shows nothing"
+    html = (scored / "report.html").read_text()
+    assert missed.loc[missed["prob_opacity"].idxmin(), "sample_id"] in html
+    assert alarms.loc[alarms["prob_opacity"].idxmax(), "sample_id"] in html
+    right = frame[(frame["label_opacity"] == 1) & (frame["decision"] == "opacity")]
+    assert not [name for name in right["sample_id"] if name in html]
+
+
+def test_a_source_without_patients_says_what_its_intervals_mean(tmp_path: Path) -> None:
+    run = prepare(tmp_path / "run", clustered=False, steps=4)
+    found = run.evaluate(tmp_path / "out")
+    assert found["clustered"] is False
+    assert any("intervals treat each image as a patient" in text for text in found["warnings"])
+    assert "intervals treat each image as a patient" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_other_splits_than_those_of_the_training_are_warned_of(ready: Run, tmp_path: Path) -> None:
+    splits = read_splits(ready.splits)
+    splits["reason"] = "moved"
+    write_splits(tmp_path / "splits.parquet", splits)
+    other = Run(ready.dataset, tmp_path / "splits.parquet", ready.bundle)
+    assert any("other splits" in text for text in other.evaluate(tmp_path / "out")["warnings"])
+    assert not any("other splits" in text for text in ready.evaluate(tmp_path / "same")["warnings"])
+
+
+@pytest.mark.parametrize("task", ["multiclass", "multilabel"])
+def test_other_tasks_are_scored_and_shown(tmp_path: Path, task: str) -> None:
+    run = prepare(tmp_path / "run", task, steps=6)
+    found = run.evaluate(tmp_path / "out")
+    frame, info = read_predictions(tmp_path / "out" / "predictions.parquet")
+    for name in CLASSES[task]:
+        auc = reference.roc_auc_score(frame[f"label_{name}"], frame[f"prob_{name}"])
+        assert found["by_class"][name]["auc"]["value"] == pytest.approx(auc, abs=1e-9)
+    if task == "multiclass":
+        truth = frame[[f"label_{name}" for name in info.classes]].to_numpy().argmax(1)
+        called = [info.classes.index(name) for name in frame["decision"]]
+        assert found["metrics"]["accuracy"]["value"] == pytest.approx(reference.accuracy_score(truth, called))
+    else:
+        for name, threshold in info.thresholds.items():
+            assert (frame[f"decision_{name}"] == (frame[f"prob_{name}"] >= threshold)).all()
+
+
+def test_an_empty_split_is_refused_before_test_is_used(ready: Run, tmp_path: Path) -> None:
+    splits = read_splits(ready.splits)
+    splits.loc[splits["split"] == "test", "split"] = "excluded"
+    write_splits(tmp_path / "splits.parquet", splits)
+    run = Run(ready.dataset, tmp_path / "splits.parquet", ready.bundle)
+    with pytest.raises(ValueError, match="no labelled sample in the test split") as caught:
+        run.evaluate(tmp_path / "out", split="test")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "test_uses.jsonl").exists()

@@ -1,0 +1,91 @@
+"""Pictures: what they must not distort."""
+
+import numpy as np
+import pytest
+
+from cadx.explaining import draw_subgroups, overlay, patient_band, steps_at
+from cadx.metrics import Estimate, Subgroup, roc
+from cadx.reporting import panels
+
+
+def roc_heights(labels: np.ndarray, scores: np.ndarray, grid: np.ndarray) -> np.ndarray | None:
+    curve = roc(labels, scores)
+    return steps_at(curve.false_positive_rate, curve.sensitivity, grid) if len(curve.sensitivity) else None
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_an_image_shows_unchanged_where_nothing_is_attended(dtype: type) -> None:
+    top = np.iinfo(dtype).max
+    pixels = (np.arange(16).reshape(4, 4) * (top // 15)).astype(dtype)
+    attention = np.zeros((4, 4))
+    attention[1, 2] = 0.01
+    picture = overlay(pixels, attention)
+    assert picture.shape == (4, 4, 3)
+    assert picture.dtype == np.uint8
+    expected = np.round(pixels / (top / 255)).astype(np.uint8)
+    elsewhere = attention == 0
+    np.testing.assert_array_equal(picture[elsewhere], np.repeat(expected[..., None], 3, 2)[elsewhere])
+    assert len(set(picture[1, 2].tolist())) > 1, "the attended pixel is coloured"
+
+
+def test_a_colour_image_keeps_its_colours() -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (5, 6, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(overlay(pixels, np.zeros((5, 6))), pixels)
+
+
+def test_attention_in_other_coordinates_is_refused() -> None:
+    with pytest.raises(AssertionError):
+        overlay(np.zeros((4, 4), np.uint8), np.zeros((2, 2)))
+
+
+def test_a_band_holds_its_curve_and_narrows_with_patients() -> None:
+    rng = np.random.default_rng(1)
+
+    def width(n: int) -> float:
+        labels = np.arange(n) % 2
+        band = patient_band(roc_heights, labels, (labels + rng.normal(0, 1, n))[None], None, resamples=100)
+        assert band is not None
+        assert (band.low <= band.value + 1e-9).all()
+        assert (band.value <= band.high + 1e-9).all()
+        return float((band.high - band.low)[20:80].mean())
+
+    assert width(1600) < 0.65 * width(200)
+
+
+def test_a_band_resamples_patients_not_images() -> None:
+    """Ten copies of each image add no information: the band must not narrow."""
+    rng = np.random.default_rng(2)
+    labels = np.arange(60) % 2
+    scores = labels + rng.normal(0, 1, 60)
+    patients = np.arange(60)
+    once = patient_band(roc_heights, labels, scores[None], patients)
+    many = patient_band(
+        roc_heights, np.repeat(labels, 10), np.repeat(scores, 10)[None], np.repeat(patients, 10)
+    )
+    np.testing.assert_allclose(once.value, many.value)
+    np.testing.assert_allclose(once.high - once.low, many.high - many.low, atol=0.05)
+
+
+def test_no_band_where_a_class_is_missing() -> None:
+    assert patient_band(roc_heights, np.zeros(5), np.zeros((1, 5)), None) is None
+
+
+def test_a_forest_plot_shows_every_interval_whole() -> None:
+    def estimate(value: float | None, low: float | None, high: float | None) -> Estimate:
+        return Estimate(value=value, low=low, high=high, n=9, method="")
+
+    wide, none = estimate(0.5, 0.07, 0.93), estimate(None, None, None)
+    groups = {
+        "site": {
+            "a": Subgroup(n=9, n_positive=4, sensitivity=wide, specificity=wide, auc=none),
+            "b": Subgroup(n=8, n_positive=0, sensitivity=none, specificity=wide, auc=none),
+        }
+    }
+    _, axes = panels(8, 2, columns=3)
+    draw_subgroups(axes, groups, dict.fromkeys(("sensitivity", "specificity", "auc"), wide))
+    assert axes[0].get_xlim()[0] < 0.07
+    assert [text.get_text() for text in axes[2].texts] == ["too few", "too few"]
+    assert [tick.get_text() for tick in axes[0].get_yticklabels()] == [
+        "site: a  (9, 4 +)",
+        "site: b  (8, 0 +)",
+    ]

@@ -1,0 +1,801 @@
+"""Every number against an independent reference: scikit-learn, statsmodels, or the formula written out."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import statsmodels.api as sm
+from scipy import stats
+from sklearn import metrics as reference
+from sklearn.calibration import calibration_curve as reference_calibration_curve
+from statsmodels.stats.proportion import proportion_confint
+
+from cadx import metrics
+from cadx.metrics import (
+    METRICS,
+    Estimate,
+    Scores,
+    at_threshold,
+    auc,
+    calculate_medical_classification_metrics,
+    delong_difference,
+    score,
+    score_subgroups,
+    wilson,
+)
+
+BINARY = {"task": "binary", "classes": ["normal", "pneumonia"], "positive": "pneumonia"}
+
+
+def draw(
+    seed: int, *, n: int | None = None, clusters: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels, probabilities and patients: ties in half of the sets, prevalence and separation at random."""
+    rng = np.random.default_rng(seed)
+    n = n or int(rng.integers(8, 80))
+    y = np.zeros(n, dtype=int)
+    y[rng.permutation(n)[: rng.integers(2, n - 2)]] = 1
+    p = 1 / (1 + np.exp(-(rng.normal(size=n) + rng.uniform(0, 2) * (y - 0.5))))
+    if seed % 2:
+        p = p.round(1)
+    patients = rng.integers(0, max(4, n // 3), size=n) if clusters else np.arange(n)
+    return y, p, patients
+
+
+def score_binary(
+    y: np.ndarray, p: np.ndarray, patients: np.ndarray | None = None, **options: object
+) -> Scores:
+    """Score with the operating point at 0.4."""
+    p = np.asarray(p)
+    calls = p >= 0.4
+    return score(
+        np.stack([1 - y, y], axis=-1),
+        np.stack([1 - p, p], axis=-1),
+        np.stack([~calls, calls], axis=-1),
+        patients=patients,
+        **BINARY,
+        **({"resamples": 0} | options),
+    )
+
+
+def placements(y: np.ndarray, p: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+    """AUC and the placement values of positives and negatives, pair by pair."""
+    positive, negative = p[y == 1], p[y == 0]
+    wins = np.array([[1.0 if a > b else 0.5 if a == b else 0.0 for b in negative] for a in positive])
+    return wins.mean(), wins.mean(axis=1), wins.mean(axis=0)
+
+
+def logit_variance(estimate: Estimate, critical: float = stats.norm.ppf(0.975)) -> float:
+    """The variance of the AUC behind an interval that is symmetric on the logit scale."""
+    assert "logit" in estimate.method
+    low, high = (math.log(limit / (1 - limit)) for limit in (estimate.low, estimate.high))
+    return ((high - low) / 2 / critical * estimate.value * (1 - estimate.value)) ** 2
+
+
+def assert_sound(scores: Scores) -> None:
+    """No NaN anywhere, limits around every value, a reason for everything that is missing."""
+    json.dumps(scores.model_dump(), allow_nan=False)
+    for found in (scores.metrics, *scores.by_class.values()):
+        for name, estimate in found.items():
+            assert name in METRICS
+            assert estimate.method
+            if estimate.value is None:
+                assert estimate.low is None
+                assert estimate.high is None
+                assert estimate.method.startswith(("undefined", "too few")), (name, estimate)
+            elif estimate.low is not None:
+                assert estimate.low <= estimate.value <= estimate.high, (name, estimate)
+            else:
+                assert "no interval" in estimate.method or "too few" in estimate.method, (name, estimate)
+
+
+# --- Values -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clusters", [False, True])
+def test_binary_values_equal_scikit_learn(clusters: bool) -> None:
+    for seed in range(200):
+        y, p, patients = draw(seed, clusters=clusters)
+        scores = score_binary(y, p, patients)
+        calls = p >= 0.4
+        value = {name: estimate.value for name, estimate in scores.metrics.items()}
+        assert value["auc"] == pytest.approx(reference.roc_auc_score(y, p))
+        assert value["average_precision"] == pytest.approx(reference.average_precision_score(y, p))
+        assert value["brier"] == pytest.approx(reference.brier_score_loss(y, p))
+        assert value["log_loss"] == pytest.approx(reference.log_loss(y, p))
+        assert value["sensitivity"] == pytest.approx(reference.recall_score(y, calls))
+        assert value["specificity"] == pytest.approx(reference.recall_score(y, calls, pos_label=0))
+        assert value["balanced_accuracy"] == pytest.approx(reference.balanced_accuracy_score(y, calls))
+        assert value["accuracy"] == pytest.approx(reference.accuracy_score(y, p > 0.5))
+        assert value["accuracy_at_operating_point"] == pytest.approx(reference.accuracy_score(y, calls))
+        assert value["f1"] == pytest.approx(reference.f1_score(y, calls))
+        if calls.any() and not calls.all():
+            assert value["ppv"] == pytest.approx(reference.precision_score(y, calls))
+            assert value["npv"] == pytest.approx(reference.precision_score(y, calls, pos_label=0))
+        assert list(scores.confusion.at_operating_point) == reference.confusion_matrix(y, calls).tolist()
+        assert list(scores.confusion.at_argmax) == reference.confusion_matrix(y, p > 0.5).tolist()
+        assert_sound(scores)
+
+
+def test_multiclass_values_equal_scikit_learn() -> None:
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        n, k = int(rng.integers(12, 80)), int(rng.integers(3, 6))
+        y = (
+            np.concatenate([np.arange(k), np.arange(k), rng.integers(0, k, n - 2 * k)])
+            if n > 2 * k
+            else np.arange(k)
+        )
+        p = rng.dirichlet(np.ones(k), size=len(y))
+        calls = rng.integers(0, k, len(y))
+        scores = score(
+            np.eye(k)[y],
+            p,
+            np.eye(k, dtype=bool)[calls],
+            task="multiclass",
+            classes=list("abcdef"[:k]),
+            resamples=0,
+        )
+        value = {name: estimate.value for name, estimate in scores.metrics.items()}
+        assert value["auc"] == pytest.approx(reference.roc_auc_score(y, p, multi_class="ovr"))
+        assert value["average_precision"] == pytest.approx(reference.average_precision_score(np.eye(k)[y], p))
+        assert value["accuracy"] == pytest.approx(reference.accuracy_score(y, p.argmax(1)))
+        assert value["accuracy_at_operating_point"] == pytest.approx(reference.accuracy_score(y, calls))
+        assert value["balanced_accuracy"] == pytest.approx(reference.balanced_accuracy_score(y, calls))
+        assert value["f1"] == pytest.approx(reference.f1_score(y, calls, average="macro"))
+        assert value["log_loss"] == pytest.approx(reference.log_loss(y, p))
+        assert value["brier"] == pytest.approx(((p - np.eye(k)[y]) ** 2).sum(1).mean())
+        assert list(scores.confusion.at_operating_point) == reference.confusion_matrix(y, calls).tolist()
+        assert_sound(scores)
+
+
+def test_multilabel_values_equal_scikit_learn_on_the_labelled_cases_of_each_class() -> None:
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        n, k = int(rng.integers(30, 80)), 3
+        y = (rng.random((n, k)) < 0.4).astype(float)
+        y[:2], y[2:4] = 0, 1
+        y[4:][rng.random((n - 4, k)) < 0.2] = np.nan
+        p = rng.random((n, k)).round(1 if seed % 2 else 6)
+        scores = score(y, p, p >= 0.3, task="multilabel", classes=["a", "b", "c"], resamples=0)
+        by_class: dict[str, list[float]] = {
+            "auc": [],
+            "average_precision": [],
+            "f1": [],
+            "accuracy": [],
+            "brier": [],
+        }
+        for column, name in enumerate("abc"):
+            known = ~np.isnan(y[:, column])
+            truth, scored = y[known, column], p[known, column]
+            by_class["auc"].append(reference.roc_auc_score(truth, scored))
+            by_class["average_precision"].append(reference.average_precision_score(truth, scored))
+            by_class["f1"].append(reference.f1_score(truth, scored >= 0.3))
+            by_class["accuracy"].append(reference.accuracy_score(truth, scored >= 0.5))
+            by_class["brier"].append(reference.brier_score_loss(truth, scored))
+            table = reference.confusion_matrix(truth, scored >= 0.3).tolist()
+            assert scores.confusion.at_operating_point[column] == table
+            for metric, values in by_class.items():
+                assert scores.by_class[name][metric].value == pytest.approx(values[-1])
+        for metric, values in by_class.items():
+            assert scores.metrics[metric].value == pytest.approx(np.mean(values))
+        labelled = ~np.isnan(y).all(axis=1)
+        right = (((p >= 0.5) == (y == 1)) | np.isnan(y)).all(axis=1)[labelled]
+        assert scores.metrics["exact_match"].value == pytest.approx(right.mean())
+        assert_sound(scores)
+
+
+def test_calibration_error_is_the_weighted_gap_over_ten_bins() -> None:
+    for seed in range(50):
+        y, p, _ = draw(seed, n=60)
+        expected = 0.0
+        for low in range(10):
+            inside = [i for i in range(60) if low <= 10 * p[i] < low + 1 or (low == 9 and p[i] == 1)]
+            if inside:
+                expected += abs(p[inside].mean() - y[inside].mean()) * len(inside) / 60
+        assert score_binary(y, p).metrics["expected_calibration_error"].value == pytest.approx(expected)
+
+
+def test_calibration_error_of_true_probabilities_is_what_chance_gives() -> None:
+    rng = np.random.default_rng(0)
+    p = rng.random(200)
+    errors, chances = [], []
+    for _ in range(300):
+        scores = score_binary((rng.random(200) < p).astype(int), p)
+        errors.append(scores.metrics["expected_calibration_error"].value)
+        chances.append(scores.metrics["ece_if_calibrated"])
+    assert np.mean(errors) == pytest.approx(chances[0].value, rel=0.05)
+    inside = [c.low <= e <= c.high for e, c in zip(errors, chances, strict=True)]
+    assert 0.9 < np.mean(inside) < 0.99
+
+
+@pytest.mark.parametrize("clusters", [False, True])
+def test_calibration_slope_and_intercept_equal_statsmodels(clusters: bool) -> None:
+    tested = 0
+    for seed in range(0, 400, 2):
+        y, p, patients = draw(seed, clusters=clusters)
+        found = score_binary(y, p, patients).metrics
+        logit = np.log(p / (1 - p))
+        groups = len(set(patients))
+        intercept = sm.GLM(y, np.ones_like(logit), family=sm.families.Binomial(), offset=logit).fit(
+            tol=1e-12, cov_type="cluster", cov_kwds={"groups": patients, "use_correction": False}
+        )
+        estimate = found["calibration_intercept"]
+        assert estimate.value == pytest.approx(intercept.params[0], abs=1e-6)
+        half = stats.norm.ppf(0.975) * intercept.bse[0] * math.sqrt(groups / (groups - 1))
+        assert estimate.high - estimate.value == pytest.approx(half, rel=1e-4)
+        if found["calibration_slope"].value is None:
+            assert max(p[y == 0]) <= min(p[y == 1]) or max(p[y == 1]) <= min(p[y == 0])
+            continue
+        tested += 1
+        slope = sm.Logit(y, sm.add_constant(logit)).fit(
+            disp=0, cov_type="cluster", cov_kwds={"groups": patients, "use_correction": False}
+        )
+        estimate = found["calibration_slope"]
+        assert estimate.value == pytest.approx(slope.params[1], rel=1e-4, abs=1e-4)
+        half = stats.norm.ppf(0.975) * slope.bse[1] * math.sqrt(groups / (groups - 1))
+        assert estimate.high - estimate.value == pytest.approx(half, rel=1e-3)
+    assert tested > 180
+
+
+# --- Intervals ----------------------------------------------------------------------------------------
+
+
+def test_wilson_limits_equal_statsmodels() -> None:
+    for n in (1, 2, 5, 20, 234, 390, 5000):
+        hits = np.unique(np.linspace(0, n, 41).astype(int))
+        low, high = wilson(hits, n)
+        expected = np.array([proportion_confint(k, n, method="wilson") for k in hits])
+        np.testing.assert_allclose(np.stack([low, high], axis=1), expected, atol=1e-12)
+
+
+def test_independent_proportions_have_plain_wilson_limits() -> None:
+    for seed in range(100):
+        y, p, _ = draw(seed)
+        estimate = score_binary(y, p).metrics["sensitivity"]
+        hits, n = int((p[y == 1] >= 0.4).sum()), int(y.sum())
+        assert (estimate.low, estimate.high) == pytest.approx(
+            proportion_confint(hits, n, method="wilson"), abs=1e-9
+        )
+        assert (estimate.n, estimate.method) == (n, "Wilson")
+
+
+def test_clustered_proportions_have_the_variance_of_a_cluster_robust_mean() -> None:
+    compared = 0
+    for seed in range(200):
+        y, p, patients = draw(seed, n=120, clusters=True)
+        estimate = at_threshold(y, p, 0.5, patients)["sensitivity"]
+        hits, groups = (p[y == 1] >= 0.5).astype(float), patients[y == 1]
+        if len(set(groups)) == len(groups) or hits.std() == 0:
+            continue
+        variance = (
+            sm.OLS(hits, np.ones_like(hits)).fit(cov_type="cluster", cov_kwds={"groups": groups}).bse[0] ** 2
+        )
+        value = hits.mean()
+        effective = value * (1 - value) / max(variance, value * (1 - value) / len(hits))
+        t = stats.t.ppf(0.975, len(set(groups)) - 1)
+        # Wilson's limits are where |value - limit| = t sqrt(limit (1 - limit) / n).
+        for limit in (estimate.low, estimate.high):
+            assert abs(value - limit) == pytest.approx(
+                t * math.sqrt(limit * (1 - limit) / effective), rel=1e-6
+            )
+        compared += 1
+    assert compared > 100
+
+
+def test_delong_variance_equals_the_pairwise_placements() -> None:
+    for seed in range(300):
+        y, p, _ = draw(seed)
+        estimate = auc(y, p)
+        value, of_positives, of_negatives = placements(y, p)
+        assert estimate.value == pytest.approx(value)
+        variance = of_positives.var(ddof=1) / y.sum() + of_negatives.var(ddof=1) / (1 - y).sum()
+        if variance > 1e-12 and 0 < value < 1:
+            assert estimate.method == "DeLong (logit)"
+            assert logit_variance(estimate) == pytest.approx(variance, rel=1e-6)
+
+
+def test_delong_agrees_with_the_bootstrap() -> None:
+    y, p, _ = draw(4, n=300)
+    rng = np.random.default_rng(0)
+    values = []
+    for _ in range(2000):
+        rows = rng.integers(0, 300, 300)
+        values.append(reference.roc_auc_score(y[rows], p[rows]))
+    assert logit_variance(auc(y, p)) == pytest.approx(np.var(values), rel=0.12)
+
+
+def test_clustered_auc_variance_equals_obuchowskis_sums() -> None:
+    compared = 0
+    for seed in range(300):
+        y, p, patients = draw(seed, clusters=True)
+        value, of_positives, of_negatives = placements(y, p)
+        m, n = y.sum(), (1 - y).sum()
+        ids = sorted(set(patients))
+        positive, negative = [], []
+        for patient in ids:
+            mine = patients == patient
+            positive.append(of_positives[mine[y == 1]].sum() - mine[y == 1].sum() * value)
+            negative.append(of_negatives[mine[y == 0]].sum() - mine[y == 0].sum() * value)
+        i = len(ids)
+        i10, i01 = len(set(patients[y == 1])), len(set(patients[y == 0]))
+        if min(i10, i01) < 2 or i == len(y):
+            continue
+        s10 = i10 / ((i10 - 1) * m) * np.square(positive).sum()
+        s01 = i01 / ((i01 - 1) * n) * np.square(negative).sum()
+        s11 = i / (i - 1) * np.dot(positive, negative)
+        variance = s10 / m + s01 / n + 2 * s11 / (m * n)
+        estimate = auc(y, p, patients)
+        if variance > 1e-9 and estimate.method == "Obuchowski (logit)":
+            assert logit_variance(estimate, stats.t.ppf(0.975, i - 1)) == pytest.approx(variance, rel=1e-6)
+            compared += 1
+    assert compared > 250
+
+
+def test_obuchowski_with_one_image_a_patient_is_delong() -> None:
+    for seed in range(50):
+        y, p, _ = draw(seed)
+        names = np.random.default_rng(seed).permutation(len(y)).astype(str)
+        named, plain = auc(y, p, names), auc(y, p)
+        assert named.method == plain.method
+        assert (named.value, named.low, named.high) == pytest.approx((plain.value, plain.low, plain.high))
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_limits_of_a_perfect_auc_solve_newcombes_equation(value: float) -> None:
+    m, n = 12, 30
+    y = np.r_[np.ones(m), np.zeros(n)]
+    estimate = auc(y, y if value else 1 - y)
+    assert estimate.value == value
+    assert "Newcombe" in estimate.method
+    limit = estimate.low if value else estimate.high
+    q1, q2, balanced = limit / (2 - limit), 2 * limit**2 / (1 + limit), (m + n) / 2 - 1
+    variance = (limit * (1 - limit) + balanced * (q1 - limit**2) + balanced * (q2 - limit**2)) / (m * n)
+    assert abs(value - limit) == pytest.approx(stats.norm.ppf(0.975) * math.sqrt(variance), rel=1e-6)
+
+
+def test_perfect_sets_do_not_get_intervals_without_width() -> None:
+    y = np.r_[np.ones(20), np.zeros(80)].astype(int)
+    for seeds in (1, 3):
+        p = np.broadcast_to(np.where(y == 1, 0.9, 0.1), (seeds, 100))
+        y_seeds = score(
+            np.stack([1 - y, y], axis=-1),
+            np.stack([1 - p, p], axis=-1),
+            np.stack([p < 0.5, p >= 0.5], axis=-1),
+            **BINARY,
+        )
+        for name in ("auc", "average_precision", "sensitivity", "ppv", "balanced_accuracy", "f1", "accuracy"):
+            estimate = y_seeds.metrics[name]
+            assert estimate.value == 1
+            assert estimate.low < 0.97, (name, estimate)
+
+
+def test_balanced_accuracy_has_mover_limits_of_two_independent_proportions() -> None:
+    y, p, _ = draw(2, n=80)
+    found = score_binary(y, p).metrics
+    parts = [found["sensitivity"], found["specificity"]]
+    estimate = found["balanced_accuracy"]
+    low = math.sqrt(sum((part.value - part.low) ** 2 for part in parts)) / 2
+    high = math.sqrt(sum((part.high - part.value) ** 2 for part in parts)) / 2
+    assert (estimate.value - estimate.low, estimate.high - estimate.value) == pytest.approx((low, high))
+
+
+def test_copies_of_a_class_do_not_narrow_the_mean_over_classes() -> None:
+    y, p, patients = draw(16, n=150, clusters=True)
+    one, two = (
+        score(
+            np.tile(y[:, None], columns),
+            np.tile(p[:, None], columns),
+            np.tile(p[:, None] >= 0.4, columns),
+            task="multilabel",
+            classes=["a", "b"][:columns],
+            patients=patients,
+            resamples=200,
+        ).metrics
+        for columns in (1, 2)
+    )
+    for name in one:
+        limits = [(found[name].low, found[name].high) for found in (one, two)]
+        assert limits[0] == pytest.approx(limits[1], abs=1e-9), name
+
+
+def test_limits_of_the_calibration_error_lie_on_both_sides_of_it() -> None:
+    # Percentiles of a calibrated set's resamples lie above the value: resampling adds noise to every bin.
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        p = rng.random(300)
+        estimate = score_binary((rng.random(300) < p).astype(int), p, resamples=200).metrics[
+            "expected_calibration_error"
+        ]
+        assert estimate.value - estimate.low > 0.2 * (estimate.high - estimate.low)
+        assert estimate.high - estimate.value > 0.2 * (estimate.high - estimate.low)
+
+
+def test_copies_of_an_image_do_not_narrow_any_interval() -> None:
+    y, p, patients = draw(6, n=200)
+    once = score_binary(y, p, patients, resamples=400)
+    thrice = score_binary(np.tile(y, 3), np.tile(p, 3), np.tile(patients, 3), resamples=400)
+    assert not once.clustered
+    assert thrice.clustered
+    assert (thrice.n, thrice.n_patients) == (600, 200)
+    for name, estimate in once.metrics.items():
+        if name == "ece_if_calibrated":  # it draws cases, not patients
+            continue
+        other = thrice.metrics[name]
+        assert other.value == pytest.approx(estimate.value)
+        # Student's t, over the patients that have the class, takes the place of the normal quantile.
+        assert 0.97 < (other.high - other.low) / (estimate.high - estimate.low) < 1.15, name
+
+
+# --- Resampling ---------------------------------------------------------------------------------------
+
+
+def test_weighted_resamples_equal_scikit_learn_on_the_rows_drawn() -> None:
+    for seed in range(200):
+        y, p, patients = draw(seed, clusters=True)
+        weights = metrics._resample(patients.max() + 1, 3, seed)
+        assert (weights.sum(axis=1) == patients.max() + 1).all()
+        calls = (p >= 0.4)[None]
+        cases = metrics._Cases(y == 1, p[None], calls, calls, patients, patients.max() + 1, True)
+        parts = metrics._summed(cases, weights) | {
+            "average_precision": metrics._average_precision(cases, weights)
+        }
+        for row in range(3):
+            drawn = np.repeat(np.arange(len(y)), weights[row][patients])
+            if len(set(y[drawn])) < 2:
+                continue
+            expected = {
+                "average_precision": reference.average_precision_score(y[drawn], p[drawn]),
+                "f1": reference.f1_score(y[drawn], p[drawn] >= 0.4),
+                "brier": reference.brier_score_loss(y[drawn], p[drawn]),
+                "log_loss": reference.log_loss(y[drawn], p[drawn]),
+            }
+            for name, value in expected.items():
+                assert parts[name].replicates[row] == pytest.approx(value), name
+
+
+def test_limits_are_percentiles_over_whole_patients() -> None:
+    y, p, patients = draw(8, n=150, clusters=True)
+    estimate = score_binary(y, p, patients, resamples=2000).metrics["brier"]
+    rng = np.random.default_rng(1)
+    ids = np.unique(patients)
+    rows = {patient: np.flatnonzero(patients == patient) for patient in ids}
+    values = []
+    for _ in range(2000):
+        drawn = np.concatenate([rows[patient] for patient in rng.choice(ids, len(ids))])
+        values.append(np.square(p[drawn] - y[drawn]).mean())
+    width = estimate.high - estimate.low
+    assert [estimate.low, estimate.high] == pytest.approx(np.percentile(values, [2.5, 97.5]), abs=0.1 * width)
+    assert estimate.method == "patient bootstrap, percentile, 2000 resamples"
+
+
+def test_the_same_call_gives_the_same_numbers_whatever_patients_are_called() -> None:
+    y, p, patients = draw(3, n=90, clusters=True)
+    first = score_binary(y, p, patients, resamples=100)
+    assert first == score_binary(y, p, patients, resamples=100)
+    assert first == score_binary(
+        y, p, np.char.add("p", np.char.zfill(patients.astype(str), 4)), resamples=100
+    )
+    assert first != score_binary(y, p, patients, resamples=100, seed=1)
+
+
+def test_seeds_are_averaged_and_share_their_resamples() -> None:
+    y, p, patients = draw(10, n=120, clusters=True)
+    other = np.clip(p + np.random.default_rng(0).normal(0, 0.1, 120), 0.01, 0.99)
+    one, two = (score_binary(y, scores, patients, resamples=200) for scores in (p, other))
+    both = score_binary_seeds(y, np.stack([p, other]), patients)
+    same = score_binary_seeds(y, np.stack([p, p]), patients)
+    for name in one.metrics:
+        values = one.metrics[name].value, two.metrics[name].value
+        assert both.by_seed[name] == pytest.approx(values)
+        assert both.metrics[name].value == pytest.approx(np.mean(values))
+        assert both.between_seed_sd[name] == pytest.approx(np.std(values, ddof=1))
+        # A model scored twice is no more evidence than once.
+        pair = [(found.metrics[name].low, found.metrics[name].high) for found in (one, same)]
+        assert pair[0] == pytest.approx(pair[1], abs=1e-9), name
+    assert one.between_seed_sd["auc"] is None
+    assert_sound(both)
+
+
+def score_binary_seeds(y: np.ndarray, p: np.ndarray, patients: np.ndarray) -> Scores:
+    """As score_binary, for S N probabilities."""
+    return score(
+        np.stack([1 - y, y], axis=-1),
+        np.stack([1 - p, p], axis=-1),
+        np.stack([p < 0.4, p >= 0.4], axis=-1),
+        patients=patients,
+        resamples=200,
+        **BINARY,
+    )
+
+
+# --- The edges ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clusters", [False, True])
+@pytest.mark.parametrize(
+    ("y", "p"),
+    [
+        ([], []),
+        ([1], [0.7]),
+        ([0], [0.7]),
+        ([0, 1], [0.2, 0.7]),
+        ([0, 0, 0, 0], [0.1, 0.5, 0.5, 0.9]),
+        ([1, 1, 1, 1], [0.1, 0.5, 0.5, 0.9]),
+        ([0, 1, 0, 1], [0.5, 0.5, 0.5, 0.5]),
+        ([0, 1, 0, 1], [0.0, 1.0, 0.0, 1.0]),
+        ([0, 1, 0, 1], [1.0, 0.0, 1.0, 0.0]),
+        ([0, 1, 0, 1], [0.0, 0.0, 0.0, 0.0]),
+        ([0] * 1000 + [1], list(np.linspace(0, 1, 1001))),
+        ([0] * 3000 + [1] * 3, [*np.linspace(0, 0.3, 2999), 0.1, 0.3, 0.2, 0.9]),
+        ([0] * 1000 + [1], [0.0] * 1001),
+        ([1] * 1000 + [0], [1.0] * 1001),
+    ],
+)
+def test_nothing_is_nan_and_nothing_crashes(y: list[int], p: list[float], clusters: bool) -> None:
+    patients = np.arange(len(y)) // 2 if clusters else None
+    scores = score_binary(np.array(y, dtype=float), np.array(p), patients, resamples=50)
+    assert_sound(scores)
+    assert scores.n == len(y)
+    assert set(scores.metrics) == set(METRICS) - {"exact_match"}
+
+
+@pytest.mark.parametrize("task", ["multiclass", "multilabel"])
+@pytest.mark.parametrize("n", [0, 1, 30])
+def test_a_class_without_cases_is_left_out_of_the_mean_and_says_so(task: str, n: int) -> None:
+    rng = np.random.default_rng(0)
+    y = np.eye(3)[np.arange(n) % 2]
+    p = rng.dirichlet(np.ones(3), size=n)
+    scores = score(
+        y, p, p == p.max(axis=1, keepdims=True), task=task, classes=["a", "b", "never"], resamples=50
+    )
+    assert_sound(scores)
+    assert scores.by_class["never"]["auc"].value is None
+    assert scores.by_class["never"]["auc"].method.startswith("too few")
+    if n == 30:
+        parts = [scores.by_class[name]["auc"].value for name in "ab"]
+        assert scores.metrics["auc"].value == pytest.approx(np.mean(parts))
+        assert "1 undefined" in scores.metrics["auc"].method
+
+
+def test_a_calibration_line_through_separated_classes_is_undefined() -> None:
+    found = score_binary(np.array([0, 0, 1, 1]), np.array([0.1, 0.2, 0.7, 0.8])).metrics
+    assert found["calibration_slope"].value is None
+    assert "separated" in found["calibration_slope"].method
+    assert found["calibration_intercept"].value is not None
+
+
+def test_unlabelled_cases_play_no_part() -> None:
+    y, p, patients = draw(12, n=60, clusters=True)
+    labels = np.stack([1 - y, y], axis=-1).astype(float)
+    labels[40:] = np.nan
+    calls = np.stack([p < 0.4, p >= 0.4], axis=-1)
+    found = score(labels, np.stack([1 - p, p], axis=-1), calls, patients=patients, **BINARY, resamples=50)
+    assert found == score_binary(y[:40], p[:40], patients[:40], resamples=50)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": "detection"}, "task detection"),
+        ({"positive": "tumour"}, "positive 'tumour'"),
+        ({"labels": np.full((4, 2), 0.5)}, "neither 0 nor 1"),
+        ({"labels": np.ones((4, 2))}, "row 0 does not have exactly one class"),
+        ({"labels": np.ones((4, 3))}, "labels: shape"),
+        ({"probabilities": np.full((4, 2), np.nan)}, "row 0 is not within 0..1"),
+        ({"probabilities": np.full((4, 2), -3.0)}, "row 0 is not within 0..1"),
+        ({"probabilities": np.ones((3, 2))}, "probabilities: shape"),
+        ({"decisions": np.ones((4, 2))}, "decisions: float64"),
+        ({"patients": ["a"]}, "patients: 1 values"),
+    ],
+)
+def test_contradicting_input_is_refused_in_one_line(change: dict[str, object], message: str) -> None:
+    good = {
+        "labels": np.eye(2)[[0, 1, 0, 1]],
+        "probabilities": np.full((4, 2), 0.5),
+        "decisions": np.eye(2, dtype=bool)[[0, 1, 0, 1]],
+    }
+    arguments = good | BINARY | change
+    with pytest.raises(ValueError, match=message) as caught:
+        score(
+            arguments.pop("labels"), arguments.pop("probabilities"), arguments.pop("decisions"), **arguments
+        )
+    assert "\n" not in str(caught.value)
+
+
+def test_a_multiclass_decision_for_two_classes_is_refused() -> None:
+    with pytest.raises(ValueError, match="row 1 does not name exactly one class"):
+        score(
+            np.eye(3),
+            np.eye(3),
+            np.eye(3, dtype=bool) | (np.arange(3) == 1)[:, None],
+            task="multiclass",
+            classes=list("abc"),
+        )
+
+
+# --- Paired comparison, subgroups, curves -------------------------------------------------------------
+
+
+def test_paired_difference_equals_delongs_covariance() -> None:
+    for seed in range(200):
+        y, a, _ = draw(seed, n=50)
+        b = np.clip(a + np.random.default_rng(seed + 1).normal(0, 0.2, 50), 0, 1)
+        (auc_a, v10_a, v01_a), (auc_b, v10_b, v01_b) = placements(y, a), placements(y, b)
+        contrast = np.array([1, -1])
+        covariance = np.cov(v10_a, v10_b) / y.sum() + np.cov(v01_a, v01_b) / (1 - y).sum()
+        error = math.sqrt(contrast @ covariance @ contrast)
+        found = delong_difference(y, a, b)
+        assert found.value == pytest.approx(auc_a - auc_b)
+        assert found.p == pytest.approx(2 * stats.norm.sf(abs(auc_a - auc_b) / error), rel=1e-6)
+        assert found.high == pytest.approx(min(1, auc_a - auc_b + stats.norm.ppf(0.975) * error))
+
+
+def test_paired_difference_at_the_edges() -> None:
+    y, p, _ = draw(1, n=40)
+    same = delong_difference(y, p, p**3)
+    assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1)
+    assert delong_difference(y, y, np.zeros(40)).p is None
+    assert delong_difference(np.ones(5), np.ones(5), np.ones(5)).method == "too few: 1 class"
+    single = delong_difference(y, p, np.sqrt(p) * y + p * (1 - y))
+    copies = delong_difference(*(np.tile(x, 4) for x in (y, p, np.sqrt(p) * y + p * (1 - y), np.arange(40))))
+    assert copies.p == pytest.approx(single.p, rel=0.2)
+
+
+def test_subgroups_score_their_own_cases_and_refuse_small_ones() -> None:
+    y, p, _ = draw(14, n=400)
+    site = np.array(["A", "B", "C", ""], dtype=object)[np.r_[np.repeat([0, 1], 180), np.repeat([2, 3], 20)]]
+    labels, probabilities = np.stack([1 - y, y], axis=-1), np.stack([1 - p, p], axis=-1)
+    calls = np.stack([p < 0.4, p >= 0.4], axis=-1)
+    found = score_subgroups(
+        labels, probabilities, calls, {"site": site, "sex": ["F"] * 399 + [None]}, **BINARY
+    )
+    assert list(found) == ["site", "sex"]
+    assert list(found["site"]) == ["A", "B", "C", "unknown"]
+    here = site == "A"
+    assert found["site"]["A"].auc == auc(y[here], p[here])
+    assert found["site"]["A"].sensitivity == at_threshold(y[here], p[here], 0.4)["sensitivity"]
+    assert (found["site"]["A"].n, found["site"]["A"].n_positive) == (180, y[here].sum())
+    small = found["site"]["C"]
+    assert small.n == 20
+    assert (small.auc.value, small.sensitivity.value) == (None, None)
+    assert "too few" in small.sensitivity.method
+    with pytest.raises(ValueError, match="subgroup site: 3 values for 400"):
+        score_subgroups(labels, probabilities, calls, {"site": [1, 2, 3]}, **BINARY)
+
+
+def test_curves_equal_scikit_learn() -> None:
+    for seed in range(200):
+        y, p, _ = draw(seed)
+        found = metrics.roc(y, p)
+        false_positive_rate, sensitivity, threshold = reference.roc_curve(y, p, drop_intermediate=False)
+        np.testing.assert_allclose(found.false_positive_rate, false_positive_rate)
+        np.testing.assert_allclose(found.sensitivity, sensitivity)
+        np.testing.assert_allclose(found.threshold, threshold)
+        precision, recall, threshold = reference.precision_recall_curve(y, p)
+        curve = metrics.precision_recall(y, p)
+        np.testing.assert_allclose(curve.precision[::-1], precision[:-1])
+        np.testing.assert_allclose(curve.recall[::-1], recall[:-1])
+        np.testing.assert_allclose(curve.threshold[::-1], threshold)
+        if seed % 2 == 0:  # scikit-learn closes bins on the right; without ties it is the same
+            observed, mean = reference_calibration_curve(y, p, n_bins=10)
+            bins = metrics.calibration_curve(y, p)
+            np.testing.assert_allclose(bins.observed, observed)
+            np.testing.assert_allclose(bins.probability, mean)
+            assert ((bins.low <= bins.observed) & (bins.observed <= bins.high)).all()
+            assert bins.n.sum() == len(y)
+    assert metrics.roc([1, 1], [0.1, 0.2]).threshold.size == 0
+    assert metrics.precision_recall([0, 0], [0.1, 0.2]).threshold.size == 0
+    assert metrics.calibration_curve([], []).n.size == 0
+
+
+# --- Faults of the printed sketch ---------------------------------------------------------------------
+
+
+def test_chapter_metrics_work_for_multiclass() -> None:
+    """The sketch asks for pos_label=1 of a multiclass target, which raises."""
+    y, calls = np.array([0, 1, 2, 2, 1, 0]), np.array([0, 1, 2, 1, 1, 0])
+    p = np.eye(3)[calls] * 0.8 + 0.2 / 3
+    found = calculate_medical_classification_metrics(y, calls, p)
+    assert found["accuracy"] == pytest.approx(5 / 6)
+    assert (
+        found["sensitivity"]
+        == found["recall"]
+        == pytest.approx(reference.recall_score(y, calls, average="macro"))
+    )
+    assert found["auc"] == pytest.approx(reference.roc_auc_score(y, p, multi_class="ovr"))
+    assert found["confusion_matrix"].tolist() == reference.confusion_matrix(y, calls).tolist()
+
+
+def test_chapter_metrics_work_for_multilabel() -> None:
+    """The sketch passes an indicator matrix to confusion_matrix, which raises."""
+    rng = np.random.default_rng(0)
+    y, p = rng.integers(0, 2, (40, 3)), rng.random((40, 3))
+    found = calculate_medical_classification_metrics(y, p > 0.5, p)
+    assert found["auc"] == pytest.approx(reference.roc_auc_score(y, p))
+    assert found["precision"] == pytest.approx(reference.precision_score(y, p > 0.5, average="macro"))
+    assert found["confusion_matrix"].tolist() == reference.multilabel_confusion_matrix(y, p > 0.5).tolist()
+
+
+def test_chapter_metrics_do_not_take_the_second_column_for_every_task() -> None:
+    """The sketch scores y_prob[:, 1] whatever the task: here class 1 is perfect and the others are noise."""
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 300)
+    p = rng.dirichlet(np.ones(3), 300)
+    p[:, 1] = y == 1
+    p /= p.sum(axis=1, keepdims=True)
+    found = calculate_medical_classification_metrics(y, p.argmax(1), p)
+    assert reference.roc_auc_score(y == 1, p[:, 1]) == 1
+    assert found["auc"] == pytest.approx(reference.roc_auc_score(y, p, multi_class="ovr"))
+    assert found["auc"] < 0.9
+
+
+def test_chapter_metrics_take_binary_probabilities_in_either_shape_or_none() -> None:
+    y, p, _ = draw(5, n=60)
+    wide = calculate_medical_classification_metrics(y, p >= 0.5, np.stack([1 - p, p], axis=1))
+    narrow = calculate_medical_classification_metrics(y, p >= 0.5, p)
+    assert wide["auc"] == narrow["auc"] == pytest.approx(reference.roc_auc_score(y, p))
+    assert wide["precision"] == wide["ppv"] == pytest.approx(reference.precision_score(y, p >= 0.5))
+    without = calculate_medical_classification_metrics(y, p >= 0.5)
+    assert (without["auc"], without["average_precision"]) == (None, None)
+    assert without["f1"] == wide["f1"]
+    with pytest.raises(ValueError, match=r"integers 0\.\.K-1"):
+        calculate_medical_classification_metrics([0, -1], [0, 1])
+    with pytest.raises(ValueError, match="y_pred: shape"):
+        calculate_medical_classification_metrics([0, 1], [0, 1, 1])
+
+
+# --- Coverage -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    repeats = 2000
+    covered = dict.fromkeys(("wilson", "delong", "clustered proportion", "clustered auc", "balanced"), 0)
+    separation = 1.8
+    true_auc = stats.norm.cdf(separation / math.sqrt(2))
+    true_sensitivity = stats.norm.sf(0.5 - separation)
+    true_specificity = stats.norm.cdf(0.5)
+    y = np.repeat([1, 0], [80, 160])
+    for _ in range(repeats):
+        x = rng.normal(size=240) + separation * y
+        found = score_parts(y, x)
+        covered["wilson"] += holds(found["sensitivity"], true_sensitivity)
+        covered["delong"] += holds(auc(y, x), true_auc)
+        covered["balanced"] += holds(found["balanced"], (true_sensitivity + true_specificity) / 2)
+    for _ in range(repeats):
+        size = rng.integers(1, 6, 80)
+        patients = np.repeat(np.arange(80), size)
+        # Positives cluster within patients, and scores do too (intraclass correlation 0.5).
+        y = (rng.random(patients.size) < rng.beta(1, 1, 80)[patients]).astype(int)
+        x = (
+            rng.normal(0, math.sqrt(0.5), 80)[patients]
+            + rng.normal(0, math.sqrt(0.5), patients.size)
+            + separation * y
+        )
+        covered["clustered proportion"] += holds(
+            at_threshold(y, x, 0.5, patients)["sensitivity"], true_sensitivity
+        )
+        covered["clustered auc"] += holds(auc(y, x, patients), true_auc)
+    shares = {name: float(count / repeats) for name, count in covered.items()}
+    assert all(0.93 <= share <= 0.97 for share in shares.values()), shares
+
+
+def score_parts(y: np.ndarray, x: np.ndarray) -> dict[str, Estimate]:
+    """Sensitivity, and balanced accuracy without the cost of everything else."""
+    calls = (x >= 0.5)[None]
+    cases = metrics._Cases(y == 1, x[None], calls, calls, np.arange(y.size), y.size, False)
+    sensitivity, specificity = metrics._sensitivity(cases), metrics._specificity(cases)
+    return {
+        "sensitivity": sensitivity.estimate,
+        "balanced": metrics._balanced(sensitivity, specificity).estimate,
+    }
+
+
+def holds(estimate: Estimate, truth: float) -> bool:
+    """Whether the interval holds the truth."""
+    assert estimate.low is not None
+    assert estimate.high is not None
+    return estimate.low <= truth <= estimate.high
