@@ -93,8 +93,8 @@ class Provenance(Config):
 class Manifest(Config):
     """What bundle.json says.
 
-    `weights`, `reference` and `history` are filled in by `write_bundle`; `temperature` and
-    `operating_point` by `Bundle.complete`.
+    `weights`, `reference` and `history` are filled in by `write_bundle`; `temperature`,
+    `bias` and `operating_point` by `Bundle.complete`.
 
     Attributes:
         positive: the class that binary metrics speak of; None for other tasks.
@@ -114,6 +114,7 @@ class Manifest(Config):
     preprocessing: Preprocessing
     weights: tuple[WeightFile, ...] = ()
     temperature: float | None = Field(default=None, gt=0)
+    bias: tuple[float, ...] = ()
     operating_point: OperatingPoint | None = None
     requires_spacing: bool = False
     clustered: bool
@@ -127,6 +128,8 @@ class Manifest(Config):
     def _consistent(self) -> Self:
         if self.task == "binary" and (len(self.classes) != 2 or self.positive not in self.classes):
             raise ValueError("a binary task has two classes, one of them named by `positive`")
+        if self.bias and len(self.bias) != len(self.classes):
+            raise ValueError(f"bias has {len(self.bias)} values for {len(self.classes)} classes")
         if self.operating_point and (unknown := set(self.operating_point.thresholds) - set(self.classes)):
             raise ValueError(f"operating_point.thresholds names unknown classes {sorted(unknown)}")
         return self
@@ -243,7 +246,9 @@ class Bundle:
         records: list[dict[str, Any]] = json.loads((self.path / HISTORY).read_text(encoding="utf-8"))
         return records
 
-    def complete(self, path: Path, *, temperature: float, operating_point: OperatingPoint) -> None:
+    def complete(
+        self, path: Path, *, temperature: float, bias: Sequence[float] = (), operating_point: OperatingPoint
+    ) -> None:
         """Write the final bundle at `path`: this one with its temperature and operating point set.
 
         Raises:
@@ -255,6 +260,7 @@ class Bundle:
             )
         fields = self.manifest.model_dump() | {
             "temperature": temperature,
+            "bias": tuple(bias),
             "operating_point": operating_point.model_dump(),
         }
         with replacing(path) as folder:

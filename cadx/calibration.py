@@ -19,6 +19,9 @@ MAX_TEMPERATURE = 20.0
 """Bounds of the fitted temperature. Logits that separate the classes would have it fall to 0, so that every
 probability is 0 or 1; logits that say nothing would have it rise without end."""
 
+MAX_BIAS = 20.0
+"""Bound of a fitted bias, in logits."""
+
 
 def fit_temperature(logits: ArrayLike, labels: ArrayLike, task: Task) -> float:
     """The temperature, within 0.05..20, that makes the labels likeliest given logits / temperature.
@@ -55,8 +58,59 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike, task: Task) -> float:
     return 1 / float(optimize.brentq(slope, flattest, sharpest, xtol=1e-14, rtol=1e-14))
 
 
-def apply(logits: ArrayLike, temperature: float, task: Task) -> FloatArray:
+def fit_temperature_and_bias(logits: ArrayLike, labels: ArrayLike, task: Task) -> tuple[float, FloatArray]:
+    """The temperature, and a bias per class (K), that make the labels likeliest given logits / temperature + bias.
+
+    A balanced sampler teaches that all classes are equally frequent. A temperature cannot undo that shift; a
+    bias does. Binary and multiclass biases sum to 0, since the softmax knows only their differences.
+
+    Args:
+        logits: N K.
+        labels: N K of 0 and 1, NaN = unlabelled; one-hot in binary and multiclass tasks. Each class needs a
+            case with and one without it, or its bias runs to the bound of 20.
+        task: as in `fit_temperature`.
+
+    Raises:
+        ValueError: as `fit_temperature`.
+
+    Source: Alexandari, Kundaje and Shrikumar 2020, ICML, "Maximum Likelihood with Bias-Corrected Calibration is
+    Hard-To-Beat at Label Shift Adaptation", section 3; for two classes it is Platt 1999. Concave, so that the
+    start, the best temperature alone, decides nothing.
+    """
+    start = np.concatenate([[1 / fit_temperature(logits, labels, task)], np.zeros(np.shape(logits)[1])])
+    z, y = _checked(logits, labels)
+    known = np.isfinite(y) if task == "multilabel" else np.isfinite(y).all(axis=1, keepdims=True) & (y == y)
+    target = np.where(known, y, 0.0)
+
+    def loss(parameters: FloatArray) -> tuple[float, FloatArray]:
+        sharpness, bias = parameters[0], parameters[1:]
+        scaled = sharpness * z + bias
+        if task == "multilabel":
+            terms = -special.log_expit(np.where(target > 0, scaled, -scaled))
+            excess = special.expit(scaled) - target
+        else:
+            terms = -target * special.log_softmax(scaled, axis=1)
+            excess = special.softmax(scaled, axis=1) - target
+        excess = np.where(known, excess, 0.0)
+        gradient = np.concatenate([[(excess * z).sum()], excess.sum(axis=0)]) / len(z)
+        return float(np.where(known, terms, 0.0).sum()) / len(z), gradient
+
+    bounds = [(1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE), *[(-MAX_BIAS, MAX_BIAS)] * (len(start) - 1)]
+    found = optimize.minimize(
+        loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-15, "gtol": 1e-10, "maxiter": 1000}
+    ).x
+    bias: FloatArray = found[1:] if task == "multilabel" else found[1:] - found[1:].mean()
+    return float(1 / found[0]), bias
+
+
+def apply(logits: ArrayLike, temperature: float, task: Task, bias: ArrayLike = ()) -> FloatArray:
     """Probabilities float64 of the shape of `logits`: softmax over the last axis, or sigmoid for multilabel.
+
+    Args:
+        logits: ... K.
+        temperature: by which they are divided.
+        task: what becomes of them.
+        bias: K, added to each class's scaled logit; empty for none.
 
     Raises:
         ValueError: if the temperature is not positive.
@@ -67,6 +121,8 @@ def apply(logits: ArrayLike, temperature: float, task: Task) -> FloatArray:
     if not temperature > 0:
         raise ValueError(f"temperature {temperature}: must be above 0; fit it again")
     scaled = np.asarray(logits, dtype=np.float64) / temperature
+    if np.size(bias):
+        scaled = scaled + np.asarray(bias, dtype=np.float64)
     probabilities: FloatArray = (
         special.expit(scaled) if task == "multilabel" else special.softmax(scaled, axis=-1)
     )

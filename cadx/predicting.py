@@ -1,6 +1,6 @@
 """From a bundle and a raw image to an answer: the one path of calibration, evaluation and serving.
 
-    RawImage -> Preprocessing -> network -> temperature -> probabilities -> operating point -> decision
+    RawImage -> Preprocessing -> network -> temperature and bias -> probabilities -> operating point -> decision
 
 Invariants: an image's answer does not depend on the batch it is in, nor on the format that carried its
 pixels; full float32 precision on every device; nothing is kept of an image.
@@ -170,7 +170,7 @@ class Predictor:
     def _calibrated(self, logits: np.ndarray) -> np.ndarray:
         manifest = self.bundle.manifest
         assert manifest.temperature is not None, "probabilities need a complete bundle"
-        return calibration.apply(logits, manifest.temperature, manifest.task)
+        return calibration.apply(logits, manifest.temperature, manifest.task, manifest.bias)
 
     def _require_spacing(self, image: RawImage) -> None:
         if self.bundle.manifest.requires_spacing and image.spacing_mm is None:

@@ -27,7 +27,7 @@ class CalibrateParams(Params):
 
 @step
 def calibrate(*, dataset: In, splits: In, trained: In, bundle: Out, params: CalibrateParams) -> None:
-    """Fit the temperature and choose the operating point; write the final bundle.
+    """Fit temperature and bias, and choose the operating point; write the final bundle.
 
     The threshold is the largest that reaches the declared sensitivity on the calibration split (of every
     class for multilabel). Multiclass calls the most probable class: there is no threshold to choose.
@@ -50,8 +50,8 @@ def calibrate(*, dataset: In, splits: In, trained: In, bundle: Out, params: Cali
 
     predictor = Predictor(opened, uncalibrated_ok=True)
     logits, _ = predictor.logits(folder.pixels(sample_id) for sample_id in sample_ids)
-    temperature = calibration.fit_temperature(logits, labels, task)
-    probabilities = calibration.apply(logits, temperature, task)
+    temperature, bias = calibration.fit_temperature_and_bias(logits, labels, task)
+    probabilities = calibration.apply(logits, temperature, task, bias)
 
     called = (
         [] if task == "multiclass" else [name for name in classes if task == "multilabel" or name == positive]
@@ -79,6 +79,7 @@ def calibrate(*, dataset: In, splits: In, trained: In, bundle: Out, params: Cali
     opened.complete(
         bundle,
         temperature=temperature,
+        bias=bias.tolist(),
         operating_point=OperatingPoint(
             target_metric="sensitivity" if called else None,
             target_value=params.sensitivity if called else None,

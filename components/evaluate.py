@@ -498,6 +498,7 @@ def _model(page: Page, bundle: Bundle, dataset: Digest, splits: Digest, folder: 
         "weights": f"{members}{averaged}, {len(bundle.history())} epochs, seed {manifest.seed}",
         "input": f"{size.channels} x {size.height_px} x {size.width_px} px, {size.fit}",
         "temperature": f"{manifest.temperature:.4f}",
+        "bias": ", ".join(f"{name} {value:+.3f}" for name, value in zip(manifest.classes, manifest.bias, strict=False)),
         "declared target": target,
         "thresholds": ", ".join(f"{k} {v:.6f}" for k, v in operating_point.thresholds.items()) or "none",
         f"reached there (n = {operating_point.n:,})": achieved,

@@ -1,9 +1,13 @@
 """What every test may ask for."""
 
 import os
+import os
 from pathlib import Path
 
 import pytest
+
+# Two workers on two cores: more threads than that only wait for each other. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 

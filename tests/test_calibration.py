@@ -4,10 +4,18 @@ import math
 
 import numpy as np
 import pytest
+import statsmodels.api as sm
 from scipy import optimize, special
 from sklearn.metrics import log_loss
 
-from cadx.calibration import MAX_TEMPERATURE, MIN_TEMPERATURE, apply, fit_temperature, operating_threshold
+from cadx.calibration import (
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
+    apply,
+    fit_temperature,
+    fit_temperature_and_bias,
+    operating_threshold,
+)
 
 
 def draw(seed: int, task: str) -> tuple[np.ndarray, np.ndarray]:
@@ -47,6 +55,41 @@ def test_temperature_minimises_the_negative_log_likelihood(task: str) -> None:
         assert found == pytest.approx(best.x, rel=1e-4)
         assert likelihood_loss(found, logits, labels, task) <= best.fun + 1e-15
         assert found == fit_temperature(logits, labels, task)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_two_classes_are_platt_scaling(seed: int) -> None:
+    logits, labels = draw(seed, "binary")
+    temperature, bias = fit_temperature_and_bias(logits, labels, "binary")
+    difference = logits[:, 1] - logits[:, 0]
+    reference = sm.Logit(labels[:, 1], sm.add_constant(difference)).fit(disp=0).params
+    if not 1 / MAX_TEMPERATURE < reference[1] < 1 / MIN_TEMPERATURE:
+        return  # the bounds speak
+    assert [bias[1] - bias[0], 1 / temperature] == pytest.approx(reference, abs=1e-4)
+    assert bias.sum() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("task", ["binary", "multiclass", "multilabel"])
+def test_bias_undoes_the_shift_of_a_balanced_sampler(task: str) -> None:
+    """Each class's mean probability becomes its share, which no temperature achieves."""
+    logits, labels = draw(1, task)
+    shifted = logits + np.linspace(0, 3, logits.shape[1]) * (1 if task != "multilabel" else -1)
+    temperature, bias = fit_temperature_and_bias(shifted, labels, task)
+    probabilities = apply(shifted, temperature, task, bias)
+    assert probabilities.mean(axis=0) == pytest.approx(labels.mean(axis=0), abs=1e-5)
+    without = apply(shifted, fit_temperature(shifted, labels, task), task)
+    assert np.abs(without.mean(axis=0) - labels.mean(axis=0)).max() > 0.02
+
+
+def test_bias_leaves_unlabelled_cells_out() -> None:
+    logits, labels = draw(2, "multilabel")
+    masked = labels.copy()
+    masked[::3, 0] = np.nan
+    twice = np.concatenate([logits, logits]), np.concatenate([masked, np.full_like(masked, np.nan)])
+    once = fit_temperature_and_bias(logits, masked, "multilabel")
+    again = fit_temperature_and_bias(*twice, "multilabel")
+    assert again[0] == pytest.approx(once[0], rel=1e-4)
+    assert again[1] == pytest.approx(once[1], abs=1e-4)
 
 
 @pytest.mark.parametrize("task", ["binary", "multiclass", "multilabel"])
