@@ -17,7 +17,7 @@ from rich.table import Table
 from cadx.bundle import Bundle
 from cadx.catalog import load_catalog
 from cadx.datasets import DatasetFolder, read_splits
-from cadx.explaining import overlay
+from cadx.explaining import overlay, title
 from cadx.files import digest_path
 from cadx.metrics import METRICS, Estimate, roc
 from cadx.predicting import Predictor, read_predictions
@@ -67,7 +67,7 @@ def write_overview(experiment: str, work: Path, reports: Path) -> Path:
 
     _print(summary, folder)
     print(f"open   {target}")
-    print(f"next   cadx new FOLDER   (your own images), then make reproduce EXPERIMENT=...")
+    print("next   cadx new FOLDER   for your own images, then make reproduce EXPERIMENT=...")
     return target
 
 
@@ -101,7 +101,7 @@ def results_markdown(catalog: Path, params: Path, reports: Path) -> str:
         parts.extend(f"> {warning}" for warning in summary["warnings"])
         by_seed = summary["by_seed"]
         rows = [
-            f"| {_title(metric)} | {estimate_text(estimate)} | {_each(by_seed.get(metric, []))} | {estimate.method} |"
+            f"| {title(metric)} | {estimate_text(estimate)} | {_each(by_seed.get(metric, []))} | {estimate.method} |"
             for metric, estimate in metrics.items()
         ]
         parts.append("\n".join(["| metric | value (95 % interval) | each seed | method |", "|---|---|---|---|", *rows]))
@@ -112,7 +112,7 @@ def results_markdown(catalog: Path, params: Path, reports: Path) -> str:
                 f"| {item.what} | {' | '.join(f'{item.metrics[m]:.3f}' for m in compared)} | {item.source} |"
                 for item in entry.published
             ]
-            header = f"| model | {' | '.join(map(_title, compared))} | source |"
+            header = f"| model | {' | '.join(map(title, compared))} | source |"
             rule = "|---" * (len(compared) + 2) + "|"
             parts.append("\n".join([header, rule, f"| **cadx** | {ours} | this repository |", *others]))
     return "\n\n".join(parts) + "\n"
@@ -124,7 +124,7 @@ def _each(values: Sequence[float | None]) -> str:
 
 def _answer(page: Page, summary: dict[str, Any]) -> None:
     metrics = _estimates(summary)
-    page.facts([(_title(name), metrics[name]) for name in _HEADLINES[:3] if name in metrics])
+    page.facts([(title(name), metrics[name]) for name in _HEADLINES[:3] if name in metrics])
     page.text(
         f"Scored on the {summary['split']} split: {summary['n']} images of {summary['n_patients']} patients, "
         f"{len(summary['seeds'])} training seeds. Each number stands with its 95 % interval."
@@ -177,7 +177,7 @@ def _results(page: Page, summary: dict[str, Any], reports: Path, seeds: Sequence
     page.table(
         [
             {
-                "metric": _title(name),
+                "metric": title(name),
                 "value (95 % interval)": estimate,
                 "n": estimate.n,
                 "what it says": METRICS[name].meaning,
@@ -211,7 +211,7 @@ def _cases(page: Page, folder: DatasetFolder, bundle: Path, predictions: Path) -
         "false alarm": frame[~truth & called].assign(order=-score),
     }
     predictor = Predictor(bundle)
-    for title, group in groups.items():
+    for kind, group in groups.items():
         rows = group.sort_values(["order", "sample_id"]).head(_NUM_PICTURES)
         if rows.empty:
             continue
@@ -222,7 +222,7 @@ def _cases(page: Page, folder: DatasetFolder, bundle: Path, predictions: Path) -
             for sample_id, pixels, answer in zip(rows["sample_id"], images, answers, strict=True)
             if answer.attention is not None
         ]
-        page.images(pictures, caption=f"{title.capitalize()} by seed {info.seed}, with the attention that pools its features.")
+        page.images(pictures, caption=f"{kind.capitalize()} by seed {info.seed}, with the attention that pools its features.")
 
 
 def _chain(page: Page, folder: DatasetFolder, work: Path, reports: Path, seeds: Sequence[int]) -> None:
@@ -274,11 +274,6 @@ def _estimates(summary: dict[str, Any]) -> dict[str, Estimate]:
     return {name: Estimate.model_validate(value) for name, value in summary["metrics"].items()}
 
 
-def _title(metric: str) -> str:
-    words = metric.replace("_", " ")
-    return words.upper() if metric in ("auc", "ppv", "npv") else words
-
-
 def _print(summary: dict[str, Any], folder: DatasetFolder) -> None:
     table = Table(
         "metric", "value (95 % interval)", "n",
@@ -287,5 +282,5 @@ def _print(summary: dict[str, Any], folder: DatasetFolder) -> None:
     metrics = _estimates(summary)
     for name in _HEADLINES:
         if name in metrics:
-            table.add_row(_title(name), estimate_text(metrics[name]), str(metrics[name].n))
+            table.add_row(title(name), estimate_text(metrics[name]), str(metrics[name].n))
     Console().print(table)

@@ -71,8 +71,8 @@ class XrayPhantom(Config):
     prevalence: Annotated[float, Field(ge=0, le=1)] = 0.12  # share of images with an opacity
     size_px: Annotated[int, Field(ge=48)] = 192  # height; one site's cassettes are narrower
     seed: Annotated[int, Field(ge=0)] = 20
-    opacity_radius_mm: Range = (11.0, 29.0)
-    opacity_contrast: Range = (0.27, 0.56)  # attenuation at the centre, log exposure; a rib is about 0.2
+    opacity_radius_mm: Range = (13.0, 34.0)
+    opacity_contrast: Range = (0.36, 0.8)  # attenuation at the centre, log exposure; a rib is about 0.2
     faults: Faults = Faults()
     shift: Shift = Shift()
 

@@ -1,7 +1,6 @@
 """What every test may ask for."""
 
 import os
-import os
 from pathlib import Path
 
 import pytest
