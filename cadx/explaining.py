@@ -214,7 +214,8 @@ def next_at(x: np.ndarray, y: np.ndarray, grid: np.ndarray) -> np.ndarray:
 def title(metric: str) -> str:
     """A metric's name as a reader sees it.
 
-    >>> title("auc"), title("balanced_accuracy")
-    ('AUC', 'balanced accuracy')
+    >>> title("auc"), title("balanced_accuracy"), title("ece_if_calibrated")
+    ('AUC', 'balanced accuracy', 'ECE if calibrated')
     """
-    return metric.upper() if metric in ("auc", "ppv", "npv", "f1") else metric.replace("_", " ")
+    names = {"auc": "AUC", "ppv": "PPV", "npv": "NPV", "f1": "F1", "ece": "ECE", "brier": "Brier score"}
+    return " ".join(names.get(word, word) for word in metric.split("_"))

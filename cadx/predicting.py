@@ -1,6 +1,6 @@
 """From a bundle and a raw image to an answer: the one path of calibration, evaluation and serving.
 
-    RawImage -> Preprocessing -> network -> temperature and bias -> probabilities -> operating point -> decision
+    RawImage -> Preprocessing -> network -> temperature, bias -> probabilities -> operating point -> decision
 
 Invariants: an image's answer does not depend on the batch it is in, nor on the format that carried its
 pixels; full float32 precision on every device; nothing is kept of an image.
@@ -329,9 +329,9 @@ def age_band(years: float) -> str:
     """The band of an age in reports, "" where it is unknown.
 
     >>> age_band(39.9), age_band(40.0), age_band(80.0), age_band(float("nan"))
-    ('<40', '40-59', '80+', '')
+    ('0-39', '40-59', '80+', '')
     """
-    for limit, band in ((40, "<40"), (60, "40-59"), (80, "60-79"), (np.inf, "80+")):
+    for limit, band in ((40, "0-39"), (60, "40-59"), (80, "60-79"), (np.inf, "80+")):
         if years < limit:
             return band
     return ""

@@ -156,7 +156,7 @@ def evaluate(
         f"{info.experiment}, seed {info.seed}: {info.split} split", f"{folder.info.source.title}; evaluation"
     )
     _answer(page, info, scores, warnings)
-    _metrics(page, scores)
+    _metrics(page, info, scores)
     _curves(page, info, rows)
     _calls(page, info, rows, scores)
     _subgroups(page, scores, by_subgroup)
@@ -234,7 +234,7 @@ def _answer(page: Page, info: PredictionsInfo, scores: Scores, warnings: Sequenc
         page.callout("warn", warning)
 
 
-def _metrics(page: Page, scores: Scores) -> None:
+def _metrics(page: Page, info: PredictionsInfo, scores: Scores) -> None:
     page.section("Metrics")
     page.table(
         [
@@ -242,15 +242,16 @@ def _metrics(page: Page, scores: Scores) -> None:
                 "metric": title(name),
                 "value (95 % interval)": estimate,
                 "n": estimate.n,
-                "interval": estimate.method,
-                "what it is": METRICS[name].meaning,
+                "how the interval was made": estimate.method,
             }
             for name, estimate in scores.metrics.items()
         ],
         "n counts the cases in the value's denominator.",
     )
-    if len(scores.by_class) > 2:
-        shown = ("auc", "average_precision", "sensitivity", "specificity", "ppv", "npv")
+    with page.details("What each metric is"):
+        page.table([{"metric": title(name), "what it is": METRICS[name].meaning} for name in scores.metrics])
+    if len(info.classes) > 2 or info.task == "multilabel":
+        shown = ("auc", "sensitivity", "specificity")
         page.table(
             [
                 {"class": name, **{title(m): estimates[m] for m in shown if m in estimates}}
@@ -274,7 +275,7 @@ def _precision_heights(labels: np.ndarray, scores: np.ndarray, grid: np.ndarray)
 
 def _curves(page: Page, info: PredictionsInfo, rows: Arrays) -> None:
     page.section("Curves")
-    drawing, (roc_axes, precision_axes, calibration_axes) = panels(8.6, 3.3, columns=3)
+    drawing, (roc_axes, precision_axes, calibration_axes) = panels(8.6, 2.9, columns=3)
     for name in _of_interest(info):
         column = info.classes.index(name)
         known = ~np.isnan(rows.labels[:, column])
@@ -403,6 +404,7 @@ def _draw_scores(axes: Any, info: PredictionsInfo, rows: Arrays) -> None:
     axes.axvline(info.thresholds[info.positive], color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
     axes.set_yscale("symlog", linthresh=1)
     axes.set_ylim(0, None)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set(
         title="Scores", xlabel=f"probability of {info.positive}", ylabel="images (log scale)", xlim=(0, 1)
     )
@@ -436,43 +438,44 @@ def _mistakes(
     predictor: Predictor,
 ) -> None:
     page.section("Worst mistakes")
-    missed, false_alarms = _worst(info, rows, sample_ids)
-    for heading, mistakes in (("Missed", missed), ("False alarms", false_alarms)):
+    page.text(
+        "Each picture shows the image, and the same with the attention that the prediction pools by; below "
+        "it stands the calibrated probability of the class."
+    )
+    for heading, mistakes in _mistakes_by_kind(info, rows, sample_ids).items():
         if not mistakes:
             page.callout("ok", f"{heading}: none.")
             continue
-        images = [RawImage(folder.pixels(m.sample_id)) for m in mistakes]
+        shown = mistakes[:NUM_MISTAKES]
+        images = [RawImage(folder.pixels(mistake.sample_id)) for mistake in shown]
         answers = predictor.predict_many(images, attention=True)
         pairs = []
-        for mistake, image, answer in zip(mistakes, images, answers, strict=True):
+        for mistake, image, answer in zip(shown, images, answers, strict=True):
             assert answer.attention is not None
             plain = overlay(image.pixels, np.zeros(image.pixels.shape[:2]))
             pair = np.concatenate([plain, overlay(image.pixels, answer.attention)], axis=1)
             pairs.append((pair, f"{mistake.sample_id}: {mistake.name} {mistake.probability:.3f}"))
-        page.images(
-            pairs,
-            f"{heading}, the most confident first: the image, the same with the attention that the "
-            "prediction pools by, and the probability of the class.",
-            max_px=360,
-        )
+        rest = "" if len(shown) == len(mistakes) else f" of {len(mistakes)}"
+        page.text(f"{heading}: {len(shown)}{rest}, the most confident first.")
+        page.images(pairs, max_px=360)
 
 
-def _worst(
+def _mistakes_by_kind(
     info: PredictionsInfo, rows: Arrays, sample_ids: Sequence[str]
-) -> tuple[list[Mistake], list[Mistake]]:
-    """The most confident misses and false alarms."""
-    found: tuple[list[Mistake], list[Mistake]] = ([], [])
+) -> dict[str, list[Mistake]]:
+    """Misses and false alarms, the most confident first."""
+    found: dict[str, list[Mistake]] = {"Missed": [], "False alarms": []}
     for name in _of_interest(info):
         column = info.classes.index(name)
-        for mistakes, label, is_called in ((found[0], 1, False), (found[1], 0, True)):
-            wrong = (rows.labels[:, column] == label) & (rows.decisions[:, column] == is_called)
-            mistakes.extend(
+        for heading, label in (("Missed", 1), ("False alarms", 0)):
+            wrong = (rows.labels[:, column] == label) & (rows.decisions[:, column] != label)
+            found[heading].extend(
                 Mistake(sample_ids[i], name, float(rows.probabilities[i, column]))
                 for i in np.flatnonzero(wrong).tolist()
             )
-    missed = sorted(found[0], key=lambda m: (m.probability, m.sample_id))
-    false_alarms = sorted(found[1], key=lambda m: (-m.probability, m.sample_id))
-    return missed[:NUM_MISTAKES], false_alarms[:NUM_MISTAKES]
+    found["Missed"].sort(key=lambda mistake: (mistake.probability, mistake.sample_id))
+    found["False alarms"].sort(key=lambda mistake: (-mistake.probability, mistake.sample_id))
+    return found
 
 
 def _model(page: Page, bundle: Bundle, dataset: Digest, splits: Digest, folder: DatasetFolder) -> None:
@@ -495,10 +498,12 @@ def _model(page: Page, bundle: Bundle, dataset: Digest, splits: Digest, folder: 
     )
     facts = {
         "model": ", ".join(f"{k} {v}" for k, v in settings.items()),
-        "weights": f"{members}{averaged}, {len(bundle.history())} epochs, seed {manifest.seed}",
+        "weights": f"{members}{averaged}, trained for {len(bundle.history())} epochs, seed {manifest.seed}",
         "input": f"{size.channels} x {size.height_px} x {size.width_px} px, {size.fit}",
         "temperature": f"{manifest.temperature:.4f}",
-        "bias": ", ".join(f"{name} {value:+.3f}" for name, value in zip(manifest.classes, manifest.bias, strict=False)),
+        "bias": ", ".join(
+            f"{name} {value:+.3f}" for name, value in zip(manifest.classes, manifest.bias, strict=False)
+        ),
         "declared target": target,
         "thresholds": ", ".join(f"{k} {v:.6f}" for k, v in operating_point.thresholds.items()) or "none",
         f"reached there (n = {operating_point.n:,})": achieved,
@@ -506,7 +511,7 @@ def _model(page: Page, bundle: Bundle, dataset: Digest, splits: Digest, folder: 
         "citation": source.citation,
         "note": source.note,
     }
-    page.table([{"": k, "value": v} for k, v in facts.items() if v], "What was scored.")
+    page.table([{"what": k, "value": v} for k, v in facts.items() if v], "What was scored.")
     chain = {
         "bundle": bundle.digest,
         "dataset scored": dataset,
@@ -517,7 +522,10 @@ def _model(page: Page, bundle: Bundle, dataset: Digest, splits: Digest, folder: 
         "code": manifest.provenance.code,
     }
     with page.details("Digests and versions"):
-        page.table([{"of": k, "SHA-256": v.removeprefix("sha256:")} for k, v in chain.items()])
+        page.table(
+            [{"of": k, "SHA-256": v.removeprefix("sha256:")[:16]} for k, v in chain.items()],
+            "The first 16 digits; bundle.json and metrics.json hold them whole.",
+        )
         page.table([{"library": k, "version": v} for k, v in manifest.provenance.versions.items()])
 
 

@@ -139,14 +139,22 @@ def _metrics(page: Page, info: PredictionsInfo, scores: Scores, seeds: Sequence[
                 "mean (95 % interval)": estimate,
                 **{f"seed {seed}": value for seed, value in zip(seeds, scores.by_seed[name], strict=True)},
                 "SD of seeds": scores.between_seed_sd[name],
-                "interval": estimate.method,
             }
             for name, estimate in scores.metrics.items()
         ],
         "The interval is over patients; the standard deviation says how far training runs differ.",
     )
-    with page.details("What each metric is"):
-        page.table([{"metric": title(name), "what it is": METRICS[name].meaning} for name in scores.metrics])
+    with page.details("What each metric is, and how its interval was made"):
+        page.table(
+            [
+                {
+                    "metric": title(name),
+                    "what it is": METRICS[name].meaning,
+                    "how the interval was made": estimate.method,
+                }
+                for name, estimate in scores.metrics.items()
+            ]
+        )
 
 
 def _roc_heights(labels: np.ndarray, scores: np.ndarray, grid: np.ndarray) -> np.ndarray | None:

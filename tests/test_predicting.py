@@ -28,6 +28,7 @@ from cadx.predicting import (
 from cadx.types import RawImage
 
 THRESHOLD = 0.3
+BIAS = (0.2, -0.2)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def bundle(cohort: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("bundles")
     Bundle(train_bundle(folder / "trained", *cohort, steps=8)).complete(
-        folder / "final", temperature=6.0, operating_point=operating_point(opacity=THRESHOLD)
+        folder / "final", temperature=6.0, bias=BIAS, operating_point=operating_point(opacity=THRESHOLD)
     )
     return Bundle(folder / "final")
 
@@ -148,9 +149,11 @@ def test_decisions_by_task() -> None:
     ]
 
 
-def test_the_temperature_is_applied(bundle: Bundle, predictor: Predictor, pixels: list[np.ndarray]) -> None:
+def test_temperature_and_bias_are_applied(
+    bundle: Bundle, predictor: Predictor, pixels: list[np.ndarray]
+) -> None:
     logits, features = predictor.logits(pixels[:5])
-    expected = torch.softmax(torch.from_numpy(logits) / 6.0, dim=1).numpy()
+    expected = torch.softmax(torch.from_numpy(logits) / 6.0 + torch.tensor(BIAS), dim=1).numpy()
     np.testing.assert_allclose(predictor.probabilities(pixels[:5]), expected, atol=1e-12)
     answer = predictor.predict(RawImage(pixels[0]))
     np.testing.assert_allclose(answer.embedding, features[0], atol=1e-5)
@@ -279,5 +282,5 @@ def test_subgroups_bands_and_what_is_never_known(cohort: tuple[Path, Path]) -> N
     samples = DatasetFolder(cohort[0]).samples
     groups = subgroups(samples, ("site", "sex", "age", "scanner"))
     assert "scanner" not in groups, "an attribute that is never known is no subgroup"
-    assert set(groups["age"]) == {"<40", "40-59", "60-79", "80+", ""}
+    assert set(groups["age"]) == {"0-39", "40-59", "60-79", "80+", ""}
     assert len(groups["site"]) == len(samples)

@@ -1,0 +1,139 @@
+"""The commands around the steps, and what every command does with a user's mistake, each in a real process."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+CADX = [sys.executable, "-m", "cadx"]
+
+
+@pytest.fixture(scope="module")
+def checkout(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project that a command may write to."""
+    copy = tmp_path_factory.mktemp("checkout")
+    for name in ("cadx", "components"):
+        shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / "data").mkdir()
+    for name in ("params.yaml", "dvc.yaml", "data/catalog.yaml"):
+        shutil.copy(root / name, copy / name)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder per class."""
+    folder = tmp_path_factory.mktemp("My Hospital")
+    rng = np.random.default_rng(0)
+    for name, count in (("healthy", 24), ("sick", 12)):
+        (folder / name).mkdir()
+        for number in range(count):
+            Image.fromarray(rng.integers(0, 255, (40, 32), dtype=np.uint8)).save(folder / name / f"{number}.png")
+    return folder
+
+
+def run(checkout: Path, *words: str, wrapper: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*wrapper, *CADX, *words], cwd=checkout, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+@pytest.fixture(scope="module")
+def added(checkout: Path, images: Path) -> subprocess.CompletedProcess[str]:
+    return run(checkout, "new", str(images), "--name", "mine")
+
+
+def test_new_makes_an_experiment_that_the_next_commands_take(
+    checkout: Path, added: subprocess.CompletedProcess[str], root: Path
+) -> None:
+    assert added.returncode == 0, added.stderr
+    assert added.stdout.splitlines()[-1].strip() == "make reproduce EXPERIMENT=mine"
+    assert "rarest" in added.stdout
+    catalog = yaml.safe_load((checkout / "data/catalog.yaml").read_text())
+    assert catalog["mine"]["positive"] == "sick"
+    assert "mine" in yaml.safe_load((checkout / "dvc.yaml").read_text())["vars"][0]["experiments"]
+    for file in ("data/catalog.yaml", "params.yaml", "dvc.yaml"):
+        before, after = (root / file).read_text(), (checkout / file).read_text()
+        assert after.startswith(before[:200]), f"{file} kept its comments"
+    done = run(
+        checkout, "ingest", "--catalog", "data/catalog.yaml", "--cache", "data/sources",
+        "--dataset", "data/work/mine/dataset", "--params", "params.yaml:mine",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    done = run(
+        checkout, "validate", "--dataset", "data/work/mine/dataset", "--validation", "v.json", "--report", "v.html",
+        "--params", "params.yaml:mine",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    done = run(
+        checkout, "split", "--dataset", "data/work/mine/dataset", "--validation", "v.json", "--splits", "s.parquet",
+        "--params", "params.yaml:mine",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_name_that_is_taken_is_refused(
+    checkout: Path, images: Path, added: subprocess.CompletedProcess[str]
+) -> None:
+    again = run(checkout, "new", str(images), "--name", "mine")
+    assert again.returncode == 1
+    assert again.stderr == "cadx new: catalog.yaml already holds 'mine'; choose another name with --name\n"
+
+
+def test_show_before_anything_ran_says_what_to_run(checkout: Path) -> None:
+    shown = run(checkout, "show", "phantom-xray")
+    assert shown.returncode == 1
+    assert shown.stderr.startswith("cadx show: data/reports/phantom-xray/metrics.json: not there; run `make reproduce")
+    assert shown.stderr.count("\n") == 1
+
+
+def test_an_unknown_option_is_a_usage_error_without_a_traceback(checkout: Path) -> None:
+    done = run(checkout, "split", "--datset", "x")
+    assert done.returncode != 0
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "--datset" in done.stdout + done.stderr
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(checkout: Path, tmp_path: Path) -> None:
+    """On a real file system of 300 kB, in a mount namespace of its own."""
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount a small file system")
+    small = tmp_path / "small"
+    small.mkdir()
+    listing = tmp_path / "listing"
+    script = (
+        f'mount -t tmpfs -o size=300k tmpfs {small} && "$@"; status=$?; ls -A {small} > {listing}; exit $status'
+    )
+    done = run(
+        checkout, "ingest", "--catalog", "data/catalog.yaml", "--cache", str(tmp_path / "cache"),
+        "--dataset", str(small / "dataset"), "--params", '{"source": "full"}',
+        wrapper=("unshare", "--mount", "sh", "-c", script, "sh"),
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "No space left" in done.stderr.splitlines()[-1]
+    assert listing.read_text() == ""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _large_source(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A catalogue entry of a megabyte of noise."""
+    folder = tmp_path_factory.mktemp("full")
+    rng = np.random.default_rng(1)
+    for name in ("healthy", "sick"):
+        (folder / name).mkdir()
+        for number in range(4):
+            Image.fromarray(rng.integers(0, 255, (400, 400), dtype=np.uint8)).save(folder / name / f"{number}.png")
+    catalog = checkout / "data/catalog.yaml"
+    entry = {
+        "full": {
+            "title": "Noise", "format": "folder", "task": "binary", "classes": ["healthy", "sick"], "positive": "sick",
+            "modality": "noise", "file": str(folder), "licence": "CC0-1.0", "citation": "none", "patient": "per-image",
+        }
+    }  # fmt: skip
+    catalog.write_text(catalog.read_text() + "\n" + yaml.safe_dump(entry))
