@@ -19,9 +19,13 @@ import benchmarks
 
 def main(names: list[str]) -> int:
     """Run the named benchmarks, or all of them; 0 if every claim holds."""
-    known = sorted(m.name for m in pkgutil.iter_modules([str(Path(benchmarks.__file__).parent)]) if m.name[0] != "_")
+    known = sorted(
+        m.name for m in pkgutil.iter_modules([str(Path(benchmarks.__file__).parent)]) if m.name[0] != "_"
+    )
     if unknown := sorted(set(names) - set(known)):
-        print(f"benchmarks: no benchmark {', '.join(unknown)}; there are: {', '.join(known)}", file=sys.stderr)
+        print(
+            f"benchmarks: no benchmark {', '.join(unknown)}; there are: {', '.join(known)}", file=sys.stderr
+        )
         return 2
     rows = []
     for name in names or known:
@@ -32,7 +36,12 @@ def main(names: list[str]) -> int:
     for row in rows:
         numbers = [f"{row[key]:.4g}" for key in ("ours", "peer")]
         table.add_row(
-            row["claim"], *numbers, row["unit"], f"{row['ratio']:.2f}", f"{row['goal']:.2f}", "yes" if row["holds"] else "NO"
+            row["claim"],
+            *numbers,
+            row["unit"],
+            f"{row['ratio']:.2f}",
+            f"{row['goal']:.2f}",
+            "yes" if row["holds"] else "NO",
         )
     Console(stderr=True).print(table)
     return 0 if all(row["holds"] for row in rows) else 1

@@ -1,0 +1,1 @@
+"""From raw medical images to a classifier in clinical use: the science."""

@@ -129,7 +129,8 @@ def new(folder: Path, /, *, name: str = "", positive: str = "") -> None:
             encoding="utf-8",
         )
         new_params.write_text(
-            params.read_text(encoding="utf-8") + "\n" + yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8"
+            params.read_text(encoding="utf-8") + "\n" + yaml.safe_dump(recipe, sort_keys=False),
+            encoding="utf-8",
         )
         with new_stages.open("w", encoding="utf-8") as stream:
             yaml_editor.dump(pipeline, stream)
@@ -156,7 +157,9 @@ def dataset_form() -> None:
     """
     from cadx.datasets import schema_markdown
 
-    print("# The dataset folder\n\nWritten by `cadx dataset-form > data/README.md` from the schema that checks it.\n")
+    print(
+        "# The dataset folder\n\nWritten by `cadx dataset-form > data/README.md` from the schema that checks it.\n"
+    )
     print(schema_markdown(), end="")
 
 

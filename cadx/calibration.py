@@ -97,7 +97,12 @@ def fit_temperature_and_bias(logits: ArrayLike, labels: ArrayLike, task: Task) -
 
     bounds = [(1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE), *[(-MAX_BIAS, MAX_BIAS)] * (len(start) - 1)]
     found = optimize.minimize(
-        loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-15, "gtol": 1e-10, "maxiter": 1000}
+        loss,
+        start,
+        jac=True,
+        method="L-BFGS-B",
+        bounds=bounds,
+        options={"ftol": 1e-15, "gtol": 1e-10, "maxiter": 1000},
     ).x
     bias: FloatArray = found[1:] if task == "multilabel" else found[1:] - found[1:].mean()
     return float(1 / found[0]), bias

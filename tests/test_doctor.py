@@ -26,7 +26,9 @@ def test_every_complaint_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found["torch"].state == "ok"
 
 
-def test_a_healthy_machine_passes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_healthy_machine_passes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.delenv("CADX_DATA_MIRROR", raising=False)
     assert examine()
     assert "accelerator" in capsys.readouterr().out

@@ -36,7 +36,11 @@ class Checkout:
     def __init__(self, origin: Path, folder: Path) -> None:
         self.folder = folder / "cadx"
         listing = subprocess.run(
-            ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=origin, capture_output=True, text=True, check=True
+            ["git", "ls-files", "-co", "--exclude-standard", "-z"],
+            cwd=origin,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         for name in filter(None, listing.stdout.split("\0")):
             if (origin / name).is_file():
@@ -58,7 +62,13 @@ class Checkout:
 
     def run(self, *command: str) -> str:
         done = subprocess.run(
-            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False, timeout=1500
+            command,
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=1500,
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout + done.stderr

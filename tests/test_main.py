@@ -33,7 +33,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, count in (("healthy", 24), ("sick", 12)):
         (folder / name).mkdir()
         for number in range(count):
-            Image.fromarray(rng.integers(0, 255, (40, 32), dtype=np.uint8)).save(folder / name / f"{number}.png")
+            Image.fromarray(rng.integers(0, 255, (40, 32), dtype=np.uint8)).save(
+                folder / name / f"{number}.png"
+            )
     return folder
 
 
@@ -88,7 +90,9 @@ def test_a_name_that_is_taken_is_refused(
 def test_show_before_anything_ran_says_what_to_run(checkout: Path) -> None:
     shown = run(checkout, "show", "phantom-xray")
     assert shown.returncode == 1
-    assert shown.stderr.startswith("cadx show: data/reports/phantom-xray/metrics.json: not there; run `make reproduce")
+    assert shown.stderr.startswith(
+        "cadx show: data/reports/phantom-xray/metrics.json: not there; run `make reproduce"
+    )
     assert shown.stderr.count("\n") == 1
 
 
@@ -106,9 +110,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(checkout: Path, tmp_path: Pa
     small = tmp_path / "small"
     small.mkdir()
     listing = tmp_path / "listing"
-    script = (
-        f'mount -t tmpfs -o size=300k tmpfs {small} && "$@"; status=$?; ls -A {small} > {listing}; exit $status'
-    )
+    script = f'mount -t tmpfs -o size=300k tmpfs {small} && "$@"; status=$?; ls -A {small} > {listing}; exit $status'
     done = run(
         checkout, "ingest", "--catalog", "data/catalog.yaml", "--cache", str(tmp_path / "cache"),
         "--dataset", str(small / "dataset"), "--params", '{"source": "full"}',
@@ -128,7 +130,9 @@ def _large_source(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> N
     for name in ("healthy", "sick"):
         (folder / name).mkdir()
         for number in range(4):
-            Image.fromarray(rng.integers(0, 255, (400, 400), dtype=np.uint8)).save(folder / name / f"{number}.png")
+            Image.fromarray(rng.integers(0, 255, (400, 400), dtype=np.uint8)).save(
+                folder / name / f"{number}.png"
+            )
     catalog = checkout / "data/catalog.yaml"
     entry = {
         "full": {
