@@ -77,7 +77,7 @@ class Provenance(Config):
         dataset: digest of the dataset's dataset.json, which holds the digests of its other files.
         splits: digest of the splits file.
         parameters: digest of the training parameters (`parameters_digest`).
-        code: digest of the sources (`code_digest`).
+        code: digest of the sources that the training step is made of.
         seed: of the training.
         versions: of what computes (`versions`).
     """
@@ -282,14 +282,6 @@ class Bundle:
             raise ValueError(
                 f"{self.path}: changed since it was written: {', '.join(changed)}; get the bundle again"
             )
-
-
-def code_digest() -> Digest:
-    """The SHA-256 over the sources in cadx/ and components/: relative names and bytes, in order of name."""
-    root = Path(__file__).resolve().parent.parent
-    files = (p for folder in ("cadx", "components") for p in (root / folder).rglob("*.py"))
-    sources = sorted(p.relative_to(root).as_posix() for p in files)
-    return digest_bytes("".join(f"{name} {digest_path(root / name)}\n" for name in sources).encode())
 
 
 def versions() -> dict[str, str]:

@@ -116,9 +116,13 @@ def draw_visits(
 ) -> list[Visit]:
     """All visits of a cohort, patient by patient; round(prevalence * visits) of them are positive.
 
-    Illness depends on nothing that the cohort table shows: not on site, sex, age or number of visits. A
-    patient who is ill is so on most of the visits. With a higher prevalence, the same patients are ill and
+    Illness depends on nothing that the cohort table shows: not on site, sex or age. A patient who is ill
+    is so on most visits, at least on one. With a higher prevalence, the same patients are ill and
     more besides.
+
+    >>> visits = draw_visits(num_patients=50, visits_per_patient=1, site_weights=[1], prevalence=0.1, seed=0)
+    >>> len(visits), sum(visit.positive for visit in visits)
+    (50, 5)
     """
     rng = _stream(seed, "cohort")
     weights = np.asarray(site_weights, dtype=float)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from cadx import metrics
-from cadx.bundle import code_digest, versions
+from cadx.bundle import versions
 from cadx.datasets import BalancedSampler, DatasetFolder, EpochSampler, ImageDataset
 from cadx.files import canonical_json, digest_bytes, digest_path, replacing
 from cadx.losses import LossConfig, count_labels
@@ -130,7 +130,13 @@ class _Progress:
 
 
 def fit(
-    config: TrainingConfig, folder: DatasetFolder, splits: pd.DataFrame, *, seed: int, checkpoints: Path
+    config: TrainingConfig,
+    folder: DatasetFolder,
+    splits: pd.DataFrame,
+    *,
+    seed: int,
+    checkpoints: Path,
+    code: Digest | None = None,
 ) -> Fitted:
     """Train on the train split, choose the epoch on val; go on from a checkpoint of this very run, if any.
 
@@ -142,6 +148,7 @@ def fit(
         splits: columns sample_id and split.
         seed: of weights, order, augmentation and dropout; 0 or more.
         checkpoints: folder for checkpoint.pt.
+        code: digest of the sources, which a checkpoint must share to be gone on from; None: whatever they are.
 
     Raises:
         ValueError: if a split cannot serve, the loss is not finite, or the GPU's memory does not suffice.
@@ -150,7 +157,7 @@ def fit(
         stack.enter_context(torch.random.fork_rng())
         stack.enter_context(_deterministic(config.deterministic))
         try:
-            return _Run(config, folder, splits, seed, checkpoints).fit()
+            return _Run(config, folder, splits, seed, checkpoints, code).fit()
         except torch.cuda.OutOfMemoryError:
             raise ValueError(
                 f"out of GPU memory: lower train.batch_size (now {config.batch_size}), the image's size"
@@ -164,7 +171,14 @@ def discard_checkpoint(checkpoints: Path) -> None:
     (checkpoints / "checkpoint.pt").unlink(missing_ok=True)
 
 
-def run_key(config: TrainingConfig, folder: DatasetFolder, splits: pd.DataFrame, *, seed: int) -> Digest:
+def run_key(
+    config: TrainingConfig,
+    folder: DatasetFolder,
+    splits: pd.DataFrame,
+    *,
+    seed: int,
+    code: Digest | None = None,
+) -> Digest:
     """The digest of all that decides a run's weights: a checkpoint of another is not gone on from."""
     pretrained = config.model.pretrained
     return digest_bytes(
@@ -175,7 +189,7 @@ def run_key(config: TrainingConfig, folder: DatasetFolder, splits: pd.DataFrame,
                 "dataset": digest_path(folder.path / "dataset.json"),
                 "splits": digest_bytes(splits[["sample_id", "split"]].to_csv(index=False).encode()),
                 "pretrained": digest_path(pretrained) if pretrained and pretrained.is_file() else None,
-                "code": code_digest(),
+                "code": code,
                 "versions": versions(),
             }
         ).encode()
@@ -257,13 +271,14 @@ class _Run:
         splits: pd.DataFrame,
         seed: int,
         checkpoints: Path,
+        code: Digest | None,
     ) -> None:
         from accelerate import Accelerator
 
         self.config, self.seed = config, seed
         self.multilabel = folder.info.task == "multilabel"
         self.checkpoint = checkpoints / "checkpoint.pt"
-        self.key = run_key(config, folder, splits, seed=seed)
+        self.key = run_key(config, folder, splits, seed=seed, code=code)
         self.train, self.val = (_dataset(config, folder, splits, split) for split in ("train", "val"))
         counts = count_labels(self.train.labels)
         _check_splits(config, folder, counts, self.val.labels)
@@ -349,7 +364,7 @@ class _Run:
         """One step of the optimizer; the loss before it, still on the device."""
         config, epoch, step = self.config, self.progress.epoch, self.progress.step
         total_step = epoch * self.batches.num_steps + step
-        torch.manual_seed(_step_seed(self.seed, total_step))
+        self._seed_step(total_step)
         images, targets = self._to_device(images), targets.to(self.device, non_blocking=True)
         images = config.augmentation.apply(
             images,
@@ -363,14 +378,22 @@ class _Run:
         with self.accelerator.autocast():
             logits = self.network(images).logits
         loss: Tensor = self.criterion(logits, targets)
+        # Here and not after the step: gradients freed just before they are made anew reuse their memory.
+        self.optimizer.zero_grad()
         self.accelerator.backward(loss)
         if config.grad_clip:
             self.accelerator.clip_grad_norm_(self.network.parameters(), config.grad_clip)
         self.optimizer.step()
-        self.optimizer.zero_grad()
         if self.averaged is not None and config.ema_decay:
             _average(self.averaged, self.network, config.ema_decay, total_step)
         return loss.detach()
+
+    def _seed_step(self, total_step: int) -> None:
+        # Not torch.manual_seed, which formats the stack for a GPU not in use: a millisecond each time.
+        seed = int(np.random.SeedSequence((self.seed, total_step)).generate_state(1, np.uint64)[0])
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _learning_rate(self, total_step: int) -> float:
         config, num_steps = self.config, self.batches.num_steps
@@ -560,10 +583,6 @@ def _average(averaged: nn.Module, network: nn.Module, decay: float, step: int) -
     pairs = zip(averaged.state_dict().values(), network.state_dict().values(), strict=True)
     floating = [(mean, now) for mean, now in pairs if mean.is_floating_point()]
     torch._foreach_lerp_([mean for mean, _ in floating], [now for _, now in floating], share)
-
-
-def _step_seed(seed: int, step: int) -> int:
-    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])
 
 
 def _peak_memory_mb(device: torch.device) -> float:

@@ -27,8 +27,8 @@ import yaml
 from cyclopts import Parameter
 from pydantic import ValidationError
 
-from cadx.files import replacing
-from cadx.types import Config
+from cadx.files import digest_bytes, digest_path, replacing
+from cadx.types import Config, Digest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -244,17 +244,23 @@ def _command_signature(signature: inspect.Signature) -> inspect.Signature:
     )
 
 
-def code_dependencies(step: Step) -> tuple[str, ...]:
+def code_dependencies(step_name: str) -> tuple[str, ...]:
     """The source files that decide what a step does: its first-party import closure, sorted.
 
     Imports inside functions count too. An edited loss therefore retrains, an edited page does not.
     """
     graph = _import_graph()
-    module = f"components.{step.name}"
+    module = f"components.{step_name}"
     closure = {module, *graph.find_upstream_modules(module)}
     files = (ROOT.joinpath(*name.split(".")) for name in closure)
     sources = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py") for path in files)
     return tuple(sorted(path.relative_to(ROOT).as_posix() for path in sources))
+
+
+def code_digest(step_name: str) -> Digest:
+    """The SHA-256 over a step's `code_dependencies`: relative names and bytes."""
+    listing = (f"{name} {digest_path(ROOT / name)}\n" for name in code_dependencies(step_name))
+    return digest_bytes("".join(listing).encode())
 
 
 @functools.cache

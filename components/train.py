@@ -13,14 +13,14 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, ValidationError
 
-from cadx.bundle import Manifest, Provenance, code_digest, parameters_digest, versions, write_bundle
+from cadx.bundle import Manifest, Provenance, parameters_digest, versions, write_bundle
 from cadx.datasets import DatasetFolder, read_splits
 from cadx.files import digest_path, plain
 from cadx.losses import LossConfig
 from cadx.training import Fitted, Recipe, SamplerName, TrainingConfig, discard_checkpoint, fit
 from cadx.transforms import Preprocessing
 from cadx.types import Config
-from components.contract import In, Keep, Out, Params, explain, step
+from components.contract import In, Keep, Out, Params, code_digest, explain, step
 
 _MEASURED = {"seconds", "peak_memory_mb"}
 
@@ -105,7 +105,8 @@ def train(
     folder.verify()
     frame = read_splits(splits)
     config = params.resolve(imbalance)
-    fitted = fit(config, folder, frame, seed=seed, checkpoints=checkpoints)
+    code = code_digest("train")
+    fitted = fit(config, folder, frame, seed=seed, checkpoints=checkpoints, code=code)
     info = folder.info
     manifest = Manifest(
         experiment=experiment,
@@ -123,7 +124,7 @@ def train(
             dataset=digest_path(dataset / "dataset.json"),
             splits=digest_path(splits),
             parameters=parameters_digest(config),
-            code=code_digest(),
+            code=code,
             seed=seed,
             versions=versions(),
         ),

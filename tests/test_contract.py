@@ -13,7 +13,18 @@ import yaml
 
 from cadx.__main__ import command_line
 from components import STEPS
-from components.contract import In, Keep, Out, Params, Step, code_dependencies, declaration, read_params, step
+from components.contract import (
+    In,
+    Keep,
+    Out,
+    Params,
+    Step,
+    code_dependencies,
+    code_digest,
+    declaration,
+    read_params,
+    step,
+)
 
 NAMES = [s.name for s in STEPS]
 
@@ -81,7 +92,7 @@ def test_stage_holds_what_the_signature_declares(entry: Step, pipeline: dict) ->
     assert f"${{item.experiment}}.{entry.name}" in stage["params"]
     # The catalogue is depended on by entry, not as a whole: a new data set reruns nothing.
     data = {p for name in declared.inputs for p in given[name]} - {"data/catalog.yaml"}
-    code = set(code_dependencies(entry))
+    code = set(code_dependencies(entry.name))
     assert paths(stage["deps"]) == data | code, (
         "deps of a stage are its inputs and its import closure:\n"
         + "\n".join(f"      - {path}" for path in [*sorted(data), *sorted(code)])
@@ -91,10 +102,24 @@ def test_stage_holds_what_the_signature_declares(entry: Step, pipeline: dict) ->
 
 
 def test_an_edited_loss_retrains_and_an_edited_page_does_not() -> None:
-    train = code_dependencies(next(s for s in STEPS if s.name == "train"))
+    train = code_dependencies("train")
     assert "cadx/losses.py" in train
     assert "cadx/reporting.py" not in train
     assert "cadx/__main__.py" not in train
+
+
+def test_the_code_digest_sees_an_edit_of_what_the_step_is_made_of(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = code_digest("train")
+    for name in code_dependencies("train"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes((root / name).read_bytes())
+    monkeypatch.setattr("components.contract.ROOT", tmp_path)
+    assert code_digest("train") == before
+    with (tmp_path / "cadx/losses.py").open("a") as stream:
+        stream.write("# edited\n")
+    assert code_digest("train") != before
 
 
 def test_every_section_of_every_experiment_validates(pipeline: dict, experiments: dict, root: Path) -> None:

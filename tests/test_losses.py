@@ -73,7 +73,9 @@ def test_weighted_multilabel_loss_follows_its_formula(label_logits: Tensor) -> N
     weights = torch.tensor([[1.0, 4.0], [0.5, 2.0], [1.0, 1.0]])
     each = torch.where(LABELS == 1, weights[:, 1], weights[:, 0])
     expected = F.binary_cross_entropy_with_logits(label_logits, LABELS, each, reduction="sum") / each.sum()
-    torch.testing.assert_close(BalancedCrossEntropyLoss(weights, multilabel=True)(label_logits, LABELS), expected)
+    torch.testing.assert_close(
+        BalancedCrossEntropyLoss(weights, multilabel=True)(label_logits, LABELS), expected
+    )
 
 
 # Faults of the chapter's sketches

@@ -35,7 +35,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def images() -> Tensor:
-    return torch.randn(3, 1, 64, 48)
+    return torch.randn(3, 1, 64, 96)
 
 
 def _with_attention(model: MedicalClassificationModel) -> MedicalClassificationModel:
@@ -50,7 +50,7 @@ def test_every_configuration_builds_and_trains(config: ResNetConfig | DenseNetCo
     output = model(images)
     assert output.logits.shape == (3, 4)
     assert output.features.shape == (3, model.classifier.in_features)
-    assert output.attention.shape == ((3, 8, 6) if config.stem == "small" else (3, 2, 2))
+    assert output.attention.shape == ((3, 8, 12) if config.stem == "small" else (3, 2, 3))
     torch.testing.assert_close(output.attention.sum((1, 2)), torch.ones(3))
     output.logits.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -84,7 +84,7 @@ def test_full_width_is_torchvisions_network() -> None:
 def test_pooling_starts_as_an_average(images: Tensor) -> None:
     model = ResNetConfig(width=0.25, stem="small").build(2, 1).eval()
     output = model(images)
-    torch.testing.assert_close(output.attention, torch.full((3, 8, 6), 1 / 48))
+    torch.testing.assert_close(output.attention, torch.full((3, 8, 12), 1 / 96))
     torch.testing.assert_close(output.features, model.backbone.extract_features(images).mean((2, 3)))
 
 
@@ -176,7 +176,9 @@ def test_a_gray_image_gives_the_features_of_its_colour_copy(family: str, suffix:
     gray = torch.randn(2, 1, 64, 64)
     colour = gray.expand(-1, 3, -1, -1)
     features = config.build(2, channels=1).eval()(gray).features
-    torch.testing.assert_close(features, config.build(2, channels=3).eval()(colour).features, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        features, config.build(2, channels=3).eval()(colour).features, rtol=1e-4, atol=1e-5
+    )
     if family == "resnet":
         reference.fc = nn.Identity()
         expected = reference(colour)
@@ -192,7 +194,9 @@ def test_published_densenet_names_are_understood(tmp_path: Path) -> None:
     for name, tensor in reference.state_dict().items():
         for part in ("norm", "conv"):
             for number in "12":
-                name = name.replace(f".{part}{number}.", f".{part}.{number}.") if "denselayer" in name else name
+                name = (
+                    name.replace(f".{part}{number}.", f".{part}.{number}.") if "denselayer" in name else name
+                )
         if not name.endswith("num_batches_tracked"):  # older than that field
             old[name] = tensor
     assert any(".norm.1." in name for name in old)

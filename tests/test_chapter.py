@@ -1,0 +1,21 @@
+"""Every name of the source text that is built so far can be imported; the faults of its sketch are tested beside ours."""
+
+from importlib import import_module
+
+import pytest
+
+NAMES = {
+    "analyze_class_imbalance": "cadx.datasets",
+    "BalancedSampler": "cadx.datasets",
+    "MedicalClassificationModel": "cadx.models.radiograph",
+    "MedicalResNet": "cadx.models.radiograph",
+    "DenseNetMedical": "cadx.models.radiograph",
+    "FocalLoss": "cadx.losses",
+    "BalancedCrossEntropyLoss": "cadx.losses",
+    "calculate_medical_classification_metrics": "cadx.metrics",
+}
+
+
+@pytest.mark.parametrize(("name", "module"), NAMES.items())
+def test_the_name_is_importable_and_documented(name: str, module: str) -> None:
+    assert getattr(import_module(module), name).__doc__

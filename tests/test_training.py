@@ -1,0 +1,361 @@
+"""The training loop: what it learns, what it refuses, and that it is a function of data, recipe and seed."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from sklearn.metrics import roc_auc_score
+
+from cadx import training
+from cadx.datasets import BalancedSampler, DatasetFolder, DatasetWriter, SourceInfo
+from cadx.files import digest_bytes
+from cadx.losses import LossConfig
+from cadx.models import DenseNetConfig, ResNetConfig
+from cadx.training import Fitted, TrainingConfig, fit, learning_rate_factor, macro_auc
+from cadx.transforms import Augmentation, Preprocessing
+
+CLASSES = ("normal", "bright", "striped")
+Splits = pd.DataFrame
+
+
+def _write(path: Path, task: str, labels: np.ndarray) -> DatasetFolder:
+    """Noise images in which class k > 0 shows as its own pattern. `labels` N K."""
+    rng = np.random.default_rng(0)
+    classes = CLASSES[: labels.shape[1]]
+    with DatasetWriter(
+        path,
+        name="patterns",
+        task=task,
+        classes=classes,
+        positive=classes[1] if task == "binary" else None,
+        modality="noise",
+        clustered=False,
+        source=SourceInfo(title="patterns", licence="CC0-1.0", citation="none"),
+    ) as writer:
+        for number, row in enumerate(labels):
+            pixels = rng.integers(0, 100, (32, 32)).astype(np.uint8)
+            if row[1] == 1:
+                pixels[4:16, 4:16] += 90
+            if len(row) > 2 and row[2] == 1:
+                pixels[20::4] += 90
+            writer.add(
+                sample_id=f"s{number:03}",
+                pixels=pixels,
+                labels={
+                    name: value for name, value in zip(classes, row, strict=True) if not math.isnan(value)
+                },
+                patient=f"p{number}",
+                sha256=digest_bytes(pixels.tobytes()),
+                statistics={"mean": float(pixels.mean() / 255)},
+            )
+    return DatasetFolder(path)
+
+
+def _splits(folder: DatasetFolder, val_share: int = 4) -> Splits:
+    ids = folder.samples["sample_id"]
+    split = np.where(np.arange(len(ids)) % val_share == 0, "val", "train")
+    return pd.DataFrame({"sample_id": ids, "split": split, "reason": ""})
+
+
+def _one_hot(classes: np.ndarray, num_classes: int) -> np.ndarray:
+    return np.eye(num_classes)[classes]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    # Tiny batches gain nothing from threads, and lose much where tests run side by side.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def binary(tmp_path_factory: pytest.TempPathFactory) -> DatasetFolder:
+    classes = (np.random.default_rng(1).random(160) < 0.3).astype(int)
+    return _write(tmp_path_factory.mktemp("binary") / "dataset", "binary", _one_hot(classes, 2))
+
+
+def _config(**changes: Any) -> TrainingConfig:
+    fields: dict[str, Any] = {
+        "model": ResNetConfig(width=0.125),
+        "preprocessing": Preprocessing(height_px=32, width_px=32, mean=0.25, std=0.25),
+        "epochs": 2,
+        "batch_size": 16,
+        "learning_rate": 3e-3,
+    }
+    return TrainingConfig(**(fields | changes))
+
+
+def _same(a: Fitted, b: Fitted) -> bool:
+    return a.state_dict.keys() == b.state_dict.keys() and all(
+        torch.equal(tensor, b.state_dict[name]) for name, tensor in a.state_dict.items()
+    )
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"sampler": "balanced", "ema_decay": 0.9}, {"monitor": "loss"}], ids=str
+)
+def test_it_learns(binary: DatasetFolder, tmp_path: Path, changes: dict[str, Any]) -> None:
+    fitted = fit(_config(epochs=8, **changes), binary, _splits(binary), seed=0, checkpoints=tmp_path)
+    assert max(record["val_auc"] for record in fitted.history) > 0.97
+    assert [record["epoch"] for record in fitted.history] == list(range(1, 9))
+    monitored = [
+        record["val_auc"] if "monitor" not in changes else -record["val_loss"] for record in fitted.history
+    ]
+    assert fitted.best_epoch == int(np.argmax(monitored)) + 1
+    assert fitted.averaged == ("ema_decay" in changes)
+    assert sum(fitted.train_counts.values()) == 120
+
+
+def test_the_kept_weights_are_the_best_epochs(binary: DatasetFolder, tmp_path: Path) -> None:
+    config = _config(epochs=4, ema_decay=0.8)
+    fitted = fit(config, binary, _splits(binary), seed=0, checkpoints=tmp_path)
+    network = config.model.build(2, 1).eval()
+    network.load_state_dict(fitted.state_dict)
+    val = _splits(binary).query("split == 'val'")["sample_id"].tolist()
+    with torch.no_grad():
+        images = torch.stack([config.preprocessing.apply(binary.pixels(name)) for name in val])
+        scores = network(images).logits.softmax(1)[:, 1].numpy()
+    expected = fitted.history[fitted.best_epoch - 1]["val_auc"]
+    assert roc_auc_score(binary.labels(val)[:, 1], scores) == pytest.approx(expected)
+
+
+def test_multilabel_with_unlabelled_labels(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    labels = (rng.random((120, 3)) < 0.4).astype(float)
+    labels[rng.random((120, 3)) < 0.2] = np.nan
+    labels[3] = np.nan
+    folder = _write(tmp_path / "dataset", "multilabel", labels)
+    config = _config(
+        epochs=6,
+        loss=LossConfig(kind="focal", weights="balanced"),
+        model=DenseNetConfig(growth_rate=4, block_config=(2, 2, 2, 2), stem="small"),
+    )
+    fitted = fit(config, folder, _splits(folder), seed=0, checkpoints=tmp_path / "c")
+    assert all(math.isfinite(record["train_loss"]) for record in fitted.history)
+    assert fitted.history[-1]["train_loss"] < fitted.history[0]["train_loss"]
+
+
+def test_one_positive_in_a_thousand_and_a_class_without_samples(tmp_path: Path) -> None:
+    classes = np.zeros(300, int)
+    classes[[1, 4]] = 1  # one in train, one in val; "striped" never
+    folder = _write(tmp_path / "dataset", "multiclass", _one_hot(classes, 3))
+    for number, (loss, sampler) in enumerate(
+        [(LossConfig(weights="balanced"), "natural"), (LossConfig(kind="focal"), "balanced")]
+    ):
+        config = _config(loss=loss, sampler=sampler, epochs=1)
+        fitted = fit(config, folder, _splits(folder), seed=0, checkpoints=tmp_path / str(number))
+        assert fitted.train_counts == {"normal": 224, "bright": 1, "striped": 0}
+        assert all(tensor.isfinite().all() for tensor in fitted.state_dict.values())
+
+
+def test_weights_are_a_function_of_seed_and_recipe(binary: DatasetFolder, tmp_path: Path) -> None:
+    config = _config(
+        model=ResNetConfig(width=0.125, dropout=0.5),
+        augmentation=Augmentation(horizontal_flip=True, rotation_degrees=10, noise_std=0.1),
+        sampler="balanced",
+    )
+    torch.manual_seed(123)
+    first = fit(config, binary, _splits(binary), seed=0, checkpoints=tmp_path / "a")
+    following = torch.rand(1)
+    again = fit(config, binary, _splits(binary), seed=0, checkpoints=tmp_path / "b")
+    other = fit(config, binary, _splits(binary), seed=1, checkpoints=tmp_path / "c")
+    uncached = config.model_copy(update={"num_workers": 2, "cache_mb": 0})
+    parallel = fit(uncached, binary, _splits(binary), seed=0, checkpoints=tmp_path / "d")
+    assert _same(first, again)
+    assert _same(first, parallel)
+    assert not _same(first, other)
+    torch.manual_seed(123)
+    assert torch.equal(following, torch.rand(1)), "training must leave the caller's random numbers alone"
+
+
+def test_a_repeated_draw_is_augmented_anew() -> None:
+    labels = np.eye(2)[[0] * 9 + [1]]
+    batches = training._Batches(BalancedSampler(labels, seed=0), batch_size=10)
+    batches.start(epoch=0, step=0)
+    (order,) = list(batches)
+    draws = batches.draws(0)
+    assert order.count(9) == 5
+    assert len(set(draws)) == len(draws)
+    assert [draw % 10 for draw in draws] == order
+
+
+def test_early_stopping_waits_for_patience(binary: DatasetFolder, tmp_path: Path) -> None:
+    config = _config(epochs=30, patience=2, learning_rate=0.01)
+    fitted = fit(config, binary, _splits(binary), seed=0, checkpoints=tmp_path)
+    assert len(fitted.history) == min(30, fitted.best_epoch + 2)
+    assert len(fitted.history) < 30
+
+
+class _Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_a_run_that_raised_in_mid_epoch_goes_on_where_it_stood(
+    binary: DatasetFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ema_decay: float | None
+) -> None:
+    config = _config(
+        epochs=3, checkpoint_steps=2, ema_decay=ema_decay, model=ResNetConfig(width=0.125, dropout=0.5)
+    )
+    whole = fit(config, binary, _splits(binary), seed=0, checkpoints=tmp_path / "whole")
+    steps: list[int] = []
+    train_step = training._Run._train_step
+
+    def counted(run: Any, *batch: torch.Tensor) -> torch.Tensor:
+        steps.append(run.progress.epoch * run.batches.num_steps + run.progress.step)
+        if len(steps) == 13:  # 7 steps an epoch: in the second, after the checkpoint of its fourth step
+            raise _Killed
+        return train_step(run, *batch)
+
+    monkeypatch.setattr(training._Run, "_train_step", counted)
+    with pytest.raises(_Killed):
+        fit(config, binary, _splits(binary), seed=0, checkpoints=tmp_path / "killed")
+    resumed = fit(config, binary, _splits(binary), seed=0, checkpoints=tmp_path / "killed")
+    assert steps[13] == 11, "resumes at the very step of its last checkpoint"
+    assert _same(whole, resumed)
+    for a, b in zip(whole.history, resumed.history, strict=True):
+        assert {k: v for k, v in a.items() if k not in ("seconds", "peak_memory_mb")} == {
+            k: v for k, v in b.items() if k not in ("seconds", "peak_memory_mb")
+        }
+
+
+def test_a_finished_run_is_not_trained_again(binary: DatasetFolder, tmp_path: Path) -> None:
+    first = fit(_config(), binary, _splits(binary), seed=0, checkpoints=tmp_path)
+    again = fit(_config(), binary, _splits(binary), seed=0, checkpoints=tmp_path)
+    assert again.history == first.history  # clock times included
+    training.discard_checkpoint(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("what", ["seed", "config", "splits", "damaged"])
+def test_a_checkpoint_of_another_run_is_ignored(binary: DatasetFolder, tmp_path: Path, what: str) -> None:
+    fit(_config(), binary, _splits(binary), seed=0, checkpoints=tmp_path / "c")
+    if what == "damaged":
+        (tmp_path / "c" / "checkpoint.pt").write_bytes(b"PK\x03\x04 not quite")
+    config = _config(learning_rate=1e-3) if what == "config" else _config()
+    splits = _splits(binary, 5 if what == "splits" else 4)
+    seed = 1 if what == "seed" else 0
+    mixed = fit(config, binary, splits, seed=seed, checkpoints=tmp_path / "c")
+    fresh = fit(config, binary, splits, seed=seed, checkpoints=tmp_path / "fresh")
+    assert _same(mixed, fresh)
+
+
+def test_what_does_not_decide_the_weights_does_not_void_a_checkpoint(binary: DatasetFolder) -> None:
+    splits = _splits(binary)
+    key = training.run_key(_config(), binary, splits, seed=0)
+    assert key == training.run_key(
+        _config(num_workers=2, cache_mb=0, checkpoint_steps=7), binary, splits, seed=0
+    )
+    assert key != training.run_key(_config(weight_decay=0), binary, splits, seed=0)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_its_batch(binary: DatasetFolder, tmp_path: Path) -> None:
+    config = _config(learning_rate=1e30, warmup_epochs=0)
+    with pytest.raises(ValueError, match=r"^loss is (nan|inf) at epoch 1, step \d+: [^\n]+$") as error:
+        fit(config, binary, _splits(binary), seed=0, checkpoints=tmp_path)
+    named = str(error.value).partition("samples of that batch: ")[2].split(", ")
+    assert len(named) == 16
+    assert set(named) <= set(_splits(binary).query("split == 'train'")["sample_id"])
+    assert not list(tmp_path.iterdir()), "no checkpoint holds such weights"
+
+
+def test_splits_that_cannot_serve_are_refused(binary: DatasetFolder, tmp_path: Path) -> None:
+    healthy = binary.samples.set_index("sample_id")["label_normal"] == 1
+    splits = _splits(binary)
+    is_healthy = splits["sample_id"].map(healthy)
+    one_sided = splits[is_healthy | (splits["split"] == "train")]
+    with pytest.raises(ValueError, match=r"monitor auc needs both classes in val; use monitor: loss"):
+        fit(_config(), binary, one_sided, seed=0, checkpoints=tmp_path)
+    fitted = fit(_config(monitor="loss"), binary, one_sided, seed=0, checkpoints=tmp_path)
+    assert fitted.history[0]["val_auc"] is None
+    with pytest.raises(ValueError, match=r"train has samples of fewer than two outcomes"):
+        fit(_config(), binary, splits[is_healthy | (splits["split"] == "val")], seed=0, checkpoints=tmp_path)
+    with pytest.raises(ValueError, match=r"no sample in val"):
+        fit(_config(), binary, splits[splits["split"] == "train"], seed=0, checkpoints=tmp_path)
+
+
+def test_learning_rate_warms_up_and_falls_to_zero() -> None:
+    rates = [learning_rate_factor(step, steps=100, warmup_steps=10) for step in range(100)]
+    assert rates[:10] == pytest.approx(np.arange(1, 11) / 10)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[10] == 1
+    assert rates[-1] < 0.001
+    assert learning_rate_factor(0, steps=1, warmup_steps=0) == 1
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_macro_auc_is_sklearns(multilabel: bool) -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(60, 3)).astype(np.float32)
+    if multilabel:
+        labels = (rng.random((60, 3)) < 0.4).astype(np.float32)
+        expected = roc_auc_score(labels, logits, average="macro")
+    else:
+        classes = rng.integers(0, 3, 60)
+        labels = np.eye(3, dtype=np.float32)[classes]
+        shares = np.exp(logits.astype(float))
+        expected = roc_auc_score(classes, shares / shares.sum(1, keepdims=True), multi_class="ovr")
+    assert macro_auc(labels, logits, multilabel=multilabel) == pytest.approx(expected)
+    partly = labels.copy()
+    partly[:10] = np.nan
+    assert macro_auc(partly, logits, multilabel=multilabel) == pytest.approx(
+        macro_auc(labels[10:], logits[10:], multilabel=multilabel)
+    )
+
+
+def test_confident_logits_are_not_tied() -> None:
+    logits = np.array(
+        [[0, 40], [0, 50], [0, 60], [0, 70]], np.float32
+    )  # float64 probabilities of 1, all four
+    labels = np.eye(2, dtype=np.float32)[[0, 0, 1, 1]]
+    assert macro_auc(labels, logits, multilabel=False) == 1
+
+
+def test_history_is_plain(binary: DatasetFolder, tmp_path: Path) -> None:
+    fitted = fit(_config(epochs=1), binary, _splits(binary), seed=0, checkpoints=tmp_path)
+    assert json.loads(json.dumps(fitted.history, allow_nan=False)) == fitted.history
+
+
+@pytest.fixture
+def _fresh_accelerate() -> Iterator[None]:
+    # Accelerate keeps one precision per process.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("_fresh_accelerate")
+def test_bf16_gives_finite_float32_weights(binary: DatasetFolder, tmp_path: Path) -> None:
+    fitted = fit(_config(epochs=4, precision="bf16"), binary, _splits(binary), seed=0, checkpoints=tmp_path)
+    assert fitted.precision == "bf16"
+    assert max(record["val_auc"] for record in fitted.history) > 0.9
+    floating = [tensor for tensor in fitted.state_dict.values() if tensor.is_floating_point()]
+    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in floating)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is in order on a GPU")
+def test_fp16_without_a_gpu_is_refused(binary: DatasetFolder, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"precision fp16 needs a GPU"):
+        fit(_config(precision="fp16"), binary, _splits(binary), seed=0, checkpoints=tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["auto", "fp32", "fp16"])
+@pytest.mark.usefixtures("_fresh_accelerate")
+def test_a_gpu_learns_and_repeats_itself(binary: DatasetFolder, tmp_path: Path, precision: str) -> None:
+    config = _config(epochs=4, precision=precision)
+    first = fit(config, binary, _splits(binary), seed=0, checkpoints=tmp_path / "first")
+    again = fit(config, binary, _splits(binary), seed=0, checkpoints=tmp_path / "again")
+    assert first.device != "CPU"
+    assert max(record["val_auc"] for record in first.history) > 0.9
+    assert _same(first, again)
