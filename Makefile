@@ -51,13 +51,14 @@ check: setup  ## style, types, layers, contract, dependency audit
 	mypy
 	lint-imports
 	python -m pytest -q tests/test_contract.py
-	pip-audit --requirement $(LOCK) --require-hashes --disable-pip
+	python .ci/audit.py
 
 bench: setup  ## every benchmark, as a table
 	python -m benchmarks
 
-evidence: setup  ## recompute the committed results, each with its command
+evidence: setup  ## recompute every committed result: all experiments and seeds
 	dvc repro
+	cadx results > docs/results.md
 
 lock: setup  ## pin the dependencies anew, hashed and without addresses
 	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \

@@ -1,4 +1,4 @@
-"""Every name of the source text that is built so far can be imported; the faults of its sketch are tested beside ours."""
+"""Every name of the source text built so far can be imported; the faults of its sketch are tested beside ours."""
 
 from importlib import import_module
 

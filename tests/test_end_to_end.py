@@ -58,7 +58,8 @@ class Checkout:
             "CADX_TEST_CONNECTIONS": str(self.connections),
             "COLUMNS": "100",
         }
-        self.environment.pop("CADX_DATA_MIRROR", None)
+        for name in ("CADX_DATA_MIRROR", "OMP_NUM_THREADS"):
+            self.environment.pop(name, None)
 
     def run(self, *command: str) -> str:
         done = subprocess.run(
@@ -93,6 +94,13 @@ def test_the_main_job_ends_in_one_page_that_stands_alone(checkout: Checkout) -> 
     assert page.count("<img") + page.count("<svg") > 10
     assert len(page) < 5_000_000
     assert "index.html" in checkout.output.splitlines()[-2] + checkout.output.splitlines()[-1]  # type: ignore[attr-defined]
+
+
+@pytest.mark.timeout(1800)
+def test_the_results_page_holds_the_experiment(checkout: Checkout) -> None:
+    page = checkout.run("cadx", "results")
+    metrics = json.loads((checkout.folder / "data/reports/phantom-xray/metrics.json").read_text())["metrics"]
+    assert f"{metrics['auc']['value']:.3f} ({metrics['auc']['low']:.3f} to {metrics['auc']['high']:.3f})" in page
 
 
 @pytest.mark.timeout(1800)

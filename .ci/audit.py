@@ -1,0 +1,25 @@
+"""Known vulnerabilities among the locked packages, in one line; says so where no vulnerability service is reached."""
+
+import json
+import subprocess
+import sys
+
+LOCK = "requirements/all.txt"
+
+done = subprocess.run(
+    ["pip-audit", "--requirement", LOCK, "--require-hashes", "--disable-pip", "--format", "json"],
+    capture_output=True,
+    text=True,
+    check=False,
+)
+try:
+    packages = json.loads(done.stdout)["dependencies"]
+except ValueError:
+    sys.exit(f"audit: pip-audit gave no report: {done.stderr.strip().splitlines()[-1:]}")
+vulnerable = {p["name"]: [v["id"] for v in p["vulns"]] for p in packages if p.get("vulns")}
+skipped = sum("skip_reason" in p for p in packages)
+print(f"audit: {len(packages) - skipped} packages audited, {len(vulnerable)} vulnerable", end="")
+print(f"; {skipped} NOT audited: the package index here serves no vulnerability reports" if skipped else "")
+for name, identifiers in vulnerable.items():
+    print(f"  {name}: {', '.join(identifiers)}")
+sys.exit(bool(vulnerable))
