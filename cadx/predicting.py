@@ -356,5 +356,7 @@ def _ranges(reference: pd.DataFrame) -> dict[str, tuple[float, float]]:
 
 def _raw_attention(bundle: Bundle, grid: np.ndarray, image: RawImage) -> np.ndarray:
     """A network's attention, h w, in the raw image's coordinates: H W float32, its maximum 1."""
-    attention = bundle.manifest.preprocessing.to_raw(grid, *image.pixels.shape[:2])
+    manifest = bundle.manifest
+    height_px, width_px = image.pixels.shape[:2]
+    attention = manifest.preprocessing.to_raw(grid, height_px, width_px, manifest.model.cells)
     return attention / attention.max()

@@ -30,6 +30,16 @@ class Placement(NamedTuple):
     width_px: int
 
 
+class Cells(NamedTuple):
+    """Where the cells of a network's map are centred in its input, along either axis: first + i * stride.
+
+    In pixels from the input's edge: the centre of its first pixel is 0.5.
+    """
+
+    stride_px: float
+    first_centre_px: float
+
+
 class Preprocessing(Config):
     """How raw pixels become a network's input: part of the bundle, the same in training and serving."""
 
@@ -95,15 +105,14 @@ class Preprocessing(Config):
         canvas += np.float32(self.background)
         return torch.from_numpy(canvas)
 
-    def to_raw(self, grid: np.ndarray, raw_height_px: int, raw_width_px: int) -> np.ndarray:
+    def to_raw(self, grid: np.ndarray, raw_height_px: int, raw_width_px: int, cells: Cells) -> np.ndarray:
         """A map over the network's grid, h w, in raw image coordinates: H W float32, padding cut off.
 
-        A cell of the grid covers height_px / h by width_px / w pixels of the network's input. Values are
-        interpolated between the cells' centres, and held beyond the outermost.
+        Values are interpolated between the cells' centres, and held beyond the outermost.
         """
         place = self.placement(raw_height_px, raw_width_px)
-        rows = _grid_positions(raw_height_px, place.top_px, place.height_px, self.height_px, grid.shape[0])
-        columns = _grid_positions(raw_width_px, place.left_px, place.width_px, self.width_px, grid.shape[1])
+        rows = _grid_positions(raw_height_px, place.top_px, place.height_px, cells, grid.shape[0])
+        columns = _grid_positions(raw_width_px, place.left_px, place.width_px, cells, grid.shape[1])
         values = _interpolate(np.asarray(grid, np.float32), rows)
         return np.ascontiguousarray(_interpolate(values.T, columns).T)
 
@@ -128,10 +137,10 @@ def _resize(plane: np.ndarray, height_px: int, width_px: int) -> np.ndarray:
     return np.asarray(Image.fromarray(plane).resize((width_px, height_px), Image.Resampling.BILINEAR))
 
 
-def _grid_positions(raw_px: int, start_px: int, placed_px: int, canvas_px: int, cells: int) -> np.ndarray:
+def _grid_positions(raw_px: int, start_px: int, placed_px: int, cells: Cells, num_cells: int) -> np.ndarray:
     """For the centre of each raw pixel along one axis, its place in units of grid cells' centres."""
     canvas = start_px + (np.arange(raw_px) + 0.5) * (placed_px / raw_px)
-    positions: np.ndarray = np.clip(canvas * (cells / canvas_px) - 0.5, 0, cells - 1)
+    positions: np.ndarray = np.clip((canvas - cells.first_centre_px) / cells.stride_px, 0, num_cells - 1)
     return positions
 
 

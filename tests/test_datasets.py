@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import pickle
-import time
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -367,28 +366,6 @@ def test_few_shards_stay_open(folder: DatasetFolder, monkeypatch: pytest.MonkeyP
     for index in [0, 3, 6, 9, 0]:
         np.testing.assert_array_equal(folder.pixels(f"s{index}"), sample(index)["pixels"])
     assert len(folder._shards) == 2
-
-
-def test_a_hundred_thousand_rows_are_quick(tmp_path: Path) -> None:
-    pixels = np.zeros((2, 2), np.uint8)
-    start = time.perf_counter()
-    with writer(tmp_path / "made") as dataset:
-        for index in range(100_000):
-            dataset.add(
-                sample_id=f"s{index}",
-                pixels=pixels,
-                labels={"pneumonia": 1},
-                patient=f"p{index}",
-                sha256=SHA,
-                statistics={"mean": 0.5},
-            )
-    written = time.perf_counter()
-    folder = DatasetFolder(tmp_path / "made")
-    read = time.perf_counter()
-    print(f"100,000 rows: written in {written - start:.2f} s, read in {read - written:.2f} s")
-    assert len(folder.samples) == 100_000
-    assert written - start < 15
-    assert read - written < 3
 
 
 def test_the_schema_is_told_in_full() -> None:

@@ -100,7 +100,9 @@ def test_the_main_job_ends_in_one_page_that_stands_alone(checkout: Checkout) -> 
 def test_the_results_page_holds_the_experiment(checkout: Checkout) -> None:
     page = checkout.run("cadx", "results")
     metrics = json.loads((checkout.folder / "data/reports/phantom-xray/metrics.json").read_text())["metrics"]
-    assert f"{metrics['auc']['value']:.3f} ({metrics['auc']['low']:.3f} to {metrics['auc']['high']:.3f})" in page
+    assert (
+        f"{metrics['auc']['value']:.3f} ({metrics['auc']['low']:.3f} to {metrics['auc']['high']:.3f})" in page
+    )
 
 
 @pytest.mark.timeout(1800)

@@ -232,3 +232,26 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no state dict of tensors"):
         ResNetConfig(pretrained=tmp_path / "evil.pth").build(2, channels=1)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("stem", ["standard", "small"])
+@pytest.mark.parametrize(
+    "config", [ResNetConfig(width=0.25), DenseNetConfig(growth_rate=8, block_config=(2, 2, 2, 2))]
+)
+def test_a_cell_of_the_map_lies_where_the_network_looks(config: ModelConfig, stem: str) -> None:
+    """The centre of what a cell answers to, as the gradient shows it; a map taken as even tiles is 15 px off."""
+    torch.manual_seed(0)
+    config = config.model_copy(update={"stem": stem})
+    network = config.build(2, 1).eval()
+    # A large image and cells near its middle: what a cell sees is cut off at the border, and cut off unevenly.
+    size_px = 13 * round(config.cells.stride_px)
+    images = torch.randn(4, 1, size_px, size_px, requires_grad=True)
+    row, column = 6, 5
+    network.backbone.extract_features(images)[:, :, row, column].square().sum().backward()
+    assert images.grad is not None
+    weight = images.grad.square().sum((0, 1))
+    places = torch.arange(size_px) + 0.5
+    for cell, mass in ((row, weight.sum(1)), (column, weight.sum(0))):
+        centre_px = float((mass * places).sum() / mass.sum())
+        expected_px = config.cells.first_centre_px + cell * config.cells.stride_px
+        assert abs(centre_px - expected_px) < 0.15 * config.cells.stride_px

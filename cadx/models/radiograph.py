@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torchvision.models import densenet, resnet
 
+from cadx.transforms import Cells
 from cadx.types import Config
 
 Stem = Literal["standard", "small"]
@@ -73,6 +74,11 @@ class ResNetConfig(_RadiographConfig):
     depth: Literal[18, 34, 50] = 18
     width: Annotated[float, Field(gt=0, le=4)] = 1.0
 
+    @property
+    def cells(self) -> Cells:
+        """Where the attention map's cells lie: every stride of a ResNet starts at the first pixel."""
+        return Cells(stride_px=32 if self.stem == "standard" else 8, first_centre_px=0.5)
+
     def build(self, num_classes: int, channels: int) -> "MedicalResNet":
         """The network for images of `channels` channels; random weights come from torch's global generator.
 
@@ -88,6 +94,12 @@ class DenseNetConfig(_RadiographConfig):
     family: Literal["densenet"] = "densenet"
     growth_rate: Annotated[int, Field(ge=1)] = 32
     block_config: tuple[int, int, int, int] = (6, 12, 24, 16)
+
+    @property
+    def cells(self) -> Cells:
+        """Where the attention map's cells lie: each transition averages two, and moves the first by half a one."""
+        stem_px = 4 if self.stem == "standard" else 1
+        return Cells(stride_px=8 * stem_px, first_centre_px=0.5 + stem_px * (1 + 2 + 4) / 2)
 
     def build(self, num_classes: int, channels: int) -> "DenseNetMedical":
         """The network for images of `channels` channels; random weights come from torch's global generator.
