@@ -50,7 +50,7 @@ check: setup  ## style, types, layers, contract, dependency audit
 	ruff format --check .
 	mypy
 	lint-imports
-	python -m pytest -q tests/test_contract.py
+	python -m pytest tests/test_contract.py
 	python .ci/audit.py
 
 bench: setup  ## every benchmark, as a table
