@@ -14,6 +14,9 @@ export DVC_NO_ANALYTICS := 1
 export DO_NOT_TRACK := true
 export GX_ANALYTICS_ENABLED := false
 
+# Every stage of an experiment's seeds: package comes last; summarise needs all of them.
+repro = dvc repro $(if $(word 2,$(2)),summarise@$(1)) $(foreach seed,$(2),package@$(1)-$(seed))
+
 .DEFAULT_GOAL := help
 .PHONY: help setup run test test-all reproduce check bench evidence lock clean
 
@@ -31,12 +34,15 @@ $(VENV)/.ready: $(LOCK) requirements/uv.txt pyproject.toml
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
-run: setup  ## the main job on the embedded synthetic chest X-rays
-	@$(MAKE) --no-print-directory reproduce EXPERIMENT=phantom-xray
+run: setup  ## the main job on the embedded synthetic chest X-rays, from raw files to a served, watched model
+	$(call repro,phantom-xray,0 1 2)
+	$(call repro,phantom-xray-pilot,0)
+	@cadx rehearse phantom-xray
+	@cadx show phantom-xray
 
 reproduce: setup  ## one experiment: make reproduce EXPERIMENT=pneumoniamnist
 	@test -n "$(EXPERIMENT)" || { echo "name one: make reproduce EXPERIMENT=phantom-xray" >&2; exit 1; }
-	dvc repro summarise@$(EXPERIMENT)
+	$(call repro,$(EXPERIMENT),0 1 2)
 	@cadx show $(EXPERIMENT)
 
 test: setup  ## every fast test

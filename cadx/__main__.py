@@ -3,6 +3,7 @@
 The composition root: the only module of `cadx` that imports upward, and only when a command is run.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Annotated, NoReturn
 from cyclopts import App, Group, Parameter
 
 from components import STEPS
+from components.contract import Alarm
 
 _TELEMETRY_OFF = {
     "DO_NOT_TRACK": "true",
@@ -22,12 +24,29 @@ _TELEMETRY_OFF = {
 """Hospitals' networks are closed: no dependency may call home."""
 
 
+_MADE, _TOLD = "data/work/${item.experiment}", "data/reports/${item.experiment}"
+_EXAMPLES = {
+    "deploy": (
+        f"cadx deploy --archive {_MADE}/${{item.seed}}/model.mar --decision {_TOLD}/${{item.seed}}/decision.json "
+        f"--dataset {_MADE}/dataset --predictions {_TOLD}/${{item.seed}}/predictions.parquet "
+        "--model-store data/serving/model_store --key-file data/serving/key_file.json "
+        "--deployment data/serving/deployment.json --params params.yaml:${item.experiment}"
+    ),
+    "monitor": (
+        f"cadx monitor --request-log data/serving/request_log --bundle {_MADE}/${{item.seed}}/bundle "
+        "--drift data/serving/drift.json --report data/serving/drift.html --params params.yaml:${item.experiment}"
+    ),
+}
+"""Of the steps that are no stages: with a server that `cadx serve` runs."""
+_COMMAND_NAMES = {"compile_pipeline": "compile"}  # a built-in function's name
+
+
 def command_line(tokens: Sequence[str] = ()) -> App:
     """The application: one command per step, imported when it is called, then the others."""
     app = App(
         name="cadx",
         help="From raw medical images to a classifier in clinical use, with evidence for every number.\n\n"
-        "The steps below run alone or as the stages of `dvc repro`: one command each.",
+        "The steps below run alone, as the stages of `dvc repro`, and as containers on Kubeflow: one command each.",
         help_format="markdown",
         version_flags=(),
         default_parameter=Parameter(negative=(), consume_multiple=True),
@@ -44,10 +63,10 @@ def command_line(tokens: Sequence[str] = ()) -> App:
             help=step.summary,
             group=steps,
             sort_key=number,
-            help_epilogue=_stage_example(step.name) if asked else None,
+            help_epilogue=_example(step.name) if asked else None,
         )
-    for command in (show, results, new, doctor, dataset_form):
-        app.command(command, group=others)
+    for command in (show, results, new, serve, rehearse, compile_pipeline, doctor, dataset_form):
+        app.command(command, name=_COMMAND_NAMES.get(command.__name__), group=others)
     return app
 
 
@@ -109,15 +128,15 @@ def new(folder: Path, /, *, name: str = "", positive: str = "") -> None:
         if name in yaml.safe_load(file.read_text(encoding="utf-8")):
             raise ValueError(f"{file.name} already holds {name!r}; choose another name with --name")
     entry, notes = describe_folder(folder, positive=positive)
-    recipe = {
-        name: {
-            "ingest": {"source": name},
-            "split": {"strategy": "patient"},
-            "train": {"preprocessing": {"height_px": 224, "width_px": 224}},
-            # Score the test split only once the recipe is frozen.
-            "evaluate": {"split": "val"},
-        }
+    chosen = {
+        "ingest": {"source": name},
+        "split": {"strategy": "patient"},
+        "train": {"preprocessing": {"height_px": 224, "width_px": 224}},
+        # Score the test split only once the recipe is frozen.
+        "evaluate": {"split": "val"},
     }
+    # DVC wants a section of every step.
+    recipe = {name: {step.name: chosen.get(step.name, {}) for step in STEPS}}
     yaml_editor = YAML()
     pipeline = yaml_editor.load(stages.read_text(encoding="utf-8"))
     pipeline["vars"][0]["experiments"].append(name)
@@ -138,6 +157,84 @@ def new(folder: Path, /, *, name: str = "", positive: str = "") -> None:
         print(f"note: {note}")
     print(f"added {name!r} to data/catalog.yaml, params.yaml and dvc.yaml; look them over, then type")
     print(f"    make reproduce EXPERIMENT={name}")
+
+
+def serve(folder: Path = Path("data/serving"), /, *, port: int = 8080) -> None:
+    """Run TorchServe on loopback until Ctrl-C, with tokens on; `cadx deploy` puts models into it.
+
+    Example: `cadx serve`, then `cadx deploy --help` shows how a model gets there.
+
+    Parameters
+    ----------
+    folder
+        Where it keeps its model store, logs, tokens and the request log.
+    port
+        Of inference; management and metrics take the two after it.
+    """
+    from serving.server import Ports
+    from serving.server import serve as run_server
+
+    run_server(folder, Ports(inference=port, management=port + 1, metrics=port + 2))
+
+
+def rehearse(
+    experiment: str,
+    /,
+    *,
+    work: Path = Path("data/work"),
+    reports: Path = Path("data/reports"),
+    params: Path = Path("params.yaml"),
+    requests: int = 200,
+) -> None:
+    """Rehearse clinical use on this machine: serve a packaged model, ask it, watch it for drift, stop it.
+
+    Example: `cadx rehearse phantom-xray`, after `make reproduce EXPERIMENT=phantom-xray`.
+
+    Parameters
+    ----------
+    experiment
+        A section of params.yaml whose steps have run.
+    work
+        Where the steps keep data sets and bundles.
+    reports
+        Where the steps write what people read.
+    params
+        The parameter file.
+    requests
+        Images of the test split to be sent, once as they are and once as an aged detector gives them.
+    """
+    from pipelines.rehearsal import rehearse as run_rehearsal
+
+    run_rehearsal(experiment, work=work, reports=reports, params=params, requests=requests)
+
+
+def compile_pipeline(
+    experiment: str,
+    /,
+    *,
+    output: Path = Path("pipeline.yaml"),
+    params: Path = Path("params.yaml"),
+    image: str = "cadx:latest",
+) -> None:
+    """Compile an experiment to a Kubeflow pipeline: the commands of dvc.yaml, in containers.
+
+    Example: `cadx compile phantom-xray --output pipeline.yaml --image registry.example/cadx@sha256:...`.
+
+    Parameters
+    ----------
+    experiment
+        A section of params.yaml; its values become the defaults of the pipeline's parameters.
+    output
+        The compiled pipeline, YAML.
+    params
+        The parameter file.
+    image
+        The container image of every step.
+    """
+    from pipelines import compile_experiment
+
+    compile_experiment(experiment, output, params=params, image=image)
+    print(f"wrote {output}")
 
 
 def doctor() -> None:
@@ -172,6 +269,9 @@ def main(arguments: Annotated[Sequence[str] | None, Parameter(parse=False)] = No
         command_line(tokens)(tokens)
     except (ValueError, OSError) as error:
         _fail(tokens, error)
+    except Alarm as alarm:
+        print(f"cadx {' '.join(tokens[:1])}: {alarm}", file=sys.stderr)
+        sys.exit(3)
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
@@ -182,22 +282,23 @@ def _fail(tokens: list[str], error: Exception) -> NoReturn:
         raise error
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        if error.errno == errno.ENOSPC:
+            text += "; free some space and run it again: nothing half-written is left"
     else:
         text = " ".join(str(error).split())
     print(f"cadx {' '.join(tokens[:1])}: {text}", file=sys.stderr)
     sys.exit(1)
 
 
-def _stage_example(step: str) -> str | None:
+def _example(step: str) -> str:
     """The step's own line in dvc.yaml, with its placeholders filled in."""
     import yaml
 
     from components.contract import ROOT
 
-    stage = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"].get(step)
-    if stage is None:
-        return None
-    command: str = stage["cmd"].replace("${item.experiment}", "phantom-xray").replace("${item.seed}", "0")
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    command: str = stages[step]["cmd"] if step in stages else _EXAMPLES[step]
+    command = command.replace("${item.experiment}", "phantom-xray").replace("${item.seed}", "0")
     return f"Example:\n\n```\n{' '.join(command.split())}\n```"
 
 

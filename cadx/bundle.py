@@ -3,10 +3,17 @@
     bundle.json               the Manifest, canonical JSON; its SHA-256 is the bundle's digest
     weights/<n>.safetensors   one file per ensemble member
     reference.parquet         image statistics (`stat_*`) of the training split, one row a sample
+    heldout.parquet           what the final bundle answers on the calibration split, one row a sample
     history.json              one record per training epoch
 
 `train` writes it, `calibrate` completes it under another path, nothing changes it afterwards: bundle.json
 holds the digest of every other file, and opening a bundle checks them all.
+
+A served model is watched against two references. Image statistics are compared with the training split:
+it is the largest sample of what the network knows. Scores and embeddings are compared with the calibration
+split, because on its own training images a network is surer, and sees them more alike, than it ever will be
+again: against those, every healthy stream of requests would look moved. heldout.parquet names nobody, but
+it holds an embedding, a site and a scanner for each image: hand a bundle only to those who may have these.
 """
 
 import json
@@ -22,20 +29,24 @@ import pyarrow.parquet as pq
 import torch
 import torchvision
 from pydantic import Field, ValidationError, model_validator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from cadx.datasets import SourceInfo
 from cadx.files import canonical_json, digest_bytes, digest_path, replacing, write_json
-from cadx.metrics import Estimate
 from cadx.models import ModelConfig
 from cadx.transforms import Preprocessing
-from cadx.types import Config, Digest, Split, Task
+from cadx.types import Config, Digest, Estimate, Split, Task
 
 MANIFEST = "bundle.json"
 REFERENCE = "reference.parquet"
+HELDOUT = "heldout.parquet"
 HISTORY = "history.json"
 REFERENCE_DECIMALS = 6
+"""Of image statistics and probabilities in the references. Round what is compared with them: where a
+network answers 1e-9 on every image, all requests would lie above a reference of zeros."""
+EMBEDDING_DECIMALS = 4
 
 
 class WeightFile(Config):
@@ -94,16 +105,17 @@ class Manifest(Config):
     """What bundle.json says.
 
     `weights`, `reference` and `history` are filled in by `write_bundle`; `temperature`,
-    `bias` and `operating_point` by `Bundle.complete`.
+    `bias`, `operating_point` and `heldout` by `Bundle.complete`.
 
     Attributes:
+        schema_version: of this form. 1 had no `heldout`; such bundles answer as ever, but cannot be watched.
         positive: the class that binary metrics speak of; None for other tasks.
         requires_spacing: an image without a known pixel spacing is refused.
         assumptions: what was taken as given of the data, in words.
         clustered: patients may have several images; False means that each image counts as a patient.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 2
     experiment: str
     seed: int
     task: Task
@@ -122,6 +134,7 @@ class Manifest(Config):
     assumptions: tuple[str, ...] = ()
     provenance: Provenance
     reference: Digest | None = None
+    heldout: Digest | None = None
     history: Digest | None = None
 
     @model_validator(mode="after")
@@ -140,7 +153,15 @@ class Manifest(Config):
         assert self.weights, "write_bundle fills this in"
         assert self.reference is not None, "write_bundle fills this in"
         assert self.history is not None, "write_bundle fills this in"
-        return {w.file: w.digest for w in self.weights} | {REFERENCE: self.reference, HISTORY: self.history}
+        files = {w.file: w.digest for w in self.weights} | {REFERENCE: self.reference, HISTORY: self.history}
+        return files | ({HELDOUT: self.heldout} if self.heldout else {})
+
+    @property
+    def heldout_columns(self) -> list[str]:
+        """The columns of heldout.parquet, in order: those of predictions.parquet that name nobody."""
+        is_multilabel = self.task == "multilabel"
+        decisions = [f"decision_{name}" for name in self.classes] if is_multilabel else ["decision"]
+        return [*(f"prob_{name}" for name in self.classes), *decisions, "site", "scanner", "embedding"]
 
 
 def write_bundle(
@@ -168,10 +189,9 @@ def write_bundle(
         weights = []
         for number, state in enumerate(state_dicts):
             file = f"weights/{number}.safetensors"
-            # Clones: safetensors refuses tensors that share storage.
-            save_file(
-                {k: v.detach().cpu().clone().contiguous() for k, v in sorted(state.items())}, folder / file
-            )
+            # Clones: safetensors refuses tensors that share storage. Bytes: its own writer hides a full disk.
+            tensors = {k: v.detach().cpu().clone().contiguous() for k, v in sorted(state.items())}
+            (folder / file).write_bytes(safetensors_bytes(tensors))
             weights.append(WeightFile(file=file, digest=digest_path(folder / file), averaged=averaged))
         statistics = reference.filter(like="stat_").astype(np.float64).round(REFERENCE_DECIMALS)
         pq.write_table(pa.Table.from_pandas(statistics, preserve_index=False), folder / REFERENCE)
@@ -241,15 +261,45 @@ class Bundle:
         """Image statistics of the training split: columns `stat_*`, one row a sample."""
         return pd.read_parquet(self.path / REFERENCE)
 
+    def heldout(self) -> pd.DataFrame:
+        """What this bundle answers on the calibration split, one row a sample; no column names a sample.
+
+        Columns: `prob_<class>`, `decision` (a class name) or for multilabel `decision_<class>` (bool), `site`
+        and `scanner` ("" = unknown), `embedding` (F float32 each).
+
+        Raises:
+            ValueError: if the bundle holds none.
+        """
+        if self.manifest.heldout is None:
+            raise ValueError(
+                f"{self.path}: no {HELDOUT}, the answers that later ones are compared with; "
+                "run `cadx calibrate` of this version"
+            )
+        return pd.read_parquet(self.path / HELDOUT)
+
     def history(self) -> list[dict[str, Any]]:
         """One record per training epoch."""
         records: list[dict[str, Any]] = json.loads((self.path / HISTORY).read_text(encoding="utf-8"))
         return records
 
     def complete(
-        self, path: Path, *, temperature: float, bias: Sequence[float] = (), operating_point: OperatingPoint
+        self,
+        path: Path,
+        *,
+        temperature: float,
+        bias: Sequence[float] = (),
+        operating_point: OperatingPoint,
+        heldout: pd.DataFrame | None = None,
     ) -> None:
         """Write the final bundle at `path`: this one with its temperature and operating point set.
+
+        Args:
+            path: the folder to make.
+            temperature: by which logits are divided.
+            bias: of each class, or none.
+            operating_point: how probabilities become a decision.
+            heldout: what the final bundle answers on the calibration split: the columns that `heldout()`
+                gives back, others are left out. Without it the bundle answers, but cannot be watched.
 
         Raises:
             ValueError: if this bundle is complete already.
@@ -262,11 +312,15 @@ class Bundle:
             "temperature": temperature,
             "bias": tuple(bias),
             "operating_point": operating_point.model_dump(),
+            "schema_version": 2,
         }
         with replacing(path) as folder:
             for name in self.manifest.files:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / name).write_bytes((self.path / name).read_bytes())
+            if heldout is not None:
+                _write_heldout(folder / HELDOUT, heldout[self.manifest.heldout_columns])
+                fields["heldout"] = digest_path(folder / HELDOUT)
             write_json(folder / MANIFEST, Manifest.model_validate(fields).model_dump(mode="json"))
 
     def _verify(self) -> None:
@@ -282,6 +336,22 @@ class Bundle:
             raise ValueError(
                 f"{self.path}: changed since it was written: {', '.join(changed)}; get the bundle again"
             )
+
+
+def _write_heldout(path: Path, frame: pd.DataFrame) -> None:
+    """The same rows give the same bytes; without pandas' own metadata, which changes with its version."""
+    columns: dict[str, pa.Array] = {}
+    for name, values in frame.items():
+        if name == "embedding":
+            # + 0.0: rounding may leave a -0.
+            rounded = np.stack(values.to_list()).astype(np.float32).round(EMBEDDING_DECIMALS) + np.float32(0)
+            columns[name] = pa.array(list(rounded), pa.list_(pa.float32()))
+        elif str(name).startswith("prob_"):
+            columns[str(name)] = pa.array(values.to_numpy(np.float64).round(REFERENCE_DECIMALS))
+        else:
+            is_flag = str(name).startswith("decision_")
+            columns[str(name)] = pa.array(values.to_list(), pa.bool_() if is_flag else pa.string())
+    pq.write_table(pa.table(columns), path)
 
 
 def versions() -> dict[str, str]:

@@ -14,7 +14,10 @@ from typing import Literal, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-_PACKAGES = ("torch", "torchvision", "accelerate", "pydicom", "python-gdcm", "great-expectations", "dvc")
+_PACKAGES = (
+    "torch", "torchvision", "accelerate", "pydicom", "python-gdcm", "great-expectations", "evidently",
+    "torchserve", "dvc", "kfp",
+)  # fmt: skip
 _PORTS = {8080: "inference", 8081: "management", 8082: "metrics"}
 _MIN_FREE_GB = 10
 _TELEMETRY = {"DO_NOT_TRACK": "true", "DVC_NO_ANALYTICS": "1", "GX_ANALYTICS_ENABLED": "false"}

@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
+from cadx.metrics import Subgroup, roc
+from cadx.reporting import Page, panels
+from cadx.types import Estimate
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -17,29 +21,6 @@ BAND_RESAMPLES = 500
 FOREST_METRICS = ("sensitivity", "specificity", "auc")
 _MUTED = "#5b6675"
 _INK_BLUE = "#0072B2"
-
-
-class EstimateLike(Protocol):
-    """A value with its 95 % interval; None where undefined."""
-
-    @property
-    def value(self) -> float | None: ...  # noqa: D102
-
-    @property
-    def low(self) -> float | None: ...  # noqa: D102
-
-    @property
-    def high(self) -> float | None: ...  # noqa: D102
-
-
-class SubgroupLike(Protocol):
-    """Counts, and an estimate for each of `FOREST_METRICS`."""
-
-    @property
-    def n(self) -> int: ...  # noqa: D102
-
-    @property
-    def n_positive(self) -> int: ...  # noqa: D102
 
 
 class Curve(Protocol):
@@ -138,15 +119,39 @@ def square(axes: "Axes", x_label: str, y_label: str) -> None:
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel=x_label, ylabel=y_label, aspect="equal")
 
 
+def show_subgroups(
+    page: Page,
+    by_subgroup: Mapping[str, Mapping[str, Subgroup]],
+    overall: Mapping[str, Estimate],
+    note: str = "",
+) -> None:
+    """Add the section that sets every subgroup's metrics beside those of all; `note` opens its caption."""
+    page.section("Subgroups")
+    if not by_subgroup:
+        page.text(
+            "The dataset says neither site, scanner, age nor sex of any image: no subgroup can be judged."
+        )
+        return
+    count = sum(len(groups) for groups in by_subgroup.values())
+    drawing, axes = panels(8.6, 1.0 + 0.27 * count, columns=len(FOREST_METRICS))
+    draw_subgroups(axes, by_subgroup, overall)
+    page.figure(
+        drawing,
+        f"{note} In brackets the images, and how many of them are positive (+). The dashed lines are the values "
+        "of all. Intervals of small groups are wide, and among many groups some differ by chance.".strip(),
+        alt="Forest plot of sensitivity, specificity and AUC by subgroup; metrics.json holds the numbers",
+    )
+
+
 def draw_subgroups(
-    panels: "Sequence[Axes]",
-    by_subgroup: Mapping[str, Mapping[str, SubgroupLike]],
-    overall: Mapping[str, EstimateLike],
+    columns: "Sequence[Axes]",
+    by_subgroup: Mapping[str, Mapping[str, Subgroup]],
+    overall: Mapping[str, Estimate],
 ) -> None:
     """Draw a forest plot: a row for each subgroup, a panel for each of `FOREST_METRICS`.
 
     Args:
-        panels: one for each metric; the first carries the names.
+        columns: one for each metric; the first carries the names.
         by_subgroup: attribute -> value -> its estimates.
         overall: metric -> the value of all, drawn as a reference line.
     """
@@ -159,8 +164,8 @@ def draw_subgroups(
         f"{attribute}: {value}  ({group.n:,}, {group.n_positive:,} +)" for attribute, value, group in rows
     ]
     heights = -np.arange(len(rows))
-    for axes, metric in zip(panels, FOREST_METRICS, strict=True):
-        estimates: list[EstimateLike] = [getattr(group, metric) for *_, group in rows]
+    for axes, metric in zip(columns, FOREST_METRICS, strict=True):
+        estimates: list[Estimate] = [getattr(group, metric) for *_, group in rows]
         reference = overall[metric].value
         if reference is not None:
             axes.axvline(reference, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
@@ -184,13 +189,19 @@ def draw_subgroups(
         shown = [v for e in (*estimates, overall[metric]) for v in (e.value, e.low) if v is not None]
         lowest = np.floor(10 * min([*shown, 0.9])) / 10
         axes.set(title=title(metric), ylim=(heights[-1] - 0.6, 0.6), xlim=(lowest - 0.02, 1.02))
-        axes.set_yticks(heights, names if axes is panels[0] else [""] * len(names))
+        axes.set_yticks(heights, names if axes is columns[0] else [""] * len(names))
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")
         # Attributes apart by a line.
         for above, below, height in zip(rows, rows[1:], heights, strict=False):
             if above[0] != below[0]:
                 axes.axhline(height - 0.5, color="#e3e7ec", linewidth=0.8)
+
+
+def roc_heights(labels: np.ndarray, scores: np.ndarray, grid: np.ndarray) -> np.ndarray | None:
+    """Sensitivity at the false positive rates of `grid`: a `Curve`; None where a class is missing."""
+    curve = roc(labels, scores)
+    return steps_at(curve.false_positive_rate, curve.sensitivity, grid) if len(curve.sensitivity) else None
 
 
 def steps_at(x: np.ndarray, y: np.ndarray, grid: np.ndarray) -> np.ndarray:

@@ -38,7 +38,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, special, stats
 
-from cadx.types import Config, Task
+from cadx.types import Config, Estimate, Task
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -91,24 +91,6 @@ METRICS: dict[str, Meaning] = {
 For multiclass and multilabel the overall value is the unweighted mean over classes, one against the
 rest, except accuracy, exact_match, and the multiclass brier and log_loss, which count cases.
 """
-
-
-class Estimate(Config):
-    """A value with its 95 % interval; None where undefined, and `method` then says why.
-
-    Attributes:
-        value: the estimate; the mean over seeds where there are several.
-        low: lower limit, None where there is no interval.
-        high: upper limit, None where there is no interval.
-        n: cases that the value rests on: those in its denominator.
-        method: how the interval was made, in words.
-    """
-
-    value: float | None
-    low: float | None
-    high: float | None
-    n: int
-    method: str
 
 
 class Confusion(Config):

@@ -4,6 +4,7 @@ Reads only what the steps left: the dataset, splits and bundles, and the reports
 """
 
 import json
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from cadx.catalog import load_catalog
 from cadx.datasets import DatasetFolder, read_splits
 from cadx.explaining import overlay, title
 from cadx.files import digest_path
-from cadx.metrics import METRICS, Estimate, roc
+from cadx.gating import Decision, read_decision
+from cadx.metrics import METRICS, roc
 from cadx.predicting import Predictor, read_predictions
 from cadx.reporting import INK, Page, estimate_text, figure, panels
-from cadx.types import RawImage
+from cadx.types import Estimate, RawImage
 
 _HEADLINES = ("auc", "sensitivity", "specificity", "ppv", "npv", "accuracy", "balanced_accuracy", "brier")
 _NUM_PICTURES = 6
@@ -61,11 +63,13 @@ def write_overview(experiment: str, work: Path, reports: Path) -> Path:
     _training(page, work, seeds)
     _results(page, summary, reports, seeds)
     _cases(page, folder, work / str(seeds[0]) / "bundle", reports / str(seeds[0]) / "predictions.parquet")
+    _gate(page, reports)
+    _service(page, reports / "serving")
     _chain(page, folder, work, reports, seeds)
     target = reports / "index.html"
     page.write(target)
 
-    _print(summary, folder)
+    _print(summary, reports)
     print(f"open   {target}")
     print("next   cadx new FOLDER   for your own images, then make reproduce EXPERIMENT=...")
     return target
@@ -96,7 +100,7 @@ def results_markdown(catalog: Path, params: Path, reports: Path) -> str:
         seeds = ", ".join(map(str, summary["seeds"]))
         parts.append(
             f"## {name}\n\n{entry.title}, {summary['split']} split: {summary['n']} images, seeds {seeds}. "
-            f"Command: `make reproduce EXPERIMENT={name}`. {entry.note}".rstrip()
+            f"Command: `make reproduce EXPERIMENT={name}`{_commit(file)}. {entry.note}".rstrip()
         )
         parts.extend(f"> {warning}" for warning in summary["warnings"])
         by_seed = summary["by_seed"]
@@ -118,6 +122,15 @@ def results_markdown(catalog: Path, params: Path, reports: Path) -> str:
             rule = "|---" * (len(compared) + 2) + "|"
             parts.append("\n".join([header, rule, f"| **cadx** | {ours} | this repository |", *others]))
     return "\n\n".join(parts) + "\n"
+
+
+def _commit(file: Path) -> str:
+    """Where in history these numbers entered; nothing outside of a git checkout."""
+    found = subprocess.run(
+        ["git", "log", "-1", "--format=%h", "--", str(file)], capture_output=True, text=True, check=False
+    )
+    commit = found.stdout.strip()
+    return f", numbers of commit {commit}" if found.returncode == 0 and commit else ""
 
 
 def _each(values: Sequence[float | None]) -> str:
@@ -238,6 +251,57 @@ def _cases(page: Page, folder: DatasetFolder, bundle: Path, predictions: Path) -
         )
 
 
+def _decisions(reports: Path) -> list[Decision]:
+    """What the gate decided of this experiment's seeds, and of experiments named after it, such as a pilot."""
+    files = sorted(reports.parent.glob(f"{reports.name}*/*/decision.json"))
+    return [read_decision(file) for file in files]
+
+
+def _gate(page: Page, reports: Path) -> None:
+    page.section("The gate")
+    decisions = _decisions(reports)
+    page.text(
+        "Bounds are declared in params.yaml and held against the worse end of each interval: a model is let "
+        "through by what it has shown, not by what it happened to score."
+    )
+    page.table(
+        [
+            {
+                "experiment": decision.experiment,
+                "seed": str(decision.seed),
+                "decision": "promote" if decision.promote else "refuse",
+                "why": "; ".join(decision.reasons) or f"all {len(decision.checks)} checks hold",
+            }
+            for decision in decisions
+        ],
+        empty="The gate has not been asked: run `cadx gate`.",
+    )
+
+
+def _service(page: Page, serving: Path) -> None:
+    """What `cadx rehearse` left, where it has run."""
+    record_file = serving / "rehearsal.json"
+    if not record_file.is_file():
+        return
+    record = json.loads(record_file.read_text(encoding="utf-8"))
+    page.section("In service")
+    page.facts([
+        ("requests answered", record["answered"]),
+        ("median latency, ms", record["latency_ms"]["p50"]),
+        ("largest difference from evaluation", f"{record['largest_difference']:.1e}"),
+    ])  # fmt: skip
+    page.text(
+        f"Model {record['model']}, version {record['version']}, served by TorchServe on loopback. It became the "
+        f"default version once {record['golden_samples']} golden samples had come back through the endpoint as "
+        "they stand in the predictions file."
+    )
+    if record["refused"]:
+        page.callout("stop", f"Not served: {record['refused']}")
+    for watch in record["watches"]:
+        page.callout("warn" if watch["drifted"] else "ok", f"{watch['what']}: {watch['said']}")
+        page.links([(watch["what"], f"serving/{watch['report']}")])
+
+
 def _chain(page: Page, folder: DatasetFolder, work: Path, reports: Path, seeds: Sequence[int]) -> None:
     page.section("Chain of evidence")
     rows = [
@@ -297,7 +361,7 @@ def _estimates(summary: dict[str, Any]) -> dict[str, Estimate]:
     return {name: Estimate.model_validate(value) for name, value in summary["metrics"].items()}
 
 
-def _print(summary: dict[str, Any], folder: DatasetFolder) -> None:
+def _print(summary: dict[str, Any], reports: Path) -> None:
     table = Table(
         "metric", "value (95 % interval)", "n",
         title=f"{summary['experiment']}, {summary['split']} split, {len(summary['seeds'])} seeds",
@@ -307,3 +371,6 @@ def _print(summary: dict[str, Any], folder: DatasetFolder) -> None:
         if name in metrics:
             table.add_row(title(name), estimate_text(metrics[name]), str(metrics[name].n))
     Console().print(table)
+    for decision in _decisions(reports):
+        verdict = "promoted" if decision.promote else f"refused: {'; '.join(decision.reasons)}"
+        print(f"gate   {decision.experiment}, seed {decision.seed}: {verdict}")

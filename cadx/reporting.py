@@ -11,13 +11,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
 from cadx.files import replacing
+from cadx.types import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,26 +59,12 @@ _PLOT_STYLE: Any = {
 }
 
 
-class EstimateLike(Protocol):
-    """A number with its 95 % interval; None where there is none."""
-
-    @property
-    def value(self) -> float | None: ...  # noqa: D102
-
-    @property
-    def low(self) -> float | None: ...  # noqa: D102
-
-    @property
-    def high(self) -> float | None: ...  # noqa: D102
-
-
-def estimate_text(estimate: EstimateLike, decimals: int = 3) -> str:
+def estimate_text(estimate: Estimate, decimals: int = 3) -> str:
     """An estimate as readers know it: the value, and its interval in brackets.
 
-    >>> from types import SimpleNamespace
-    >>> estimate_text(SimpleNamespace(value=0.988, low=0.981, high=0.993))
+    >>> estimate_text(Estimate(value=0.988, low=0.981, high=0.993, n=624, method="DeLong"))
     '0.988 (0.981 to 0.993)'
-    >>> estimate_text(SimpleNamespace(value=None, low=None, high=None))
+    >>> estimate_text(Estimate(value=None, low=None, high=None, n=0, method="no positive"))
     '–'
     """
     value, low, high = (_finite(number) for number in (estimate.value, estimate.low, estimate.high))
@@ -296,7 +283,7 @@ def _finite(number: float | None) -> float | None:
 
 
 def _is_estimate(value: Any) -> bool:
-    return all(hasattr(value, name) for name in ("value", "low", "high"))
+    return isinstance(value, Estimate)
 
 
 def _is_missing(value: Any) -> bool:

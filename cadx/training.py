@@ -8,6 +8,7 @@ of loader workers.
 
 import copy
 import dataclasses
+import io
 import math
 import os
 import resource
@@ -458,19 +459,21 @@ class _Run:
 
     def _save(self) -> None:
         scaler = self.accelerator.scaler
+        state = io.BytesIO()  # torch's own writer reports a full disk as a broken archive
+        torch.save(
+            {
+                "key": self.key,
+                "progress": dataclasses.asdict(self.progress),
+                "network": self.network.state_dict(),
+                "averaged": None if self.averaged is None else self.averaged.state_dict(),
+                "best": self.best,
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": scaler.state_dict() if scaler else None,
+            },
+            state,
+        )
         with replacing(self.checkpoint) as partial:
-            torch.save(
-                {
-                    "key": self.key,
-                    "progress": dataclasses.asdict(self.progress),
-                    "network": self.network.state_dict(),
-                    "averaged": None if self.averaged is None else self.averaged.state_dict(),
-                    "best": self.best,
-                    "optimizer": self.optimizer.state_dict(),
-                    "scaler": scaler.state_dict() if scaler else None,
-                },
-                partial,
-            )
+            partial.write_bytes(state.getbuffer())
 
     def _load(self) -> None:
         """Take up the run where its checkpoint left it, if there is one and it is of this run."""

@@ -21,6 +21,10 @@ from cadx.types import Config
 _LUMA = (np.float32(0.299), np.float32(0.587), np.float32(0.114))
 
 
+FLAT = 1e-3
+"""Added to an image's own standard deviation, in units of the full range: a blank image stays blank."""
+
+
 class Placement(NamedTuple):
     """Where a resized image lies on the canvas, in canvas pixels."""
 
@@ -49,6 +53,11 @@ class Preprocessing(Config):
     fit: Literal["stretch", "pad"] = Field(
         default="pad", description="pad keeps the aspect ratio and fills with black; stretch does not"
     )
+    intensity: Literal["range", "image"] = Field(
+        default="range",
+        description="range keeps what an exposure makes of a tissue; image undoes each image's own brightness "
+        "and contrast, by its mean and standard deviation in place of those below",
+    )
     mean: float = Field(description="subtracted, in units of the full range 0..1")
     std: float = Field(gt=0, description="divided by, in units of the full range 0..1")
 
@@ -61,7 +70,7 @@ class Preprocessing(Config):
 
     @property
     def background(self) -> float:
-        """The value of a black raw pixel after normalisation."""
+        """The value of a black raw pixel after normalisation (with `intensity: image`, a typical one)."""
         return (0.0 - self.mean) / self.std
 
     def placement(self, raw_height_px: int, raw_width_px: int) -> Placement:
@@ -101,8 +110,14 @@ class Preprocessing(Config):
         for channel, plane in enumerate(planes):
             canvas[channel, rows, columns] = _resize(plane, place.height_px, place.width_px)
         canvas[len(planes) :] = canvas[0]
-        canvas *= np.float32(1 / (np.iinfo(pixels.dtype).max * self.std))
-        canvas += np.float32(self.background)
+        top = float(np.iinfo(pixels.dtype).max)
+        mean, std = self.mean * top, self.std * top
+        if self.intensity == "image":
+            # In float64: a float32 sum depends on how a processor groups it.
+            image = canvas[:, rows, columns].astype(np.float64)
+            mean, std = float(image.mean()), float(image.std()) + FLAT * top
+        canvas *= np.float32(1 / std)
+        canvas += np.float32(-mean / std)
         return torch.from_numpy(canvas)
 
     def to_raw(self, grid: np.ndarray, raw_height_px: int, raw_width_px: int, cells: Cells) -> np.ndarray:

@@ -34,6 +34,24 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Estimate(Config):
+    """A value with its 95 % interval; None where undefined, and `method` then says why.
+
+    Attributes:
+        value: the estimate; the mean over seeds where there are several.
+        low: lower limit, None where there is no interval.
+        high: upper limit, None where there is no interval.
+        n: cases that the value rests on: those in its denominator.
+        method: how the interval was made, in words.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    method: str
+
+
 @dataclass(frozen=True)
 class RawImage:
     """One 2D image as read from a file, before any preprocessing.

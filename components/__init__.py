@@ -11,4 +11,8 @@ STEPS = (
     Step("calibrate"),
     Step("evaluate"),
     Step("summarise"),
+    Step("gate"),
+    Step("package"),
+    Step("deploy", reproducible=False),
+    Step("monitor", reproducible=False),
 )

@@ -3,14 +3,15 @@
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from pydantic import Field
 
 from cadx import calibration
-from cadx.bundle import Bundle, OperatingPoint
+from cadx.bundle import Bundle, Manifest, OperatingPoint
 from cadx.datasets import DatasetFolder, read_splits
-from cadx.metrics import Estimate, Scores, score
+from cadx.metrics import Scores, score
 from cadx.predicting import Predictor, decide
-from cadx.types import Task
+from cadx.types import Estimate, Task
 from components.contract import In, Out, Params, step
 
 
@@ -32,6 +33,8 @@ def calibrate(*, dataset: In, splits: In, trained: In, bundle: Out, params: Cali
     The threshold is the largest that reaches the declared sensitivity on the calibration split (of every
     class for multilabel). Multiclass calls the most probable class: there is no threshold to choose.
 
+    The final bundle's answers on this split go into it, as the reference that `monitor` compares with.
+
     Raises:
         ValueError: if the calibration split lacks rows or a class, or the dataset has other classes.
     """
@@ -49,7 +52,7 @@ def calibrate(*, dataset: In, splits: In, trained: In, bundle: Out, params: Cali
     _require_every_class(labels, classes, task, splits)
 
     predictor = Predictor(opened, uncalibrated_ok=True)
-    logits, _ = predictor.logits(folder.pixels(sample_id) for sample_id in sample_ids)
+    logits, features = predictor.logits(folder.pixels(sample_id) for sample_id in sample_ids)
     temperature, bias = calibration.fit_temperature_and_bias(logits, labels, task)
     probabilities = calibration.apply(logits, temperature, task, bias)
 
@@ -64,16 +67,16 @@ def calibrate(*, dataset: In, splits: In, trained: In, bundle: Out, params: Cali
         )
         for name in called
     }
+    calls = decide(probabilities, thresholds, task, classes, positive)
+    samples = folder.samples.iloc[folder.rows(sample_ids)]
     scores = score(
         labels,
         probabilities,
-        decide(probabilities, thresholds, task, classes, positive),
+        calls,
         task=task,
         classes=classes,
         positive=positive,
-        patients=folder.samples["patient"].to_numpy(object)[folder.rows(sample_ids)]
-        if manifest.clustered
-        else None,
+        patients=samples["patient"].to_numpy(object) if manifest.clustered else None,
         resamples=0,
     )
     opened.complete(
@@ -88,7 +91,26 @@ def calibrate(*, dataset: In, splits: In, trained: In, bundle: Out, params: Cali
             n=scores.n,
             achieved=_achieved(scores, called or list(classes)),
         ),
+        heldout=_answers(manifest, probabilities, calls, features, samples),
     )
+
+
+def _answers(
+    manifest: Manifest,
+    probabilities: np.ndarray,
+    calls: np.ndarray,
+    features: np.ndarray,
+    samples: pd.DataFrame,
+) -> pd.DataFrame:
+    """The rows of heldout.parquet, from N K probabilities, N K calls, N F features and N samples."""
+    frame = pd.DataFrame(probabilities, columns=[f"prob_{name}" for name in manifest.classes])
+    if manifest.task == "multilabel":
+        frame[[f"decision_{name}" for name in manifest.classes]] = calls
+    else:
+        frame["decision"] = np.array(manifest.classes, dtype=object)[calls.argmax(1)]
+    frame["site"], frame["scanner"] = samples["site"].to_numpy(object), samples["scanner"].to_numpy(object)
+    frame["embedding"] = list(features)
+    return frame
 
 
 def _require_every_class(labels: np.ndarray, classes: tuple[str, ...], task: Task, splits: Path) -> None:

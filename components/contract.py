@@ -15,19 +15,19 @@ import ast
 import functools
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal, ParamSpec, get_args, get_origin
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_origin
 
 import yaml
 from cyclopts import Parameter
 from pydantic import ValidationError
 
-from cadx.files import digest_bytes, digest_path, replacing
+from cadx.files import digest_bytes, digest_path, plain, replacing, write_json
 from cadx.types import Config, Digest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,11 +50,16 @@ Keep = Annotated[Path, Role("keep")]
 """A path that the step may read and add to and that outlives the run: neither dependency nor output."""
 
 
+class Alarm(Exception):
+    """The step did its work and its outputs stand, but what it found calls for somebody: exit status 3."""
+
+
 class Params(Config):
     """Base of a step's parameters: a section of params.yaml, closed and frozen."""
 
 
 P = ParamSpec("P")
+Section = TypeVar("Section", bound=Params)
 
 
 @dataclass(frozen=True)
@@ -121,13 +126,14 @@ def step(function: Callable[P, None]) -> Callable[P, None]:
 
     The returned function has the same arguments. It checks that the inputs exist, reads `params` where
     they come as text, and hands the function paths beside its outputs which take their places together
-    once it has returned.
+    once it has returned, or raised an `Alarm`. Kubeflow adds `executor_input`: `report_outputs` answers it.
     """
     declared = declaration(function)
     signature = inspect.signature(function)
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        asked = _read_executor_input(str(kwargs.pop("executor_input", "")))
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         arguments = bound.arguments
@@ -135,17 +141,26 @@ def step(function: Callable[P, None]) -> Callable[P, None]:
             arguments["params"] = read_params(arguments["params"], function.__name__, declared.params)
         for name in declared.inputs:
             _require(arguments[name], name)
+        made = {name: Path(arguments[name]) for name in declared.outputs}
+        alarm: Alarm | None = None
         with ExitStack() as stack:
             for name in declared.outputs:
                 arguments[name] = stack.enter_context(replacing(Path(arguments[name])))
-            function(*bound.args, **bound.kwargs)
+            try:
+                function(*bound.args, **bound.kwargs)
+            except Alarm as error:
+                alarm = error
+        if asked:
+            report_outputs(asked, made)
+        if alarm:
+            raise alarm
 
     run.__signature__ = _command_signature(signature)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in _command_signature(signature).parameters.values()}
     return run
 
 
-def read_params(source: "str | Params", step_name: str, cls: type[Params]) -> Params:
+def read_params(source: str | Params, step_name: str, cls: type[Section]) -> Section:
     """The step's parameters from `FILE:experiment`, from a JSON object, or as they are.
 
     Raises:
@@ -237,11 +252,85 @@ def _command_signature(signature: inspect.Signature) -> inspect.Signature:
         str,
         Parameter(help="FILE:experiment, as in params.yaml:phantom-xray, or the step's section as JSON."),
     ]
-    return signature.replace(
-        parameters=[
-            p.replace(annotation=text) if p.name == "params" else p for p in signature.parameters.values()
-        ]
-    )
+    parameters = [
+        p.replace(annotation=text) if p.name == "params" else p for p in signature.parameters.values()
+    ]
+    hidden = Annotated[str, Parameter(show=False)]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    parameters.append(inspect.Parameter("executor_input", kind, default="", annotation=hidden))
+    return signature.replace(parameters=parameters)
+
+
+def _read_executor_input(text: str) -> dict[str, Any]:
+    """The outputs that Kubeflow asks for, from what it puts in the place of {{$}}; empty elsewhere."""
+    if not text:
+        return {}
+    try:
+        asked: dict[str, Any] = json.loads(text)["outputs"]
+        Path(asked["outputFile"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            "--executor-input: not what Kubeflow puts in the place of {{$}}; leave it out"
+        ) from None
+    return asked
+
+
+def report_outputs(asked: Mapping[str, Any], made: Mapping[str, Path]) -> None:
+    """Tell Kubeflow what a step made: its artifacts with the numbers to show, and parameters to branch on.
+
+    What Kubeflow asks for beyond the step's own outputs is the field of that name in a JSON file among them:
+    `promote` stands in decision.json, `confusion` in metrics.json.
+
+    Args:
+        asked: the outputs of Kubeflow's executor input.
+        made: the step's outputs, by name.
+    """
+    contents = {name: _read_fields(path) for name, path in made.items()}
+    fields = {name: value for content in contents.values() for name, value in content.items()}
+    artifacts = {}
+    for name, listed in asked.get("artifacts", {}).items():
+        artifact = listed["artifacts"][0]
+        content = contents[name] if name in made else fields[name]
+        artifacts[name] = {"artifacts": [{**artifact, "metadata": _shown(artifact, content)}]}
+    values = {name: fields[name] for name in asked.get("parameters", {})}
+    write_json(Path(asked["outputFile"]), {"artifacts": artifacts, "parameterValues": values})
+
+
+def _read_fields(path: Path) -> dict[str, Any]:
+    """The fields of the JSON object in a file; none where there is anything else."""
+    if path.is_dir():
+        return {}
+    with path.open("rb") as stream:
+        start = stream.read(1)
+        try:
+            fields: dict[str, Any] = json.loads(start + stream.read()) if start == b"{" else {}
+        except ValueError:  # JSON lines
+            return {}
+    return fields
+
+
+def _shown(artifact: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
+    """An artifact's metadata in the form that Kubeflow's pages draw; it refuses NaN and null."""
+    kind = artifact["type"]["schemaTitle"]
+    if kind == "system.Metrics":
+        ends = {"": "value", "_low": "low", "_high": "high"}
+        numbers = {
+            f"{name}{suffix}": estimate[end]
+            for name, estimate in content["metrics"].items()
+            for suffix, end in ends.items()
+        }
+        return {name: number for name, number in plain(numbers).items() if number is not None}
+    if kind == "system.ClassificationMetrics":
+        rows = content["at_operating_point"]
+        if isinstance(rows[0][0], list):  # multilabel: a table per class, which no page draws
+            return {}
+        return {
+            "confusionMatrix": {
+                "annotationSpecs": [{"displayName": name} for name in content["classes"]],
+                "rows": [{"row": row} for row in rows],
+            }
+        }
+    return {}
 
 
 def code_dependencies(step_name: str) -> tuple[str, ...]:
@@ -267,4 +356,4 @@ def code_digest(step_name: str) -> Digest:
 def _import_graph() -> Any:
     import grimp
 
-    return grimp.build_graph("cadx", "components", cache_dir=None)
+    return grimp.build_graph("cadx", "components", "serving", cache_dir=None)

@@ -14,21 +14,19 @@ from pydantic import Field
 from cadx.bundle import Bundle, Manifest
 from cadx.datasets import DatasetFolder, read_splits
 from cadx.explaining import (
-    FOREST_METRICS,
     draw_band,
-    draw_subgroups,
     next_at,
     overlay,
     patient_band,
+    roc_heights,
+    show_subgroups,
     square,
-    steps_at,
     title,
 )
 from cadx.files import digest_path, write_json
 from cadx.metrics import (
     METRICS,
     Scores,
-    Subgroup,
     calibration_curve,
     precision_recall,
     roc,
@@ -103,7 +101,7 @@ def evaluate(
             f"{splits}: no labelled sample in the {params.split} split; split again or choose another"
         )
 
-    dataset_digest = digest_path(dataset / "dataset.json")
+    dataset_digest, splits_digest = digest_path(dataset / "dataset.json"), digest_path(splits)
     if params.split == "test":
         _record_test_use(test_uses, predictor.bundle, dataset_digest)
     info = PredictionsInfo(
@@ -133,7 +131,7 @@ def evaluate(
     )
     warnings = [
         *info.warnings,
-        *_provenance_warnings(manifest, dataset_digest, digest_path(splits), params.split),
+        *_provenance_warnings(manifest, dataset_digest, splits_digest, params.split),
     ]
     record = {
         "schema": 1,
@@ -142,6 +140,7 @@ def evaluate(
         "split": info.split,
         "bundle": info.bundle,
         "dataset": dataset_digest,
+        "splits": splits_digest,
         "n": scores.n,
         "n_patients": scores.n_patients,
         "clustered": info.clustered,
@@ -159,9 +158,9 @@ def evaluate(
     _metrics(page, info, scores)
     _curves(page, info, rows)
     _calls(page, info, rows, scores)
-    _subgroups(page, scores, by_subgroup)
+    show_subgroups(page, by_subgroup, scores.metrics)
     _mistakes(page, info, rows, frame["sample_id"].tolist(), folder, predictor)
-    _model(page, predictor.bundle, dataset_digest, digest_path(splits), folder)
+    _model(page, predictor.bundle, dataset_digest, splits_digest, folder)
     _assumptions(page, info)
     _test_uses(page, test_uses)
     page.write(report)
@@ -261,12 +260,6 @@ def _metrics(page: Page, info: PredictionsInfo, scores: Scores) -> None:
         )
 
 
-def _roc_heights(labels: np.ndarray, scores: np.ndarray, grid: np.ndarray) -> np.ndarray | None:
-    """Sensitivity at the false positive rates of `grid`; None where a class is missing."""
-    curve = roc(labels, scores)
-    return steps_at(curve.false_positive_rate, curve.sensitivity, grid) if len(curve.sensitivity) else None
-
-
 def _precision_heights(labels: np.ndarray, scores: np.ndarray, grid: np.ndarray) -> np.ndarray | None:
     """Precision at the recalls of `grid`; None where there is no positive."""
     curve = precision_recall(labels, scores)
@@ -282,7 +275,7 @@ def _curves(page: Page, info: PredictionsInfo, rows: Arrays) -> None:
         labels, scores = rows.labels[known, column], rows.probabilities[known, column]
         patients = None if rows.patients is None else rows.patients[known]
         curve, precision = roc(labels, scores), precision_recall(labels, scores)
-        if band := patient_band(_roc_heights, labels, scores[None], patients, seed=info.seed):
+        if band := patient_band(roc_heights, labels, scores[None], patients, seed=info.seed):
             draw_band(roc_axes, band, name, drawn_as=(curve.false_positive_rate, curve.sensitivity))
         if band := patient_band(_precision_heights, labels, scores[None], patients, seed=info.seed):
             draw_band(precision_axes, band, name, drawn_as=(precision.recall, precision.precision))
@@ -409,24 +402,6 @@ def _draw_scores(axes: Any, info: PredictionsInfo, rows: Arrays) -> None:
         title="Scores", xlabel=f"probability of {info.positive}", ylabel="images (log scale)", xlim=(0, 1)
     )
     axes.legend(loc="upper center", fontsize=8)
-
-
-def _subgroups(page: Page, scores: Scores, by_subgroup: Mapping[str, Mapping[str, Subgroup]]) -> None:
-    page.section("Subgroups")
-    if not by_subgroup:
-        page.text(
-            "The dataset says neither site, scanner, age nor sex of any image: no subgroup can be judged."
-        )
-        return
-    count = sum(len(groups) for groups in by_subgroup.values())
-    drawing, axes = panels(8.6, 1.0 + 0.27 * count, columns=len(FOREST_METRICS))
-    draw_subgroups(axes, by_subgroup, scores.metrics)
-    page.figure(
-        drawing,
-        "In brackets the images, and how many of them are positive (+). The dashed lines are the values of "
-        "all. Intervals of small groups are wide, and among many groups some differ by chance.",
-        alt="Forest plot of sensitivity, specificity and AUC by subgroup; metrics.json holds the numbers",
-    )
 
 
 def _mistakes(

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from cadx.explaining import FOREST_METRICS, draw_band, draw_subgroups, patient_band, square, steps_at, title
+from cadx.explaining import draw_band, patient_band, roc_heights, show_subgroups, square, title
 from cadx.files import write_json
-from cadx.metrics import METRICS, Scores, Subgroup, roc, score, score_subgroups
+from cadx.metrics import METRICS, Scores, roc, score, score_subgroups
 from cadx.predicting import Arrays, PredictionsInfo, arrays, read_predictions, subgroups
 from cadx.reporting import MUTED, Page, panels
 from components.contract import Ins, Out, Params, step
@@ -72,7 +72,7 @@ def summarise(*, predictions: Ins, metrics: Out, report: Out, params: SummariseP
     page = Page(f"{info.experiment}: {info.split} split", f"{len(seeds)} training {plural} joined")
     _metrics(page, info, scores, seeds)
     _curves(page, info, rows, seeds)
-    _subgroups(page, scores, by_subgroup)
+    show_subgroups(page, by_subgroup, scores.metrics, note="Means over seeds.")
     page.section("Assumptions")
     for assumption in info.assumptions or (
         "The source says all that was needed: nothing was taken as given.",
@@ -157,11 +157,6 @@ def _metrics(page: Page, info: PredictionsInfo, scores: Scores, seeds: Sequence[
         )
 
 
-def _roc_heights(labels: np.ndarray, scores: np.ndarray, grid: np.ndarray) -> np.ndarray | None:
-    curve = roc(labels, scores)
-    return steps_at(curve.false_positive_rate, curve.sensitivity, grid) if len(curve.sensitivity) else None
-
-
 def _curves(page: Page, info: PredictionsInfo, rows: Arrays, seeds: Sequence[int]) -> None:
     page.section("ROC")
     names = [info.positive] if info.positive else list(info.classes)
@@ -171,7 +166,7 @@ def _curves(page: Page, info: PredictionsInfo, rows: Arrays, seeds: Sequence[int
         known = ~np.isnan(rows.labels[:, column])
         labels, scores = rows.labels[known, column], rows.probabilities[:, known, column]
         patients = None if rows.patients is None else rows.patients[known]
-        if band := patient_band(_roc_heights, labels, scores, patients):
+        if band := patient_band(roc_heights, labels, scores, patients):
             draw_band(axes, band, "mean" if info.positive else name)
         if info.positive:
             for seed, row in zip(seeds, scores, strict=True):
@@ -185,22 +180,4 @@ def _curves(page: Page, info: PredictionsInfo, rows: Arrays, seeds: Sequence[int
         "The mean over seeds with pointwise 95 % limits: bootstrap of "
         f"{'patients' if info.clustered else 'images'}, each resample applied to all seeds.",
         alt=f"ROC curves of {', '.join(names)}",
-    )
-
-
-def _subgroups(page: Page, scores: Scores, by_subgroup: Mapping[str, Mapping[str, Subgroup]]) -> None:
-    page.section("Subgroups")
-    if not by_subgroup:
-        page.text(
-            "The dataset says neither site, scanner, age nor sex of any image: no subgroup can be judged."
-        )
-        return
-    count = sum(len(groups) for groups in by_subgroup.values())
-    drawing, axes = panels(8.6, 1.0 + 0.27 * count, columns=len(FOREST_METRICS))
-    draw_subgroups(axes, by_subgroup, scores.metrics)
-    page.figure(
-        drawing,
-        "Means over seeds. In brackets the images, and how many of them are positive (+). The dashed lines "
-        "are the values of all. Intervals of small groups are wide; among many groups some differ by chance.",
-        alt="Forest plot of sensitivity, specificity and AUC by subgroup; metrics.json holds the numbers",
     )

@@ -238,6 +238,90 @@ def test_complete_writes_another_bundle_and_leaves_the_first(trained: Path, tmp_
     assert final.manifest.temperature == 1.5
     assert final.manifest.operating_point.thresholds == {"opacity": 0.3}
     assert final.manifest.files == Bundle(trained).manifest.files
+    with pytest.raises(ValueError, match=r"no heldout\.parquet.* run `cadx calibrate`"):
+        final.heldout()
+
+
+def heldout_answers(classes: tuple[str, ...], *, multilabel: bool = False) -> pd.DataFrame:
+    rng = np.random.default_rng(5)
+    frame = pd.DataFrame(rng.random((7, len(classes))), columns=[f"prob_{name}" for name in classes])
+    if multilabel:
+        frame[[f"decision_{name}" for name in classes]] = rng.random((7, len(classes))) < 0.5
+    else:
+        frame["decision"] = rng.choice(classes, 7).astype(object)
+    frame["site"], frame["scanner"] = "north", ""
+    frame["embedding"] = list(rng.normal(size=(7, 5)).astype(np.float32))
+    return frame
+
+
+def complete(trained: Path, path: Path, heldout: pd.DataFrame) -> Bundle:
+    point = operating_point(opacity=0.3)
+    Bundle(trained).complete(path, temperature=1.0, operating_point=point, heldout=heldout)
+    return Bundle(path)
+
+
+def test_held_out_answers_come_back_in_order_rounded_and_without_names(trained: Path, tmp_path: Path) -> None:
+    answers = heldout_answers(CLASSES["binary"])
+    named = answers.assign(sample_id="s0001", patient="pseudonym-0001")
+    final = complete(trained, tmp_path / "final", named)
+    read = final.heldout()
+    assert list(read) == ["prob_normal", "prob_opacity", "decision", "site", "scanner", "embedding"]
+    np.testing.assert_array_equal(read["prob_opacity"], answers["prob_opacity"].round(6))
+    assert read["decision"].tolist() == answers["decision"].tolist()
+    found = np.stack(read["embedding"].to_list())
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, np.stack(answers["embedding"].to_list()), rtol=0, atol=0.51e-4)
+    np.testing.assert_array_equal(found, found.round(4))
+    content = (tmp_path / "final" / "heldout.parquet").read_bytes()
+    assert b"pseudonym-" not in content
+    assert b"sample_id" not in content
+
+
+def test_equal_answers_give_equal_bytes(trained: Path, tmp_path: Path) -> None:
+    answers = heldout_answers(CLASSES["binary"])
+    nearly = answers.assign(prob_opacity=answers["prob_opacity"].round(6) + 1e-9)
+    for name, frame in (("a", answers), ("b", nearly.set_index(answers.index + 100))):
+        complete(trained, tmp_path / name, frame)
+    assert digest_path(tmp_path / "a") == digest_path(tmp_path / "b")
+
+
+def test_changed_and_missing_held_out_answers_are_named(trained: Path, tmp_path: Path) -> None:
+    file = complete(trained, tmp_path / "final", heldout_answers(CLASSES["binary"])).path / "heldout.parquet"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"changed since it was written: heldout\.parquet"):
+        Bundle(tmp_path / "final")
+    file.unlink()
+    with pytest.raises(ValueError, match=r"missing heldout\.parquet"):
+        Bundle(tmp_path / "final")
+
+
+def test_multilabel_answers_keep_a_decision_for_each_class(tmp_path: Path) -> None:
+    trained = train_bundle(tmp_path / "trained", *write_dataset(tmp_path, "multilabel"), steps=1)
+    answers = heldout_answers(CLASSES["multilabel"], multilabel=True)
+    read = complete(trained, tmp_path / "final", answers).heldout()
+    for name in CLASSES["multilabel"]:
+        assert read[f"decision_{name}"].tolist() == answers[f"decision_{name}"].tolist()
+
+
+def test_answers_that_lack_a_column_leave_no_bundle(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="prob_normal"):
+        complete(trained, tmp_path / "final", heldout_answers(("opacity", "stripe")))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_of_the_first_version_still_opens_and_is_completed_as_one_of_this(
+    copy: Path, tmp_path: Path
+) -> None:
+    content = json.loads((copy / "bundle.json").read_text())
+    assert content.pop("schema_version") == 2
+    del content["heldout"]
+    (copy / "bundle.json").write_text(json.dumps({"schema_version": 1, **content}))
+    assert Bundle(copy).networks()
+    final = complete(copy, tmp_path / "final", heldout_answers(CLASSES["binary"]))
+    assert final.manifest.schema_version == 2
+    assert len(final.heldout()) == 7
 
 
 def test_a_complete_bundle_never_changes(trained: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from cadx.bundle import Bundle
 from cadx.datasets import DatasetFolder, read_splits, write_splits
 from cadx.files import digest_path
 from cadx.predicting import Predictor
+from cadx.types import RawImage
 from components.calibrate import CalibrateParams, calibrate
 
 
@@ -99,6 +100,27 @@ def test_no_other_split_is_looked_at(cohort: tuple[Path, Path], trained: Path, t
     run(cohort, trained, tmp_path / "a")
     run((dataset, cohort[1]), trained, tmp_path / "b")
     assert digest_path(tmp_path / "a") == digest_path(tmp_path / "b")
+
+
+@pytest.mark.parametrize("task", ["binary", "multilabel", "multiclass"])
+def test_the_final_bundle_holds_its_own_answers_on_the_calibration_split(tmp_path: Path, task: str) -> None:
+    cohort = write_dataset(tmp_path, task)
+    bundle = run(cohort, train_bundle(tmp_path / "trained", *cohort, steps=4), tmp_path / "final")
+    heldout = bundle.heldout()
+    folder, assigned = DatasetFolder(cohort[0]), read_splits(cohort[1])
+    ids = assigned.loc[assigned["split"] == "calibration", "sample_id"].tolist()
+    answers = Predictor(bundle, device="cpu").predict_many([RawImage(folder.pixels(i)) for i in ids])
+    for name in bundle.manifest.classes:
+        expected = [answer.probabilities[name] for answer in answers]
+        np.testing.assert_allclose(heldout[f"prob_{name}"], expected, rtol=0, atol=1e-6)
+        if task == "multilabel":
+            assert heldout[f"decision_{name}"].tolist() == [name in answer.decision for answer in answers]
+    if task != "multilabel":
+        assert heldout["decision"].tolist() == [answer.decision for answer in answers]
+    embeddings = np.stack(heldout["embedding"].to_list())
+    np.testing.assert_allclose(embeddings, [answer.embedding for answer in answers], rtol=0, atol=1e-4)
+    assert heldout["site"].tolist() == folder.samples["site"].iloc[folder.rows(ids)].tolist()
+    assert not {"sample_id", "patient"} & set(heldout)
 
 
 @pytest.mark.parametrize(

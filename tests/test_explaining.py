@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from cadx.explaining import draw_subgroups, overlay, patient_band, steps_at
-from cadx.metrics import Estimate, Subgroup, roc
+from cadx.metrics import Subgroup, roc
 from cadx.reporting import panels
+from cadx.types import Estimate
 
 
 def roc_heights(labels: np.ndarray, scores: np.ndarray, grid: np.ndarray) -> np.ndarray | None:

@@ -1,14 +1,18 @@
 """The commands around the steps, and what every command does with a user's mistake, each in a real process."""
 
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from PIL import Image
+
+from cadx.datasets import DatasetFolder, write_splits
 
 CADX = [sys.executable, "-m", "cadx"]
 
@@ -17,7 +21,7 @@ CADX = [sys.executable, "-m", "cadx"]
 def checkout(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project that a command may write to."""
     copy = tmp_path_factory.mktemp("checkout")
-    for name in ("cadx", "components"):
+    for name in ("cadx", "components", "serving", "pipelines"):
         shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     (copy / "data").mkdir()
     for name in ("params.yaml", "dvc.yaml", "data/catalog.yaml"):
@@ -141,3 +145,61 @@ def _large_source(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> N
         }
     }  # fmt: skip
     catalog.write_text(catalog.read_text() + "\n" + yaml.safe_dump(entry))
+
+
+TINY = {
+    "model": {"family": "resnet", "width": 0.125},
+    "preprocessing": {"height_px": 32, "width_px": 32},
+    "epochs": 1,
+}
+
+
+@pytest.mark.parametrize("full", ["dataset", "trained", "checkpoints"])
+def test_a_full_disk_ends_in_one_line_and_leaves_nothing_half_written(
+    full: str, root: Path, tmp_path: Path
+) -> None:
+    """On a real file system of 64 KB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    mount = f"mount -t tmpfs -o size=64k tmpfs {disk}"
+    if subprocess.run([*mounted, mount], capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here: nobody has seen a full disk")
+    source = {"format": "phantom", "parameters": {"modality": "xray", "num_patients": 60, "size_px": 64}}
+    entry = yaml.safe_load((root / "data/catalog.yaml").read_text())["phantom-xray"] | source
+    (tmp_path / "catalog.yaml").write_text(yaml.safe_dump({"tiny": entry}))
+    places = {name: tmp_path / name for name in ("dataset", "trained", "checkpoints")} | {full: disk / full}
+    ingest = ["ingest", "--catalog", str(tmp_path / "catalog.yaml"), "--cache", str(tmp_path / "cache")]
+    ingest += ["--dataset", str(places["dataset"]), "--params", json.dumps({"source": "tiny"})]
+    train = ["train", "--dataset", str(places["dataset"]), "--splits", str(tmp_path / "splits.parquet")]
+    train += ["--imbalance", str(tmp_path / "imbalance.json"), "--experiment", "tiny", "--seed", "0"]
+    train += ["--checkpoints", str(places["checkpoints"]), "--trained", str(places["trained"])]
+    train += [
+        "--log",
+        str(tmp_path / "log"),
+        "--params",
+        json.dumps(TINY | {"loss": {}, "sampler": "natural"}),
+    ]
+    if full != "dataset":
+        subprocess.run([*CADX, *ingest], cwd=root, check=True)
+        (tmp_path / "imbalance.json").write_text("{}")
+        folder = DatasetFolder(places["dataset"])
+        ids = folder.samples["sample_id"]
+        split = np.where(np.arange(len(ids)) % 2, "train", "val")
+        write_splits(
+            tmp_path / "splits.parquet", pd.DataFrame({"sample_id": ids, "split": split, "reason": ""})
+        )
+    command = ingest if full == "dataset" else train
+    script = f'{mount} && "$@"; status=$?; find {disk} -mindepth 1 -not -name checkpoints; exit $status'
+    result = subprocess.run(
+        [*mounted, script, "sh", *CADX, *command],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    *_, last = result.stderr.splitlines()
+    assert "No space left on device" in last
+    assert "Traceback" not in result.stderr
+    assert result.stdout == "", "something is left on the disk"

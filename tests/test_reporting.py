@@ -3,7 +3,6 @@ import io
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -20,6 +19,7 @@ from cadx.reporting import (
     panels,
     thumbnail_png,
 )
+from cadx.types import Estimate
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -45,7 +45,9 @@ class Balanced(HTMLParser):
 def full_page() -> Page:
     page = Page("Evaluation", "pneumoniamnist")
     page.links([("Validation", "validation.html"), ("Run", "../index.html")])
-    page.facts([("images", 4708), ("AUC", SimpleNamespace(value=0.988, low=0.981, high=0.993))])
+    page.facts(
+        [("images", 4708), ("AUC", Estimate(value=0.988, low=0.981, high=0.993, n=624, method="DeLong"))]
+    )
     page.section("Numbers")
     page.text("One.\n\nTwo.")
     page.callout("warn", "Look.")
@@ -124,7 +126,7 @@ def test_numbers_are_grouped_aligned_and_missing_ones_show_as_a_dash():
             {
                 "class": ["a", "b"],
                 "count": [12345, 6],
-                "auc": [SimpleNamespace(value=0.9, low=0.8, high=1.0), None],
+                "auc": [Estimate(value=0.9, low=0.8, high=1.0, n=9, method="Wilson"), None],
                 "share": [0.123456, np.nan],
                 "factor": [31.6666, 2.0],
                 "kept": [True, False],
@@ -212,4 +214,4 @@ def test_a_page_that_is_too_large_is_not_written(tmp_path: Path):
 
 
 def test_an_estimate_without_an_interval_is_only_its_value():
-    assert estimate_text(SimpleNamespace(value=0.5, low=None, high=float("nan"))) == "0.500"
+    assert estimate_text(Estimate(value=0.5, low=None, high=float("nan"), n=2, method="none")) == "0.500"

@@ -65,6 +65,29 @@ def test_eight_and_sixteen_bits_mean_the_same() -> None:
     )
 
 
+@given(gain=st.floats(0.4, 1.0), offset=st.floats(0.0, 0.2), seed=st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_by_image_an_exposure_leaves_no_trace(gain: float, offset: float, seed: int) -> None:
+    image = np.random.default_rng(seed).uniform(0, 0.75, (40, 30))
+    preprocessing = Preprocessing(height_px=32, width_px=32, intensity="image", mean=0.5, std=0.25)
+    one, other = (
+        preprocessing.apply((values * 65535).round().astype(np.uint16))
+        for values in (image, image * gain + offset)
+    )
+    inside = one[:, :, 4:28]  # 24 of 32 columns; the rest is padding
+    assert abs(float(inside.mean())) < 1e-4
+    assert float(inside.std(correction=0)) == pytest.approx(1, abs=0.02)
+    torch.testing.assert_close(inside, other[:, :, 4:28], rtol=0, atol=0.05)
+
+
+def test_by_image_a_blank_image_is_finite_and_flat() -> None:
+    preprocessing = Preprocessing(height_px=8, width_px=8, intensity="image", mean=0.5, std=0.25)
+    for level in (0, 7, 255):
+        found = preprocessing.apply(np.full((8, 8), level, np.uint8))
+        assert torch.isfinite(found).all()
+        assert float(found.abs().max()) < 1e-4
+
+
 def test_pad_keeps_the_aspect_ratio_and_fills_with_black() -> None:
     pixels = np.full((50, 100), 255, np.uint8)
     preprocessing = Preprocessing(height_px=64, width_px=64, mean=0.5, std=0.25)

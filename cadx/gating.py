@@ -1,0 +1,100 @@
+"""The decision whether a model may be served: bounds held against the worse ends of intervals.
+
+What was seen in a few patients is no promise for the next ones: a bound is never held against the value itself.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from cadx.types import Config, Digest, Estimate
+
+
+class Check(Config):
+    """One question of the gate and its answer; `reason` says why in words, whichever way it went."""
+
+    what: str
+    passed: bool
+    reason: str
+    bound: float | None = None
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+class Decision(Config):
+    """decision.json: whether a bundle may be served, and everything that was asked.
+
+    Attributes:
+        bundle: digest of the bundle that it is about.
+        metrics: digest of the metrics file that it rests on.
+        reasons: why not; empty where `promote`.
+    """
+
+    schema_version: Literal[1] = 1
+    experiment: str
+    seed: int
+    split: str
+    promote: bool
+    reasons: tuple[str, ...]
+    checks: tuple[Check, ...]
+    bundle: Digest
+    metrics: Digest
+
+
+def read_decision(path: Path) -> Decision:
+    """The decision in a file.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    try:
+        return Decision.model_validate_json(path.read_bytes())
+    except ValidationError:
+        raise ValueError(f"{path}: no decision of this version; run `cadx gate`") from None
+
+
+def floor(what: str, estimate: Estimate | None, bound: float) -> Check:
+    """Whether the interval's lower end reaches `bound`; without an interval it does not.
+
+    >>> floor("AUC", Estimate(value=0.93, low=0.78, high=0.98, n=12, method="DeLong"), 0.85).reason
+    'AUC is 0.930, its 95 % interval reaches down to 0.780: beyond the floor of 0.85'
+    """
+    end = estimate.low if estimate else None
+    passed = end is not None and end >= bound
+    return _bounded(what, estimate, bound, passed, f"down to {_text(end)}", f"the floor of {bound:g}")
+
+
+def ceiling(what: str, estimate: Estimate | None, bound: float) -> Check:
+    """Whether the interval's upper end stays at or below `bound`; without an interval it does not."""
+    end = estimate.high if estimate else None
+    passed = end is not None and end <= bound
+    return _bounded(what, estimate, bound, passed, f"up to {_text(end)}", f"the ceiling of {bound:g}")
+
+
+def _bounded(
+    what: str, estimate: Estimate | None, bound: float, passed: bool, reaches: str, limit: str
+) -> Check:
+    if estimate is None or estimate.value is None or estimate.low is None or estimate.high is None:
+        why = estimate.method if estimate else "not among the metrics"
+        return Check(
+            what=what,
+            passed=False,
+            bound=bound,
+            reason=f"{what} has no interval ({why}), but {limit} is asked",
+        )
+    verdict = "within" if passed else "beyond"
+    return Check(
+        what=what,
+        passed=passed,
+        bound=bound,
+        value=estimate.value,
+        low=estimate.low,
+        high=estimate.high,
+        reason=f"{what} is {_text(estimate.value)}, its 95 % interval reaches {reaches}: {verdict} {limit}",
+    )
+
+
+def _text(number: float | None) -> str:
+    return "nothing" if number is None else f"{number:.3f}"

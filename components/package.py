@@ -1,0 +1,187 @@
+"""What goes into service: the archive that TorchServe loads, and the model card that people read."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from cadx.bundle import Bundle, Manifest
+from cadx.explaining import title
+from cadx.files import digest_path
+from cadx.gating import Decision, read_decision
+from cadx.metrics import METRICS, Subgroup
+from cadx.reporting import Page, estimate_text
+from cadx.types import Estimate
+from components.contract import In, Out, Params, step
+from serving.archive import Release, Verdict, version_of, write_archive
+
+
+class PackageParams(Params):
+    """What the card says that no file knows."""
+
+    name: str = Field(default="", description="the model's name in the server's addresses; the experiment's")
+    intended_use: str = "Research. Not for diagnosis, and no replacement for a reader."
+    limits: tuple[str, ...] = Field(default=(), description="what users must know before they trust it")
+    contact: str = Field(default="", description="whom to ask")
+
+
+@step
+def package(*, bundle: In, decision: In, metrics: In, archive: Out, card: Out, params: PackageParams) -> None:
+    """Pack a bundle with its handler and its decision for TorchServe; write its model card.
+
+    A refused model is packed too, and carries its refusal: `deploy` will not serve it. Equal inputs give
+    equal bytes.
+
+    Raises:
+        ValueError: if the decision is about another bundle, or rests on other metrics.
+    """
+    opened, decided = Bundle(bundle), read_decision(decision)
+    if decided.bundle != opened.digest:
+        raise ValueError(f"{decision}: about another bundle than {bundle}; run `cadx gate` on this one")
+    if decided.metrics != digest_path(metrics):
+        raise ValueError(f"{decision}: rests on other numbers than {metrics}; run `cadx gate` again")
+    manifest = opened.manifest
+    release = Release(
+        name=params.name or manifest.experiment,
+        version=version_of(opened.digest),
+        bundle=opened.digest,
+        decision=Verdict(promote=decided.promote, reasons=decided.reasons),
+        metrics=decided.metrics,
+        classes=manifest.classes,
+        positive=manifest.positive,
+        task=manifest.task,
+        experiment=manifest.experiment,
+        seed=manifest.seed,
+    )
+    write_archive(archive, bundle, release)
+    _card(release, opened, decided, json.loads(metrics.read_text(encoding="utf-8")), params, archive).write(
+        card
+    )
+
+
+def _card(
+    release: Release,
+    bundle: Bundle,
+    decided: Decision,
+    record: Mapping[str, Any],
+    params: PackageParams,
+    archive: Path,
+) -> Page:
+    manifest = bundle.manifest
+    metrics = {name: Estimate.model_validate(value) for name, value in record["metrics"].items()}
+    page = Page(f"{release.name} {release.version}", "Model card")
+    shown = ("auc", "sensitivity", "specificity")
+    page.facts([(title(name), metrics[name]) for name in shown if name in metrics])
+    _verdict(page, decided)
+    page.section("What it is for")
+    page.text(params.intended_use)
+    page.table(_facts(manifest), "What it takes and what it says.")
+    if params.contact:
+        page.text(f"Contact: {params.contact}")
+    page.section("What it is known to do")
+    patients = f" of {record['n_patients']:,} patients" if record["clustered"] else ""
+    page.text(
+        f"Scored on {record['n']:,} images{patients} of the {record['split']} split. "
+        "In brackets: 95 % confidence intervals."
+    )
+    page.table(
+        [
+            {"metric": title(name), "value (95 % interval)": estimate, "what it says": METRICS[name].meaning}
+            for name, estimate in metrics.items()
+        ]
+    )
+    _subgroups(page, record["by_subgroup"])
+    page.section("What it is not known to do")
+    for limit in (*params.limits, *record["warnings"], *manifest.assumptions):
+        page.callout("warn", limit)
+    page.text(
+        "Its numbers hold for patients and machines like those it was scored on. Each answer warns where an "
+        "image lies outside of the training range; `cadx monitor` watches for slower changes."
+    )
+    page.section("Where it comes from")
+    source = manifest.source
+    page.text(
+        f"{source.title}. Licence: {source.licence}. Citation: {source.citation}. {source.note}".strip()
+    )
+    page.table(
+        [
+            {"what": what, "digest": digest}
+            for what, digest in {
+                "archive": digest_path(archive),
+                "bundle": bundle.digest,
+                "metrics": decided.metrics,
+                "dataset": manifest.provenance.dataset,
+                "splits": manifest.provenance.splits,
+                "parameters": manifest.provenance.parameters,
+                "code of training": manifest.provenance.code,
+            }.items()
+        ],
+        "One chain, from the data to this file.",
+    )
+    page.table([{"library": k, "version": v} for k, v in manifest.provenance.versions.items()])
+    return page
+
+
+def _verdict(page: Page, decided: Decision) -> None:
+    if decided.promote:
+        page.callout("ok", f"Passed the gate: all {len(decided.checks)} declared checks hold.")
+    for reason in decided.reasons:
+        page.callout("stop", f"Refused by the gate: {reason}.")
+    with page.details("What the gate asked"):
+        page.table(
+            [
+                {
+                    "check": check.what,
+                    "passed": check.passed,
+                    "value": check.value,
+                    "low": check.low,
+                    "high": check.high,
+                    "bound": check.bound,
+                }
+                for check in decided.checks
+            ]
+        )
+
+
+def _facts(manifest: Manifest) -> list[dict[str, str]]:
+    point, size = manifest.operating_point, manifest.preprocessing
+    assert point is not None, "write_archive refuses an incomplete bundle"
+    calls = ", ".join(
+        f"{name} at a probability of {value:.4f} or more" for name, value in point.thresholds.items()
+    )
+    target = f", chosen for {point.target_metric} {point.target_value:g}" if point.target_value else ""
+    achieved = "; ".join(
+        f"{name}: " + ", ".join(f"{metric} {estimate_text(e)}" for metric, e in estimates.items())
+        for name, estimates in point.achieved.items()
+    )
+    settings = {k: v for k, v in manifest.model.model_dump(mode="json").items() if v is not None}
+    return [
+        {"what": "images", "value": f"{manifest.modality}, as DICOM, PNG or JPEG"},
+        {"what": "pixel spacing", "value": "required" if manifest.requires_spacing else "not needed"},
+        {"what": "classes", "value": ", ".join(manifest.classes)},
+        {"what": "calls", "value": f"{calls or 'the most probable class'}{target}"},
+        {"what": f"on the {point.split} split (n = {point.n:,})", "value": achieved},
+        {"what": "network", "value": ", ".join(f"{k} {v}" for k, v in settings.items())},
+        {"what": "input", "value": f"{size.channels} x {size.height_px} x {size.width_px} px, {size.fit}"},
+    ]
+
+
+def _subgroups(page: Page, by_subgroup: Mapping[str, Mapping[str, Any]]) -> None:
+    rows = [
+        {
+            "subgroup": f"{attribute}: {value}",
+            "images (positive)": f"{group.n:,} ({group.n_positive:,})",
+            "AUC": group.auc,
+            "sensitivity": group.sensitivity,
+            "specificity": group.specificity,
+        }
+        for attribute, groups in by_subgroup.items()
+        for value, group in ((value, Subgroup.model_validate(group)) for value, group in groups.items())
+    ]
+    page.table(
+        rows,
+        "In subgroups; a dash where there are too few patients to say.",
+        empty="Nothing is known of sites, scanners, age and sex: no subgroup can be judged.",
+    )

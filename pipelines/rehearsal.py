@@ -1,0 +1,174 @@
+"""A rehearsal of clinical use on this very machine: served, asked, watched, and stopped again."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from scipy.ndimage import gaussian_filter
+
+from cadx.datasets import DatasetFolder
+from cadx.files import write_json
+from cadx.gating import Decision, read_decision
+from cadx.predicting import read_predictions
+from cadx.reading import encode_png
+from components.contract import Alarm, read_params
+from components.deploy import DeployParams, deploy
+from components.monitor import MonitorParams, monitor
+from serving.client import Client
+from serving.server import TorchServe, free_ports
+
+AGED_GAMMA = 1.6
+AGED_BLUR_PX = 1.5
+
+
+def rehearse(experiment: str, *, work: Path, reports: Path, params: Path, requests: int = 200) -> None:
+    """Serve a packaged model, deploy it, send it images of the test split, watch for drift, stop the server.
+
+    The images are sent twice: as they are, and as a detector would give them that has aged (darker and
+    blurred), which the watch must notice. A packaged model that the gate refused is offered too, where there
+    is one. What happened stands in `reports/<experiment>/serving/rehearsal.json`, for `cadx show`.
+
+    Args:
+        experiment: its name; of its seeds the first that the gate let through is served.
+        work: the folder of data sets and bundles.
+        reports: the folder of reports.
+        params: the parameter file.
+        requests: images to be sent, each time.
+
+    Raises:
+        ValueError: if no seed was packaged and promoted, or the endpoint answers otherwise than in evaluation.
+    """
+    console = Console(highlight=False)
+    say = console.print
+    decisions = _decisions(experiment, work, reports)
+    promoted = [decision for decision in decisions if decision.promote and decision.experiment == experiment]
+    refused = [decision for decision in decisions if not decision.promote]
+    if not promoted:
+        raise ValueError(
+            f"{experiment}: no packaged model that the gate let through; run `make reproduce "
+            f"EXPERIMENT={experiment}`, then look at {reports / experiment}/*/decision.json"
+        )
+    served = promoted[0]
+    home = reports / experiment / "serving"
+    with TorchServe(work / experiment / "torchserve", free_ports()) as server:
+        say(f"[bold]serve[/]    TorchServe at {server.inference}, tokens on")
+
+        def put_into_service(decision: Decision) -> None:
+            deploy(
+                **_packaged(decision, work, reports),
+                model_store=server.model_store,
+                key_file=server.key_file,
+                deployment=home / "deployment.json",
+                inference=server.inference,
+                management=server.management,
+                params=read_params(f"{params}:{decision.experiment}", "deploy", DeployParams),
+            )
+
+        put_into_service(served)
+        deployment = json.loads((home / "deployment.json").read_text(encoding="utf-8"))
+        say(
+            f"[bold]deploy[/]   {experiment}, seed {served.seed}: {deployment['golden_samples']} golden samples agree "
+            f"to {deployment['largest_difference']:.1e}; version {deployment['version']} is live"
+        )
+        refusal = ""
+        if refused:
+            try:
+                put_into_service(refused[0])
+            except ValueError as error:
+                refusal = f"{refused[0].experiment}, seed {refused[0].seed}: {error}"
+            assert refusal, "a refused model was put into service"
+            say(f"[bold]refused[/]  {refusal}")
+
+        client = Client(server.inference, deployment["model"], key_file=server.key_file)
+        images = _test_images(served, work, reports, requests)
+        watches, answered, latencies_ms = [], 0, []
+        for what, change in (
+            ("the images of the evaluation", None),
+            ("the same from an aged detector", _aged),
+        ):
+            sent = [change(pixels) if change else pixels for pixels in images]
+            for pixels in track(sent, description=f"ask       {what}", console=console, transient=True):
+                started = time.perf_counter()
+                client.predict(encode_png(pixels))
+                latencies_ms.append(1000 * (time.perf_counter() - started))
+            answered += len(sent)
+            watches.append(_watch(what, len(sent), served, server, work, home, params))
+            say(f"[bold]monitor[/]  {what}: {watches[-1]['said']}")
+    p50_ms, p95_ms = np.percentile(latencies_ms, [50, 95])
+    say(
+        f"[bold]stopped[/]  {answered} requests answered, median {p50_ms:.0f} ms, 95 % within {p95_ms:.0f} ms"
+    )
+    write_json(
+        home / "rehearsal.json",
+        {
+            "schema": 1,
+            **{
+                name: deployment[name]
+                for name in ("model", "version", "golden_samples", "largest_difference")
+            },
+            "seed": served.seed,
+            "answered": answered,
+            "latency_ms": {"p50": p50_ms, "p95": p95_ms},
+            "refused": refusal,
+            "watches": watches,
+        },
+    )
+
+
+def _decisions(experiment: str, work: Path, reports: Path) -> list[Decision]:
+    """The decisions about packaged models of this experiment and of those named after it, such as a pilot."""
+    files = sorted(reports.glob(f"{experiment}*/*/decision.json"))
+    decisions = [read_decision(file) for file in files]
+    return [one for one in decisions if (work / one.experiment / str(one.seed) / "model.mar").is_file()]
+
+
+def _packaged(decision: Decision, work: Path, reports: Path) -> dict[str, Path]:
+    """What `deploy` takes of a packaged model."""
+    made, told = (folder / decision.experiment / str(decision.seed) for folder in (work, reports))
+    return {
+        "archive": made / "model.mar",
+        "decision": told / "decision.json",
+        "dataset": work / decision.experiment / "dataset",
+        "predictions": told / "predictions.parquet",
+    }
+
+
+def _test_images(decision: Decision, work: Path, reports: Path, number: int) -> list[np.ndarray]:
+    """Raw pixels of evaluated images, evenly spread over the file."""
+    packaged = _packaged(decision, work, reports)
+    frame, _ = read_predictions(packaged["predictions"])
+    folder = DatasetFolder(packaged["dataset"])
+    rows = np.unique(np.linspace(0, len(frame) - 1, min(number, len(frame))).round().astype(int))
+    return [folder.pixels(sample_id) for sample_id in frame["sample_id"].iloc[rows]]
+
+
+def _aged(pixels: np.ndarray) -> np.ndarray:
+    """What a detector that has lost light and sharpness makes of an image."""
+    top = np.iinfo(pixels.dtype).max
+    blurred = gaussian_filter(pixels.astype(np.float64), (AGED_BLUR_PX, AGED_BLUR_PX, 0)[: pixels.ndim])
+    return (np.clip(blurred / top, 0, 1) ** AGED_GAMMA * top).round().astype(pixels.dtype)
+
+
+def _watch(
+    what: str, number: int, served: Decision, server: TorchServe, work: Path, home: Path, params: Path
+) -> dict[str, Any]:
+    """Monitor the last `number` requests; what was found."""
+    name = f"drift_{'_'.join(what.split()[-2:])}"
+    section = read_params(f"{params}:{served.experiment}", "monitor", MonitorParams)
+    said = "no drift"
+    try:
+        monitor(
+            request_log=server.request_log,
+            bundle=work / served.experiment / str(served.seed) / "bundle",
+            drift=home / f"{name}.json",
+            report=home / f"{name}.html",
+            params=section.model_copy(update={"window": number}),
+        )
+    except Alarm as alarm:
+        said = str(alarm)
+    drifted = json.loads((home / f"{name}.json").read_text(encoding="utf-8"))["drifted"]
+    return {"what": what, "drifted": drifted, "said": said, "report": f"{name}.html"}

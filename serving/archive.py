@@ -1,0 +1,156 @@
+"""What is put in service: one file with a bundle, the handler that answers from it, and what released it.
+
+    MAR-INF/MANIFEST.json    what TorchServe reads
+    release.json             the Release
+    <noun>_handler.py        the class that TorchServe calls, for models of `cadx/models/<noun>.py`
+    bundle/...               the bundle folder
+
+The same bundle and release give the same bytes, wherever and whenever they are packed.
+"""
+
+import inspect
+import json
+import zipfile
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from cadx.files import canonical_json, replacing
+from cadx.types import Config, Digest, Task
+
+MANIFEST = "MAR-INF/MANIFEST.json"
+RELEASE = "release.json"
+BUNDLE = "bundle"
+VERSION_DIGITS = 12
+
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the first date that a zip archive can hold
+
+
+class Verdict(Config):
+    """What the gate decided of the bundle, and why."""
+
+    promote: bool
+    reasons: tuple[str, ...] = ()
+
+
+class Release(Config):
+    """What release.json says.
+
+    Attributes:
+        name: the model's name in the server's addresses.
+        version: the first 12 hex digits of the bundle's digest.
+        bundle: the bundle's digest.
+        metrics: digest of the metrics.json that the decision rests on.
+        classes: as in the bundle, like `positive`, `task`, `experiment` and `seed`.
+    """
+
+    schema_version: Literal[1] = 1
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    version: str
+    bundle: Digest
+    decision: Verdict
+    metrics: Digest
+    classes: tuple[str, ...]
+    positive: str | None
+    task: Task
+    experiment: str
+    seed: int
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.version != version_of(self.bundle):
+            raise ValueError(f"version {self.version} is not that of the bundle, {version_of(self.bundle)}")
+        return self
+
+
+def version_of(bundle: Digest) -> str:
+    """A bundle's version in service.
+
+    >>> version_of(Digest("sha256:0123456789abcdef"))
+    '0123456789ab'
+    """
+    return bundle.removeprefix("sha256:")[:VERSION_DIGITS]
+
+
+def write_archive(path: Path, bundle: Path, release: Release) -> None:
+    """Write the archive of a bundle, whole or not at all.
+
+    Raises:
+        ValueError: if the bundle is damaged, incomplete, another than the release says, or of a family
+            for which there is no handler.
+    """
+    # Here, since it imports torch, which readers of an archive do without.
+    from cadx.bundle import MANIFEST as BUNDLE_MANIFEST
+    from cadx.bundle import Bundle
+
+    opened = Bundle(bundle)
+    if opened.digest != release.bundle:
+        raise ValueError(f"{bundle}: its digest is {opened.digest}, the release is of {release.bundle}")
+    if not opened.is_complete:
+        raise ValueError(f"{bundle}: no temperature and operating point yet; run `cadx calibrate` first")
+    noun = type(opened.manifest.model).__module__.rpartition(".")[2]
+    handler = f"{noun}_handler.py"
+    manifest = {
+        "runtime": "python",
+        "model": {"modelName": release.name, "modelVersion": release.version, "handler": handler},
+        # TorchServe warns of an archive without these two.
+        "archiverVersion": "0.12.0",
+        "createdOn": "01/01/1980 00:00:00",
+    }
+    members = {
+        MANIFEST: canonical_json(manifest).encode(),
+        RELEASE: canonical_json(release.model_dump(mode="json")).encode(),
+        handler: _handler_source(noun, bundle).encode(),
+    }
+    for file in (BUNDLE_MANIFEST, *opened.manifest.files):
+        members[f"{BUNDLE}/{file}"] = (bundle / file).read_bytes()
+    with replacing(path) as partial, zipfile.ZipFile(partial, "w") as archive:
+        for name in sorted(members):
+            member = zipfile.ZipInfo(name, _EPOCH)
+            member.create_system, member.external_attr = 3, 0o100644 << 16
+            # Stored: what zlib makes of the same bytes differs from one of its versions to the next.
+            archive.writestr(member, members[name], zipfile.ZIP_STORED)
+
+
+def _handler_source(noun: str, bundle: Path) -> str:
+    """The source of the handler for the models of `cadx/models/<noun>.py`."""
+    # Imported, though only its text is needed: so it shows what an archive depends on.
+    from serving import radiograph_handler
+
+    handlers = {"radiograph": radiograph_handler}
+    if noun not in handlers:
+        raise ValueError(f"{bundle}: no handler for a {noun} model; add serving/{noun}_handler.py")
+    return inspect.getsource(handlers[noun])
+
+
+def read_release(path: Path) -> Release:
+    """The release in an archive.
+
+    Raises:
+        ValueError: if there is no such file, or it is no archive of this version.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            text = archive.read(RELEASE)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such archive; write it with `cadx package`") from None
+    except (zipfile.BadZipFile, KeyError, IsADirectoryError):
+        raise ValueError(f"{path}: no archive with a {RELEASE}; write it with `cadx package`") from None
+    return parse_release(text, f"{path}: {RELEASE}")
+
+
+def parse_release(text: bytes, where: str) -> Release:
+    """The release in the bytes of a release.json.
+
+    Raises:
+        ValueError: if they hold none of this version.
+    """
+    try:
+        return Release.model_validate(json.loads(text))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{where}: {field}: {first['msg']}; package the bundle again") from None
+    except ValueError:
+        raise ValueError(f"{where}: not JSON; package the bundle again") from None

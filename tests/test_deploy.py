@@ -1,0 +1,227 @@
+"""Deployment on a real TorchServe: nothing goes live that does not answer as it was evaluated."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_evaluate import prepare
+
+from cadx.bundle import Bundle
+from cadx.datasets import DatasetFolder
+from cadx.files import write_json
+from cadx.predicting import read_predictions, write_predictions
+from cadx.reading import encode_png
+from components.calibrate import calibrate
+from components.contract import read_experiment
+from components.deploy import DeployParams, deploy, golden_rows
+from components.evaluate import evaluate
+from components.gate import GateParams, gate
+from components.imbalance import imbalance
+from components.ingest import ingest
+from components.package import PackageParams, package
+from components.split import split
+from components.train import train
+from components.validate import validate
+from serving.client import Client
+from serving.management import Management
+from serving.server import TorchServe, free_ports
+
+pytestmark = pytest.mark.xdist_group("torchserve")
+
+
+@dataclass
+class Packaged:
+    """A packaged model, and all that `deploy` takes."""
+
+    folder: Path
+    dataset: Path
+    bundle: Path
+
+    def deploy(self, server: TorchServe, out: Path, **changes: Any) -> dict[str, Any]:
+        arguments: dict[str, Any] = {
+            "archive": self.folder / "model.mar",
+            "decision": self.folder / "decision.json",
+            "dataset": self.dataset,
+            "predictions": self.folder / "predictions.parquet",
+            "model_store": server.model_store,
+            "key_file": server.key_file,
+            "deployment": out / "deployment.json",
+            "inference": server.inference,
+            "management": server.management,
+            "params": DeployParams(golden_samples=12),
+        }
+        deploy(**(arguments | changes))
+        return json.loads((out / "deployment.json").read_text())
+
+
+def make(folder: Path, *, steps: int, floor: float = 0.01) -> Packaged:
+    run = prepare(folder, steps=steps)
+    run.evaluate(folder, split="test", minimum_n=5)
+    shared = {"metrics": folder / "metrics.json", "bundle": run.bundle}
+    gate(**shared, decision=folder / "decision.json", params=GateParams(at_least={"auc": floor}))
+    package(
+        **shared,
+        decision=folder / "decision.json",
+        archive=folder / "model.mar",
+        card=folder / "card.html",
+        params=PackageParams(name="chest"),
+    )
+    return Packaged(folder, run.dataset, run.bundle)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Packaged:
+    return make(tmp_path_factory.mktemp("first"), steps=16)
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory: pytest.TempPathFactory) -> Packaged:
+    """The same dataset, trained a little longer: a new version of the same model."""
+    return make(tmp_path_factory.mktemp("second"), steps=20)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[TorchServe]:
+    with TorchServe(tmp_path / "served", free_ports()) as running:
+        yield running
+
+
+def served_bundle(server: TorchServe, packaged: Packaged) -> str:
+    """The bundle that answers where a caller names no version."""
+    folder = DatasetFolder(packaged.dataset)
+    png = encode_png(folder.pixels(folder.samples["sample_id"].iloc[0]))
+    return Client(server.inference, "chest", key_file=server.key_file).predict(png).model.bundle
+
+
+def test_a_new_version_takes_over_and_the_old_one_is_one_command_away(
+    server: TorchServe, first: Packaged, second: Packaged, tmp_path: Path
+) -> None:
+    one = first.deploy(server, tmp_path)
+    assert one["largest_difference"] <= 1e-5
+    assert one["previous"] is None
+    assert served_bundle(server, first) == Bundle(first.bundle).digest
+    two = second.deploy(server, tmp_path)
+    assert two["previous"] == one["version"]
+    assert served_bundle(server, first) == Bundle(second.bundle).digest
+    back = first.deploy(server, tmp_path)
+    assert back["previous"] == two["version"]
+    assert served_bundle(server, first) == Bundle(first.bundle).digest
+    loaded = Management(server.management, key_file=server.key_file).versions("chest")
+    assert {entry.version for entry in loaded} == {one["version"], two["version"]}
+
+
+def test_answers_that_differ_from_the_evaluation_never_go_live(
+    server: TorchServe, first: Packaged, second: Packaged, tmp_path: Path
+) -> None:
+    first.deploy(server, tmp_path)
+    frame, info = read_predictions(second.folder / "predictions.parquet")
+    row = frame["prob_opacity"].idxmax()  # among the golden samples: both ends are
+    frame.loc[row, "prob_opacity"] -= 1e-3
+    write_predictions(tmp_path / "forged.parquet", frame, info)
+    with pytest.raises(ValueError, match=r"not put into service") as caught:
+        second.deploy(server, tmp_path / "new", predictions=tmp_path / "forged.parquet")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "new/deployment.json").exists()
+    assert served_bundle(server, first) == Bundle(first.bundle).digest
+    versions = Management(server.management, key_file=server.key_file).versions("chest")
+    assert len(versions) == 1, "the version that failed is taken away"
+
+
+def test_a_refused_model_is_not_even_shown_to_the_server(first: Packaged, tmp_path: Path) -> None:
+    refused = json.loads((first.folder / "decision.json").read_text()) | {
+        "promote": False,
+        "reasons": ["sensitivity is 0.9, but its 95 % interval reaches down to 0.6"],
+    }
+    write_json(tmp_path / "decision.json", refused)
+    never = TorchServe(tmp_path / "never", free_ports())
+    with pytest.raises(ValueError, match=r"refused by the gate: sensitivity is 0\.9"):
+        first.deploy(never, tmp_path, decision=tmp_path / "decision.json")
+    assert not never.model_store.exists()
+
+
+def test_a_decision_about_another_bundle_does_not_open_the_door(
+    first: Packaged, second: Packaged, tmp_path: Path
+) -> None:
+    never = TorchServe(tmp_path / "never", free_ports())
+    with pytest.raises(ValueError, match="about another bundle"):
+        first.deploy(never, tmp_path, decision=second.folder / "decision.json")
+    with pytest.raises(ValueError, match="answers of another bundle"):
+        first.deploy(never, tmp_path, predictions=second.folder / "predictions.parquet")
+
+
+def test_a_server_that_is_not_there_is_named_in_one_line(first: Packaged, tmp_path: Path) -> None:
+    absent = TorchServe(tmp_path / "absent", free_ports())
+    absent.key_file.parent.mkdir(parents=True)
+    absent.key_file.write_text(
+        json.dumps({kind: {"key": "x"} for kind in ("management", "inference", "API")})
+    )
+    with pytest.raises((ValueError, OSError), match=absent.management.removeprefix("http://")) as caught:
+        first.deploy(absent, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_golden_samples_span_the_scores_from_end_to_end(first: Packaged) -> None:
+    frame, info = read_predictions(first.folder / "predictions.parquet")
+    rows = golden_rows(frame, info, 5)
+    scores = frame["prob_opacity"]
+    assert len(rows) == 5
+    assert {scores.min(), scores.max()} <= set(scores[rows])
+    assert golden_rows(frame, info, 10_000) == list(range(len(frame)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_test_image_of_pneumoniamnist_comes_back_through_the_endpoint_as_it_was_evaluated(
+    server: TorchServe, root: Path, mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All 624, as PNG. What the network has learnt does not matter here: it is trained for one epoch."""
+    monkeypatch.setenv("CADX_DATA_MIRROR", str(mirror))
+    sections = read_experiment(root / "params.yaml", "pneumoniamnist")
+    sections["train"] |= {"epochs": 1}
+    sections["gate"] = {"at_least": {}}
+    section = {name: json.dumps(content) for name, content in sections.items()}
+    at = {name: tmp_path / name for name in ("dataset", "trained", "bundle")}
+    at |= {name: tmp_path / f"{name}.parquet" for name in ("splits", "predictions")}
+    at |= {name: tmp_path / f"{name}.json" for name in ("validation", "imbalance", "metrics", "decision")}
+    report, data = tmp_path / "report.html", {"dataset": at["dataset"]}
+    ingest(catalog=root / "data/catalog.yaml", cache=tmp_path / "cache", **data, params=section["ingest"])
+    validate(**data, validation=at["validation"], report=report, params=section["validate"])
+    split(**data, validation=at["validation"], splits=at["splits"], params=section["split"])
+    data |= {"splits": at["splits"]}
+    imbalance(**data, imbalance=at["imbalance"], report=report, params=section["imbalance"])
+    train(
+        **data,
+        imbalance=at["imbalance"],
+        checkpoints=tmp_path / "checkpoints",
+        trained=at["trained"],
+        log=tmp_path / "log.jsonl",
+        experiment="pneumoniamnist",
+        seed=0,
+        params=section["train"],
+    )
+    calibrate(**data, trained=at["trained"], bundle=at["bundle"], params=section["calibrate"])
+    judged = {"bundle": at["bundle"], "metrics": at["metrics"]}
+    evaluate(
+        **data,
+        bundle=at["bundle"],
+        test_uses=tmp_path / "test_uses.jsonl",
+        predictions=at["predictions"],
+        metrics=at["metrics"],
+        report=report,
+        params=section["evaluate"],
+    )
+    gate(**judged, decision=at["decision"], params=section["gate"])
+    package(
+        **judged,
+        decision=at["decision"],
+        archive=tmp_path / "model.mar",
+        card=tmp_path / "card.html",
+        params=section["package"],
+    )
+    packaged = Packaged(tmp_path, at["dataset"], at["bundle"])
+    deployment = packaged.deploy(server, tmp_path, params=DeployParams(golden_samples=10_000))
+    assert deployment["golden_samples"] == 624
+    assert deployment["largest_difference"] <= 1e-5

@@ -1,0 +1,163 @@
+"""The gate: what it lets through, what it refuses, and that a refusal is a result with every reason."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from test_evaluate import Run, prepare
+
+from cadx.bundle import Bundle
+from cadx.files import digest_path, write_json
+from cadx.gating import Decision, ceiling, floor, read_decision
+from cadx.types import Estimate
+from components.gate import GateParams, gate
+
+EASY = {"auc": 0.01, "sensitivity": 0.01}
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, Any]]:
+    """A bundle, and its metrics on the test split."""
+    folder = tmp_path_factory.mktemp("run")
+    run = prepare(folder)
+    return run, run.evaluate(folder / "scored", split="test", minimum_n=5)
+
+
+@pytest.fixture
+def judge(ready: tuple[Run, dict[str, Any]], tmp_path: Path) -> Callable[..., Decision]:
+    """Judge the bundle by its metrics, changed as asked."""
+    run, record = ready
+
+    def run_gate(changes: dict[str, Any] | None = None, **params: Any) -> Decision:
+        write_json(tmp_path / "metrics.json", record | (changes or {}))
+        gate(
+            metrics=tmp_path / "metrics.json",
+            bundle=run.bundle,
+            decision=tmp_path / "decision.json",
+            params=GateParams(**params),
+        )
+        return read_decision(tmp_path / "decision.json")
+
+    return run_gate
+
+
+def with_metric(record: dict[str, Any], name: str, **values: Any) -> dict[str, Any]:
+    return {"metrics": record["metrics"] | {name: record["metrics"][name] | values}}
+
+
+def test_a_model_within_its_bounds_is_promoted_and_named_by_digest(
+    judge: Callable[..., Decision], ready: tuple[Run, dict[str, Any]], tmp_path: Path
+) -> None:
+    decision = judge(at_least=EASY)
+    assert decision.promote
+    assert decision.reasons == ()
+    assert decision.bundle == Bundle(ready[0].bundle).digest
+    assert decision.metrics == digest_path(tmp_path / "metrics.json")
+
+
+def test_the_lower_end_counts_and_not_the_value(
+    judge: Callable[..., Decision], ready: tuple[Run, dict[str, Any]]
+) -> None:
+    lucky = with_metric(ready[1], "auc", value=0.97, low=0.71, high=0.999)
+    decision = judge(lucky, at_least={"auc": 0.9})
+    assert not decision.promote
+    assert decision.reasons == (
+        "AUC is 0.970, its 95 % interval reaches down to 0.710: beyond the floor of 0.9",
+    )
+    assert judge(lucky, at_least={"auc": 0.7}).promote
+
+
+def test_the_upper_end_counts_where_less_is_better(
+    judge: Callable[..., Decision], ready: tuple[Run, dict[str, Any]]
+) -> None:
+    wide = with_metric(ready[1], "brier", value=0.02, low=0.01, high=0.12)
+    assert (
+        "up to 0.120: beyond the ceiling of 0.1"
+        in judge(wide, at_most={"brier": 0.1}, at_least={}).reasons[0]
+    )
+    assert judge(wide, at_most={"brier": 0.12}, at_least={}).promote
+
+
+def test_every_reason_is_given_not_the_first_alone(
+    judge: Callable[..., Decision], ready: tuple[Run, dict[str, Any]]
+) -> None:
+    poor = {
+        "metrics": {n: e | {"low": 0.1, "high": 0.5, "value": 0.3} for n, e in ready[1]["metrics"].items()}
+    }
+    reasons = judge(poor, at_least={"auc": 0.8, "sensitivity": 0.8}, at_most={"brier": 0.2}).reasons
+    assert [reason.split(" is ")[0] for reason in reasons] == ["AUC", "sensitivity", "Brier score"]
+
+
+def test_a_metric_without_an_interval_is_no_evidence(
+    judge: Callable[..., Decision], ready: tuple[Run, dict[str, Any]]
+) -> None:
+    bare = with_metric(ready[1], "auc", value=0.99, low=None, high=None, method="one class only")
+    assert judge(bare, at_least={"auc": 0.5}).reasons == (
+        "AUC has no interval (one class only), but the floor of 0.5 is asked",
+    )
+
+
+def test_a_weak_subgroup_stops_a_model_that_is_good_on_average(
+    judge: Callable[..., Decision], ready: tuple[Run, dict[str, Any]]
+) -> None:
+    good = {"value": 0.95, "low": 0.9, "high": 0.99, "n": 90, "method": "DeLong"}
+    none = {"value": None, "low": None, "high": None, "n": 2, "method": "too few"}
+    groups = {
+        "north": {"n": 90, "n_positive": 20, "sensitivity": good, "specificity": good, "auc": good},
+        "south": {
+            "n": 90,
+            "n_positive": 20,
+            "sensitivity": good,
+            "specificity": good,
+            "auc": good | {"low": 0.6},
+        },
+        "east": {"n": 9, "n_positive": 1, "sensitivity": none, "specificity": none, "auc": none},
+    }
+    decision = judge({"by_subgroup": {"site": groups}}, at_least=EASY, subgroup_at_least={"auc": 0.7})
+    assert decision.reasons == (
+        "AUC in site south is 0.950, its 95 % interval reaches down to 0.600: beyond the floor of 0.7",
+    )
+    assert not any("east" in check.what for check in decision.checks), "too small to judge"
+
+
+def test_numbers_of_a_split_that_choices_were_made_on_do_not_count(judge: Callable[..., Decision]) -> None:
+    assert "scored on the val split" in judge({"split": "val"}, at_least=EASY).reasons[0]
+
+
+def test_other_splits_of_the_training_data_are_a_leak_and_other_data_are_not(
+    judge: Callable[..., Decision],
+) -> None:
+    other = "sha256:" + "0" * 64
+    assert "patients may be in both" in judge({"splits": other}, at_least=EASY).reasons[0]
+    assert judge({"splits": other, "dataset": other}, at_least=EASY).promote
+
+
+def test_numbers_of_another_bundle_are_a_mistake_and_leave_nothing(
+    judge: Callable[..., Decision], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="numbers of another bundle"):
+        judge({"bundle": "sha256:" + "0" * 64})
+    assert not (tmp_path / "decision.json").exists()
+
+
+def test_an_unknown_metric_is_named_with_the_known_ones() -> None:
+    with pytest.raises(ValidationError, match=r"unknown metric acc; known: auc, "):
+        GateParams(at_least={"acc": 0.9})
+
+
+@pytest.mark.parametrize("end", [0.8, 0.8000001])
+def test_a_bound_itself_is_within(end: float) -> None:
+    estimate = Estimate(value=0.9, low=end, high=0.95, n=9, method="Wilson")
+    assert floor("x", estimate, 0.8).passed
+    assert not floor("x", estimate, 0.81).passed
+    assert ceiling("x", estimate, 0.95).passed
+    assert not ceiling("x", None, 0.95).passed
+
+
+def test_a_file_that_is_no_decision_gets_one_line(tmp_path: Path) -> None:
+    (tmp_path / "d.json").write_text(json.dumps({"promote": True}))
+    with pytest.raises(ValueError, match="no decision of this version; run `cadx gate`"):
+        read_decision(tmp_path / "d.json")

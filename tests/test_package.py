@@ -1,0 +1,116 @@
+"""What goes into service: an archive that is the same wherever it is packed, and a card that hides nothing."""
+
+import json
+import re
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+from test_evaluate import Run, prepare
+
+from cadx.bundle import Bundle
+from cadx.files import digest_path, write_json
+from components.gate import GateParams, gate
+from components.package import PackageParams, package
+from serving.archive import read_release
+
+
+class Packed:
+    """A bundle, judged and ready to be packed."""
+
+    def __init__(self, run: Run, folder: Path) -> None:
+        self.bundle, self.metrics, self.decision = (
+            run.bundle,
+            folder / "metrics.json",
+            folder / "decision.json",
+        )
+        self.record = run.evaluate(folder, split="test", minimum_n=5)
+
+    def judge(self, **bounds: dict[str, float]) -> None:
+        params = GateParams(at_least=bounds)
+        gate(metrics=self.metrics, bundle=self.bundle, decision=self.decision, params=params)
+
+    def package(self, out: Path, **params: object) -> Path:
+        package(
+            bundle=self.bundle,
+            decision=self.decision,
+            metrics=self.metrics,
+            archive=out / "model.mar",
+            card=out / "card.html",
+            params=PackageParams(**params),
+        )
+        return out / "model.mar"
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    folder = tmp_path_factory.mktemp("run")
+    made = Packed(prepare(folder), folder / "scored")
+    made.judge(auc=0.01)
+    return made
+
+
+def test_the_same_model_gives_the_same_bytes_in_another_folder(packed: Packed, tmp_path: Path) -> None:
+    one, other = packed.package(tmp_path / "a"), packed.package(tmp_path / "elsewhere" / "b")
+    assert one.read_bytes() == other.read_bytes()
+    assert (tmp_path / "a/card.html").read_bytes() == (tmp_path / "elsewhere/b/card.html").read_bytes()
+
+
+def test_the_archive_holds_the_very_bundle_and_names_what_it_rests_on(packed: Packed, tmp_path: Path) -> None:
+    archive = packed.package(tmp_path)
+    with zipfile.ZipFile(archive) as opened:
+        opened.extractall(tmp_path / "unpacked")
+    inside = Bundle(tmp_path / "unpacked" / "bundle")
+    release = read_release(archive)
+    assert inside.digest == Bundle(packed.bundle).digest == release.bundle
+    assert release.version == inside.digest.removeprefix("sha256:")[:12]
+    assert release.metrics == digest_path(packed.metrics)
+    assert release.decision.promote
+
+
+def test_the_card_states_every_number_with_its_interval(packed: Packed, tmp_path: Path) -> None:
+    packed.package(tmp_path, limits=("Not for children.",), contact="the physics group")
+    card = (tmp_path / "card.html").read_text()
+    for name in ("auc", "sensitivity", "specificity"):
+        e = packed.record["metrics"][name]
+        assert f"{e['value']:.3f} ({e['low']:.3f} to {e['high']:.3f})" in card, name
+    assert Bundle(packed.bundle).digest in card
+    assert digest_path(tmp_path / "model.mar") in card
+    assert "Not for children." in card
+    assert "the physics group" in card
+    assert "Passed the gate" in card
+    assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", card), "a card is read on closed networks"
+
+
+def test_a_refused_model_carries_its_refusal(packed: Packed, tmp_path: Path) -> None:
+    shutil.copy(packed.decision, tmp_path / "kept.json")
+    packed.judge(auc=1.0)
+    try:
+        release = read_release(packed.package(tmp_path))
+    finally:
+        shutil.copy(tmp_path / "kept.json", packed.decision)
+    assert not release.decision.promote
+    assert "beyond the floor of 1" in release.decision.reasons[0]
+    assert "Refused by the gate: AUC is" in (tmp_path / "card.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [("bundle", "about another bundle"), ("metrics", "rests on other numbers")],
+)
+def test_a_decision_about_something_else_is_refused_and_nothing_is_written(
+    packed: Packed, tmp_path: Path, field: str, message: str
+) -> None:
+    decided = json.loads(packed.decision.read_text()) | {field: "sha256:" + "0" * 64}
+    write_json(tmp_path / "decision.json", decided)
+    with pytest.raises(ValueError, match=message):
+        package(
+            bundle=packed.bundle,
+            decision=tmp_path / "decision.json",
+            metrics=packed.metrics,
+            archive=tmp_path / "out" / "model.mar",
+            card=tmp_path / "out" / "card.html",
+            params=PackageParams(),
+        )
+    assert not list((tmp_path / "out").iterdir())

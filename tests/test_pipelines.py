@@ -1,0 +1,494 @@
+"""The Kubeflow door: what is compiled says what dvc.yaml says, and the steps answer as Kubeflow expects."""
+
+import json
+import math
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from google.protobuf import json_format
+from kfp import dsl, local
+from kfp.local import executor_input_utils, executor_output_utils, placeholder_utils, subprocess_task_handler
+from kfp.local.io import IOStore
+from kfp.local.orchestrator.enhanced_dag_orchestrator import ConditionEvaluator
+from kfp.pipeline_spec import pipeline_spec_pb2 as ir
+from test_bundle import write_dataset
+from test_summarise import write_seed
+
+from cadx.files import digest_path, write_json
+from components import STEPS
+from components.contract import Alarm, In, Out, Params, read_params, step
+from pipelines import compile_experiment, training
+from serving.server import TorchServe, free_ports
+
+ROOT = Path(__file__).resolve().parent.parent
+DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())
+EXPERIMENTS, SEEDS = DVC["vars"][0]["experiments"], DVC["vars"][0]["seeds"]
+PARAMS = ROOT / "params.yaml"
+IMAGE = "registry.example/cadx@sha256:" + "0" * 64
+STAGES = [s.name for s in STEPS if s.reproducible]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Experiment -> its pipeline, as text."""
+    folder = tmp_path_factory.mktemp("compiled")
+    for experiment in EXPERIMENTS:
+        compile_experiment(experiment, folder / f"{experiment}.yaml", params=PARAMS, image=IMAGE)
+    return {experiment: (folder / f"{experiment}.yaml").read_text() for experiment in EXPERIMENTS}
+
+
+@pytest.fixture
+def pipeline(compiled: dict[str, str]) -> ir.PipelineSpec:
+    """The first experiment's pipeline."""
+    return parse(compiled[EXPERIMENTS[0]])
+
+
+def parse(text: str) -> ir.PipelineSpec:
+    """The pipeline in a file, refusing what Kubeflow's schema does not know."""
+    pipeline, *platform = yaml.safe_load_all(text)
+    for document in platform:
+        json_format.ParseDict(document, ir.PlatformSpec(), ignore_unknown_fields=False)
+    return json_format.ParseDict(pipeline, ir.PipelineSpec(), ignore_unknown_fields=False)
+
+
+def stage_items(experiment: str) -> dict[str, dict[str, Any]]:
+    """Task name -> its stage in dvc.yaml, with DVC's placeholders filled in."""
+    items = {}
+    for name, stage in DVC["stages"].items():
+        for seed in SEEDS if "seed" in stage["matrix"] else [None]:
+            text = json.dumps(stage).replace("${item.experiment}", experiment)
+            filled = text.replace("${item.seed}", str(seed))
+            items[name if seed is None else f"{name}-{seed}"] = json.loads(filled)
+    return items
+
+
+def options(line: list[str]) -> dict[str, str]:
+    """`cadx split --dataset x ...` as {option: value}."""
+    return {word[2:].replace("-", "_"): line[i + 1] for i, word in enumerate(line) if word.startswith("--")}
+
+
+def command(pipeline: ir.PipelineSpec, task: str) -> list[str]:
+    container = pipeline.deployment_spec["executors"][f"exec-{task}"]["container"]
+    assert container["image"] == IMAGE
+    return [*container["command"], *container["args"]]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_kubeflow_reads_every_pipeline(experiment: str, compiled: dict[str, str]) -> None:
+    pipeline = parse(compiled[experiment])
+    assert pipeline.pipeline_info.name == experiment
+    assert set(stage_items(experiment)) <= set(pipeline.root.dag.tasks)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_command_is_the_stages_line(experiment: str, compiled: dict[str, str]) -> None:
+    """Each placeholder stands for the very path that DVC's line has there, whoever makes it."""
+    pipeline = parse(compiled[experiment])
+    lines = {name: shlex.split(stage["cmd"]) for name, stage in stage_items(experiment).items()}
+    for name, line in lines.items():
+        words = command(pipeline, name)
+        assert words[-2:] == ["--executor-input", "{{$}}"]
+        assert [as_in_dvc(pipeline, lines, name, word) for word in words[:-2]] == line
+
+
+def as_in_dvc(pipeline: ir.PipelineSpec, lines: dict[str, list[str]], name: str, word: str) -> str:
+    """What stands in DVC's lines for a word of a task's command."""
+    placeholder = re.fullmatch(r"\{\{\$\.(\w+\.\w+)\['(\w+)'\](?:\.path)?\}\}", word)
+    if placeholder is None:
+        return word.removeprefix("/tmp/cadx/")
+    kind, entry = placeholder.groups()
+    inputs = pipeline.root.dag.tasks[name].inputs
+    if kind == "outputs.artifacts":
+        return options(lines[name])[entry]
+    if kind == "inputs.artifacts":
+        made = inputs.artifacts[entry].task_output_artifact
+        return options(lines[made.producer_task])[made.output_artifact_key]
+    given = inputs.parameters[entry]
+    if entry == "params":
+        assert given.component_input_parameter == lines[name][1]
+        return f"params.yaml:{pipeline.pipeline_info.name}"
+    if parameter := given.component_input_parameter:
+        return pipeline.root.input_definitions.parameters[parameter].default_value.string_value
+    return f"{given.runtime_value.constant.number_value:g}"
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_tasks_wait_for_one_another_as_stages_do(experiment: str, compiled: dict[str, str]) -> None:
+    pipeline, stages = parse(compiled[experiment]), stage_items(experiment)
+
+    def paths(entries: list[Any]) -> set[str]:
+        return {entry if isinstance(entry, str) else next(iter(entry)) for entry in entries}
+
+    makes = {name: paths(stage["outs"] + stage.get("metrics", [])) for name, stage in stages.items()}
+    for name, stage in stages.items():
+        needed = {maker for maker, outputs in makes.items() if outputs & paths(stage["deps"])}
+        assert set(pipeline.root.dag.tasks[name].dependent_tasks) == needed
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_defaults_are_the_experiments_parameters(experiment: str, compiled: dict[str, str]) -> None:
+    found = json_format.MessageToDict(parse(compiled[experiment]).root)["inputDefinitions"]["parameters"]
+    assert found.pop("experiment")["defaultValue"] == experiment
+    assert set(STAGES) <= set(found)
+    for entry in (s for s in STEPS if s.name in found):
+        cls = entry.declaration().params
+        assert cls is not None
+        assert found[entry.name]["parameterType"] == "STRUCT"
+        expected = read_params(f"{PARAMS}:{experiment}", entry.name, cls)
+        # Kubeflow has no integers in a STRUCT: 7 arrives as 7.0.
+        assert read_params(json.dumps(found[entry.name]["defaultValue"]), entry.name, cls) == expected
+
+
+def test_what_a_step_keeps_lies_outside_of_the_checkout(pipeline: ir.PipelineSpec) -> None:
+    kept = [
+        options(command(pipeline, name))[keep]
+        for name in stage_items(EXPERIMENTS[0])
+        for entry in STEPS
+        if entry.name == name.partition("-")[0]
+        for keep in entry.declaration().keeps
+    ]
+    assert len(kept) == 1 + 2 * len(SEEDS)  # ingest's cache, train's checkpoints, evaluate's uses of test
+    assert all(path.startswith("/tmp/cadx/data/") for path in kept)
+
+
+def test_integers_do_arrive_as_floats(pipeline: ir.PipelineSpec) -> None:
+    default = pipeline.root.input_definitions.parameters["train"].default_value
+    assert '"epochs": 12.0' in json_format.MessageToJson(default)
+
+
+def test_only_steps_with_side_effects_run_uncached(pipeline: ir.PipelineSpec) -> None:
+    tasks = dict(pipeline.root.dag.tasks)
+    for component in pipeline.components.values():
+        tasks |= dict(component.dag.tasks)
+    steps = {name: name.partition("-")[0] for name in tasks if name in stage_items(EXPERIMENTS[0])}
+    assert set(steps.values()) == set(STAGES)
+    assert all(tasks[name].caching_options.enable_cache for name in steps)
+    others = {s.name for s in STEPS if not s.reproducible} & set(tasks)
+    assert not any(tasks[name].caching_options.enable_cache for name in others)
+    assert not any(task.HasField("retry_policy") for task in tasks.values())
+
+
+def test_only_a_promoted_model_is_deployed(pipeline: ir.PipelineSpec) -> None:
+    [(name, branch)] = [(n, t) for n, t in pipeline.root.dag.tasks.items() if t.trigger_policy.condition]
+    first = f"gate-{SEEDS[0]}"
+    [(entry, promote)] = [
+        (e, p) for e, p in branch.inputs.parameters.items() if p.task_output_parameter.producer_task
+    ]
+    assert branch.trigger_policy.condition == f"inputs.parameter_values['{entry}'] == true"
+    assert promote.task_output_parameter.producer_task == first
+    assert promote.task_output_parameter.output_parameter_key == "promote"
+    inside = pipeline.components[pipeline.root.dag.tasks[name].component_ref.name].dag.tasks
+    assert list(inside) == ["deploy"]
+    assert {a.task_output_artifact.producer_task for a in branch.inputs.artifacts.values()} == {
+        "ingest", f"evaluate-{SEEDS[0]}", first, f"package-{SEEDS[0]}"
+    }  # fmt: skip
+    asked = pipeline.root.input_definitions.parameters
+    assert all(
+        asked[place].parameter_type == ir.ParameterType.STRING
+        for place in ("model_store", "key_file", "inference", "management")
+    )
+
+
+def test_a_watch_over_requests_is_no_part_of_training(pipeline: ir.PipelineSpec) -> None:
+    assert "comp-monitor" not in pipeline.components
+
+
+def test_seeds_have_names_and_titles_of_their_own(pipeline: ir.PipelineSpec) -> None:
+    titles = {name: task.task_info.name for name, task in pipeline.root.dag.tasks.items()}
+    assert [titles[f"train-{seed}"] for seed in SEEDS] == [f"train (seed {seed})" for seed in SEEDS]
+    seeds = [
+        pipeline.root.dag.tasks[f"train-{s}"].inputs.parameters["seed"].runtime_value.constant.number_value
+        for s in SEEDS
+    ]
+    assert seeds == SEEDS
+    # kfp's local runner names a task's folder by its component: two tasks of one would overwrite each other.
+    components = [task.component_ref.name for task in pipeline.root.dag.tasks.values()]
+    assert len(set(components)) == len(components)
+
+
+def test_artifacts_have_types_that_kubeflow_can_draw(pipeline: ir.PipelineSpec) -> None:
+    outputs = {
+        (component, name): artifact.artifact_type.schema_title
+        for component, spec in pipeline.components.items()
+        for name, artifact in spec.output_definitions.artifacts.items()
+    }
+    assert outputs["comp-ingest", "dataset"] == "system.Dataset"
+    assert outputs["comp-calibrate-0", "bundle"] == "system.Model"
+    assert outputs["comp-evaluate-0", "metrics"] == "system.Metrics"
+    assert outputs["comp-evaluate-0", "confusion"] == "system.ClassificationMetrics"
+    assert outputs["comp-evaluate-0", "report"] == "system.HTML"
+    assert outputs["comp-validate", "validation"] == "system.Artifact"
+    known = {name for s in STEPS for name in s.declaration().outputs}
+    assert set(training.ARTIFACTS) | set(training.FIELDS) <= known
+
+
+def test_the_same_bytes_in_another_process(compiled: dict[str, str], tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from pipelines import compile_experiment; "
+        "compile_experiment(sys.argv[1], Path(sys.argv[2]), params=Path(sys.argv[3]), image=sys.argv[4])"
+    )
+    output = tmp_path / "again.yaml"
+    subprocess.run(
+        [sys.executable, "-c", program, EXPERIMENTS[0], str(output), str(PARAMS), IMAGE],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+        check=True,
+    )
+    assert output.read_text() == compiled[EXPERIMENTS[0]]
+    assert [p.name for p in tmp_path.iterdir()] == ["again.yaml"]
+
+
+def test_nothing_of_this_machine_is_compiled_in(compiled: dict[str, str]) -> None:
+    for text in compiled.values():
+        for private in (str(ROOT), str(Path.home()), socket.gethostname(), sys.prefix):
+            assert private not in text
+
+
+@pytest.mark.parametrize(
+    ("experiment", "output", "image", "message"),
+    [
+        ("phantom-xay", "p.yaml", "cadx:latest", "no experiment 'phantom-xay' under vars; it holds: phantom-xray"),
+        (EXPERIMENTS[0], "p.json", "cadx:latest", "p.json: Kubeflow takes pipelines as .yaml files"),
+        (EXPERIMENTS[0], "p.yaml", "", "image '': not the name of an image"),
+        (EXPERIMENTS[0], "p.yaml", "cadx latest", "image 'cadx latest': not the name of an image"),
+    ],
+)  # fmt: skip
+def test_a_mistake_gets_one_line_and_leaves_nothing(
+    experiment: str, output: str, image: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        compile_experiment(experiment, tmp_path / output, params=PARAMS, image=image)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_kfp_one_line_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kfp", None)
+    monkeypatch.delitem(sys.modules, "pipelines.training")
+    monkeypatch.delattr("pipelines.training")
+    with pytest.raises(ValueError, match="kfp is not installed: it is the extra 'kubeflow'"):
+        compile_experiment(EXPERIMENTS[0], tmp_path / "p.yaml", params=PARAMS, image=IMAGE)
+
+
+# --- The steps' answers -------------------------------------------------------------------------------
+
+
+class Task:
+    """A task of a compiled pipeline, run here by kfp's own rules for placeholders, input and output."""
+
+    def __init__(self, pipeline: ir.PipelineSpec, name: str, root: Path, arguments: dict[str, Any]) -> None:
+        self.spec = pipeline.components[f"comp-{name}"]
+        self.executor_input = executor_input_utils.construct_executor_input(
+            component_spec=self.spec, arguments=arguments, task_root=str(root), block_input_artifact=False
+        )
+        self.command = placeholder_utils.replace_placeholders(
+            full_command=command(pipeline, name),
+            executor_input_dict=executor_input_utils.executor_input_to_dict(self.executor_input, self.spec),
+            pipeline_resource_name="pipeline",
+            task_resource_name=name,
+            pipeline_root=str(root),
+            unique_pipeline_id="1",
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Run the command in the checkout; what kfp reads of the task's outputs."""
+        assert self.command[0] == "cadx"
+        subprocess.run([sys.executable, "-m", *self.command], cwd=ROOT, check=True)
+        return executor_output_utils.get_outputs_for_task(self.executor_input, self.spec)
+
+
+def test_split_runs_by_kubeflows_command(pipeline: ir.PipelineSpec, tmp_path: Path) -> None:
+    dataset, _ = write_dataset(tmp_path / "made")
+    validation = tmp_path / "made/validation"
+    write_json(validation, {"dataset": digest_path(dataset / "dataset.json"), "quarantined": []})
+    root = tmp_path / "artifacts/split"
+    arguments = {
+        "dataset": dsl.Dataset(name="dataset", uri=str(dataset)),
+        "validation": dsl.Artifact(name="validation", uri=str(validation)),
+        "params": {"strategy": "patient", "seed": 3.0},
+    }
+    outputs = Task(pipeline, "split", root, arguments).run()
+    assert list(outputs) == ["splits"]
+    assert isinstance(outputs["splits"], dsl.Dataset)
+    assert outputs["splits"].path == str(root / "splits")
+    assert sorted(p.name for p in root.iterdir()) == ["executor_output.json", "splits"]
+
+
+def test_numbers_and_confusion_reach_kubeflows_pages(pipeline: ir.PipelineSpec, tmp_path: Path) -> None:
+    cohort = write_dataset(tmp_path)
+    predictions = {
+        f"predictions_{seed}": dsl.Dataset(uri=str(write_seed(tmp_path, cohort, seed))) for seed in SEEDS
+    }
+    arguments = {**predictions, "params": {"resamples": 0.0, "minimum_n": 5.0}}
+    outputs = Task(pipeline, "summarise", tmp_path / "artifacts", arguments).run()
+    record = json.loads(Path(outputs["metrics"].path).read_text())
+    shown = outputs["metrics"].metadata
+    assert shown["auc"] == record["metrics"]["auc"]["value"]
+    assert shown["auc_low"] == record["metrics"]["auc"]["low"] < shown["auc"] < shown["auc_high"]
+    assert all(isinstance(number, float) and math.isfinite(number) for number in shown.values())
+    # Without resamples the F1 score has no interval.
+    assert "f1" in shown
+    assert "f1_low" not in shown
+    expected = dsl.ClassificationMetrics()
+    expected.log_confusion_matrix(["normal", "opacity"], record["confusion"]["at_operating_point"])
+    assert outputs["confusion"].metadata == expected.metadata
+    assert Path(outputs["report"].path).read_text().startswith("<!")
+
+
+class AnswerParams(Params):
+    """Of a toy step."""
+
+    promote: bool = True
+    alarm: bool = False
+
+
+@step
+def answer(*, source: In, decision: Out, metrics: Out, log: Out, params: AnswerParams) -> None:
+    """Answer as a gate and an evaluation would."""
+    write_json(decision, {"promote": params.promote, "reasons": []})
+    metrics.write_text(
+        '{"metrics": {"auc": {"value": 0.9, "low": NaN, "high": null}},'
+        ' "confusion": {"classes": ["a", "b"], "at_operating_point": [[[1, 2], [3, 4]], [[5, 6], [7, 8]]]}}'
+    )
+    log.write_text('{"epoch": 1}\n{"epoch": 2}\n')
+    if params.alarm:
+        raise Alarm("look here")
+
+
+@pytest.fixture
+def ask(tmp_path: Path) -> Callable[..., ir.ExecutorOutput]:
+    """Run the toy step as Kubeflow would; what kfp reads of it."""
+    kinds = {
+        "decision": "Artifact",
+        "metrics": "Metrics",
+        "log": "Artifact",
+        "confusion": "ClassificationMetrics",
+    }
+    (tmp_path / "source").write_text("x")
+
+    def run(**params: bool) -> ir.ExecutorOutput:
+        asked = {
+            "inputs": {"parameterValues": {"params": params}},
+            "outputs": {
+                "artifacts": {
+                    name: {"artifacts": [{
+                        "name": name,
+                        "type": {"schemaTitle": f"system.{kind}", "schemaVersion": "0.0.1"},
+                        "uri": f"minio://bucket/{name}",
+                        "metadata": {},
+                    }]}
+                    for name, kind in kinds.items()
+                },
+                "parameters": {"promote": {"outputFile": str(tmp_path / "promote")}},
+                "outputFile": str(tmp_path / "kfp_outputs/output_metadata.json"),
+            },
+        }  # fmt: skip
+        paths = {name: tmp_path / name for name in ("source", "decision", "metrics", "log")}
+        try:
+            answer(**paths, params=json.dumps(params), executor_input=json.dumps(asked))
+        finally:
+            found = executor_output_utils.load_executor_output(asked["outputs"]["outputFile"])
+        return found
+
+    return run
+
+
+@pytest.mark.parametrize("promote", [True, False])
+def test_a_decision_becomes_what_kubeflow_branches_on(
+    promote: bool, ask: Callable[..., ir.ExecutorOutput]
+) -> None:
+    found = ask(promote=promote)
+    assert found.parameter_values["promote"].WhichOneof("kind") == "bool_value"
+    assert found.parameter_values["promote"].bool_value is promote
+
+
+def test_what_kubeflow_cannot_draw_is_left_out(ask: Callable[..., ir.ExecutorOutput]) -> None:
+    found = ask()
+    assert set(found.artifacts) == {"decision", "metrics", "log", "confusion"}
+    metadata = {name: dict(listed.artifacts[0].metadata) for name, listed in found.artifacts.items()}
+    assert metadata == {"decision": {}, "metrics": {"auc": 0.9}, "log": {}, "confusion": {}}
+    assert found.artifacts["log"].artifacts[0].uri == "minio://bucket/log"
+
+
+def test_an_alarm_is_raised_after_the_answer(ask: Callable[..., ir.ExecutorOutput], tmp_path: Path) -> None:
+    with pytest.raises(Alarm, match="look here"):
+        ask(alarm=True)
+    assert (tmp_path / "kfp_outputs/output_metadata.json").exists()
+
+
+@pytest.mark.parametrize("text", ["{{$}}", '{"outputs": {}}', "[]"])
+def test_a_foreign_executor_input_is_refused_before_any_work(text: str, tmp_path: Path) -> None:
+    (tmp_path / "source").write_text("x")
+    paths = {name: tmp_path / name for name in ("source", "decision", "metrics", "log")}
+    with pytest.raises(ValueError, match="--executor-input: not what Kubeflow puts"):
+        answer(**paths, params="{}", executor_input=text)
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("promote", [True, False])
+def test_kfp_takes_the_branch_as_the_decision_says(promote: bool, pipeline: ir.PipelineSpec) -> None:
+    [branch] = [task for task in pipeline.root.dag.tasks.values() if task.trigger_policy.condition]
+    store = IOStore()
+    for name in branch.inputs.parameters:
+        store.put_parent_input(name, promote if name.endswith("-promote") else "elsewhere")
+    assert ConditionEvaluator.evaluate_condition(branch.trigger_policy.condition, store) is promote
+
+
+def task_output(channel: str, store: IOStore) -> Any:
+    """The value of `pipelinechannel--<task>-<output>`."""
+    task, _, output = channel.removeprefix("pipelinechannel--").rpartition("-")
+    return store.get_task_output(task, output)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_whole_pipeline_ends_in_a_served_model(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kfp's local orchestrator runs the compiled commands, here instead of in containers."""
+    catalog = yaml.safe_load((ROOT / "data/catalog.yaml").read_text())
+    entry = catalog["phantom-xray"]
+    entry["parameters"]["num_patients"] = 120
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/catalog.yaml").write_text(yaml.safe_dump({"phantom-xray": entry}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(training, "SCRATCH", tmp_path / "scratch")
+    # Its runner refuses containers' commands, for it has no container: ours need none.
+    handler = subprocess_task_handler.SubprocessTaskHandler
+    monkeypatch.setattr(handler, "validate_not_container_component", lambda *_: None)
+    # Its conditions know task outputs by the name Output alone: any other is taken for false.
+    monkeypatch.setattr(ConditionEvaluator, "_resolve_pipeline_channel", staticmethod(task_output))
+    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "artifacts"))
+    sections = yaml.safe_load(PARAMS.read_text())["phantom-xray"]
+    quick = {"epochs": 1, "preprocessing": {"height_px": 32, "width_px": 32}}
+    with TorchServe(tmp_path_factory.mktemp("serve"), free_ports()) as server:
+        training.training("phantom-xray", PARAMS, IMAGE)(
+            train={**sections["train"], **quick},
+            evaluate={"split": "test", "resamples": 0, "minimum_n": 5},
+            summarise={"resamples": 0, "minimum_n": 5},
+            gate={"at_least": {}},
+            deploy={"golden_samples": 8},
+            model_store=str(server.model_store),
+            key_file=str(server.key_file),
+            inference=server.inference,
+            management=server.management,
+        )
+    [run] = (tmp_path / "artifacts").iterdir()
+    assert {p.name for p in run.iterdir()} == {*stage_items("phantom-xray"), "deploy"}
+    decisions = [json.loads((run / f"gate-{seed}/decision").read_text()) for seed in SEEDS]
+    assert [decision["seed"] for decision in decisions] == SEEDS
+    deployment = json.loads((run / "deploy/deployment").read_text())
+    assert deployment["model"] == "phantom-xray"
+    assert deployment["golden_samples"] == 8
+    assert deployment["bundle"] == decisions[0]["bundle"]

@@ -1,0 +1,724 @@
+"""The served model on a real TorchServe: its answers, its refusals, and what it never tells."""
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+import urllib3
+from PIL import Image
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian
+from test_bundle import SIZE_PX, draw, operating_point, train_bundle, write_dataset
+
+from cadx.bundle import Bundle
+from cadx.drift import STATISTICS
+from cadx.files import digest_path
+from cadx.predicting import Predictor
+from serving.answering import REQUEST_LOG, Answerer, Request, RequestLog
+from serving.archive import Release, Verdict, read_release, version_of, write_archive
+from serving.client import Client, Refused
+from serving.management import Management
+from serving.radiograph_handler import RadiographHandler
+from serving.server import MAX_REQUEST_BYTES, Ports, TorchServe, free_ports
+
+pytestmark = pytest.mark.xdist_group("torchserve")
+
+MODEL = "squares"
+BATCH_SIZE = 4
+PATIENT = "Quagmire^Zebediah"
+NAMES = (b"Quagmire", b"Zebediah", b"MRN-77123")
+"""Of a patient, and found nowhere but in the files that are sent."""
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# --- What is served, and the files that are sent ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundles")
+    return train_bundle(folder / "trained", *write_dataset(folder), steps=8)
+
+
+@pytest.fixture(scope="module")
+def bundle(trained: Path) -> Bundle:
+    final = trained.parent / "final"
+    point = operating_point(opacity=0.3)
+    Bundle(trained).complete(final, temperature=6.0, bias=(0.2, -0.2), operating_point=point)
+    return Bundle(final)
+
+
+@pytest.fixture(scope="module")
+def predictor(bundle: Bundle) -> Predictor:
+    return Predictor(bundle, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def server(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
+    served = TorchServe(tmp_path_factory.mktemp("Klinik Zürich") / "served", free_ports())
+    write_archive(served.model_store / "squares.mar", bundle.path, release_of(bundle))
+    with served:
+        management = Management(served.management, key_file=served.key_file)
+        management.register("squares.mar", batch_size=BATCH_SIZE, max_batch_delay_ms=10)
+        yield served
+
+
+@pytest.fixture(scope="module")
+def client(server: TorchServe) -> Client:
+    return Client(server.inference, MODEL, key_file=server.key_file)
+
+
+@pytest.fixture
+def unpacked(bundle: Bundle, tmp_path: Path) -> Path:
+    write_archive(tmp_path / "squares.mar", bundle.path, release_of(bundle))
+    with zipfile.ZipFile(tmp_path / "squares.mar") as archive:
+        archive.extractall(tmp_path / "unpacked")
+    return tmp_path / "unpacked"
+
+
+def release_of(bundle: Bundle, **changes: Any) -> Release:
+    manifest = bundle.manifest
+    fields: dict[str, Any] = {
+        "name": MODEL,
+        "version": version_of(bundle.digest),
+        "bundle": bundle.digest,
+        "decision": Verdict(promote=True),
+        "metrics": "sha256:" + "1" * 64,
+        "classes": manifest.classes,
+        "positive": manifest.positive,
+        "task": manifest.task,
+        "experiment": manifest.experiment,
+        "seed": manifest.seed,
+    }
+    return Release(**(fields | changes))
+
+
+def gray(seed: int, *, bits: int = 8) -> np.ndarray:
+    pixels = draw(np.random.default_rng(seed), opacity=seed % 2 == 0, stripe=False)
+    return pixels if bits == 8 else pixels.astype(np.uint16) * 257 - 3
+
+
+def encoded(pixels: np.ndarray, kind: str) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, format=kind)
+    return out.getvalue()
+
+
+def dicom(pixels: np.ndarray, *, frames: int = 1) -> bytes:
+    """A file as a clinic sends it, with the patient's name."""
+    data = Dataset()
+    data.file_meta = FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = "1.2.840.10008.5.1.4.1.1.1"
+    data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = "1.2.3"
+    data.PatientName, data.PatientID, data.PatientComments = PATIENT, "MRN-77123", f"ask {PATIENT}"
+    data.InstitutionName, data.Manufacturer, data.ManufacturerModelName = "North", "Acme", "X1"
+    data.Modality, data.PhotometricInterpretation = "CR", "MONOCHROME2"
+    data.Rows, data.Columns = pixels.shape[0] // frames, pixels.shape[1]
+    data.NumberOfFrames = frames
+    bits = 8 * pixels.dtype.itemsize
+    data.SamplesPerPixel, data.BitsAllocated, data.BitsStored, data.HighBit = 1, bits, bits, bits - 1
+    data.PixelRepresentation = 0
+    data.PixelData = pixels.tobytes()
+    out = io.BytesIO()
+    pydicom.dcmwrite(out, data, enforce_file_format=True)
+    return out.getvalue()
+
+
+SENT = {
+    "DICOM": dicom(gray(0)),
+    "DICOM of 16 bits": dicom(gray(1, bits=16)),
+    "PNG": encoded(gray(2), "PNG"),
+    "PNG of 16 bits": encoded(gray(3, bits=16), "PNG"),
+    "JPEG": encoded(gray(4), "JPEG"),
+    "colour": encoded(np.stack([gray(5), gray(6), gray(7)], axis=-1), "PNG"),
+    "another size": encoded(np.tile(gray(8), (3, 2)), "PNG"),
+}
+REFUSED = {
+    "empty": (b"", "an empty file"),
+    "text": (f"PatientName: {PATIENT}".encode(), "neither DICOM, PNG nor JPEG"),
+    "pickle": (pickle.dumps({"name": PATIENT}), "neither DICOM, PNG nor JPEG"),
+    "truncated DICOM": (dicom(gray(0))[:700], "DICOM: "),
+    "DICOM without its last pixels": (dicom(gray(0))[:-200], "DICOM: "),
+    "truncated PNG": (encoded(gray(0), "PNG")[:300], "PNG: damaged or truncated"),
+    "two frames": (dicom(np.zeros((16, 8), np.uint8), frames=2), "DICOM: several frames"),
+}
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """Every record of a request log; fails on a line that is not whole."""
+    texts = [file.read_text(encoding="utf-8") for file in sorted(folder.iterdir())]
+    assert all(text.endswith("\n") for text in texts)
+    return [json.loads(line) for text in texts for line in text.splitlines()]
+
+
+def post(server: TorchServe, path: str, body: bytes, **headers: str) -> urllib3.BaseHTTPResponse:
+    """As any program may ask, without our client."""
+    key = json.loads(server.key_file.read_text())["inference"]["key"]
+    given = {"Authorization": f"Bearer {key}", "Content-Type": "application/octet-stream"}
+    given |= {name.replace("_", "-"): value for name, value in headers.items()}
+    return urllib3.request("POST", server.inference + path, body=body, headers=given, retries=False)
+
+
+# --- Archives -----------------------------------------------------------------------------------------
+
+
+def test_the_same_bundle_gives_the_same_archive_anywhere_at_any_time(bundle: Bundle, tmp_path: Path) -> None:
+    elsewhere = shutil.copytree(bundle.path, tmp_path / "deep" / "elsewhere")
+    for file in elsewhere.rglob("*"):
+        os.utime(file, (0, 0))
+        file.chmod(0o700)
+    write_archive(tmp_path / "a.mar", bundle.path, release_of(bundle))
+    time.sleep(2.1)  # a zip archive counts in steps of two seconds
+    write_archive(tmp_path / "b.mar", elsewhere, release_of(bundle))
+    assert digest_path(tmp_path / "a.mar") == digest_path(tmp_path / "b.mar")
+    write_archive(tmp_path / "c.mar", bundle.path, release_of(bundle, name="other"))
+    assert digest_path(tmp_path / "a.mar") != digest_path(tmp_path / "c.mar")
+
+
+def test_an_archive_holds_its_release_and_the_whole_bundle(
+    bundle: Bundle, unpacked: Path, tmp_path: Path
+) -> None:
+    release = release_of(bundle, decision=Verdict(promote=False, reasons=("auc is 0.4, not 0.8",)))
+    write_archive(tmp_path / "refused.mar", bundle.path, release)
+    assert read_release(tmp_path / "refused.mar") == release
+    assert Bundle(unpacked / "bundle").digest == bundle.digest
+    assert release.version == bundle.digest[7:19]
+
+
+def test_what_is_no_archive_is_refused_in_one_line(bundle: Bundle, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
+        archive.writestr("a.txt", "")
+    with zipfile.ZipFile(tmp_path / "old.mar", "w") as archive:
+        fields = release_of(bundle).model_dump(mode="json") | {"version": "1.0"}
+        archive.writestr("release.json", json.dumps(fields))
+    (tmp_path / "text.mar").write_text("no")
+    for name, reason in {
+        "nowhere.mar": "no such archive",
+        "text.mar": "no archive",
+        "other.zip": "no archive",
+        "old.mar": "version 1.0 is not that of the bundle",
+    }.items():
+        with pytest.raises(ValueError, match=reason) as caught:
+            read_release(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+def test_only_a_complete_bundle_under_its_own_name_is_packed(
+    trained: Path, bundle: Bundle, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="run `cadx calibrate` first"):
+        write_archive(tmp_path / "a.mar", trained, release_of(Bundle(trained)))
+    with pytest.raises(ValueError, match="the release is of sha256:"):
+        write_archive(tmp_path / "a.mar", bundle.path, release_of(Bundle(trained)))
+    assert not (tmp_path / "a.mar").exists()
+
+
+# --- Answers ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", SENT)
+def test_the_endpoint_answers_as_the_predictor_does(
+    client: Client, predictor: Predictor, bundle: Bundle, kind: str
+) -> None:
+    answer, expected = client.predict(SENT[kind]), predictor.predict(SENT[kind])
+    assert answer.probabilities == pytest.approx(expected.probabilities, abs=1e-6)
+    assert answer.decision == expected.decision
+    assert answer.warnings == expected.warnings
+    assert answer.model.bundle == bundle.digest
+    assert (answer.model.name, answer.model.version) == (MODEL, version_of(bundle.digest))
+    assert answer.operating_point.thresholds == {"opacity": 0.3}
+    assert answer.operating_point.target_metric == "sensitivity"
+    assert answer.attention_png is None
+    assert set(answer.timing_ms) == {"decode", "predict", "total"}
+
+
+def test_batches_change_no_answer_and_a_bad_image_spoils_no_other(
+    client: Client, predictor: Predictor
+) -> None:
+    images = [encoded(gray(seed), "PNG") for seed in range(24)]
+    images[5] = images[11] = b"no image"
+    results = client.predict_many(images, concurrency=8)
+    for image, result in zip(images, results, strict=True):
+        if image == b"no image":
+            assert isinstance(result, Refused)
+            assert result.status == 400
+        else:
+            assert result.probabilities == pytest.approx(predictor.predict(image).probabilities, abs=1e-6)
+
+
+def test_a_version_may_be_named(client: Client, bundle: Bundle) -> None:
+    named = client.predict(SENT["PNG"], version=version_of(bundle.digest))
+    assert named.probabilities == client.predict(SENT["PNG"]).probabilities
+    with pytest.raises(Refused, match="version: 9 does not exist") as caught:
+        client.predict(SENT["PNG"], version="9")
+    assert caught.value.status == 404
+
+
+def test_attention_lies_over_the_image_that_was_sent(client: Client, predictor: Predictor) -> None:
+    for kind in ("DICOM of 16 bits", "another size"):
+        picture = Image.open(io.BytesIO(client.predict(SENT[kind], attention=True).attention_png))
+        expected = predictor.predict(SENT[kind], attention=True).attention
+        assert picture.mode == "L"
+        np.testing.assert_array_equal(np.asarray(picture), np.rint(expected * 255).astype(np.uint8))
+
+
+def test_attention_is_asked_for_by_header_since_torchserve_drops_the_query(server: TorchServe) -> None:
+    def has_attention(path: str, **headers: str) -> bool:
+        return "attention_png" in post(server, path, SENT["PNG"], **headers).json()
+
+    assert has_attention(f"/predictions/{MODEL}", attention="True")
+    assert not has_attention(f"/predictions/{MODEL}", Attention="false")
+    assert not has_attention(f"/predictions/{MODEL}?attention=true"), "queries are handed on: publish them"
+    assert has_attention(f"/{MODEL}/predict?attention=true")
+    refused = post(server, f"/predictions/{MODEL}", SENT["PNG"], Attention="maybe")
+    assert (refused.status, "neither true nor false" in refused.json()["error"]) == (400, True)
+
+
+# --- Refusals -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_no_image_is_refused_with_a_reason_and_the_worker_lives(
+    server: TorchServe, client: Client, kind: str
+) -> None:
+    before = workers(server)
+    body, reason = REFUSED[kind]
+    with pytest.raises(Refused) as caught:
+        client.predict(body)
+    assert caught.value.status == 400
+    assert caught.value.reason.startswith(reason)
+    assert "\n" not in str(caught.value)
+    assert client.predict(SENT["PNG"]).decision in ("normal", "opacity")
+    assert workers(server) == before
+
+
+def test_a_body_that_did_not_come_as_one_is_refused(server: TorchServe) -> None:
+    content, kind = urllib3.encode_multipart_formdata({"data": ("image.png", SENT["PNG"])})
+    for body, content_type in ((content, kind), (b"a=b", "application/x-www-form-urlencoded")):
+        answer = post(server, f"/predictions/{MODEL}", body, Content_Type=content_type)
+        assert answer.status == 400
+        assert "application/octet-stream" in answer.json()["error"]
+
+
+def test_a_huge_body_is_refused_by_the_front_end(client: Client) -> None:
+    with pytest.raises(Refused) as caught:
+        client.predict(bytes(MAX_REQUEST_BYTES + 1))
+    assert caught.value.status == 413
+
+
+def test_nobody_is_answered_without_the_right_token(server: TorchServe, client: Client) -> None:
+    keys = json.loads(server.key_file.read_text())
+    for token in (None, "wrong", keys["management"]["key"]):
+        with pytest.raises(Refused, match="Token") as caught:
+            Client(server.inference, MODEL, token=token).predict(SENT["PNG"])
+        assert caught.value.status == 400
+    with pytest.raises(Refused, match="Token"):
+        Management(server.management, token=keys["inference"]["key"]).versions(MODEL)
+    assert server.key_file.stat().st_mode & 0o077 == 0, "others may read the tokens"
+
+
+def test_new_tokens_reach_whoever_reads_the_key_file(server: TorchServe, client: Client) -> None:
+    old = json.loads(server.key_file.read_text())["inference"]["key"]
+    assert client.predict(SENT["PNG"])
+    server.renew_tokens()
+    assert client.predict(SENT["PNG"])
+    with pytest.raises(Refused, match="Token"):
+        Client(server.inference, MODEL, token=old).predict(SENT["PNG"])
+
+
+# --- What is kept, and what is not --------------------------------------------------------------------
+
+
+def test_each_answer_is_one_whole_line_of_the_request_log(
+    server: TorchServe, client: Client, predictor: Predictor, bundle: Bundle
+) -> None:
+    before = len(lines(server.request_log))
+    answers = [client.predict(SENT[kind], attention=True) for kind in ("DICOM", "PNG")]
+    with pytest.raises(Refused):
+        client.predict(b"no image")
+    first, second = lines(server.request_log)[before:]
+    assert [first["prediction_id"], second["prediction_id"]] == [a.prediction_id for a in answers]
+    assert set(first) == {
+        *("schema_version", "prediction_id", "time", "model", "version", "bundle", "site", "scanner"),
+        *("statistics", "embedding", "probabilities", "decision", "warnings", "timing_ms"),
+    }
+    assert (first["site"], first["scanner"]) == ("North", "Acme X1")
+    assert (second["site"], second["scanner"]) == ("", "")
+    expected = predictor.predict(SENT["DICOM"])
+    assert first["statistics"] == {name: expected.statistics[name] for name in STATISTICS}
+    assert first["embedding"] == pytest.approx(expected.embedding.tolist(), abs=2e-5)
+    assert first["probabilities"] == answers[0].probabilities
+    assert (first["schema_version"], first["bundle"]) == (1, bundle.digest)
+    assert datetime.fromisoformat(first["time"]).utcoffset().total_seconds() == 0
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", first["time"])
+
+
+def test_a_patients_name_is_in_no_answer_and_in_no_file(server: TorchServe, client: Client) -> None:
+    path = f"/predictions/{MODEL}"
+    told = [client.predict(SENT["DICOM"], attention=True).model_dump_json().encode()]
+    told += [post(server, path, body).data for body, _ in REFUSED.values()]
+    told += [
+        post(server, path, SENT["DICOM"], Content_Type="text/plain").data,
+        post(server, path, REFUSED["text"][0], Content_Type="application/json").data,
+        post(server, f"{path}?patient={PATIENT.replace('^', '-')}", SENT["DICOM"]).data,
+    ]
+    assert not [name for name in NAMES for answer in told if name in answer]
+    # As curl sends it without a Content-Type. What TorchServe replies to the sender is not in our hands.
+    form = f"name={PATIENT}%zz&".encode() + SENT["DICOM"]
+    assert post(server, path, form, Content_Type="application/x-www-form-urlencoded").status == 500
+    files = [file for file in server.folder.rglob("*") if file.is_file()]
+    assert {"access_log.log", "model_log.log", "ts_log.log", "console.log"} <= {file.name for file in files}
+    assert b"ErrorDataDecoderException" in (server.logs / "ts_log.log").read_bytes()
+    assert not [(file.name, name) for file in files for name in NAMES if name in file.read_bytes()]
+
+
+# --- The handler and its parts, in process ------------------------------------------------------------
+
+
+class Context:
+    """What the handler needs of TorchServe, and what it says to it."""
+
+    def __init__(self, folder: Path, headers: list[dict[str, Any]]) -> None:
+        self.system_properties = {"model_dir": str(folder), "gpu_id": None, "batch_size": len(headers)}
+        self.headers = headers
+        self.statuses: dict[int, int] = {}
+        self.content_types: dict[int, str] = {}
+
+    def get_all_request_header(self, idx: int) -> dict[str, Any]:
+        return self.headers[idx]
+
+    def set_response_status(self, code: int = 200, phrase: str = "", idx: int = 0) -> None:
+        self.statuses[idx] = code
+
+    def set_response_content_type(self, idx: int, value: str) -> None:
+        self.content_types[idx] = value
+
+
+def test_a_mixed_batch_gets_each_request_its_own_reply(
+    unpacked: Path, predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(REQUEST_LOG, str(tmp_path / "log"))
+    data = [
+        {"body": bytearray(SENT["DICOM"])},
+        {"body": bytearray(REFUSED["truncated DICOM"][0])},
+        {"body": SENT["PNG of 16 bits"]},
+        {"body": bytearray()},
+        {"data": bytearray(SENT["PNG"])},
+        {"body": bytearray(SENT["JPEG"])},
+    ]
+    context = Context(unpacked, [{"body": {"content-type": ""}} for _ in data])
+    context.headers[2] = {"ATTENTION": "TRUE"}
+    handler = RadiographHandler()
+    handler.initialize(context)
+    replies = [json.loads(text) for text in handler.handle(data, context)]
+    assert context.statuses == {0: 200, 1: 400, 2: 200, 3: 400, 4: 400, 5: 200}
+    assert set(context.content_types.values()) == {"application/json"}
+    for i, kind in ((0, "DICOM"), (2, "PNG of 16 bits"), (5, "JPEG")):
+        expected = predictor.predict(SENT[kind])
+        assert replies[i]["probabilities"] == pytest.approx(expected.probabilities, abs=1e-6)
+    assert [i for i, reply in enumerate(replies) if "attention_png" in reply] == [2]
+    assert [list(replies[i]) for i in (1, 3, 4)] == [["error"]] * 3
+    logged = [record["prediction_id"] for record in lines(tmp_path / "log")]
+    assert sorted(logged) == sorted(reply["prediction_id"] for reply in replies if "prediction_id" in reply)
+
+
+def test_an_image_that_only_the_model_refuses_spoils_no_other(
+    trained: Path, bundle: Bundle, tmp_path: Path
+) -> None:
+    strict = tmp_path / "strict"
+    Bundle(trained).complete(strict, temperature=1.0, operating_point=operating_point(opacity=0.3))
+    text = (strict / "bundle.json").read_text()
+    (strict / "bundle.json").write_text(text.replace('"requires_spacing": false', '"requires_spacing": true'))
+    write_archive(tmp_path / "strict.mar", strict, release_of(Bundle(strict)))
+    with zipfile.ZipFile(tmp_path / "strict.mar") as archive:
+        archive.extractall(tmp_path / "unpacked")
+    with_spacing = pydicom.dcmread(io.BytesIO(SENT["DICOM"]))
+    with_spacing.PixelSpacing = [0.2, 0.2]
+    out = io.BytesIO()
+    with_spacing.save_as(out)
+    requests = [Request(out.getvalue()), Request(SENT["PNG"]), Request(out.getvalue())]
+    replies = Answerer(tmp_path / "unpacked").answer(requests)
+    assert [reply.status for reply in replies] == [200, 400, 200]
+    assert "no pixel spacing" in replies[1].content["error"]
+
+
+def test_a_fault_of_our_own_is_told_by_kind_and_place_alone(
+    unpacked: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answerer = Answerer(unpacked)
+    answerer._predictor._networks.clear()
+    (reply,) = answerer.answer([Request(SENT["DICOM"])])
+    assert reply.status == 500
+    assert "RuntimeError" in reply.content["error"]
+    told = capsys.readouterr().err
+    assert "predicting.py" in told
+    assert "stack expects" not in told, "the text of a library's error may quote the file"
+
+
+def test_an_archive_whose_bundle_is_another_one_is_not_served(unpacked: Path, trained: Path) -> None:
+    shutil.rmtree(unpacked / "bundle")
+    other = operating_point(opacity=0.9)
+    Bundle(trained).complete(unpacked / "bundle", temperature=2.0, operating_point=other)
+    with pytest.raises(ValueError, match=r"release\.json names sha256:"):
+        Answerer(unpacked)
+    shutil.rmtree(unpacked / "bundle")
+    shutil.copytree(trained, unpacked / "bundle")
+    with pytest.raises(ValueError, match="run `cadx calibrate` first"):
+        Answerer(unpacked)
+
+
+def test_an_answer_outlives_a_log_that_cannot_be_written_and_says_so(
+    unpacked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = RequestLog(tmp_path / "log")
+    answerer = Answerer(unpacked, log=log)
+    shutil.rmtree(tmp_path / "log")
+    (reply,) = answerer.answer([Request(SENT["PNG"])])
+    assert reply.status == 200
+    assert "not in the request log (No such file or directory)" in reply.content["warnings"][-1]
+    assert "not in the request log" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path: Path) -> None:
+    log = RequestLog(tmp_path / "log")
+    log.append({"number": 0})
+    size = log.path.stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, limits[1]))
+    try:
+        with pytest.raises(OSError, match="no space for a whole line"):
+            log.append({"number": 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    log.append({"number": 2})
+    assert [record["number"] for record in lines(tmp_path / "log")] == [0, 2]
+
+
+# --- The client ---------------------------------------------------------------------------------------
+
+
+def test_the_client_waits_for_a_worker_that_died(server: TorchServe, client: Client) -> None:
+    (before,) = workers(server)
+    os.kill(before, signal.SIGKILL)
+    assert client.predict(SENT["PNG"]).decision in ("normal", "opacity")
+    assert workers(server) != [before]
+
+
+def test_no_server_is_one_line(tmp_path: Path) -> None:
+    nowhere = f"http://127.0.0.1:{free_ports().inference}"
+    with pytest.raises(ConnectionError, match="is the server running") as caught:
+        Client(nowhere, MODEL, token="any").predict(SENT["PNG"])
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="the server has it while it runs"):
+        Client(nowhere, MODEL, key_file=tmp_path / "key_file.json").predict(SENT["PNG"])
+    (tmp_path / "key_file.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds no inference token"):
+        Client(nowhere, MODEL, key_file=tmp_path / "key_file.json").predict(SENT["PNG"])
+
+
+def test_the_client_needs_no_torch() -> None:
+    code = "import sys, serving.client; print({'torch', 'numpy', 'pandas', 'pydicom'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
+
+
+def test_the_pages_examples_work(server: TorchServe, tmp_path: Path) -> None:
+    page = (ROOT / "serving" / "README.md").read_text(encoding="utf-8")
+    for published, here in {
+        "http://127.0.0.1:8080": server.inference,
+        "phantom-xray": MODEL,
+        "data/serving/key_file.json": str(server.key_file),
+    }.items():
+        assert published in page
+        page = page.replace(published, here)
+    (tmp_path / "image.dcm").write_bytes(SENT["DICOM"])
+    (python,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    said = subprocess.run(
+        [sys.executable, "-c", python],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "neither DICOM, PNG nor JPEG" in said.stdout
+    assert Image.open(tmp_path / "attention.png").size == (SIZE_PX, SIZE_PX)
+    if shutil.which("curl") is None:
+        pytest.skip("no curl: the page's first example was not run")
+    (bash,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    said = subprocess.run(["bash", "-ec", bash], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert json.loads(said.stdout)["model"]["name"] == MODEL
+
+
+# --- Models in and out of service ---------------------------------------------------------------------
+
+
+def test_failures_of_the_management_are_one_line_with_the_servers_reason(
+    server: TorchServe, bundle: Bundle
+) -> None:
+    management = Management(server.management, key_file=server.key_file)
+    version = version_of(bundle.digest)
+    (server.model_store / "broken.mar").write_bytes(b"PK no archive")
+    for call, status, reason in (
+        (lambda: management.register("nowhere.mar"), 404, "Model not found"),
+        (lambda: management.register("broken.mar"), 400, "Model name is not defined"),
+        (lambda: management.register("http://127.0.0.1/squares.mar"), 404, "does not match any allowed URL"),
+        (lambda: management.register("squares.mar"), 409, "already registered"),
+        (lambda: management.set_default(MODEL, "9"), 404, "does not exist"),
+        (lambda: management.unregister(MODEL, "9"), 404, "does not exist"),
+    ):
+        with pytest.raises(Refused, match=reason) as caught:
+            call()
+        assert caught.value.status == status
+        assert "\n" not in str(caught.value)
+    (found,) = management.versions(MODEL)
+    assert (found.version, found.archive, found.ready_workers) == (version, "squares.mar", 1)
+    assert management.default_version(MODEL) == version
+    assert management.versions("unknown") == ()
+    assert management.default_version("unknown") is None
+
+
+# --- The server ---------------------------------------------------------------------------------------
+
+
+def test_a_port_in_use_is_named_before_anything_is_started(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for ports in (free_ports()._replace(management=port), free_ports()._replace(grpc_management=port)):
+            with pytest.raises(ValueError, match=rf"^port {port} \((grpc_)?management\): Address already"):
+                TorchServe(tmp_path / "served", ports).start()
+    assert not (tmp_path / "served").exists()
+    with pytest.raises(ValueError, match="a port of its own"):
+        TorchServe(tmp_path / "served", Ports(metrics=8080)).start()
+
+
+def test_a_folder_has_one_server(server: TorchServe, client: Client) -> None:
+    with pytest.raises(ValueError, match="another server runs there"):
+        TorchServe(server.folder, free_ports()).start()
+    assert client.predict(SENT["PNG"])
+
+
+def test_a_path_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="choose a shorter one"):
+        TorchServe(tmp_path / ("x" * 100), free_ports()).start()
+
+
+def test_a_server_that_cannot_start_says_where_to_look_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Xmx1k")
+    served = TorchServe(tmp_path / "served", free_ports())
+    with pytest.raises(ValueError, match=r"ended while it started; the logs in .*/served/logs say why"):
+        served.start()
+    assert "Too small maximum heap" in (served.logs / "console.log").read_text()
+    assert not served.key_file.exists()
+    assert not (served.folder / "tmp").exists()
+    assert served.has_ended
+
+
+def test_in_the_foreground_it_says_where_it_is_and_stops_when_told(tmp_path: Path) -> None:
+    ports = free_ports()
+    code = f"from serving.server import *; serve(Path({str(tmp_path)!r}) / 'served', Ports(*{tuple(ports)}))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        shown = "".join(iter(process.stdout.readline, "Ctrl-C stops it.\n"))
+        assert f"http://127.0.0.1:{ports.inference}/predictions/MODEL" in shown
+        assert str(tmp_path / "served" / "key_file.json") in shown
+        process.send_signal(signal.SIGTERM)
+        shown = process.communicate(timeout=30)[0]
+    assert process.returncode == 0
+    assert "Traceback" not in shown
+    assert not (tmp_path / "served" / "key_file.json").exists()
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", ports.inference)) != 0
+
+
+def test_a_server_whose_starter_was_killed_keeps_its_folder(tmp_path: Path) -> None:
+    code = (
+        f"from serving.server import *; TorchServe(Path({str(tmp_path)!r}), free_ports()).start(); print(1)"
+    )
+    code += "; time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"1\n"
+        process.kill()
+    (left,) = [
+        int(file.parent.name)
+        for file in Path("/proc").glob("[0-9]*/cmdline")
+        if f"-Djava.io.tmpdir={tmp_path}/tmp\0".encode() in file.read_bytes()
+    ]
+    try:
+        with pytest.raises(ValueError, match="another server runs there"):
+            TorchServe(tmp_path, free_ports()).start()
+        assert (tmp_path / "key_file.json").exists()
+    finally:
+        os.kill(left, signal.SIGKILL)
+
+
+def test_stopping_leaves_no_process_and_no_secret(server: TorchServe, client: Client) -> None:
+    """The last test: it stops the server of the others."""
+    group = os.getpgid(workers(server)[0])
+    listening = [port for port in server.ports if is_listening(port)]
+    assert listening == list(server.ports)
+    server.stop()
+    deadline = time.monotonic() + 5
+    while (left := running(group)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert left == []
+    assert not [port for port in server.ports if is_listening(port)]
+    assert not server.key_file.exists()
+    assert not (server.folder / "tmp").exists()
+    assert lines(server.request_log), "the request log stays"
+    server.stop()
+
+
+def workers(server: TorchServe) -> list[int]:
+    """The process numbers of the model's workers."""
+    key = json.loads(server.key_file.read_text())["management"]["key"]
+    described = urllib3.request(
+        "GET", f"{server.management}/models/{MODEL}", headers={"Authorization": f"Bearer {key}"}
+    ).json()
+    return [worker["pid"] for worker in described[0]["workers"]]
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def running(group: int) -> list[int]:
+    """The processes of a group that have not ended."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            pid, _, rest = stat.read_text().partition(" (")
+            state, _, pgrp = rest.rpartition(")")[2].split()[:3]
+            if int(pgrp) == group and state != "Z":
+                found.append(int(pid))
+    return found
