@@ -212,9 +212,9 @@ def compile_pipeline(
     experiment: str,
     /,
     *,
+    image: str,
     output: Path = Path("pipeline.yaml"),
     params: Path = Path("params.yaml"),
-    image: str = "cadx:latest",
 ) -> None:
     """Compile an experiment to a Kubeflow pipeline: the commands of dvc.yaml, in containers.
 
@@ -224,12 +224,12 @@ def compile_pipeline(
     ----------
     experiment
         A section of params.yaml; its values become the defaults of the pipeline's parameters.
+    image
+        The container image of every step, best as NAME@sha256:DIGEST: Kubeflow's cache knows images by name.
     output
         The compiled pipeline, YAML.
     params
         The parameter file.
-    image
-        The container image of every step.
     """
     from pipelines import compile_experiment
 
