@@ -19,6 +19,7 @@ it holds an embedding, a site and a scanner for each image: hand a bundle only t
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -27,7 +28,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torchvision
 from pydantic import Field, ValidationError, model_validator
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
@@ -359,7 +359,7 @@ def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torchvision": metadata.version("torchvision"),
         "numpy": np.__version__,
     }
 

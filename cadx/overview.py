@@ -295,8 +295,8 @@ def _service(page: Page, serving: Path) -> None:
         f"default version once {record['golden_samples']} golden samples had come back through the endpoint as "
         "they stand in the predictions file."
     )
-    if record["refused"]:
-        page.callout("stop", f"Not served: {record['refused']}")
+    for refusal in record["refused"]:
+        page.callout("stop", f"Not served: {refusal}")
     for watch in record["watches"]:
         page.callout("warn" if watch["drifted"] else "ok", f"{watch['what']}: {watch['said']}")
         page.links([(watch["what"], f"serving/{watch['report']}")])

@@ -74,14 +74,14 @@ def rehearse(experiment: str, *, work: Path, reports: Path, params: Path, reques
             f"[bold]deploy[/]   {experiment}, seed {served.seed}: {deployment['golden_samples']} golden samples agree "
             f"to {deployment['largest_difference']:.1e}; version {deployment['version']} is live"
         )
-        refusal = ""
-        if refused:
+        refusals = []
+        for decision in refused:
             try:
-                put_into_service(refused[0])
+                put_into_service(decision)
             except ValueError as error:
-                refusal = f"{refused[0].experiment}, seed {refused[0].seed}: {error}"
-            assert refusal, "a refused model was put into service"
-            say(f"[bold]refused[/]  {refusal}")
+                refusals.append(f"{decision.experiment}, seed {decision.seed}: {error}")
+                say(f"[bold]refused[/]  {refusals[-1]}")
+        assert len(refusals) == len(refused), "a refused model was put into service"
 
         client = Client(server.inference, deployment["model"], key_file=server.key_file)
         images = _test_images(served, work, reports, requests)
@@ -113,7 +113,7 @@ def rehearse(experiment: str, *, work: Path, reports: Path, params: Path, reques
             "seed": served.seed,
             "answered": answered,
             "latency_ms": {"p50": p50_ms, "p95": p95_ms},
-            "refused": refusal,
+            "refused": refusals,
             "watches": watches,
         },
     )
