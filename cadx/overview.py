@@ -287,7 +287,7 @@ def _service(page: Page, serving: Path) -> None:
     page.section("In service")
     page.facts([
         ("requests answered", record["answered"]),
-        ("median latency, ms", record["latency_ms"]["p50"]),
+        ("median latency, ms", round(record["latency_ms"]["p50"])),
         ("largest difference from evaluation", f"{record['largest_difference']:.1e}"),
     ])  # fmt: skip
     page.text(
@@ -299,7 +299,7 @@ def _service(page: Page, serving: Path) -> None:
         page.callout("stop", f"Not served: {refusal}")
     for watch in record["watches"]:
         page.callout("warn" if watch["drifted"] else "ok", f"{watch['what']}: {watch['said']}")
-        page.links([(watch["what"], f"serving/{watch['report']}")])
+        page.links([(f"drift: {watch['what']}", f"serving/{watch['report']}")])
 
 
 def _chain(page: Page, folder: DatasetFolder, work: Path, reports: Path, seeds: Sequence[int]) -> None:
@@ -312,12 +312,13 @@ def _chain(page: Page, folder: DatasetFolder, work: Path, reports: Path, seeds: 
     for seed in seeds:
         bundle = Bundle(work / str(seed) / "bundle")
         rows.append({"what": f"bundle, seed {seed}", "digest": bundle.digest})
-        rows.append(
-            {
-                "what": f"predictions, seed {seed}",
-                "digest": digest_path(reports / str(seed) / "predictions.parquet"),
-            }
-        )
+        for what, file in (
+            ("predictions", reports / str(seed) / "predictions.parquet"),
+            ("decision", reports / str(seed) / "decision.json"),
+            ("archive", work / str(seed) / "model.mar"),
+        ):
+            if file.is_file():
+                rows.append({"what": f"{what}, seed {seed}", "digest": digest_path(file)})
     page.table(
         rows,
         "Each bundle's own file names the digests of dataset, splits, parameters and code that it was made from.",

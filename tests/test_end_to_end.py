@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 pytestmark = pytest.mark.slow
 
@@ -186,3 +188,25 @@ def test_a_second_run_runs_nothing_and_a_change_only_what_depends_on_it(checkout
     step = checkout.folder / "components/summarise.py"
     step.write_text(step.read_text() + "\n# An edit.\n")
     assert checkout.reproduce() == {"summarise"}
+
+
+@pytest.mark.timeout(1800)
+def test_a_folder_of_ones_own_images_is_one_command_away_from_the_same_chain(checkout: Checkout) -> None:
+    """Bright and dark squares, a folder per class; small and for one epoch, since the chain is what counts."""
+    rng = np.random.default_rng(0)
+    for name, level in (("clear", 60), ("squares", 180)):
+        (checkout.folder.parent / "mine" / name).mkdir(parents=True)
+        for number in range(80 if name == "clear" else 40):
+            pixels = rng.normal(level, 30, (40, 40)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(checkout.folder.parent / "mine" / name / f"{number}.png")
+    said = checkout.run("cadx", "new", str(checkout.folder.parent / "mine"))
+    assert said.splitlines()[-1].strip() == "make reproduce EXPERIMENT=mine"
+    params = checkout.folder / "params.yaml"
+    text = params.read_text()
+    start = text.index("\nmine:")
+    small = text[start:].replace("height_px: 224", "height_px: 32").replace("width_px: 224", "width_px: 32")
+    params.write_text(text[:start] + small.replace("  train:\n", "  train:\n    epochs: 1\n"))
+    said = checkout.make("reproduce", "EXPERIMENT=mine")
+    assert "mine, val split, 3 seeds" in said
+    assert "scored on the val split" in " ".join(said.split()), "the gate asks for test"
+    assert (checkout.folder / "data/reports/mine/index.html").is_file()
