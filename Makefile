@@ -8,7 +8,7 @@ BIN := $(abspath $(VENV))/bin
 LOCK := requirements/all.txt
 
 export PATH := $(BIN):$(PATH)
-export PYTHONPATH := $(CURDIR)
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 # No dependency calls home.
 export DVC_NO_ANALYTICS := 1
 export DO_NOT_TRACK := true
@@ -72,5 +72,6 @@ lock: setup  ## pin the dependencies anew, hashed and without addresses
 	uv pip compile - <<< "$$(grep -o '^uv==[0-9.]*' $(LOCK))" --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-annotate --no-header --quiet --output-file requirements/uv.txt
 
-clean:  ## remove everything that was made, but not the environment
-	rm -rf data/work data/sources data/reports/*/index.html .pytest_cache .mypy_cache .ruff_cache
+clean:  ## remove what was made, but neither the committed results nor the environment
+	rm -rf data/work data/sources data/serving data/reports/*/serving .pytest_cache .mypy_cache .ruff_cache
+	find data/reports -name "*.html" -delete -o -name "*.parquet" -delete -o -name training.jsonl -delete

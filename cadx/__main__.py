@@ -5,6 +5,7 @@ The composition root: the only module of `cadx` that imports upward, and only wh
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -121,8 +122,13 @@ def new(folder: Path, /, *, name: str = "", positive: str = "") -> None:
     from cadx.catalog import describe_folder
     from cadx.files import replacing
     from components.contract import ROOT
+    from serving.archive import NAME_PATTERN
 
-    name = name or folder.resolve().name.lower().replace(" ", "-").replace("_", "-")
+    name = name or re.sub(r"[^a-z0-9.]+", "-", folder.resolve().name.lower()).strip("-.")
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise ValueError(
+            f"name {name!r}: give one of a-z, 0-9, '.', '_' and '-' with --name, a letter or digit first"
+        )
     catalog, params, stages = ROOT / "data/catalog.yaml", ROOT / "params.yaml", ROOT / "dvc.yaml"
     for file in (catalog, params):
         if name in yaml.safe_load(file.read_text(encoding="utf-8")):
@@ -131,7 +137,18 @@ def new(folder: Path, /, *, name: str = "", positive: str = "") -> None:
     chosen = {
         "ingest": {"source": name},
         "split": {"strategy": "patient"},
-        "train": {"preprocessing": {"height_px": 224, "width_px": 224}},
+        "train": {
+            "model": {"family": "resnet", "depth": 18},
+            "preprocessing": {"height_px": 224, "width_px": 224, "intensity": "image"},
+            "augmentation": {
+                "rotation_degrees": 10,
+                "translation_fraction": 0.05,
+                "scale_fraction": 0.1,
+                "brightness": 0.3,
+                "contrast": 0.2,
+            },
+            "ema_decay": 0.99,
+        },
         # Score the test split only once the recipe is frozen.
         "evaluate": {"split": "val"},
     }
@@ -169,12 +186,12 @@ def serve(folder: Path = Path("data/serving"), /, *, port: int = 8080) -> None:
     folder
         Where it keeps its model store, logs, tokens and the request log.
     port
-        Of inference; management and metrics take the two after it.
+        Of inference; management, metrics and gRPC take the four after it.
     """
     from serving.server import Ports
     from serving.server import serve as run_server
 
-    run_server(folder, Ports(inference=port, management=port + 1, metrics=port + 2))
+    run_server(folder, Ports.starting_at(port))
 
 
 def rehearse(

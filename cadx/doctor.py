@@ -18,7 +18,7 @@ _PACKAGES = (
     "torch", "torchvision", "accelerate", "pydicom", "python-gdcm", "great-expectations", "evidently",
     "torchserve", "dvc", "kfp",
 )  # fmt: skip
-_PORTS = {8080: "inference", 8081: "management", 8082: "metrics"}
+_PORTS = {8080: "inference", 8081: "management", 8082: "metrics", 8083: "gRPC", 8084: "gRPC"}
 _MIN_FREE_GB = 10
 _TELEMETRY = {"DO_NOT_TRACK": "true", "DVC_NO_ANALYTICS": "1", "GX_ANALYTICS_ENABLED": "false"}
 

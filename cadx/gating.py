@@ -6,8 +6,9 @@ What was seen in a few patients is no promise for the next ones: a bound is neve
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from cadx.metrics import Subgroup
 from cadx.types import Config, Digest, Estimate
 
 
@@ -43,6 +44,48 @@ class Decision(Config):
     metrics: Digest
 
 
+class MetricsFile(BaseModel):
+    """What the gate and the model card take of an `evaluate`'s metrics.json; other fields are let pass."""
+
+    model_config = ConfigDict(frozen=True)
+
+    schema_version: Literal[1] = Field(alias="schema")
+    experiment: str
+    seed: int
+    split: str
+    bundle: Digest
+    dataset: Digest
+    splits: Digest
+    n: int
+    n_patients: int
+    clustered: bool
+    warnings: tuple[str, ...]
+    metrics: dict[str, Estimate]
+    by_subgroup: dict[str, dict[str, Subgroup]]
+
+
+def read_metrics(path: Path) -> MetricsFile:
+    """The metrics of one scoring.
+
+    Raises:
+        ValueError: if there are none of this version.
+    """
+    try:
+        return MetricsFile.model_validate_json(path.read_bytes())
+    except (ValidationError, IsADirectoryError):
+        raise ValueError(f"{path}: no metrics of one scoring, of this version; run `cadx evaluate`") from None
+
+
+def read_decisions(experiment: str, reports: Path) -> list[Decision]:
+    """What the gate decided of an experiment's seeds, and of those of its pilot study where there is one."""
+    files = [
+        file
+        for name in (experiment, f"{experiment}-pilot")
+        for file in sorted((reports / name).glob("*/decision.json"))
+    ]
+    return [read_decision(file) for file in files]
+
+
 def read_decision(path: Path) -> Decision:
     """The decision in a file.
 
@@ -51,7 +94,7 @@ def read_decision(path: Path) -> Decision:
     """
     try:
         return Decision.model_validate_json(path.read_bytes())
-    except ValidationError:
+    except (ValidationError, IsADirectoryError):
         raise ValueError(f"{path}: no decision of this version; run `cadx gate`") from None
 
 

@@ -20,7 +20,7 @@ from cadx.catalog import load_catalog
 from cadx.datasets import DatasetFolder, read_splits
 from cadx.explaining import overlay, title
 from cadx.files import digest_path
-from cadx.gating import Decision, read_decision
+from cadx.gating import read_decisions
 from cadx.metrics import METRICS, roc
 from cadx.predicting import Predictor, read_predictions
 from cadx.reporting import INK, Page, estimate_text, figure, panels
@@ -226,9 +226,10 @@ def _cases(page: Page, folder: DatasetFolder, bundle: Path, predictions: Path) -
     score, truth = frame[f"prob_{info.positive}"], frame[f"label_{info.positive}"] == 1
     called = frame["decision"] == info.positive
     groups = {
-        "found": frame[truth & called].assign(order=-score),
-        "missed": frame[truth & ~called].assign(order=score),
-        "false alarm": frame[~truth & called].assign(order=-score),
+        # First the column, then the rows: pandas fills an empty frame with the rows of what it is assigned.
+        "found": frame.assign(order=-score)[truth & called],
+        "missed": frame.assign(order=score)[truth & ~called],
+        "false alarm": frame.assign(order=-score)[~truth & called],
     }
     predictor = Predictor(bundle)
     for kind, group in groups.items():
@@ -251,15 +252,9 @@ def _cases(page: Page, folder: DatasetFolder, bundle: Path, predictions: Path) -
         )
 
 
-def _decisions(reports: Path) -> list[Decision]:
-    """What the gate decided of this experiment's seeds, and of experiments named after it, such as a pilot."""
-    files = sorted(reports.parent.glob(f"{reports.name}*/*/decision.json"))
-    return [read_decision(file) for file in files]
-
-
 def _gate(page: Page, reports: Path) -> None:
     page.section("The gate")
-    decisions = _decisions(reports)
+    decisions = read_decisions(reports.name, reports.parent)
     page.text(
         "Bounds are declared in params.yaml and held against the worse end of each interval: a model is let "
         "through by what it has shown, not by what it happened to score."
@@ -298,7 +293,7 @@ def _service(page: Page, serving: Path) -> None:
     for refusal in record["refused"]:
         page.callout("stop", f"Not served: {refusal}")
     for watch in record["watches"]:
-        page.callout("warn" if watch["drifted"] else "ok", f"{watch['what']}: {watch['said']}")
+        page.callout("ok" if watch["drifted"] is False else "warn", f"{watch['what']}: {watch['said']}")
         page.links([(f"drift: {watch['what']}", f"serving/{watch['report']}")])
 
 
@@ -372,6 +367,6 @@ def _print(summary: dict[str, Any], reports: Path) -> None:
         if name in metrics:
             table.add_row(title(name), estimate_text(metrics[name]), str(metrics[name].n))
     Console().print(table)
-    for decision in _decisions(reports):
+    for decision in read_decisions(reports.name, reports.parent):
         verdict = "promoted" if decision.promote else f"refused: {'; '.join(decision.reasons)}"
         print(f"gate   {decision.experiment}, seed {decision.seed}: {verdict}")

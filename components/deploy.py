@@ -1,7 +1,8 @@
 """Put an archive into service, if its answers through the endpoint are those of the evaluation."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,22 @@ from pydantic import Field
 
 from cadx.datasets import DatasetFolder
 from cadx.files import digest_path, replacing, write_json
-from cadx.gating import read_decision
+from cadx.gating import Decision, read_decision
 from cadx.predicting import PredictionsInfo, read_predictions
 from cadx.reading import encode_png
+from cadx.types import Digest
 from components.contract import In, Keep, Out, Params, step
 from serving.archive import Release, read_release
 from serving.client import Answer, Client
 from serving.management import Management
+
+TRIAL = "-trial"
+"""Ends the name under which a model's first version is compared."""
+STORE_DIGITS = 12
+
+
+class NotPromoted(ValueError):
+    """The gate refused what was to be deployed."""
 
 
 class DeployParams(Params):
@@ -48,44 +58,57 @@ def deploy(
 ) -> None:
     """Register an archive at TorchServe, compare its answers with the evaluation, then make it the default.
 
-    The version that was the default stays loaded: deploying its archive again is the way back. If the
-    endpoint's answers differ, the new version is taken away and the old one goes on answering.
+    A model that has no version in service yet is compared under another name, so that nobody is answered by
+    it before. The version that was the default stays loaded: deploying its archive again is the way back. If
+    the answers differ, or anything else fails, what was registered is taken away and the old version goes on.
 
     Raises:
-        ValueError: if the gate did not promote this bundle, the server refuses, or the answers differ.
+        NotPromoted: if the gate refused this bundle.
+        ValueError: if the files do not belong together, the server refuses, or the answers differ.
         ConnectionError: if the server cannot be reached.
     """
-    release = read_release(archive)
-    _require_promotion(release, archive, decision)
+    release, decided = read_release(archive), read_decision(decision)
+    _require_promotion(release, decided, archive, decision)
     frame, info = read_predictions(predictions)
     if info.bundle != release.bundle:
         raise ValueError(f"{predictions}: answers of another bundle than the archive's; evaluate that one")
+    golden = frame.iloc[golden_rows(frame, info, params.golden_samples)]
+    folder = DatasetFolder(dataset)
+    images = [encode_png(folder.pixels(sample_id)) for sample_id in golden["sample_id"]]
+
     server = Management(management, key_file=key_file)
+    archive_digest = digest_path(archive)
+    stored = _store(archive, archive_digest, release, model_store)
     previous = server.default_version(release.name)
-    is_loaded = release.version in {one.version for one in server.versions(release.name)}
-    if not is_loaded:
-        stored = model_store / f"{release.name}-{release.version}.mar"
-        with replacing(stored) as partial:
-            shutil.copyfile(archive, partial)
+
+    def register(name: str) -> None:
         server.register(
-            stored.name,
+            stored,
+            name=name,
             workers=params.workers,
             batch_size=params.batch_size,
             max_batch_delay_ms=params.max_batch_delay_ms,
         )
-    client = Client(inference, release.name, key_file=key_file)
-    golden = frame.iloc[golden_rows(frame, info, params.golden_samples)]
-    folder = DatasetFolder(dataset)
-    try:
-        answers = [
-            client.predict(encode_png(folder.pixels(sample_id)), version=release.version)
-            for sample_id in golden["sample_id"]
-        ]
-        difference = _compare(golden, info, answers, params.tolerance)
-    except (ValueError, ConnectionError):
-        if not is_loaded:
-            server.unregister(release.name, release.version)
-        raise
+
+    def compare(name: str) -> float:
+        client = Client(inference, name, key_file=key_file)
+        answers = [client.predict(image, version=release.version, golden=True) for image in images]
+        return _largest_difference(golden, info, answers, params.tolerance)
+
+    if previous is None:
+        trial = f"{release.name}{TRIAL}"
+        with _taken_away(server, trial, release.version, only_on_failure=False):
+            register(trial)
+            difference = compare(trial)
+        with _taken_away(server, release.name, release.version):
+            register(release.name)
+    elif _is_loaded(server, release, stored):
+        difference = compare(release.name)
+    else:
+        _unload(server, release)
+        with _taken_away(server, release.name, release.version):
+            register(release.name)
+            difference = compare(release.name)
     server.set_default(release.name, release.version)
     write_json(
         deployment,
@@ -93,9 +116,9 @@ def deploy(
             "schema": 1,
             "model": release.name,
             "version": release.version,
-            "previous": previous,
+            "previous": previous if previous != release.version else None,
             "bundle": release.bundle,
-            "archive": digest_path(archive),
+            "archive": archive_digest,
             "inference": inference,
             "golden_samples": len(golden),
             "largest_difference": difference,
@@ -104,14 +127,62 @@ def deploy(
     )
 
 
-def _require_promotion(release: Release, archive: Path, decision: Path) -> None:
-    decided = read_decision(decision)
+def _require_promotion(release: Release, decided: Decision, archive: Path, decision: Path) -> None:
     if decided.bundle != release.bundle:
         raise ValueError(
             f"{decision}: about another bundle than {archive}; run `cadx gate` and `cadx package`"
         )
-    if not decided.promote:
-        raise ValueError(f"{archive}: refused by the gate: {'; '.join(decided.reasons)}")
+    for promote, reasons in (
+        (release.decision.promote, release.decision.reasons),
+        (decided.promote, decided.reasons),
+    ):
+        if not promote:
+            raise NotPromoted(f"{archive}: refused by the gate: {'; '.join(reasons)}")
+    if decided.metrics != release.metrics:
+        raise ValueError(f"{decision}: rests on other numbers than {archive}; run `cadx package` again")
+
+
+def _store(archive: Path, digest: Digest, release: Release, model_store: Path) -> str:
+    """The name under which the archive now stands in the model store; other bytes have another name."""
+    stored = model_store / f"{release.name}-{digest.removeprefix('sha256:')[:STORE_DIGITS]}.mar"
+    with replacing(stored) as partial:
+        shutil.copyfile(archive, partial)
+    return stored.name
+
+
+def _is_loaded(server: Management, release: Release, stored: str) -> bool:
+    """Whether this very archive is in service with a worker that answers."""
+    return any(
+        (one.version, one.archive) == (release.version, stored) and one.ready_workers
+        for one in server.versions(release.name)
+    )
+
+
+def _unload(server: Management, release: Release) -> None:
+    """Take this version away where it stands loaded from other bytes, or without workers."""
+    versions = server.versions(release.name)
+    others = [one.version for one in versions if one.version != release.version and one.ready_workers]
+    if len(others) < len(versions):
+        # TorchServe lets the default go only as the last.
+        if others and server.default_version(release.name) == release.version:
+            server.set_default(release.name, others[-1])
+        server.unregister(release.name, release.version)
+
+
+@contextmanager
+def _taken_away(
+    server: Management, name: str, version: str, *, only_on_failure: bool = True
+) -> Iterator[None]:
+    """Unregister a version when the block fails, in whatever way, or in any case."""
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        if failed or not only_on_failure:
+            # The block's own error is what the user must see.
+            with suppress(ValueError, ConnectionError) if failed else nullcontext():
+                server.unregister(name, version)
 
 
 def golden_rows(frame: pd.DataFrame, info: PredictionsInfo, number: int) -> list[int]:
@@ -122,10 +193,10 @@ def golden_rows(frame: pd.DataFrame, info: PredictionsInfo, number: int) -> list
     return sorted(order[chosen].tolist())
 
 
-def _compare(
+def _largest_difference(
     golden: pd.DataFrame, info: PredictionsInfo, answers: Sequence[Answer], tolerance: float
 ) -> float:
-    """The largest difference of a probability.
+    """The largest difference of a probability between evaluation and endpoint.
 
     Raises:
         ValueError: if an answer is another bundle's, differs by more than `tolerance`, or decides otherwise.
@@ -137,14 +208,15 @@ def _compare(
                 f"the endpoint answers from bundle {answer.model.bundle}, deployed was {info.bundle}; "
                 "is another server listening there?"
             )
-        gap = max(abs(answer.probabilities[name] - row[f"prob_{name}"]) for name in info.classes)
-        if gap > tolerance or not _decides_alike(row, info, answer):
+        gaps = [abs(answer.probabilities[name] - row[f"prob_{name}"]) for name in info.classes]
+        # Each for itself, and not `>`: a NaN is no agreement.
+        if not (all(gap <= tolerance for gap in gaps) and _decides_alike(row, info, answer)):
             raise ValueError(
                 f"sample {row['sample_id']}: the endpoint answers {answer.probabilities} ({answer.decision}), the "
-                f"evaluation says otherwise by {gap:.2g} (tolerance {tolerance:g}); not put into service. "
+                f"evaluation says otherwise by up to {max(gaps):.2g} (tolerance {tolerance:g}); not put into service. "
                 "Does the server run the code and versions that the model was evaluated with?"
             )
-        largest = max(largest, gap)
+        largest = max(largest, *gaps)
     return largest
 
 

@@ -4,16 +4,16 @@ A bound is held against the end of the 95 % interval that argues against the mod
 itself: what was seen in a few patients is no promise for the next ones.
 """
 
-import json
+import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from cadx.bundle import Bundle
 from cadx.explaining import title
 from cadx.files import digest_path, write_json
-from cadx.gating import Check, Decision, ceiling, floor
+from cadx.gating import Check, Decision, MetricsFile, ceiling, floor, read_metrics
 from cadx.metrics import METRICS, Subgroup
 from cadx.types import Estimate
 from components.contract import In, Out, Params, step
@@ -30,15 +30,30 @@ class GateParams(Params):
     )
     subgroup_at_least: dict[Literal["auc", "sensitivity", "specificity"], float] = Field(
         default={},
-        description="metric -> what its lower end must reach in each subgroup that has an interval",
+        description="metric -> what its lower end must reach in each subgroup that is large enough to judge",
+    )
+    other_dataset: bool = Field(
+        default=False, description="it is scored on another dataset than its own, with none of its patients"
     )
 
-    @field_validator("at_least", "at_most")
+    @field_validator("at_least", "at_most", "subgroup_at_least")
     @classmethod
-    def _known(cls, bounds: dict[str, float]) -> dict[str, float]:
-        if unknown := sorted(set(bounds) - set(METRICS)):
-            raise ValueError(f"unknown metric {', '.join(unknown)}; known: {', '.join(METRICS)}")
+    def _meant(cls, bounds: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+        worse = "higher" if info.field_name == "at_most" else "lower"
+        for name, bound in bounds.items():
+            if name not in METRICS:
+                raise ValueError(f"unknown metric {name}; known: {', '.join(METRICS)}")
+            if METRICS[name].better == worse:
+                raise ValueError(f"{name}: {worse} is better there; set the bound in the other direction")
+            if not math.isfinite(bound):
+                raise ValueError(f"{name}: {bound} is no bound")
         return bounds
+
+    @model_validator(mode="after")
+    def _asks(self) -> Self:
+        if not (self.at_least or self.at_most):
+            raise ValueError("at_least and at_most are empty: a gate that asks nothing is none")
+        return self
 
 
 @step
@@ -51,8 +66,8 @@ def gate(*, metrics: In, bundle: In, decision: Out, params: GateParams) -> None:
         ValueError: if the metrics are not those of this bundle.
     """
     opened = Bundle(bundle)
-    record = json.loads(metrics.read_text(encoding="utf-8"))
-    if record.get("bundle") != opened.digest:
+    record = read_metrics(metrics)
+    if record.bundle != opened.digest:
         raise ValueError(
             f"{metrics}: numbers of another bundle than {bundle}; run `cadx evaluate` on this one first"
         )
@@ -60,9 +75,9 @@ def gate(*, metrics: In, bundle: In, decision: Out, params: GateParams) -> None:
     write_json(
         decision,
         Decision(
-            experiment=record["experiment"],
-            seed=record["seed"],
-            split=record["split"],
+            experiment=record.experiment,
+            seed=record.seed,
+            split=record.split,
             promote=all(check.passed for check in checks),
             reasons=tuple(check.reason for check in checks if not check.passed),
             checks=checks,
@@ -72,21 +87,15 @@ def gate(*, metrics: In, bundle: In, decision: Out, params: GateParams) -> None:
     )
 
 
-def _checks(record: Mapping[str, Any], bundle: Bundle, params: GateParams) -> Iterator[Check]:
-    yield _scored_on_test(record["split"])
-    yield _kept_apart(record, bundle)
-    estimates = {name: Estimate.model_validate(value) for name, value in record["metrics"].items()}
+def _checks(record: MetricsFile, bundle: Bundle, params: GateParams) -> Iterator[Check]:
+    yield _scored_on_test(record.split)
+    yield _kept_apart(record, bundle, params.other_dataset)
     for name, bound in params.at_least.items():
-        yield floor(title(name), estimates.get(name), bound)
+        yield floor(title(name), record.metrics.get(name), bound)
     for name, bound in params.at_most.items():
-        yield ceiling(title(name), estimates.get(name), bound)
-    for attribute, groups in record["by_subgroup"].items():
-        for value, group in groups.items():
-            subgroup = Subgroup.model_validate(group)
-            for name, bound in params.subgroup_at_least.items():
-                estimate: Estimate = getattr(subgroup, name)
-                if estimate.low is not None:
-                    yield floor(f"{title(name)} in {attribute} {value}", estimate, bound)
+        yield ceiling(title(name), record.metrics.get(name), bound)
+    for name, bound in params.subgroup_at_least.items():
+        yield from _subgroup_floors(name, bound, record.by_subgroup)
 
 
 def _scored_on_test(split: str) -> Check:
@@ -96,12 +105,39 @@ def _scored_on_test(split: str) -> Check:
     return Check(what="judged on unseen patients", passed=passed, reason=said if passed else fix)
 
 
-def _kept_apart(record: Mapping[str, Any], bundle: Bundle) -> Check:
-    """On the training dataset itself, other splits than those of training mean leaked patients."""
-    trained = bundle.manifest.provenance
-    passed = record["dataset"] != trained.dataset or record["splits"] == trained.splits
-    said = "trained and scored on one version of the splits, or on different data sets"
+def _kept_apart(record: MetricsFile, bundle: Bundle, other_dataset: bool) -> Check:
+    """Other splits than those of training mean leaked patients, and so may another version of the dataset."""
+    trained, what = bundle.manifest.provenance, "training and test kept apart"
+    if record.dataset != trained.dataset:
+        said = "scored on another dataset than it was trained on, declared to hold none of its patients"
+        fix = (
+            "scored on another dataset, or another version of it, than it was trained on: patients may be in both; "
+            "train again, or declare gate.other_dataset"
+        )
+        return Check(what=what, passed=other_dataset, reason=said if other_dataset else fix)
+    passed = record.splits == trained.splits
+    said = "trained and scored on the same version of the splits"
     fix = (
         "trained on other splits of this dataset than it was scored on: patients may be in both; train again"
     )
-    return Check(what="training and test kept apart", passed=passed, reason=said if passed else fix)
+    return Check(what=what, passed=passed, reason=said if passed else fix)
+
+
+def _subgroup_floors(
+    name: str, bound: float, by_subgroup: Mapping[str, Mapping[str, Subgroup]]
+) -> Iterator[Check]:
+    """A check for each subgroup; those that are too small are listed, and stop nothing unless all are."""
+    judged = 0
+    for attribute, groups in by_subgroup.items():
+        for value, group in groups.items():
+            estimate: Estimate = getattr(group, name)
+            what = f"{title(name)} in {attribute} {value}"
+            if estimate.low is None:
+                reason = f"{what} was not judged: {estimate.method}"
+                yield Check(what=what, passed=True, reason=reason, bound=bound)
+            else:
+                judged += 1
+                yield floor(what, estimate, bound)
+    if not judged:
+        reason = f"{title(name)} in subgroups was asked for, but none is large enough to judge"
+        yield Check(what=f"{title(name)} in subgroups", passed=False, reason=reason, bound=bound)

@@ -132,6 +132,7 @@ def monitor(*, request_log: In, bundle: In, drift: Out, report: Out, params: Mon
             "neither alarm nor all-clear"
         )
         write_json(drift, record | {"drifted": None, "message": message, "columns": []})
+        print(message)
         page = Page(title, f"Bundle {opened.digest}")
         page.callout("warn", message)
         page.write(report)
@@ -144,6 +145,7 @@ def monitor(*, request_log: In, bundle: In, drift: Out, report: Out, params: Mon
     report.write_text(_headed(evidently_page, title, record | {"message": message}), encoding="utf-8")
     if moved:
         raise Alarm(f"{message}; look at the report")
+    print(message)
 
 
 def _compared(

@@ -1,27 +1,29 @@
 """What goes into service: the archive that TorchServe loads, and the model card that people read."""
 
-import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
 from cadx.bundle import Bundle, Manifest
 from cadx.explaining import title
 from cadx.files import digest_path
-from cadx.gating import Decision, read_decision
+from cadx.gating import Decision, MetricsFile, read_decision, read_metrics
 from cadx.metrics import METRICS, Subgroup
 from cadx.reporting import Page, estimate_text
-from cadx.types import Estimate
 from components.contract import In, Out, Params, step
-from serving.archive import Release, Verdict, version_of, write_archive
+from serving.archive import NAME_PATTERN, Release, Verdict, version_of, write_archive
 
 
 class PackageParams(Params):
     """What the card says that no file knows."""
 
-    name: str = Field(default="", description="the model's name in the server's addresses; the experiment's")
+    name: str | None = Field(
+        default=None,
+        pattern=NAME_PATTERN,
+        description="the model's name in the server's addresses; null for the experiment's",
+    )
     intended_use: str = "Research. Not for diagnosis, and no replacement for a reader."
     limits: tuple[str, ...] = Field(default=(), description="what users must know before they trust it")
     contact: str = Field(default="", description="whom to ask")
@@ -43,8 +45,13 @@ def package(*, bundle: In, decision: In, metrics: In, archive: Out, card: Out, p
     if decided.metrics != digest_path(metrics):
         raise ValueError(f"{decision}: rests on other numbers than {metrics}; run `cadx gate` again")
     manifest = opened.manifest
+    name = params.name or manifest.experiment
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise ValueError(
+            f"experiment {name!r}: no name for an address; set package.name to one of a-z, 0-9, '-'"
+        )
     release = Release(
-        name=params.name or manifest.experiment,
+        name=name,
         version=version_of(opened.digest),
         bundle=opened.digest,
         decision=Verdict(promote=decided.promote, reasons=decided.reasons),
@@ -56,21 +63,19 @@ def package(*, bundle: In, decision: In, metrics: In, archive: Out, card: Out, p
         seed=manifest.seed,
     )
     write_archive(archive, bundle, release)
-    _card(release, opened, decided, json.loads(metrics.read_text(encoding="utf-8")), params, archive).write(
-        card
-    )
+    _card(release, opened, decided, read_metrics(metrics), params, archive).write(card)
 
 
 def _card(
     release: Release,
     bundle: Bundle,
     decided: Decision,
-    record: Mapping[str, Any],
+    record: MetricsFile,
     params: PackageParams,
     archive: Path,
 ) -> Page:
     manifest = bundle.manifest
-    metrics = {name: Estimate.model_validate(value) for name, value in record["metrics"].items()}
+    metrics = record.metrics
     page = Page(f"{release.name} {release.version}", "Model card")
     shown = ("auc", "sensitivity", "specificity")
     page.facts([(title(name), metrics[name]) for name in shown if name in metrics])
@@ -81,9 +86,9 @@ def _card(
     if params.contact:
         page.text(f"Contact: {params.contact}")
     page.section("What it is known to do")
-    patients = f" of {record['n_patients']:,} patients" if record["clustered"] else ""
+    patients = f" of {record.n_patients:,} patients" if record.clustered else ""
     page.text(
-        f"Scored on {record['n']:,} images{patients} of the {record['split']} split. "
+        f"Scored on {record.n:,} images{patients} of the {record.split} split. "
         "In brackets: 95 % confidence intervals."
     )
     page.table(
@@ -92,9 +97,9 @@ def _card(
             for name, estimate in metrics.items()
         ]
     )
-    _subgroups(page, record["by_subgroup"])
+    _subgroups(page, record.by_subgroup)
     page.section("What it is not known to do")
-    for limit in (*params.limits, *record["warnings"], *manifest.assumptions):
+    for limit in (*params.limits, *record.warnings, *manifest.assumptions):
         page.callout("warn", limit)
     page.text(
         "Its numbers hold for patients and machines like those it was scored on. Each answer warns where an "
@@ -168,7 +173,7 @@ def _facts(manifest: Manifest) -> list[dict[str, str]]:
     ]
 
 
-def _subgroups(page: Page, by_subgroup: Mapping[str, Mapping[str, Any]]) -> None:
+def _subgroups(page: Page, by_subgroup: Mapping[str, Mapping[str, Subgroup]]) -> None:
     rows = [
         {
             "subgroup": f"{attribute}: {value}",
@@ -178,7 +183,7 @@ def _subgroups(page: Page, by_subgroup: Mapping[str, Mapping[str, Any]]) -> None
             "specificity": group.specificity,
         }
         for attribute, groups in by_subgroup.items()
-        for value, group in ((value, Subgroup.model_validate(group)) for value, group in groups.items())
+        for value, group in groups.items()
     ]
     page.table(
         rows,

@@ -31,10 +31,14 @@ EMBEDDING_DECIMALS = 5
 
 
 class Request(NamedTuple):
-    """What was sent: a file's bytes, None where they did not come as the body; and "true" or "false"."""
+    """What was sent: a file's bytes, None where they did not come as the body; and twice "true" or "false".
+
+    `golden` says that it comes from a deployment and not from a clinic.
+    """
 
     body: bytes | None
     attention: str = "false"
+    golden: str = "false"
 
 
 class Reply(NamedTuple):
@@ -46,6 +50,8 @@ class Reply(NamedTuple):
 
 class RequestLog:
     """A file of JSON lines, this process's own, in the folder of the request log.
+
+    Golden samples go to another file, in the folder `golden` there: a watch must not take them for patients.
 
     Raises:
         OSError: if the folder cannot be made.
@@ -64,15 +70,19 @@ class RequestLog:
         print(f"{REQUEST_LOG} is not set: no request log is kept", file=sys.stderr)
         return None
 
-    def append(self, record: Mapping[str, Any]) -> None:
+    def append(self, record: Mapping[str, Any], *, golden: bool = False) -> None:
         """Append one record as one line, whole or not at all.
 
         Raises:
             OSError: if it could not be written.
         """
         line = json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        path = self.path
+        if golden:
+            path = path.parent / "golden" / path.name
+            path.parent.mkdir(exist_ok=True)
         # Opened anew each time: the file may be moved away at any moment.
-        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
             written = os.write(file, line)
             if written < len(line):
@@ -127,7 +137,7 @@ class Answerer:
                     replies[i] = _refusal(prediction)
                     continue
                 try:
-                    replies[i] = self._reply(images[i], prediction, decode_ms[i], predict_ms)
+                    replies[i] = self._reply(requests[i], images[i], prediction, decode_ms[i], predict_ms)
                 except Exception as error:
                     replies[i] = _fault(error)
         return [replies[i] for i in range(len(requests))]
@@ -142,7 +152,9 @@ class Answerer:
             # One of them spoilt it for all: each on its own.
             return [outcome for image in images for outcome in self._predict([image], attention)]
 
-    def _reply(self, image: RawImage, prediction: Prediction, decode_ms: float, predict_ms: float) -> Reply:
+    def _reply(
+        self, request: Request, image: RawImage, prediction: Prediction, decode_ms: float, predict_ms: float
+    ) -> Reply:
         started = time.perf_counter()
         operating_point = self._predictor.bundle.manifest.operating_point
         assert operating_point is not None, "Predictor takes complete bundles only"
@@ -169,7 +181,8 @@ class Answerer:
         }
         if self._log:
             try:
-                self._log.append(self._record(answer, image, prediction))
+                record = self._record(answer, image, prediction)
+                self._log.append(record, golden=request.golden == "true")
             except OSError as error:
                 # An answer in the clinic's hand is worth more than its record; the gap is told on both sides.
                 reason = error.strerror or str(error)
@@ -203,8 +216,9 @@ def _read(request: Request) -> RawImage:
         raise ValueError(
             "no image in the body; send the file's bytes with Content-Type: application/octet-stream"
         )
-    if request.attention not in ("true", "false"):
-        raise ValueError("attention is neither true nor false; send the header as `Attention: true`")
+    for name, value in (("attention", request.attention), ("golden", request.golden)):
+        if value not in ("true", "false"):
+            raise ValueError(f"{name} is neither true nor false; send the header as `{name.title()}: true`")
     return read_image(request.body)
 
 

@@ -23,6 +23,8 @@ MANIFEST = "MAR-INF/MANIFEST.json"
 RELEASE = "release.json"
 BUNDLE = "bundle"
 VERSION_DIGITS = 12
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
+"""Of a model: it stands in addresses and in file names."""
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the first date that a zip archive can hold
 
@@ -46,7 +48,7 @@ class Release(Config):
     """
 
     schema_version: Literal[1] = 1
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    name: str = Field(pattern=NAME_PATTERN)
     version: str
     bundle: Digest
     decision: Verdict

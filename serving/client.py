@@ -119,8 +119,17 @@ class Client:
         self._endpoint = Endpoint(address, "inference", token=token, key_file=key_file)
         self._model = model
 
-    def predict(self, image: bytes | Path, *, attention: bool = False, version: str | None = None) -> Answer:
+    def predict(
+        self,
+        image: bytes | Path,
+        *,
+        attention: bool = False,
+        version: str | None = None,
+        golden: bool = False,
+    ) -> Answer:
         """The answer for one DICOM, PNG or JPEG file, by the default version of the model or another.
+
+        `golden` marks an image whose answer is known already: it stays out of the log that is watched.
 
         Raises:
             Refused: with the server's reason; status 400 is for what was sent.
@@ -134,6 +143,8 @@ class Client:
         headers = {"Content-Type": "application/octet-stream"}
         if attention:
             headers["Attention"] = "true"
+        if golden:
+            headers["Golden"] = "true"
         content = self._endpoint.request("POST", path, body=data, headers=headers)
         try:
             return Answer.model_validate_json(content)

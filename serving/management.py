@@ -36,14 +36,22 @@ class Management:
         )
 
     def register(
-        self, archive: str, *, workers: int | None = None, batch_size: int = 1, max_batch_delay_ms: int = 20
+        self,
+        archive: str,
+        *,
+        name: str | None = None,
+        workers: int | None = None,
+        batch_size: int = 1,
+        max_batch_delay_ms: int = 20,
     ) -> None:
         """Put an archive of the model store into service and wait until its workers are ready.
 
-        Its name and version are those in it. A model's first version becomes its default.
+        Its version is that in it. A model's first version becomes its default. If the workers do not start,
+        TorchServe keeps the version, without any: `unregister` it.
 
         Args:
             archive: its file name in the model store.
+            name: the model's name; None for that in the archive.
             workers: processes that answer; None for the server's own number.
             batch_size: images that are answered together at most.
             max_batch_delay_ms: how long an image waits for others; only if `batch_size` is more than 1.
@@ -54,6 +62,8 @@ class Management:
             "batch_size": batch_size,
             "max_batch_delay": max_batch_delay_ms,
         }
+        if name is not None:
+            query["model_name"] = name
         if workers is not None:
             query["initial_workers"] = workers
         try:

@@ -44,10 +44,18 @@ class RadiographHandler:
 
 
 def _request(parameters: Mapping[str, Any], headers: Mapping[str, Any]) -> Request:
+    body = parameters.get("body")
+    return Request(
+        bytes(body) if isinstance(body, bytes | bytearray) else None,
+        _flag("attention", parameters, headers),
+        _flag("golden", parameters, headers),
+    )
+
+
+def _flag(name: str, parameters: Mapping[str, Any], headers: Mapping[str, Any]) -> str:
     # TorchServe drops the query of /predictions/MODEL and keeps that of /MODEL/predict: hence the header.
-    asked = next((value for name, value in headers.items() if name.lower() == "attention"), "false")
-    asked = parameters.get("attention", asked)
+    asked = next((value for key, value in headers.items() if key.lower() == name), "false")
+    asked = parameters.get(name, asked)
     if isinstance(asked, bytes | bytearray):
         asked = asked.decode(errors="replace")
-    body = parameters.get("body")
-    return Request(bytes(body) if isinstance(body, bytes | bytearray) else None, str(asked).lower())
+    return str(asked).lower()

@@ -49,8 +49,20 @@ class Ports(NamedTuple):
     inference: int = 8080
     management: int = 8081
     metrics: int = 8082
-    grpc_inference: int = 7070
-    grpc_management: int = 7071
+    grpc_inference: int = 8083
+    grpc_management: int = 8084
+
+    @classmethod
+    def starting_at(cls, port: int) -> Self:
+        """Five ports in a row.
+
+        Raises:
+            ValueError: if one of them is none that a user may open.
+        """
+        last = 65535 - len(cls._fields) + 1
+        if not 1024 <= port <= last:
+            raise ValueError(f"port {port}: give one from 1024 to {last}; it and the four after it are used")
+        return cls(*range(port, port + len(cls._fields)))
 
 
 def free_ports() -> Ports:
@@ -254,33 +266,46 @@ class TorchServe:
         }
 
 
+@contextmanager
+def stops_on_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP (a terminal that was closed) end the block as Ctrl-C does, so that it cleans up."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number in handlers:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def serve(folder: Path, ports: Ports | None = None, *, workers: int = 1) -> None:
-    """Run TorchServe in the foreground until Ctrl-C or SIGTERM.
+    """Run TorchServe in the foreground until Ctrl-C, SIGTERM or SIGHUP.
 
     Raises:
         ValueError: one line, if it does not start, or ends by itself.
     """
     server = TorchServe(folder, ports, workers=workers, console=True)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        server.start()
-        print(f"inference   {server.inference}/predictions/MODEL")
-        print(f"management  {server.management}/models")
-        print(f"metrics     {server.metrics}/metrics")
-        print(f"tokens      {server.key_file}, new ones every {RENEWAL_MINUTES} minutes")
-        print(f"archives    {server.model_store}")
-        print(f"requests    {server.request_log}")
-        print("Ctrl-C stops it.", flush=True)
-        _watch(server)
-    except KeyboardInterrupt:
-        pass
-    finally:
-        for number in handlers:
-            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave it half stopped
-        server.stop()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with stops_on_signals():
+        interrupt = signal.getsignal(signal.SIGINT)
+        try:
+            server.start()
+            print(f"inference   {server.inference}/predictions/MODEL")
+            print(f"management  {server.management}/models")
+            print(f"metrics     {server.metrics}/metrics")
+            print(f"tokens      {server.key_file}, new ones every {RENEWAL_MINUTES} minutes")
+            print(f"archives    {server.model_store}")
+            print(f"requests    {server.request_log}")
+            print("Ctrl-C stops it.", flush=True)
+            _watch(server)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            # A second one must not leave it half stopped.
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
+            server.stop()
+            signal.signal(signal.SIGINT, interrupt)
 
 
 def _watch(server: TorchServe) -> None:

@@ -1,11 +1,13 @@
 """Deployment on a real TorchServe: nothing goes live that does not answer as it was evaluated."""
 
 import json
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from test_evaluate import prepare
 
@@ -16,7 +18,7 @@ from cadx.predicting import read_predictions, write_predictions
 from cadx.reading import encode_png
 from components.calibrate import calibrate
 from components.contract import read_experiment
-from components.deploy import DeployParams, deploy, golden_rows
+from components.deploy import DeployParams, NotPromoted, deploy, golden_rows
 from components.evaluate import evaluate
 from components.gate import GateParams, gate
 from components.imbalance import imbalance
@@ -130,6 +132,56 @@ def test_answers_that_differ_from_the_evaluation_never_go_live(
     assert len(versions) == 1, "the version that failed is taken away"
 
 
+def test_a_first_version_that_fails_leaves_nothing_behind(
+    server: TorchServe, first: Packaged, tmp_path: Path
+) -> None:
+    frame, info = read_predictions(first.folder / "predictions.parquet")
+    for name, value in (("wrong", 0.5), ("nan", np.nan)):
+        write_predictions(tmp_path / name, frame.assign(prob_opacity=value), info)
+        with pytest.raises(ValueError, match="not put into service"):
+            first.deploy(server, tmp_path, predictions=tmp_path / name)
+    management = Management(server.management, key_file=server.key_file)
+    assert management.versions("chest") == ()
+    assert management.versions("chest-trial") == ()
+    assert first.deploy(server, tmp_path)["previous"] is None, "and does not stand in the way of the next"
+    assert management.versions("chest-trial") == ()
+    watched = list(server.request_log.glob("*.jsonl"))
+    assert not watched, "golden samples are no patients"
+    assert list((server.request_log / "golden").glob("*.jsonl"))
+
+
+def test_an_archive_whose_worker_does_not_start_does_not_jam_its_version(
+    server: TorchServe, first: Packaged, second: Packaged, tmp_path: Path
+) -> None:
+    first.deploy(server, tmp_path)
+    broken = tmp_path / "broken.mar"
+    with zipfile.ZipFile(second.folder / "model.mar") as whole, zipfile.ZipFile(broken, "w") as other:
+        for name in whole.namelist():
+            content = b"class H:\n    def initialize(self, context):\n        raise OSError\n"
+            other.writestr(name, content if name == "radiograph_handler.py" else whole.read(name))
+    with pytest.raises(ValueError, match=r"model_log\.log"):
+        second.deploy(server, tmp_path, archive=broken)
+    assert served_bundle(server, first) == Bundle(first.bundle).digest
+    second.deploy(server, tmp_path)
+    assert served_bundle(server, first) == Bundle(second.bundle).digest
+
+
+def test_the_archives_own_verdict_counts_too(first: Packaged, tmp_path: Path) -> None:
+    refused = tmp_path / "refused.json"
+    shared = {"metrics": first.folder / "metrics.json", "bundle": first.bundle}
+    gate(**shared, decision=refused, params=GateParams(at_least={"auc": 1.1}))
+    package(
+        **shared,
+        decision=refused,
+        archive=tmp_path / "model.mar",
+        card=tmp_path / "card.html",
+        params=PackageParams(name="chest"),
+    )
+    never = TorchServe(tmp_path / "never", free_ports())
+    with pytest.raises(NotPromoted, match=r"beyond the floor of 1\.1"):
+        first.deploy(never, tmp_path, archive=tmp_path / "model.mar")
+
+
 def test_a_refused_model_is_not_even_shown_to_the_server(first: Packaged, tmp_path: Path) -> None:
     refused = json.loads((first.folder / "decision.json").read_text()) | {
         "promote": False,
@@ -181,7 +233,7 @@ def test_every_test_image_of_pneumoniamnist_comes_back_through_the_endpoint_as_i
     monkeypatch.setenv("CADX_DATA_MIRROR", str(mirror))
     sections = read_experiment(root / "params.yaml", "pneumoniamnist")
     sections["train"] |= {"epochs": 1}
-    sections["gate"] = {"at_least": {}}
+    sections["gate"] = {"at_least": {"auc": 0.01}}
     section = {name: json.dumps(content) for name, content in sections.items()}
     at = {name: tmp_path / name for name in ("dataset", "trained", "bundle")}
     at |= {name: tmp_path / f"{name}.parquet" for name in ("splits", "predictions")}

@@ -31,6 +31,8 @@ def _watch(event, args):
         with open(os.environ["CADX_TEST_CONNECTIONS"], "a") as log:
             log.write(f"{sys.argv[:2]} {event} {host}\\n")
 sys.addaudithook(_watch)
+with open(os.environ["CADX_TEST_CONNECTIONS"] + ".watched", "a") as log:
+    log.write(f"{sys.argv[:2]}\\n")
 """
 
 
@@ -86,7 +88,7 @@ class Checkout:
             timeout=1500,
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        return done.stdout + done.stderr
+        return done.stderr + done.stdout
 
     def reproduce(self) -> set[str]:
         """Reproduce the phantom experiment; the stages that ran."""
@@ -164,6 +166,8 @@ def test_the_results_page_holds_the_experiment(checkout: Checkout) -> None:
 @pytest.mark.timeout(1800)
 def test_nothing_was_asked_of_any_other_machine(checkout: Checkout) -> None:
     assert not checkout.connections.exists(), checkout.connections.read_text()
+    watched = checkout.connections.with_name(f"{checkout.connections.name}.watched").read_text()
+    assert watched.count("cadx") > 20, "every command of the run was watched"
 
 
 @pytest.mark.timeout(1800)
@@ -205,7 +209,7 @@ def test_a_folder_of_ones_own_images_is_one_command_away_from_the_same_chain(che
     text = params.read_text()
     start = text.index("\nmine:")
     small = text[start:].replace("height_px: 224", "height_px: 32").replace("width_px: 224", "width_px: 32")
-    params.write_text(text[:start] + small.replace("  train:\n", "  train:\n    epochs: 1\n"))
+    params.write_text(text[:start] + small.replace("  train:\n", "  train:\n    epochs: 1\n", 1))
     said = checkout.make("reproduce", "EXPERIMENT=mine")
     assert "mine, val split, 3 seeds" in said
     assert "scored on the val split" in " ".join(said.split()), "the gate asks for test"

@@ -120,19 +120,59 @@ def test_a_weak_subgroup_stops_a_model_that_is_good_on_average(
     assert decision.reasons == (
         "AUC in site south is 0.950, its 95 % interval reaches down to 0.600: beyond the floor of 0.7",
     )
-    assert not any("east" in check.what for check in decision.checks), "too small to judge"
+    (small,) = (check for check in decision.checks if "east" in check.what)
+    assert small.reason == "AUC in site east was not judged: too few"
 
 
 def test_numbers_of_a_split_that_choices_were_made_on_do_not_count(judge: Callable[..., Decision]) -> None:
     assert "scored on the val split" in judge({"split": "val"}, at_least=EASY).reasons[0]
 
 
-def test_other_splits_of_the_training_data_are_a_leak_and_other_data_are_not(
+def test_other_splits_or_another_version_of_the_data_are_a_leak_unless_declared_otherwise(
     judge: Callable[..., Decision],
 ) -> None:
     other = "sha256:" + "0" * 64
     assert "patients may be in both" in judge({"splits": other}, at_least=EASY).reasons[0]
-    assert judge({"splits": other, "dataset": other}, at_least=EASY).promote
+    elsewhere = {"splits": other, "dataset": other}
+    assert "patients may be in both" in judge(elsewhere, at_least=EASY).reasons[0]
+    assert judge(elsewhere, at_least=EASY, other_dataset=True).promote
+    assert not judge({"splits": other}, at_least=EASY, other_dataset=True).promote
+
+
+def test_a_floor_for_subgroups_is_not_met_by_having_none(
+    judge: Callable[..., Decision], ready: tuple[Run, dict[str, Any]]
+) -> None:
+    decision = judge({"by_subgroup": {}}, at_least=EASY, subgroup_at_least={"auc": 0.5})
+    assert decision.reasons == ("AUC in subgroups was asked for, but none is large enough to judge",)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ({"at_least": {"brier": 0.08}}, "brier: lower is better there"),
+        ({"at_most": {"auc": 0.9}}, "auc: higher is better there"),
+        ({"at_most": {"brier": float("inf")}}, "no bound"),
+        ({"at_least": {}}, "a gate that asks nothing"),
+    ],
+)
+def test_bounds_that_could_not_stop_anything_are_refused(bounds: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        GateParams(**bounds)
+
+
+@pytest.mark.parametrize("text", ["[1]", "<html>", '{"schema": 99}', ""])
+def test_a_file_that_is_no_metrics_gets_one_line_with_its_name(
+    ready: tuple[Run, dict[str, Any]], tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "m.json").write_text(text)
+    with pytest.raises(ValueError, match=r"m\.json: no metrics of one scoring") as caught:
+        gate(
+            metrics=tmp_path / "m.json",
+            bundle=ready[0].bundle,
+            decision=tmp_path / "d.json",
+            params=GateParams(),
+        )
+    assert "\n" not in str(caught.value)
 
 
 def test_numbers_of_another_bundle_are_a_mistake_and_leave_nothing(

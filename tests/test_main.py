@@ -13,6 +13,8 @@ import yaml
 from PIL import Image
 
 from cadx.datasets import DatasetFolder, write_splits
+from components import STEPS
+from components.contract import read_params
 
 CADX = [sys.executable, "-m", "cadx"]
 
@@ -63,6 +65,10 @@ def test_new_makes_an_experiment_that_the_next_commands_take(
     catalog = yaml.safe_load((checkout / "data/catalog.yaml").read_text())
     assert catalog["mine"]["positive"] == "sick"
     assert "mine" in yaml.safe_load((checkout / "dvc.yaml").read_text())["vars"][0]["experiments"]
+    for step in STEPS:
+        cls = step.declaration().params
+        assert cls is not None
+        read_params(f"{checkout / 'params.yaml'}:mine", step.name, cls)
     for file in ("data/catalog.yaml", "params.yaml", "dvc.yaml"):
         before, after = (root / file).read_text(), (checkout / file).read_text()
         assert after.startswith(before[:200]), f"{file} kept its comments"
