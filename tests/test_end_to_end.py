@@ -74,7 +74,8 @@ class Checkout:
             "CADX_TEST_CONNECTIONS": str(self.connections),
             "COLUMNS": "100",
         }
-        for name in ("CADX_DATA_MIRROR", "OMP_NUM_THREADS"):
+        # The last two: `make test-all` must not speak to the make inside.
+        for name in ("CADX_DATA_MIRROR", "OMP_NUM_THREADS", "MAKEFLAGS", "MAKELEVEL"):
             self.environment.pop(name, None)
 
     def run(self, *command: str) -> str:
@@ -96,7 +97,7 @@ class Checkout:
 
     def make(self, *words: str) -> str:
         """Run a target with the environment that stands already."""
-        return self.run("make", *words, f"VENV={sys.prefix}")
+        return self.run("make", "--no-print-directory", *words, f"VENV={sys.prefix}")
 
     def report(self, name: str) -> Any:
         """What a JSON file of the phantom's reports holds."""
