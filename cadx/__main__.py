@@ -25,17 +25,17 @@ _TELEMETRY_OFF = {
 """Hospitals' networks are closed: no dependency may call home."""
 
 
-_MADE, _TOLD = "data/work/${item.experiment}", "data/reports/${item.experiment}"
 _EXAMPLES = {
     "deploy": (
-        f"cadx deploy --archive {_MADE}/${{item.seed}}/model.mar --decision {_TOLD}/${{item.seed}}/decision.json "
-        f"--dataset {_MADE}/dataset --predictions {_TOLD}/${{item.seed}}/predictions.parquet "
+        "cadx deploy --archive data/work/phantom-xray/0/model.mar "
+        "--decision data/reports/phantom-xray/0/decision.json --dataset data/work/phantom-xray/dataset "
+        "--predictions data/reports/phantom-xray/0/predictions.parquet "
         "--model-store data/serving/model_store --key-file data/serving/key_file.json "
-        "--deployment data/serving/deployment.json --params params.yaml:${item.experiment}"
+        "--deployment data/serving/deployment.json --params params.yaml:phantom-xray"
     ),
     "monitor": (
-        f"cadx monitor --request-log data/serving/request_log --bundle {_MADE}/${{item.seed}}/bundle "
-        "--drift data/serving/drift.json --report data/serving/drift.html --params params.yaml:${item.experiment}"
+        "cadx monitor --request-log data/serving/request_log --bundle data/work/phantom-xray/0/bundle "
+        "--drift data/serving/drift.json --report data/serving/drift.html --params params.yaml:phantom-xray"
     ),
 }
 """Of the steps that are no stages: with a server that `cadx serve` runs."""
@@ -308,7 +308,7 @@ def _fail(tokens: list[str], error: Exception) -> NoReturn:
 
 
 def _example(step: str) -> str:
-    """The step's own line in dvc.yaml, with its placeholders filled in."""
+    """The step's own line in dvc.yaml, with its placeholders filled in; or that of `_EXAMPLES`."""
     import yaml
 
     from components.contract import ROOT

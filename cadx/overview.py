@@ -20,7 +20,7 @@ from cadx.catalog import load_catalog
 from cadx.datasets import DatasetFolder, read_splits
 from cadx.explaining import overlay, title
 from cadx.files import digest_path
-from cadx.gating import read_decisions
+from cadx.gating import Decision, read_decisions
 from cadx.metrics import METRICS, roc
 from cadx.predicting import Predictor, read_predictions
 from cadx.reporting import INK, Page, estimate_text, figure, panels
@@ -63,13 +63,14 @@ def write_overview(experiment: str, work: Path, reports: Path) -> Path:
     _training(page, work, seeds)
     _results(page, summary, reports, seeds)
     _cases(page, folder, work / str(seeds[0]) / "bundle", reports / str(seeds[0]) / "predictions.parquet")
-    _gate(page, reports)
+    decisions = read_decisions(reports.name, reports.parent)
+    _gate(page, decisions)
     _service(page, reports / "serving")
     _chain(page, folder, work, reports, seeds)
     target = reports / "index.html"
     page.write(target)
 
-    _print(summary, reports)
+    _print(summary, decisions)
     print(f"open   {target}")
     print("next   cadx new FOLDER   for your own images, then make reproduce EXPERIMENT=...")
     return target
@@ -252,9 +253,8 @@ def _cases(page: Page, folder: DatasetFolder, bundle: Path, predictions: Path) -
         )
 
 
-def _gate(page: Page, reports: Path) -> None:
+def _gate(page: Page, decisions: Sequence[Decision]) -> None:
     page.section("The gate")
-    decisions = read_decisions(reports.name, reports.parent)
     page.text(
         "Bounds are declared in params.yaml and held against the worse end of each interval: a model is let "
         "through by what it has shown, not by what it happened to score."
@@ -357,7 +357,7 @@ def _estimates(summary: dict[str, Any]) -> dict[str, Estimate]:
     return {name: Estimate.model_validate(value) for name, value in summary["metrics"].items()}
 
 
-def _print(summary: dict[str, Any], reports: Path) -> None:
+def _print(summary: dict[str, Any], decisions: Sequence[Decision]) -> None:
     table = Table(
         "metric", "value (95 % interval)", "n",
         title=f"{summary['experiment']}, {summary['split']} split, {len(summary['seeds'])} seeds",
@@ -367,6 +367,6 @@ def _print(summary: dict[str, Any], reports: Path) -> None:
         if name in metrics:
             table.add_row(title(name), estimate_text(metrics[name]), str(metrics[name].n))
     Console().print(table)
-    for decision in read_decisions(reports.name, reports.parent):
+    for decision in decisions:
         verdict = "promoted" if decision.promote else f"refused: {'; '.join(decision.reasons)}"
         print(f"gate   {decision.experiment}, seed {decision.seed}: {verdict}")

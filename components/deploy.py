@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,8 @@ def deploy(
     archive_digest = digest_path(archive)
     stored = _store(archive, archive_digest, release, model_store)
     previous = server.default_version(release.name)
+    versions = {one.version: one for one in server.versions(release.name)}
+    loaded = versions.get(release.version)
 
     def register(name: str) -> None:
         server.register(
@@ -97,16 +99,21 @@ def deploy(
 
     if previous is None:
         trial = f"{release.name}{TRIAL}"
-        with _taken_away(server, trial, release.version, only_on_failure=False):
+        with _taken_away_on_failure(server, trial, release.version):
             register(trial)
             difference = compare(trial)
-        with _taken_away(server, release.name, release.version):
+        server.unregister(trial, release.version)
+        with _taken_away_on_failure(server, release.name, release.version):
             register(release.name)
-    elif _is_loaded(server, release, stored):
+    elif loaded and loaded.archive == stored and loaded.ready_workers:
         difference = compare(release.name)
     else:
-        _unload(server, release)
-        with _taken_away(server, release.name, release.version):
+        if loaded:  # from other bytes, or without a worker that answers
+            others = [one.version for one in versions.values() if one is not loaded and one.ready_workers]
+            if others and previous == release.version:  # TorchServe lets the default go only as the last
+                server.set_default(release.name, others[-1])
+            server.unregister(release.name, release.version)
+        with _taken_away_on_failure(server, release.name, release.version):
             register(release.name)
             difference = compare(release.name)
     server.set_default(release.name, release.version)
@@ -150,47 +157,31 @@ def _store(archive: Path, digest: Digest, release: Release, model_store: Path) -
     return stored.name
 
 
-def _is_loaded(server: Management, release: Release, stored: str) -> bool:
-    """Whether this very archive is in service with a worker that answers."""
-    return any(
-        (one.version, one.archive) == (release.version, stored) and one.ready_workers
-        for one in server.versions(release.name)
-    )
-
-
-def _unload(server: Management, release: Release) -> None:
-    """Take this version away where it stands loaded from other bytes, or without workers."""
-    versions = server.versions(release.name)
-    others = [one.version for one in versions if one.version != release.version and one.ready_workers]
-    if len(others) < len(versions):
-        # TorchServe lets the default go only as the last.
-        if others and server.default_version(release.name) == release.version:
-            server.set_default(release.name, others[-1])
-        server.unregister(release.name, release.version)
-
-
 @contextmanager
-def _taken_away(
-    server: Management, name: str, version: str, *, only_on_failure: bool = True
-) -> Iterator[None]:
-    """Unregister a version when the block fails, in whatever way, or in any case."""
-    failed = True
+def _taken_away_on_failure(server: Management, name: str, version: str) -> Iterator[None]:
+    """Unregister a version when the block fails, in whatever way."""
     try:
         yield
-        failed = False
-    finally:
-        if failed or not only_on_failure:
-            # The block's own error is what the user must see.
-            with suppress(ValueError, ConnectionError) if failed else nullcontext():
-                server.unregister(name, version)
+    except BaseException:
+        with suppress(ValueError, ConnectionError):  # the block's own error is what the user must see
+            server.unregister(name, version)
+        raise
+
+
+def evenly_spread(count: int, number: int) -> np.ndarray:
+    """At most `number` of `count` positions in a row, both ends included.
+
+    >>> evenly_spread(9, 3).tolist(), evenly_spread(2, 5).tolist()
+    ([0, 4, 8], [0, 1])
+    """
+    return np.linspace(0, count - 1, min(number, count)).round().astype(int)
 
 
 def golden_rows(frame: pd.DataFrame, info: PredictionsInfo, number: int) -> list[int]:
     """Rows whose probabilities are spread evenly over their ranks, both ends included; all if there are fewer."""
     name = info.positive or info.classes[0]
     order = np.argsort(frame[f"prob_{name}"].to_numpy(), kind="stable")
-    chosen = np.unique(np.linspace(0, len(order) - 1, min(number, len(order))).round().astype(int))
-    return sorted(order[chosen].tolist())
+    return sorted(order[evenly_spread(len(order), number)].tolist())
 
 
 def _largest_difference(

@@ -18,7 +18,7 @@ from cadx.gating import Decision, read_decisions
 from cadx.predicting import read_predictions
 from cadx.reading import encode_png
 from components.contract import Alarm, read_params
-from components.deploy import DeployParams, NotPromoted, deploy
+from components.deploy import DeployParams, NotPromoted, deploy, evenly_spread
 from components.monitor import MonitorParams, monitor
 from serving.client import Client
 from serving.server import TorchServe, free_ports, stops_on_signals
@@ -95,19 +95,26 @@ def rehearse(experiment: str, *, work: Path, reports: Path, params: Path, reques
 
         client = Client(server.inference, deployment["model"], key_file=server.key_file)
         images = _test_images(served, work, reports, requests)
-        watches, answered, latencies_ms = [], 0, []
-        for what, change in (
-            ("the images of the evaluation", None),
-            ("the same from an aged detector", _aged),
+        watches, latencies_ms = [], []
+        for name, what, sent in (
+            ("drift_the_evaluation", "the images of the evaluation", images),
+            ("drift_aged_detector", "the same from an aged detector", [_aged(pixels) for pixels in images]),
         ):
-            sent = [change(pixels) if change else pixels for pixels in images]
             for pixels in track(sent, description=f"ask       {what}", console=console, transient=True):
+                png = encode_png(pixels)
                 started = time.perf_counter()
-                client.predict(encode_png(pixels))
+                client.predict(png)
                 latencies_ms.append(1000 * (time.perf_counter() - started))
-            answered += len(sent)
-            watches.append(_watch(what, len(sent), served, server, work, home, params))
-            say(f"[bold]monitor[/]  {what}: {watches[-1]['said']}")
+            section = read_params(f"{params}:{experiment}", "monitor", MonitorParams)
+            found = _watch(
+                server.request_log,
+                work / experiment / str(served.seed) / "bundle",
+                home / name,
+                section.model_copy(update={"window": len(sent)}),
+            )
+            watches.append({"what": what, **found, "report": f"{name}.html"})
+            say(f"[bold]monitor[/]  {what}: {found['said']}")
+    answered = len(latencies_ms)
     p50_ms, p95_ms = np.percentile(latencies_ms, [50, 95])
     say(
         f"[bold]stopped[/]  {answered} requests answered, median {p50_ms:.0f} ms, 95 % within {p95_ms:.0f} ms"
@@ -145,7 +152,7 @@ def _test_images(decision: Decision, work: Path, reports: Path, number: int) -> 
     packaged = _packaged(decision, work, reports)
     frame, _ = read_predictions(packaged["predictions"])
     folder = DatasetFolder(packaged["dataset"])
-    rows = np.unique(np.linspace(0, len(frame) - 1, min(number, len(frame))).round().astype(int))
+    rows = evenly_spread(len(frame), number)
     return [folder.pixels(sample_id) for sample_id in frame["sample_id"].iloc[rows]]
 
 
@@ -156,19 +163,10 @@ def _aged(pixels: np.ndarray) -> np.ndarray:
     return (np.clip(blurred / top, 0, 1) ** AGED_GAMMA * top).round().astype(pixels.dtype)
 
 
-def _watch(
-    what: str, number: int, served: Decision, server: TorchServe, work: Path, home: Path, params: Path
-) -> dict[str, Any]:
-    """Monitor the last `number` requests; what was found."""
-    name = f"drift_{'_'.join(what.split()[-2:])}"
-    section = read_params(f"{params}:{served.experiment}", "monitor", MonitorParams)
-    with suppress(Alarm), redirect_stdout(io.StringIO()):  # its message stands in drift.json
-        monitor(
-            request_log=server.request_log,
-            bundle=work / served.experiment / str(served.seed) / "bundle",
-            drift=home / f"{name}.json",
-            report=home / f"{name}.html",
-            params=section.model_copy(update={"window": number}),
-        )
-    found = json.loads((home / f"{name}.json").read_text(encoding="utf-8"))
-    return {"what": what, "drifted": found["drifted"], "said": found["message"], "report": f"{name}.html"}
+def _watch(request_log: Path, bundle: Path, drift: Path, params: MonitorParams) -> dict[str, Any]:
+    """Monitor the latest requests, into `drift`.json and .html; what was found."""
+    record, report = drift.with_suffix(".json"), drift.with_suffix(".html")
+    with suppress(Alarm), redirect_stdout(io.StringIO()):  # its message stands in the record
+        monitor(request_log=request_log, bundle=bundle, drift=record, report=report, params=params)
+    found = json.loads(record.read_text(encoding="utf-8"))
+    return {"drifted": found["drifted"], "said": found["message"]}

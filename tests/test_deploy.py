@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from test_evaluate import prepare
+from test_package import Packed
 
 from cadx.bundle import Bundle
 from cadx.datasets import DatasetFolder
@@ -59,18 +60,11 @@ class Packaged:
         return json.loads((out / "deployment.json").read_text())
 
 
-def make(folder: Path, *, steps: int, floor: float = 0.01) -> Packaged:
+def make(folder: Path, *, steps: int) -> Packaged:
     run = prepare(folder, steps=steps)
-    run.evaluate(folder, split="test", minimum_n=5)
-    shared = {"metrics": folder / "metrics.json", "bundle": run.bundle}
-    gate(**shared, decision=folder / "decision.json", params=GateParams(at_least={"auc": floor}))
-    package(
-        **shared,
-        decision=folder / "decision.json",
-        archive=folder / "model.mar",
-        card=folder / "card.html",
-        params=PackageParams(name="chest"),
-    )
+    packed = Packed(run, folder)
+    packed.judge(auc=0.01)
+    packed.package(folder, name="chest")
     return Packaged(folder, run.dataset, run.bundle)
 
 
