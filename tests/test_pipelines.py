@@ -477,7 +477,7 @@ def test_the_whole_pipeline_ends_in_a_served_model(
             train={**sections["train"], **quick},
             evaluate={"split": "test", "resamples": 0, "minimum_n": 5},
             summarise={"resamples": 0, "minimum_n": 5},
-            gate={"at_least": {}},
+            gate={"at_least": {"auc": 0.0}},
             deploy={"golden_samples": 8},
             model_store=str(server.model_store),
             key_file=str(server.key_file),
