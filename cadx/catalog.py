@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from cadx.files import digest_path, replacing
-from cadx.reading import dicom_identifiers, read_image
+from cadx.reading.dicom import dicom_identifiers
+from cadx.reading.images import read_image
 from cadx.types import Config, Task
 
 GivenSplit = Literal["train", "val", "calibration", "test"]
@@ -188,6 +189,7 @@ class PhantomEntry(_Described):
 
 Entry = Annotated[NpzEntry | FolderEntry | TableEntry | PhantomEntry, Field(discriminator="format")]
 StoredEntry = NpzEntry | FolderEntry | TableEntry
+ENTRY: TypeAdapter[Entry] = TypeAdapter(Entry)
 _CATALOG: TypeAdapter[dict[str, Entry]] = TypeAdapter(dict[str, Entry])
 
 

@@ -24,7 +24,7 @@ from cadx import calibration
 from cadx.bundle import Bundle
 from cadx.drift import image_statistics
 from cadx.files import replacing
-from cadx.reading import read_image
+from cadx.reading.images import read_image
 from cadx.types import Config, Digest, Prediction, RawImage, Split, Task
 
 BATCH_SIZE = 64

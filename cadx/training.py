@@ -30,10 +30,12 @@ from torch.utils.data import DataLoader, Sampler
 
 from cadx import metrics
 from cadx.bundle import versions
-from cadx.datasets import BalancedSampler, DatasetFolder, EpochSampler, ImageDataset
+from cadx.datasets import DatasetFolder
 from cadx.files import canonical_json, digest_bytes, digest_path, replacing
+from cadx.loading.images import ImageDataset
 from cadx.losses import LossConfig, count_labels
 from cadx.models import ModelConfig
+from cadx.sampling import BalancedSampler, EpochSampler
 from cadx.transforms import Augmentation, Preprocessing
 from cadx.types import Config, Digest
 

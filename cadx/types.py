@@ -7,7 +7,8 @@ The axis order is fixed here and nowhere else:
     boxes    N 4        x0 y0 x1 y1, 0-based, half-open, in stored pixels
     labels   N K        one column per class, NaN = unlabelled
 
-Raw pixels, before preprocessing, are H W (gray) or H W 3 (colour), uint8 or uint16, with black = 0.
+Raw pixels, before preprocessing, are H W (gray) or H W 3 (colour), uint8 or uint16, with black = 0. Raw voxels
+are D H W in the file's own scale (HU for CT), uint8, uint16, int16 or float32.
 """
 
 from dataclasses import dataclass, field
@@ -19,9 +20,13 @@ if TYPE_CHECKING:  # the command line starts without NumPy
     import numpy as np
 
 Task = Literal["binary", "multiclass", "multilabel", "detection"]
+Kind = Literal["image", "volume", "slide", "features"]
+"""What one sample is: a 2D image; a 3D volume; a whole slide; or a bag of feature vectors."""
 Split = Literal["train", "val", "calibration", "test", "excluded"]
 
 Millimetres = NewType("Millimetres", float)
+Micrometres = NewType("Micrometres", float)
+MicrometresPerPixel = NewType("MicrometresPerPixel", float)
 Digest = NewType("Digest", str)  # "sha256:" and 64 hex digits
 
 
@@ -71,6 +76,29 @@ class RawImage:
     attributes: dict[str, Any] = field(default_factory=dict)
     patient: str | None = field(default=None, repr=False)
     assumptions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RawVolume:
+    """One 3D image as read from a file or a series, brought to RAS+ axes, before any preprocessing.
+
+    Attributes:
+        voxels: D H W = S, A, R: index 0 is the most inferior slice, posterior row, left column. uint8, uint16,
+            int16 or float32, in the file's own scale (for CT: HU).
+        spacing_mm: (D, H, W) distance between voxel centres.
+        attributes: as in `RawImage`.
+        patient: as in `RawImage`.
+        assumptions: as in `RawImage`.
+        findings: what is doubtful about its geometry, as "code: words", codes being missing_slices,
+            duplicate_slices, uneven_spacing, gantry_tilt, oblique; empty if nothing is. `validate` judges it.
+    """
+
+    voxels: "np.ndarray"
+    spacing_mm: tuple[Millimetres, Millimetres, Millimetres]
+    attributes: dict[str, Any] = field(default_factory=dict)
+    patient: str | None = field(default=None, repr=False)
+    assumptions: tuple[str, ...] = ()
+    findings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from cadx.datasets import DatasetFolder
 from cadx.files import digest_path, replacing, write_json
 from cadx.gating import Decision, read_decision
 from cadx.predicting import PredictionsInfo, read_predictions
-from cadx.reading import encode_png
+from cadx.reading.images import encode_png
 from cadx.types import Digest
 from components.contract import In, Keep, Out, Params, step
 from serving.archive import Release, read_release

@@ -43,10 +43,11 @@ from typing import Annotated, Any, Literal
 import pandas as pd
 from pydantic import Field
 
-from cadx.datasets import ClassBalance, DatasetFolder, analyze_class_imbalance, read_splits
+from cadx.datasets import DatasetFolder, read_splits
 from cadx.files import digest_path, write_json
 from cadx.losses import LossConfig
 from cadx.reporting import INK, MUTED, PALETTE, Page, figure
+from cadx.sampling import ClassBalance, analyze_class_imbalance
 from cadx.types import Config, Task
 from components.contract import In, Out, Params, step
 

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.progress import track
 
 from cadx.catalog import (
+    ENTRY,
     SPLIT_WORDS,
-    BoxTable,
     Entry,
     FolderEntry,
     NpzEntry,
@@ -36,15 +36,9 @@ from cadx.catalog import (
 from cadx.datasets import DatasetWriter, SourceInfo
 from cadx.drift import image_statistics
 from cadx.files import digest_bytes, digest_path
-from cadx.reading import (
-    BURNED_IN,
-    dicom_identifiers,
-    parse_age,
-    parse_sex,
-    read_arrays,
-    read_image,
-    sniff_file,
-)
+from cadx.reading.dicom import BURNED_IN, dicom_identifiers, parse_age, parse_sex
+from cadx.reading.images import read_arrays, read_image
+from cadx.reading.source import sniff_file
 from cadx.types import Digest, RawImage
 from components.contract import In, Keep, Out, Params, explain, step
 
@@ -96,7 +90,7 @@ def ingest(*, catalog: In, cache: Keep, dataset: Out, digest: str = "", params: 
             if isinstance(entry, NpzEntry):
                 _add_arrays(writer, name, entry, root)
             else:
-                layout = _phantom_table(entry) if isinstance(entry, PhantomEntry) else entry
+                layout = _phantom_layout(name, entry) if isinstance(entry, PhantomEntry) else entry
                 _add_files(writer, name, layout, root, cache)
 
 
@@ -117,30 +111,28 @@ def _at_hand(name: str, entry: Entry, cache: Path) -> Iterator[Path]:
     if not isinstance(entry, PhantomEntry):
         yield fetch(name, entry, cache)
         return
-    from cadx.phantom import XrayPhantom, write_xray_cohort
-
-    try:
-        config = XrayPhantom.model_validate(entry.parameters)
-    except ValidationError as error:
-        raise ValueError(explain(error, f"{name}.parameters")) from None
     with TemporaryDirectory(prefix="cadx-phantom-") as folder:
         root = Path(folder) / "cohort"
-        write_xray_cohort(root, config)
+        _phantom(name, entry).write(root)
         yield root
 
 
-def _phantom_table(entry: PhantomEntry) -> TableEntry:
-    """The cohort's own table, as an entry: patients, sites and the rest come from the DICOM files."""
-    normal, opacity = entry.classes
-    return TableEntry(
-        **entry.model_dump(exclude={"format", "parameters"}),
-        format="table",
-        file="cohort",
-        table="labels.csv",
-        label_column="label_opacity",
-        values={"0": normal, "1": opacity},
-        boxes=BoxTable(table="boxes.csv", x1="x1", y1="y1"),
-    )
+def _phantom(name: str, entry: PhantomEntry) -> Any:
+    from cadx.phantom import PHANTOM
+
+    try:
+        return PHANTOM.validate_python(entry.parameters)
+    except ValidationError as error:
+        raise ValueError(explain(error, f"{name}.parameters")) from None
+
+
+def _phantom_layout(name: str, entry: PhantomEntry) -> FolderEntry | TableEntry:
+    """The entry by which a phantom's own files are read."""
+    layout = _phantom(name, entry).layout(entry.classes)
+    described = entry.model_dump(exclude={"format", "parameters"})
+    found = ENTRY.validate_python({**described, "file": "cohort", **layout})
+    assert isinstance(found, (FolderEntry, TableEntry))
+    return found
 
 
 def _add_arrays(writer: DatasetWriter, name: str, entry: NpzEntry, path: Path) -> None:

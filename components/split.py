@@ -15,8 +15,9 @@ from typing import Annotated, Literal, Self
 import pandas as pd
 from pydantic import Field, model_validator
 
-from cadx.datasets import DatasetFolder, assign_splits, cut, write_splits
+from cadx.datasets import DatasetFolder, write_splits
 from cadx.files import digest_path
+from cadx.splitting import assign_splits, cut
 from cadx.types import Config
 from components.contract import In, Out, Params, step
 

@@ -32,9 +32,10 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from cadx.datasets import DatasetFolder, analyze_class_imbalance
+from cadx.datasets import DatasetFolder
 from cadx.files import digest_path, write_json
 from cadx.reporting import MUTED, PALETTE, Page, figure
+from cadx.sampling import analyze_class_imbalance
 from components.contract import In, Out, Params, step
 
 Severity = Literal["stop", "quarantine", "warn"]

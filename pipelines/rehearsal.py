@@ -16,7 +16,7 @@ from cadx.datasets import DatasetFolder
 from cadx.files import write_json
 from cadx.gating import Decision, read_decisions
 from cadx.predicting import read_predictions
-from cadx.reading import encode_png
+from cadx.reading.images import encode_png
 from components.contract import Alarm, read_params
 from components.deploy import DeployParams, NotPromoted, deploy, evenly_spread
 from components.monitor import MonitorParams, monitor

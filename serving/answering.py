@@ -21,7 +21,7 @@ import numpy as np
 
 from cadx.drift import STATISTICS
 from cadx.predicting import Predictor
-from cadx.reading import encode_png, read_image
+from cadx.reading.images import encode_png, read_image
 from cadx.types import Prediction, RawImage
 from serving.archive import BUNDLE, RELEASE, parse_release
 

@@ -24,7 +24,8 @@ from cadx.catalog import (
     site_key,
 )
 from cadx.files import digest_path
-from cadx.phantom import Faults, XrayPhantom, write_xray_cohort
+from cadx.phantom.cohort import Faults
+from cadx.phantom.xray import XrayPhantom, write_xray_cohort
 
 COMMON = {
     "title": "T", "task": "binary", "classes": ["a", "b"], "positive": "b", "modality": "chest X-ray",

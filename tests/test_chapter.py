@@ -5,8 +5,8 @@ from importlib import import_module
 import pytest
 
 NAMES = {
-    "analyze_class_imbalance": "cadx.datasets",
-    "BalancedSampler": "cadx.datasets",
+    "analyze_class_imbalance": "cadx.sampling",
+    "BalancedSampler": "cadx.sampling",
     "MedicalClassificationModel": "cadx.models.radiograph",
     "MedicalResNet": "cadx.models.radiograph",
     "DenseNetMedical": "cadx.models.radiograph",

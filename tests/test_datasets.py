@@ -21,20 +21,17 @@ from cadx import datasets
 from cadx.datasets import (
     BOX_COLUMNS,
     SAMPLE_COLUMNS,
-    BalancedSampler,
     DatasetFolder,
     DatasetWriter,
-    EpochSampler,
-    ImageDataset,
     SourceInfo,
-    analyze_class_imbalance,
-    assign_splits,
-    cut,
     read_splits,
     schema_markdown,
     write_splits,
 )
 from cadx.files import digest_bytes, digest_path
+from cadx.loading.images import ImageDataset
+from cadx.sampling import BalancedSampler, EpochSampler, analyze_class_imbalance
+from cadx.splitting import assign_splits, cut
 from cadx.transforms import Preprocessing
 from cadx.types import Digest
 

@@ -16,7 +16,7 @@ from cadx.bundle import Bundle
 from cadx.datasets import DatasetFolder
 from cadx.files import write_json
 from cadx.predicting import read_predictions, write_predictions
-from cadx.reading import encode_png
+from cadx.reading.images import encode_png
 from components.calibrate import calibrate
 from components.contract import read_experiment
 from components.deploy import DeployParams, NotPromoted, deploy, golden_rows

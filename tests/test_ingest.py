@@ -14,8 +14,9 @@ from PIL import Image
 from cadx.catalog import describe_folder
 from cadx.datasets import DatasetFolder
 from cadx.files import digest_path
-from cadx.phantom import Faults, XrayPhantom, write_xray_cohort
-from cadx.reading import read_image
+from cadx.phantom.cohort import Faults
+from cadx.phantom.xray import XrayPhantom, write_xray_cohort
+from cadx.reading.images import read_image
 from components.ingest import ingest
 
 NAME = "Ignatowska^Bronislawa"

@@ -19,8 +19,9 @@ from cadx.bundle import Bundle
 from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo, read_splits, write_splits
 from cadx.drift import STATISTICS, compare_numbers, image_statistics
 from cadx.files import digest_path, write_json
-from cadx.phantom import Faults, Shift, XrayPhantom, write_xray_cohort
-from cadx.reading import encode_png, read_image
+from cadx.phantom.cohort import Faults, Shift
+from cadx.phantom.xray import XrayPhantom, write_xray_cohort
+from cadx.reading.images import encode_png, read_image
 from components.calibrate import CalibrateParams, calibrate
 from components.contract import Alarm
 from components.monitor import MonitorParams, monitor

@@ -16,8 +16,10 @@ from scipy.ndimage import binary_dilation
 
 from cadx.drift import image_statistics
 from cadx.files import digest_path
-from cadx.phantom import Faults, Shift, XrayPhantom, draw_visits, write_xray_cohort
-from cadx.reading import dicom_identifiers, read_image
+from cadx.phantom.cohort import Faults, Shift, draw_visits
+from cadx.phantom.xray import XrayPhantom, write_xray_cohort
+from cadx.reading.dicom import dicom_identifiers
+from cadx.reading.images import read_image
 
 SMALL = XrayPhantom(num_patients=30, size_px=96, prevalence=0.3, seed=5)
 

@@ -16,13 +16,9 @@ from pydicom.pixels import apply_modality_lut, apply_windowing
 from pydicom.sequence import Sequence
 from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian, RLELossless
 
-from cadx.reading import (
-    MAX_PIXELS,
-    dicom_identifiers,
-    read_arrays,
-    read_image,
-    sniff,
-)
+from cadx.reading.dicom import dicom_identifiers
+from cadx.reading.images import read_arrays, read_image
+from cadx.reading.source import MAX_PIXELS, sniff
 
 NAME = "Ignatowska^Bronislawa"
 

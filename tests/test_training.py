@@ -14,10 +14,11 @@ from accelerate.state import AcceleratorState
 from sklearn.metrics import roc_auc_score
 
 from cadx import training
-from cadx.datasets import BalancedSampler, DatasetFolder, DatasetWriter, SourceInfo
+from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
 from cadx.files import digest_bytes
 from cadx.losses import LossConfig
 from cadx.models import DenseNetConfig, ResNetConfig
+from cadx.sampling import BalancedSampler
 from cadx.training import Fitted, TrainingConfig, fit, learning_rate_factor, macro_auc
 from cadx.transforms import Augmentation, Preprocessing
 

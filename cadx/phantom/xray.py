@@ -1,15 +1,11 @@
-"""Synthetic cohorts in real file formats: the embedded default, and the tests' factory.
+"""Chest X-rays as DICOM files, with rare opacities, their boxes and masks.
 
-One `Config` per modality says what to write; the cohort (patients, sites, visits, who is ill) is drawn the
-same way for all of them. Everything is a function of the configuration: the same one writes the same bytes.
-
-How a chest X-ray comes about. Structures add or take away attenuation, in units of log exposure, on a grid
+How one comes about. Structures add or take away attenuation, in units of log exposure, on a grid
 of millimetres in the patient; the beam turns attenuation into exposure, with scatter and quantum noise; the
 site's detector and processing turn exposure into stored numbers. An opacity is more attenuation inside a
 lung, so it lies under ribs and vessels as a real one does. The label touches nothing else.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,48 +13,37 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import pydicom
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import Field, field_validator
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import (
-    UID,
     ComputedRadiographyImageStorage,
     DigitalXRayImageStorageForPresentation,
     ExplicitVRLittleEndian,
 )
-from rich.console import Console
-from rich.progress import track
 from scipy.ndimage import gaussian_filter
 
 from cadx.files import replacing
+from cadx.phantom.cohort import (
+    Array,
+    Faults,
+    Patient,
+    Range,
+    Shift,
+    Visit,
+    draw_visits,
+    drawing,
+    spoil,
+    stream,
+    uid,
+)
 from cadx.types import Config
-
-Array = npt.NDArray[Any]
-Range = tuple[float, float]
 
 UNIT_MM = 200.0
 """Anatomy is written in this unit: x from the patient's right to left (image left to right), y downward."""
 _SPACING_AT_PX = 192
-_SLOW = 200
-
-
-class Faults(Config):
-    """What a careless export does to a cohort; each is a number of files."""
-
-    duplicates: Annotated[int, Field(ge=0)] = 0  # images filed again under another patient: a leak
-    identifiers: Annotated[int, Field(ge=0)] = 0  # files that still carry a (fictional) name
-    corrupt_files: Annotated[int, Field(ge=0)] = 0  # in turn truncated, empty, and text
-
-
-class Shift(Config):
-    """What changes at the machines after a model was trained; patients and labels stay as they are."""
-
-    gamma: Annotated[float, Field(gt=0)] = 1.0  # of the displayed intensity; above 1 is darker
-    blur_sigma_px: Annotated[float, Field(ge=0)] = 0.0
-    new_scanner: bool = False  # every site has replaced its machine by one that was never seen
 
 
 class XrayPhantom(Config):
@@ -76,90 +61,27 @@ class XrayPhantom(Config):
     faults: Faults = Faults()
     shift: Shift = Shift()
 
+    def write(self, folder: Path) -> None:
+        """Write the cohort: `write_xray_cohort`."""
+        write_xray_cohort(folder, self)
+
+    def layout(self, classes: Sequence[str]) -> dict[str, Any]:
+        """The catalogue's fields for what `write` leaves; patients and sites come from the DICOM files."""
+        negative, positive = classes
+        return {
+            "format": "table",
+            "table": "labels.csv",
+            "label_column": "label_opacity",
+            "values": {"0": negative, "1": positive},
+            "boxes": {"table": "boxes.csv", "x1": "x1", "y1": "y1"},
+        }
+
     @field_validator("opacity_radius_mm", "opacity_contrast")
     @classmethod
     def _is_range(cls, value: Range) -> Range:
         if not 0 < value[0] <= value[1]:
             raise ValueError("give two positive numbers, the smaller one first")
         return value
-
-
-# --- The cohort, for every modality ------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Patient:
-    """One person of a cohort. `number` counts from 1; `site` indexes the modality's table of sites."""
-
-    number: int
-    sex: Literal["F", "M"]
-    age_years: int
-    site: int
-
-
-@dataclass(frozen=True)
-class Visit:
-    """One examination of a patient: `index` 0 is the first, later ones are follow-ups."""
-
-    patient: Patient
-    index: int
-    positive: bool
-
-
-def draw_visits(
-    *,
-    num_patients: int,
-    visits_per_patient: float,
-    site_weights: Sequence[float],
-    prevalence: float,
-    seed: int,
-) -> list[Visit]:
-    """All visits of a cohort, patient by patient; round(prevalence * visits) of them are positive.
-
-    Illness depends on nothing that the cohort table shows: not on site, sex or age. A patient who is ill
-    is so on most visits, at least on one. With a higher prevalence, the same patients are ill and
-    more besides.
-
-    >>> visits = draw_visits(num_patients=50, visits_per_patient=1, site_weights=[1], prevalence=0.1, seed=0)
-    >>> len(visits), sum(visit.positive for visit in visits)
-    (50, 5)
-    """
-    rng = _stream(seed, "cohort")
-    weights = np.asarray(site_weights, dtype=float)
-    patients = [
-        Patient(
-            number=number,
-            sex="F" if rng.random() < 0.5 else "M",
-            age_years=int(18 + 74 * rng.beta(2.6, 1.9)),
-            site=int(rng.choice(len(weights), p=weights / weights.sum())),
-        )
-        for number in range(1, num_patients + 1)
-    ]
-    num_visits = 1 + np.minimum(rng.poisson(visits_per_patient - 1, num_patients), 5)
-    ill_on = [(rng.random(count) < 0.75) | (np.arange(count) == rng.integers(count)) for count in num_visits]
-
-    wanted = round(prevalence * int(num_visits.sum()))
-    positive = [np.zeros(count, dtype=bool) for count in num_visits]
-    for position in rng.permutation(num_patients):
-        for index in np.flatnonzero(ill_on[position])[:wanted]:
-            positive[position][index] = True
-            wanted -= 1
-    # A prevalence above the share of ill visits can only be reached by making every visit an ill one.
-    for position in range(num_patients):
-        for index in np.flatnonzero(~positive[position])[:wanted]:
-            positive[position][index] = True
-            wanted -= 1
-    return [
-        Visit(patient, index, bool(ill))
-        for patient, course in zip(patients, positive, strict=True)
-        for index, ill in enumerate(course)
-    ]
-
-
-def _stream(seed: int, *names: str | int) -> np.random.Generator:
-    """A random stream of its own for each name: adding a structure does not reshuffle the others."""
-    digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
-    return np.random.default_rng(int.from_bytes(digest[:16], "little"))
 
 
 # --- Chest X-ray: sites and machines -----------------------------------------------------------------
@@ -301,7 +223,7 @@ class _Pose:
 
 
 def _draw_chest(patient: Patient, config: XrayPhantom) -> _Chest:
-    rng = _stream(config.seed, "chest", patient.number)
+    rng = stream(config.seed, "chest", patient.number)
     male = patient.sex == "M"
     ageing = (patient.age_years - 50) / 40
     size = (1.0 if male else 0.93) * rng.normal(1, 0.03)
@@ -495,7 +417,7 @@ def _attenuation(
 
     findings = []
     if visit.positive:
-        progress = _stream(chest.vessels, "course", visit.index)
+        progress = stream(chest.vessels, "course", visit.index)
         for seed in chest.opacities:
             density = _opacity(seed, lungs, pose, x, y, lung, progress.normal(1, 0.12))
             attenuation += density
@@ -560,7 +482,7 @@ def _shoulder_girdle(chest: _Chest, u: Array, y: Array) -> Array:
 
 def _vessel_tree(chest: _Chest, pose: _Pose) -> Array:
     """Pulmonary vessels from both hila, branching and tapering, H W, 0..1."""
-    rng = _stream(chest.vessels, "tree")
+    rng = stream(chest.vessels, "tree")
     over = 2
     canvas = Image.new("L", (pose.width_px * over, pose.height_px * over))
     draw = ImageDraw.Draw(canvas)
@@ -592,7 +514,7 @@ def _opacity(
     seed: _OpacitySeed, lungs: _Lungs, pose: _Pose, x: Array, y: Array, room: Array, growth: float
 ) -> Array:
     """Attenuation of one opacity, H W, 0 outside the lung: `room` says where there is any, 0..1."""
-    rng = _stream(seed.shape, "shape")
+    rng = stream(seed.shape, "shape")
     centre = lungs.point(seed.side, seed.lateral, seed.height)
     radius = seed.radius_mm * float(np.clip(growth, 0.75, 1.3)) / UNIT_MM
     stretch = rng.uniform(0.75, 1.3) if seed.cloudy else rng.uniform(0.9, 1.1)
@@ -684,7 +606,7 @@ class _Radiograph:
 
 def _radiograph(visit: Visit, scanner: Scanner, config: XrayPhantom) -> _Radiograph:
     chest = _draw_chest(visit.patient, config)
-    rng = _stream(config.seed, "exposure", visit.patient.number, visit.index)
+    rng = stream(config.seed, "exposure", visit.patient.number, visit.index)
     view = "AP" if rng.random() < 0.25 else "PA"
     spacing_mm = scanner.spacing_mm * _SPACING_AT_PX / config.size_px
     pose = _Pose(
@@ -785,12 +707,6 @@ def _glyph(text: str, size_px: int) -> Array:
     return np.asarray(canvas, dtype=np.float32) / 255
 
 
-def _uid(*names: str | int) -> UID:
-    """A UID made from names. Source: DICOM PS3.5 B.2, "2.25." and a 128-bit integer."""
-    digest = hashlib.sha256("/".join(map(str, names)).encode()).digest()
-    return UID(f"2.25.{int.from_bytes(digest[:16], 'big')}")
-
-
 def _dicom(
     image: _Radiograph, visit: Visit, site: Site, scanner: Scanner, patient_number: int, seed: int
 ) -> Dataset:
@@ -803,10 +719,10 @@ def _dicom(
         if scanner.modality == "DX"
         else ComputedRadiographyImageStorage
     )
-    ds.SOPInstanceUID = _uid(*study, "instance")
+    ds.SOPInstanceUID = uid(*study, "instance")
     ds.StudyDate = ds.StudyTime = ds.AccessionNumber = ds.ReferringPhysicianName = ds.StudyID = ""
-    ds.StudyInstanceUID = _uid(*study, "study")
-    ds.SeriesInstanceUID = _uid(*study, "series")
+    ds.StudyInstanceUID = uid(*study, "study")
+    ds.SeriesInstanceUID = uid(*study, "series")
     ds.SeriesNumber, ds.InstanceNumber = 1, 1
     ds.Modality = scanner.modality
     ds.Manufacturer, ds.ManufacturerModelName = scanner.manufacturer, scanner.model
@@ -846,7 +762,7 @@ def _dicom(
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = ds.SOPClassUID, ds.SOPInstanceUID
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     # pydicom would name its own version here, and an upgrade would change every byte's digest.
-    meta.ImplementationClassUID, meta.ImplementationVersionName = _uid("cadx"), "CADX_PHANTOM"
+    meta.ImplementationClassUID, meta.ImplementationVersionName = uid("cadx"), "CADX_PHANTOM"
     ds.file_meta = meta
     return ds
 
@@ -867,7 +783,7 @@ def write_xray_cohort(folder: Path, config: XrayPhantom) -> None:
         prevalence=config.prevalence,
         seed=config.seed,
     )
-    order = _stream(config.seed, "order")
+    order = stream(config.seed, "order")
     copies = order.choice(len(visits), min(config.faults.duplicates, len(visits)), replace=False).tolist()
     jobs = [(visit, visit.patient.number) for visit in visits]
     jobs += [(visits[of], config.num_patients + 1 + nth) for nth, of in enumerate(copies)]
@@ -881,14 +797,7 @@ def write_xray_cohort(folder: Path, config: XrayPhantom) -> None:
     with replacing(folder) as partial:
         (partial / "images").mkdir(parents=True)
         (partial / "masks").mkdir()
-        progress = track(
-            list(enumerate(jobs)),
-            "Drawing chest X-rays",
-            console=Console(stderr=True),
-            transient=True,
-            disable=len(jobs) < _SLOW,
-        )
-        for job, (visit, patient_number) in progress:
+        for job, (visit, patient_number) in enumerate(drawing(jobs, "chest X-rays")):
             site = sites[visit.patient.site]
             scanner = NEW_SCANNER if config.shift.new_scanner else site.scanner
             image = _radiograph(visit, scanner, config)
@@ -899,7 +808,7 @@ def write_xray_cohort(folder: Path, config: XrayPhantom) -> None:
             file = f"images/{stem}.dcm"
             pydicom.dcmwrite(partial / file, ds, enforce_file_format=True)
             if job in corrupt:
-                _corrupt(partial / file, corrupt.index(job))
+                spoil(partial / file, corrupt.index(job))
             labels.append((file, int(bool(image.findings))))
             boxes.extend((file, "opacity", *finding.box) for finding in image.findings)
             if image.findings:
@@ -918,10 +827,3 @@ def _plant_identifiers(ds: Dataset, patient_number: int) -> None:
     ds.PatientBirthDate = "19500101"
     ds.ReferringPhysicianName = "Phantom^Physician"
     del ds.PatientIdentityRemoved, ds.DeidentificationMethod
-
-
-def _corrupt(path: Path, kind: int) -> None:
-    whole = path.read_bytes()
-    path.write_bytes(
-        [whole[: len(whole) // 2], b"", b"This is a text file, whatever its name says.\n"][kind % 3]
-    )

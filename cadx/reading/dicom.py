@@ -1,39 +1,25 @@
-"""Files as they come -> pixels, geometry and what they say of patient group and machine.
-
-The only module that opens medical formats. Invariants: a file is known by its first bytes, never by its
-name; unknown geometry or meaning is refused or recorded as an assumption, never guessed; no message, log
-line or warning repeats a value or a file name, since either may carry a patient's name.
-"""
+"""DICOM files -> pixels, spacing, what they say of patient group and machine, and who is named in them."""
 
 import io
 import logging
 import re
 import threading
 import warnings
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pydicom
 import pydicom.config
-from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import JPEG2000, UID, JPEG2000Lossless, JPEGBaseline8Bit
 
+from cadx.reading.source import HEAD_BYTES, Refusal, check_size, gray_if_equal, read_bytes, sniff
 from cadx.types import Millimetres, RawImage
-
-MAX_PIXELS = 80_000_000
-"""Largest image that is decoded: twice the largest radiograph, and under Pillow's own alarm."""
-MAX_FILE_BYTES = 1 << 29
-MAX_ARRAYS_BYTES = 1 << 34
-"""Largest archive of arrays, unpacked: what its headers claim is checked before anything is."""
-
-Format = Literal["DICOM", "PNG", "JPEG"]
 
 IDENTIFYING_KEYWORDS = frozenset({
     "AccessionNumber", "AdmissionID", "CountryOfResidence", "InsurancePlanIdentification",
@@ -50,66 +36,13 @@ Source: DICOM PS3.15 Annex E, table E.1-1.
 BURNED_IN = "BurnedInAnnotation"
 """The one identifier that cannot be dropped with the header: it stands in the pixels."""
 
-_MAGIC: tuple[tuple[int, bytes, Format], ...] = (
-    (128, b"DICM", "DICOM"),
-    (0, b"\x89PNG\r\n\x1a\n", "PNG"),
-    (0, b"\xff\xd8\xff", "JPEG"),
-)
-_HEAD_BYTES = 132
+
 _COLOUR_SPACES = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 # Pillow refuses truncated streams, which GDCM silently fills; GDCM reads what Pillow does not know.
 _PILLOW_SYNTAXES = (JPEGBaseline8Bit, JPEG2000Lossless, JPEG2000)
 _YEARS_PER = {"Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25, "": 1.0}
 _PARSING = threading.Lock()
-
-
-class _Refusal(ValueError):
-    """A reason in our own words, which holds no value of the file."""
-
-
-def read_image(source: Path | bytes) -> RawImage:
-    """The image in `source`, a DICOM, PNG or JPEG file by its first bytes.
-
-    DICOM goes through modality and VOI transformation (PS3.3 C.11.1, C.11.2) and has MONOCHROME1 turned, so
-    that black = 0. Images of at most 8 bits come back as uint8, others as uint16 stretched over the display
-    window or, without one, over the stored bits. Colour whose three channels agree comes back as gray.
-
-    Raises:
-        ValueError: one line, without file name or value: not an image, truncated, several frames, more than
-            `MAX_PIXELS`, or of a kind whose meaning is not known.
-    """
-    data = _read_bytes(source)
-    kind = sniff(data[:_HEAD_BYTES])
-    if kind is None:
-        raise ValueError("neither DICOM, PNG nor JPEG by its first bytes; export the image in one of them")
-    try:
-        return _read_dicom(data) if kind == "DICOM" else _read_picture(data, kind)
-    except _Refusal as refusal:
-        raise ValueError(f"{kind}: {refusal}") from None
-    except Exception as error:  # the libraries raise every type there is, and their texts repeat values
-        what = type(error).__name__
-        raise ValueError(f"{kind}: damaged or truncated ({what}); export or copy the file again") from None
-
-
-def sniff(head: bytes) -> Format | None:
-    r"""The format that the first 132 bytes of a file announce, or None.
-
-    >>> sniff(b"\xff\xd8\xff\xe0")
-    'JPEG'
-    >>> sniff(b"PatientName: ...") is None
-    True
-    """
-    for offset, magic, name in _MAGIC:
-        if head[offset : offset + len(magic)] == magic:
-            return name
-    return None
-
-
-def sniff_file(path: Path) -> Format | None:
-    """The format that a file's first bytes announce, or None."""
-    with path.open("rb") as stream:
-        return sniff(stream.read(_HEAD_BYTES))
 
 
 def dicom_identifiers(source: Path | bytes) -> tuple[str, ...]:
@@ -121,13 +54,13 @@ def dicom_identifiers(source: Path | bytes) -> tuple[str, ...]:
     Raises:
         ValueError: one line, if the header cannot be read.
     """
-    data = _read_bytes(source)
-    if sniff(data[:_HEAD_BYTES]) != "DICOM":
+    data = read_bytes(source)
+    if sniff(data[:HEAD_BYTES]) != "DICOM":
         return ()
     found: set[str] = set()
     try:
-        with _discreet():
-            header = _parse(data)
+        with discreet():
+            header = parse_header(data)
             removed = _text(header, "PatientIdentityRemoved") == "YES"
             for element in header.iterall():
                 keyword = element.keyword or f"({element.tag.group:04X},{element.tag.element:04X})"
@@ -139,33 +72,11 @@ def dicom_identifiers(source: Path | bytes) -> tuple[str, ...]:
                     found.add(keyword)
             if _text(header, BURNED_IN) == "YES":
                 found.add(BURNED_IN)
-    except _Refusal as refusal:
+    except Refusal as refusal:
         raise ValueError(f"DICOM: {refusal}") from None
     except Exception as error:  # see read_image
         raise ValueError(f"DICOM: the header cannot be read ({type(error).__name__})") from None
     return tuple(sorted(found))
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz archive by name. Pickled objects are refused, never loaded.
-
-    Raises:
-        ValueError: one line: missing, no archive, truncated, with objects, or larger than `MAX_ARRAYS_BYTES`.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            claimed_bytes = sum(member.file_size for member in archive.infolist())
-        if claimed_bytes > MAX_ARRAYS_BYTES:
-            raise _Refusal(f"claims {claimed_bytes} bytes unpacked, over the limit of {MAX_ARRAYS_BYTES}")
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except FileNotFoundError:
-        raise ValueError(f"{path.name}: no such file") from None
-    except _Refusal as refusal:
-        raise ValueError(f"{path.name}: {refusal}") from None
-    except Exception as error:  # zipfile, zlib and NumPy each have their own types for a damaged archive
-        what = type(error).__name__
-        raise ValueError(f"{path.name}: no readable .npz of plain arrays ({what}); fetch it again") from None
 
 
 def parse_age(text: str) -> float:
@@ -190,95 +101,8 @@ def parse_sex(text: str) -> str:
     return words.get(text.strip().upper(), "")
 
 
-def _read_bytes(source: Path | bytes) -> bytes:
-    if isinstance(source, Path):
-        try:
-            size_bytes = source.stat().st_size
-            data = source.read_bytes() if size_bytes <= MAX_FILE_BYTES else b""
-        except FileNotFoundError:
-            raise ValueError("no such image file; check the path") from None
-        except OSError as error:
-            raise ValueError(f"the image file cannot be read ({type(error).__name__})") from None
-    else:
-        data, size_bytes = source, len(source)
-    if size_bytes > MAX_FILE_BYTES:
-        raise ValueError(f"a file of {size_bytes} bytes is over the limit of {MAX_FILE_BYTES} for one image")
-    if not data:
-        raise ValueError("an empty file; export or copy it again")
-    return data
-
-
-# --- PNG and JPEG -----------------------------------------------------------------------------------
-
-
-def _read_picture(data: bytes, kind: Format) -> RawImage:
-    with _discreet():  # Pillow's alarm at large sizes, which are refused below
-        picture: Image.Image = Image.open(io.BytesIO(data), formats=(kind,))
-    _check_size(picture.height, picture.width)
-    if getattr(picture, "n_frames", 1) > 1:
-        raise _Refusal("several frames; export each image on its own")
-    assumptions = []
-    # Pillow gives 16-bit colour with 8 bits and does not say so; byte 24 is the depth in the PNG header.
-    if kind == "PNG" and data[24] == 16 and not picture.mode.startswith("I"):
-        assumptions.append("16-bit colour was read with 8 bits")
-    if "transparency" in picture.info and picture.mode in ("P", "L", "RGB"):
-        picture = picture.convert("RGBA")
-    if picture.mode in ("LA", "RGBA", "PA"):
-        layer = picture.convert("RGBA")
-        if layer.getchannel("A").getextrema() != (255, 255):
-            assumptions.append("transparent pixels were laid over black")
-        canvas = Image.new("RGBA", layer.size, (0, 0, 0, 255))
-        picture = Image.alpha_composite(canvas, layer).convert("RGB")
-    elif picture.mode == "P":
-        picture = picture.convert("RGB")
-    elif picture.mode == "1":
-        picture = picture.convert("L")
-    if picture.mode.startswith("I"):
-        pixels = np.asarray(picture).astype(np.uint16)
-    elif picture.mode in ("L", "RGB"):
-        pixels = np.array(picture)
-    else:
-        raise _Refusal(f"colour mode {picture.mode} has no one meaning; export as gray or RGB")
-    return RawImage(pixels=_gray_if_equal(pixels), assumptions=tuple(assumptions))
-
-
-def encode_png(pixels: np.ndarray) -> bytes:
-    """A PNG file that `read_image` reads as these very pixels, H W (8 or 16 bits) or H W 3 (8 bits).
-
-    Raises:
-        ValueError: for colour with 16 bits.
-
-    >>> pixels = np.arange(6, dtype=np.uint16).reshape(2, 3) * 9000
-    >>> bool((read_image(encode_png(pixels)).pixels == pixels).all())
-    True
-    """
-    if pixels.ndim == 3 and pixels.dtype != np.uint8:
-        raise ValueError("colour with 16 bits does not fit into a PNG here; send the original file")
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, format="PNG")
-    return out.getvalue()
-
-
-def _gray_if_equal(pixels: np.ndarray) -> np.ndarray:
-    if pixels.ndim == 3:
-        red = pixels[..., 0]
-        if np.array_equal(red, pixels[..., 1]) and np.array_equal(red, pixels[..., 2]):
-            pixels = red
-    return np.ascontiguousarray(pixels)
-
-
-def _check_size(height_px: int, width_px: int) -> None:
-    if height_px < 1 or width_px < 1:
-        raise _Refusal("an empty image: no rows or no columns")
-    if height_px * width_px > MAX_PIXELS:
-        raise _Refusal(f"claims {height_px} x {width_px} pixels, over the limit of {MAX_PIXELS}")
-
-
-# --- DICOM ------------------------------------------------------------------------------------------
-
-
 @contextmanager
-def _discreet() -> Iterator[None]:
+def discreet() -> Iterator[None]:
     """No warning and no log line of a library inside the block: both repeat what the file says.
 
     The state it changes belongs to the process, hence the lock; decoding runs outside it, in parallel.
@@ -294,16 +118,18 @@ def _discreet() -> Iterator[None]:
             logger.disabled, settings.reading_validation_mode = before
 
 
-def _parse(data: bytes) -> Dataset:
+def parse_header(data: bytes) -> Dataset:
+    """The elements of a DICOM file; call it inside `discreet`."""
     # pydicom inflates without a limit: a few kilobytes could fill the memory.
     if _DEFLATED in data[:1024]:
-        raise _Refusal("the deflated transfer syntax is not read; export uncompressed or as JPEG 2000")
+        raise Refusal("the deflated transfer syntax is not read; export uncompressed or as JPEG 2000")
     return pydicom.dcmread(io.BytesIO(data))
 
 
-def _read_dicom(data: bytes) -> RawImage:
-    with _discreet():
-        header = _parse(data)
+def read_dicom(data: bytes) -> RawImage:
+    """The image in a DICOM file: see `cadx.reading.images.read_image`. Raises what the libraries raise, and Refusal."""
+    with discreet():
+        header = parse_header(data)
         syntax = UID(str(header.file_meta.get("TransferSyntaxUID", "")))
         colour = _check_pixels(header, syntax)
         assumptions: list[str] = []
@@ -314,34 +140,34 @@ def _read_dicom(data: bytes) -> RawImage:
     plugin = "pillow" if syntax in _PILLOW_SYNTAXES else ""
     stored, _ = get_decoder(syntax).as_array(header, index=0, raw=False, decoding_plugin=plugin)
     if (stored.shape[0], stored.shape[1]) != (header.Rows, header.Columns):
-        raise _Refusal("the pixel data have another size than the header says")
-    pixels = _gray_if_equal(stored) if table is None else _look_up(table, stored)
+        raise Refusal("the pixel data have another size than the header says")
+    pixels = gray_if_equal(stored) if table is None else _look_up(table, stored)
     return RawImage(pixels, spacing_mm, attributes, patient, tuple(assumptions))
 
 
 def _check_pixels(header: Dataset, syntax: UID) -> bool:
     """Whether the image is in colour, once everything that decoding relies on is known to hold."""
     if "PixelData" not in header:
-        raise _Refusal("no pixel data: truncated, or no image at all; export or copy the file again")
+        raise Refusal("no pixel data: truncated, or no image at all; export or copy the file again")
     try:
         get_decoder(syntax)
     except NotImplementedError:
-        raise _Refusal("its transfer syntax is not read; export uncompressed or as JPEG 2000") from None
+        raise Refusal("its transfer syntax is not read; export uncompressed or as JPEG 2000") from None
     if int(header.get("NumberOfFrames") or 1) != 1:
-        raise _Refusal("several frames; export each image on its own")
-    _check_size(int(header.get("Rows") or 0), int(header.get("Columns") or 0))
+        raise Refusal("several frames; export each image on its own")
+    check_size(int(header.get("Rows") or 0), int(header.get("Columns") or 0))
     photometric = _text(header, "PhotometricInterpretation")
     bits, samples = int(header.BitsStored), int(header.SamplesPerPixel)
     if photometric in _COLOUR_SPACES and samples == 3:
         if header.BitsAllocated != 8 or bits != 8:
-            raise _Refusal(f"colour with {bits} bits per channel is not read; export with 8")
+            raise Refusal(f"colour with {bits} bits per channel is not read; export with 8")
         return True
     if photometric not in ("MONOCHROME1", "MONOCHROME2") or samples != 1:
-        raise _Refusal("its PhotometricInterpretation is not read; export as MONOCHROME2 or RGB")
+        raise Refusal("its PhotometricInterpretation is not read; export as MONOCHROME2 or RGB")
     if header.BitsAllocated not in (8, 16) or not 1 <= bits <= header.BitsAllocated:
-        raise _Refusal(f"{bits} of {header.BitsAllocated} bits stored; only 8 and 16 allocated bits are read")
+        raise Refusal(f"{bits} of {header.BitsAllocated} bits stored; only 8 and 16 allocated bits are read")
     if int(header.get("HighBit", bits - 1)) != bits - 1:
-        raise _Refusal("HighBit is not BitsStored - 1, against PS3.5; export the file again")
+        raise Refusal("HighBit is not BitsStored - 1, against PS3.5; export the file again")
     return False
 
 
@@ -359,7 +185,7 @@ def _display_table(header: Dataset, assumptions: list[str]) -> np.ndarray:
         slope, intercept = header.get("RescaleSlope"), header.get("RescaleIntercept")
         modality = values * float(1 if slope is None else slope) + float(intercept or 0)
     if not np.isfinite(modality).all() or modality.min() == modality.max():
-        raise _Refusal("RescaleSlope and RescaleIntercept leave no range of values")
+        raise Refusal("RescaleSlope and RescaleIntercept leave no range of values")
     unit = _display_values(header, modality, assumptions, bits)
     if _text(header, "PhotometricInterpretation") == "MONOCHROME1":
         unit = 1.0 - unit
@@ -392,7 +218,7 @@ def _display_values(header: Dataset, modality: np.ndarray, assumptions: list[str
     centre, width = centres[0], widths[0]
     function = _text(header, "VOILUTFunction") or "LINEAR"
     if not np.isfinite([centre, width]).all() or width < (1 if function == "LINEAR" else 1e-9):
-        raise _Refusal("WindowWidth is too small or no number")
+        raise Refusal("WindowWidth is too small or no number")
     if function == "SIGMOID":
         # 1 / (1 + exp(-4 z)), in the form that does not overflow.
         sigmoid: np.ndarray = (1.0 + np.tanh(2.0 * (modality - centre) / width)) / 2.0
@@ -400,7 +226,7 @@ def _display_values(header: Dataset, modality: np.ndarray, assumptions: list[str
     if function == "LINEAR":
         centre, width = centre - 0.5, width - 1.0
     elif function != "LINEAR_EXACT":
-        raise _Refusal("unknown VOILUTFunction")
+        raise Refusal("unknown VOILUTFunction")
     if width == 0:
         return (modality > centre).astype(np.float64)
     return np.clip((modality - centre) / width + 0.5, 0.0, 1.0)
@@ -419,7 +245,7 @@ def _apply_lut(item: Dataset, values: np.ndarray) -> tuple[np.ndarray, float]:
     else:
         entries = np.atleast_1d(np.asarray(data))
     if not 1 <= bits <= 16 or len(entries) < length:
-        raise _Refusal("a lookup table holds fewer entries than its descriptor says")
+        raise Refusal("a lookup table holds fewer entries than its descriptor says")
     index = np.clip(np.rint(values) - first, 0, length - 1).astype(np.int64)
     return entries[index].astype(np.float64), float((1 << bits) - 1)
 

@@ -1,0 +1,1 @@
+"""A dataset folder as torch sees it: one module per kind of sample."""

@@ -1,0 +1,112 @@
+"""One 2D image, DICOM, PNG or JPEG, -> pixels, geometry and what the file says; and arrays of images."""
+
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cadx.reading.dicom import discreet, read_dicom
+from cadx.reading.source import HEAD_BYTES, Format, Refusal, check_size, gray_if_equal, read_bytes, sniff
+from cadx.types import RawImage
+
+MAX_ARRAYS_BYTES = 1 << 34
+"""Largest archive of arrays, unpacked: what its headers claim is checked before anything is."""
+
+
+def read_image(source: Path | bytes) -> RawImage:
+    """The image in `source`, a DICOM, PNG or JPEG file by its first bytes.
+
+    DICOM goes through modality and VOI transformation (PS3.3 C.11.1, C.11.2) and has MONOCHROME1 turned, so
+    that black = 0. Images of at most 8 bits come back as uint8, others as uint16 stretched over the display
+    window or, without one, over the stored bits. Colour whose three channels agree comes back as gray.
+
+    Raises:
+        ValueError: one line, without file name or value: not an image, truncated, several frames, more than
+            `MAX_PIXELS`, or of a kind whose meaning is not known.
+    """
+    data = read_bytes(source)
+    kind = sniff(data[:HEAD_BYTES])
+    if kind is None:
+        raise ValueError("neither DICOM, PNG nor JPEG by its first bytes; export the image in one of them")
+    try:
+        return read_dicom(data) if kind == "DICOM" else _read_picture(data, kind)
+    except Refusal as refusal:
+        raise ValueError(f"{kind}: {refusal}") from None
+    except Exception as error:  # the libraries raise every type there is, and their texts repeat values
+        what = type(error).__name__
+        raise ValueError(f"{kind}: damaged or truncated ({what}); export or copy the file again") from None
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz archive by name. Pickled objects are refused, never loaded.
+
+    Raises:
+        ValueError: one line: missing, no archive, truncated, with objects, or larger than `MAX_ARRAYS_BYTES`.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            claimed_bytes = sum(member.file_size for member in archive.infolist())
+        if claimed_bytes > MAX_ARRAYS_BYTES:
+            raise Refusal(f"claims {claimed_bytes} bytes unpacked, over the limit of {MAX_ARRAYS_BYTES}")
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except FileNotFoundError:
+        raise ValueError(f"{path.name}: no such file") from None
+    except Refusal as refusal:
+        raise ValueError(f"{path.name}: {refusal}") from None
+    except Exception as error:  # zipfile, zlib and NumPy each have their own types for a damaged archive
+        what = type(error).__name__
+        raise ValueError(f"{path.name}: no readable .npz of plain arrays ({what}); fetch it again") from None
+
+
+# --- PNG and JPEG -----------------------------------------------------------------------------------
+
+
+def _read_picture(data: bytes, kind: Format) -> RawImage:
+    with discreet():  # Pillow's alarm at large sizes, which are refused below
+        picture: Image.Image = Image.open(io.BytesIO(data), formats=(kind,))
+    check_size(picture.height, picture.width)
+    if getattr(picture, "n_frames", 1) > 1:
+        raise Refusal("several frames; export each image on its own")
+    assumptions = []
+    # Pillow gives 16-bit colour with 8 bits and does not say so; byte 24 is the depth in the PNG header.
+    if kind == "PNG" and data[24] == 16 and not picture.mode.startswith("I"):
+        assumptions.append("16-bit colour was read with 8 bits")
+    if "transparency" in picture.info and picture.mode in ("P", "L", "RGB"):
+        picture = picture.convert("RGBA")
+    if picture.mode in ("LA", "RGBA", "PA"):
+        layer = picture.convert("RGBA")
+        if layer.getchannel("A").getextrema() != (255, 255):
+            assumptions.append("transparent pixels were laid over black")
+        canvas = Image.new("RGBA", layer.size, (0, 0, 0, 255))
+        picture = Image.alpha_composite(canvas, layer).convert("RGB")
+    elif picture.mode == "P":
+        picture = picture.convert("RGB")
+    elif picture.mode == "1":
+        picture = picture.convert("L")
+    if picture.mode.startswith("I"):
+        pixels = np.asarray(picture).astype(np.uint16)
+    elif picture.mode in ("L", "RGB"):
+        pixels = np.array(picture)
+    else:
+        raise Refusal(f"colour mode {picture.mode} has no one meaning; export as gray or RGB")
+    return RawImage(pixels=gray_if_equal(pixels), assumptions=tuple(assumptions))
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """A PNG file that `read_image` reads as these very pixels, H W (8 or 16 bits) or H W 3 (8 bits).
+
+    Raises:
+        ValueError: for colour with 16 bits.
+
+    >>> pixels = np.arange(6, dtype=np.uint16).reshape(2, 3) * 9000
+    >>> bool((read_image(encode_png(pixels)).pixels == pixels).all())
+    True
+    """
+    if pixels.ndim == 3 and pixels.dtype != np.uint8:
+        raise ValueError("colour with 16 bits does not fit into a PNG here; send the original file")
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, format="PNG")
+    return out.getvalue()
