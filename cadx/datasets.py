@@ -1,9 +1,10 @@
 """The dataset folder: its schema, writing and reading it, splits by patient, samplers, and torch's view.
 
     dataset.json     DatasetInfo: what the set is, and the digest of every other file
-    samples.parquet  a row per image (SAMPLE_COLUMNS)
+    samples.parquet  a row per sample (SAMPLE_COLUMNS)
     boxes.parquet    a row per box (BOX_COLUMNS)
-    shards/          raw pixels: safetensors files, key = sample_id
+    shards/          arrays in safetensors files: key = sample_id, or <layer>/<sample_id> for its masks
+    slides/          whole-slide files as they came, where the samples are slides
 
 Invariants: the same samples in the same order give the same bytes; no patient crosses a split; a sampler's
 order is a pure function of (seed, epoch).
@@ -14,8 +15,9 @@ import json
 import math
 import os
 import re
+import shutil
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self, get_args
@@ -30,7 +32,7 @@ from safetensors.numpy import save_file
 
 from cadx.files import digest_path, write_json
 from cadx.transforms import check_pixels
-from cadx.types import Config, Digest, Split, Task
+from cadx.types import Config, Digest, Kind, Split, Task
 
 # A shard is what writing holds in memory, and what a changed sample makes DVC store again; far fewer
 # files than images, because version control and object stores are slow on many small files.
@@ -40,6 +42,7 @@ SHARD_SAMPLES = 4096
 # Memory maps held open by one process: each costs address space and about 1 MB for its header.
 _OPEN_SHARDS = 64
 
+_VOXELS = ("uint8", "uint16", "int16", "float32")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _SEXES = ("", "F", "M", "O")
 _GIVEN_SPLITS = ("", "train", "val", "calibration", "test")
@@ -58,7 +61,9 @@ class Column(NamedTuple):
 
 SAMPLE_COLUMNS = (
     Column("sample_id", "string", "unique name of the sample, no identifier of a patient"),
-    Column("path", "string", "the shard that holds the pixels, relative to the folder"),
+    Column("path", "string", "the shard that holds the array, relative to the folder"),
+    Column("mask_path", "string", "the shard that holds its mask; empty where it has none"),
+    Column("slide_path", "string", "the slide's own file, relative to the folder; empty for other kinds"),
     Column("sha256", "string", "digest of the source file"),
     Column("pixels_sha256", "string", "digest of dtype, shape and pixels: equal for exact copies"),
     Column("patient", "string", "pseudonym of the patient; samples that share it never cross a split"),
@@ -68,12 +73,24 @@ SAMPLE_COLUMNS = (
     Column("sex", "string", "F, M, O, or empty where unknown"),
     Column("view", "string", "projection, such as PA or AP; empty where unknown"),
     Column("given_split", "string", "the set's official split: train, val, calibration, test, or empty"),
-    Column("height_px", "int64", "rows of the stored image"),
-    Column("width_px", "int64", "columns of the stored image"),
+    Column("depth_px", "int64", "slices of a volume; 1 for other kinds"),
+    Column("height_px", "int64", "rows of the stored image, of a slide's thumbnail; instances of a bag"),
+    Column("width_px", "int64", "columns of the same; features of an instance"),
     Column("channels", "int64", "1 (gray) or 3 (colour)"),
-    Column("bits", "int64", "8 (uint8) or 16 (uint16)"),
+    Column("bits", "int64", "8, 16 or 32 per value"),
+    Column("dtype", "string", "uint8 or uint16; for volumes int16 and float32 too; float32 for features"),
+    Column("spacing_slice_mm", "float64", "distance between centres of slices; NaN where there are none"),
     Column("spacing_row_mm", "float64", "distance between centres of rows; NaN where unknown"),
     Column("spacing_column_mm", "float64", "distance between centres of columns; NaN where unknown"),
+    Column(
+        "slide_mpp", "float64", "micrometres per pixel of a slide's own finest level; NaN for other kinds"
+    ),
+    Column("findings", "string", "what is doubtful about its geometry, as code: words; empty if nothing is"),
+    Column(
+        "phash", "string", "perceptual hash, 16 hex digits: close for images that look alike; may be empty"
+    ),
+    Column("check_<name>", "float64", "what a look at its quality measured"),
+    Column("clinical_<name>", "float64", "a clinical value; NaN where missing"),
     Column("stat_<name>", "float64", "a statistic of the raw pixels"),
     Column("label_<class>", "float64", "1 or 0 per class; NaN = unlabelled; one-hot unless multilabel"),
 )
@@ -124,11 +141,12 @@ class SourceInfo(Config):
 class DatasetInfo(Config):
     """What a dataset folder is: the content of dataset.json."""
 
-    schema_version: Literal[1] = Field(default=1, description="of this form; other versions are refused")
+    schema_version: Literal[2] = Field(default=2, description="of this form; other versions are refused")
     name: str = Field(min_length=1, description="the catalogue's name of the set")
     task: Task = Field(description="binary, multiclass, multilabel or detection")
     classes: tuple[str, ...] = Field(min_length=1, description="in the order of label columns and logits")
     positive: str | None = Field(default=None, description="the class that a binary task looks for")
+    kind: Kind = Field(default="image", description="what one sample is: image, volume, slide or features")
     modality: str = Field(min_length=1, description="what the images are, such as chest X-ray")
     clustered: bool = Field(description="false where the source has no patients, one is made up per image")
     source: SourceInfo = Field(description="title, address, digest, licence, citation, note")
@@ -174,6 +192,7 @@ class DatasetWriter:
         modality: str,
         clustered: bool,
         source: SourceInfo,
+        kind: Kind = "image",
     ) -> None:
         """Start a dataset at `path`, which must not exist yet.
 
@@ -185,6 +204,7 @@ class DatasetWriter:
             "task": task,
             "classes": tuple(classes),
             "positive": positive,
+            "kind": kind,
             "modality": modality,
             "clustered": clustered,
             "source": source,
@@ -195,7 +215,8 @@ class DatasetWriter:
         self._sample_ids: set[str] = set()
         self._boxes: dict[str, list[Any]] = {column.name: [] for column in BOX_COLUMNS}
         self._assumptions: dict[str, None] = {}
-        self._statistics: tuple[str, ...] = ()
+        self._names: dict[str, tuple[str, ...]] = {}
+        self._slides: dict[str, Digest] = {}
         self._shard: dict[str, np.ndarray] = {}
         self._shard_bytes = 0
         self._num_shards = 0
@@ -226,16 +247,25 @@ class DatasetWriter:
         sex: str = "",
         view: str = "",
         given_split: str = "",
-        spacing_mm: tuple[float, float] | None = None,
+        spacing_mm: Sequence[float] | None = None,
         statistics: Mapping[str, float],
         boxes: Sequence[tuple[str, float, float, float, float]] = (),
+        mask: np.ndarray | None = None,
+        tissue: np.ndarray | None = None,
+        slide: Path | None = None,
+        slide_mpp: float = math.nan,
+        findings: Sequence[str] = (),
+        phash: str = "",
+        checks: Mapping[str, float] | None = None,
+        clinical: Mapping[str, float] | None = None,
         assumptions: Sequence[str] = (),
     ) -> None:
         """Add one sample.
 
         Args:
             sample_id: unique, and free of identifiers: it appears in logs and reports.
-            pixels: H W or H W 3, uint8 or uint16, black = 0.
+            pixels: of an image, H W or H W 3, uint8 or uint16, black = 0; of a volume, its voxels D H W; of a
+                slide, its thumbnail; of a bag, its features T E.
             labels: class -> 1 or 0; a missing class is unlabelled. In a binary or multiclass task the
                 one class that is 1 suffices; none at all means unlabelled.
             patient: pseudonym.
@@ -246,9 +276,17 @@ class DatasetWriter:
             sex: F, M, O or empty.
             view: projection.
             given_split: the set's official split, or empty.
-            spacing_mm: (row, column).
+            spacing_mm: (row, column), or of a volume (slice, row, column), which must be known.
             statistics: name -> value; the same names for every sample.
             boxes: (class, x0, y0, x1, y1) in stored pixels, recorded as they are: `validate` judges them.
+            mask: uint8 on the grid of `pixels`, 0 = background.
+            tissue: of a slide, 0 or 1 on the grid of its thumbnail.
+            slide: the slide's file, which becomes part of the folder: a hard link where the disk allows it.
+            slide_mpp: of a slide, micrometres per pixel of its finest level.
+            findings: doubts about the geometry (`RawVolume.findings`).
+            phash: perceptual hash, or empty.
+            checks: name -> value, of `cadx.quality`; the same names for every sample.
+            clinical: name -> value, NaN where missing; the same names for every sample.
             assumptions: what the source does not say and was taken as given.
 
         Raises:
@@ -256,14 +294,26 @@ class DatasetWriter:
             OSError: if the disk is full.
         """
         where = f"sample {sample_id!r}"
-        if not isinstance(sample_id, str) or not sample_id or sample_id == "__metadata__":
-            raise ValueError(f"{where}: sample_id must be a text that is not empty and not '__metadata__'")
+        kind = self._info.kind
+        if not isinstance(sample_id, str) or not re.fullmatch(r"(?!__metadata__$)[^/]+", sample_id):
+            raise ValueError(
+                f"{where}: sample_id must be a text, not empty, without '/' and not '__metadata__'"
+            )
         if sample_id in self._sample_ids:
             raise ValueError(f"{where}: this sample_id was added before; make sample_id unique")
         try:
-            check_pixels(pixels)
+            _check_array(kind, pixels)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
+        layers = {name: array for name, array in (("mask", mask), ("tissue", tissue)) if array is not None}
+        grid = pixels.shape if kind == "volume" else pixels.shape[:2]
+        for name, array in layers.items():
+            if array.dtype != np.uint8 or array.shape != grid:
+                raise ValueError(
+                    f"{where}: its {name} is {array.dtype} of shape {array.shape}; give uint8 of shape {grid}"
+                )
+        if (kind == "slide") != (slide is not None) or (kind == "slide") != (slide_mpp > 0):
+            raise ValueError(f"{where}: samples of kind slide, and no others, come with slide and slide_mpp")
         if not patient:
             raise ValueError(
                 f"{where}: patient is empty; give a pseudonym, or the sample_id where there is none"
@@ -276,15 +326,26 @@ class DatasetWriter:
             raise ValueError(
                 f"{where}: given_split {given_split!r} is not {' '.join(_GIVEN_SPLITS[1:])} or empty"
             )
-        if spacing_mm is not None and not all(math.isfinite(value) and value > 0 for value in spacing_mm):
-            raise ValueError(f"{where}: spacing_mm {spacing_mm} must be two positive numbers, or None")
-        if self._sample_ids and set(statistics) != set(self._statistics):
-            raise ValueError(f"{where}: statistics must have the first sample's names: {self._statistics}")
-        self._statistics = self._statistics or tuple(statistics)
-        row_mm, column_mm = spacing_mm or (math.nan, math.nan)
+        num_axes = 3 if kind == "volume" else 2
+        if kind == "volume" and spacing_mm is None:
+            raise ValueError(f"{where}: a volume needs spacing_mm; give it in the catalogue's entry")
+        if spacing_mm is not None and not (
+            len(spacing_mm) == num_axes and all(math.isfinite(value) and value > 0 for value in spacing_mm)
+        ):
+            raise ValueError(f"{where}: spacing_mm {spacing_mm} must be {num_axes} positive numbers, or None")
+        named = {"stat": statistics, "check": checks or {}, "clinical": clinical or {}}
+        for prefix, values in named.items():
+            if set(self._names.setdefault(prefix, tuple(values))) != set(values):
+                first = ", ".join(self._names[prefix])
+                raise ValueError(f"{where}: {prefix} values must have the first sample's names: {first}")
+        slice_mm, row_mm, column_mm = (math.nan,) * (3 - num_axes) + tuple(
+            spacing_mm or (math.nan,) * num_axes
+        )
         row = {
             "sample_id": sample_id,
             "path": _shard_name(self._num_shards),
+            "mask_path": _shard_name(self._num_shards) if mask is not None else "",
+            "slide_path": f"slides/{sample_id}{slide.suffix.lower()}" if slide else "",
             "sha256": sha256,
             "pixels_sha256": _pixels_digest(pixels),
             "patient": patient,
@@ -294,13 +355,23 @@ class DatasetWriter:
             "sex": sex,
             "view": view,
             "given_split": given_split,
-            "height_px": pixels.shape[0],
-            "width_px": pixels.shape[1],
-            "channels": 1 if pixels.ndim == 2 else 3,
+            "depth_px": pixels.shape[0] if kind == "volume" else 1,
+            "height_px": grid[-2],
+            "width_px": grid[-1],
+            "channels": 3 if pixels.ndim == 3 and kind != "volume" else 1,
             "bits": 8 * pixels.itemsize,
+            "dtype": str(pixels.dtype),
+            "spacing_slice_mm": float(slice_mm),
             "spacing_row_mm": float(row_mm),
             "spacing_column_mm": float(column_mm),
-            **{f"stat_{name}": float(statistics[name]) for name in self._statistics},
+            "slide_mpp": float(slide_mpp),
+            "findings": "; ".join(findings),
+            "phash": phash,
+            **{
+                f"{prefix}_{name}": float(values[name])
+                for prefix, values in named.items()
+                for name in self._names[prefix]
+            },
             **self._complete(labels, where),
         }
         for name, *corners in boxes:
@@ -312,11 +383,23 @@ class DatasetWriter:
             self._samples.setdefault(column, []).append(value)
         self._sample_ids.add(sample_id)
         self._assumptions.update(dict.fromkeys(assumptions))
-        # A copy: the caller may reuse its buffer, or hold a view of a far larger array.
+        if slide is not None:
+            self._take_slide(slide, self.path / row["slide_path"])
+            self._slides[row["slide_path"]] = sha256
+        # Copies: the caller may reuse its buffer, or hold a view of a far larger array.
         self._shard[sample_id] = np.array(pixels, order="C")
-        self._shard_bytes += pixels.nbytes
+        self._shard |= {f"{name}/{sample_id}": np.array(array, order="C") for name, array in layers.items()}
+        self._shard_bytes += pixels.nbytes + sum(array.nbytes for array in layers.values())
         if self._shard_bytes >= SHARD_BYTES or len(self._shard) >= SHARD_SAMPLES:
             self._flush()
+
+    def _take_slide(self, source: Path, target: Path) -> None:
+        """Make `source` part of the folder: a slide has gigabytes, which a link does not double."""
+        target.parent.mkdir(exist_ok=True)
+        try:
+            os.link(source.resolve(), target)
+        except OSError:
+            shutil.copyfile(source, target)
 
     def _complete(self, labels: Mapping[str, float], where: str) -> dict[str, float]:
         """The row's label columns."""
@@ -360,7 +443,7 @@ class DatasetWriter:
                 "assumptions": tuple(self._assumptions),
                 "num_samples": len(self._sample_ids),
                 "num_patients": len(set(self._samples["patient"])),
-                "files": {name: digest_path(self.path / name) for name in names},
+                "files": {name: digest_path(self.path / name) for name in names} | self._slides,
             }
         )
         write_json(self.path / "dataset.json", info.model_dump())
@@ -390,6 +473,8 @@ class DatasetFolder:
         if not self._rows.is_unique:
             raise ValueError(f"{path / 'samples.parquet'}: column sample_id has duplicates; {_REMAKE}")
         self._paths: list[str] = self.samples["path"].tolist()
+        self._mask_paths: list[str] = self.samples["mask_path"].tolist()
+        self._slide_paths: list[str] = self.samples["slide_path"].tolist()
         self._shards: OrderedDict[str, Any] = OrderedDict()
         self._process_id = os.getpid()
 
@@ -398,22 +483,53 @@ class DatasetFolder:
         return {**self.__dict__, "_shards": OrderedDict()}
 
     def pixels(self, sample_id: str) -> np.ndarray:
-        """The raw pixels, H W or H W 3, uint8 or uint16: a copy of its own.
+        """The sample's array, a copy of its own: see `DatasetWriter.add` for what that is of each kind.
 
         Raises:
             ValueError: if the dataset has no such sample, or its shard does not hold it.
         """
+        pixels: np.ndarray = self._read(sample_id, lambda shard: shard.get_tensor(sample_id))
+        return pixels
+
+    def mask(self, sample_id: str) -> np.ndarray | None:
+        """The sample's mask, uint8 on the grid of its array; None where it has none."""
+        if not self._mask_paths[int(self.rows([sample_id])[0])]:
+            return None
+        mask: np.ndarray = self._read(sample_id, lambda shard: shard.get_tensor(f"mask/{sample_id}"))
+        return mask
+
+    def tissue(self, sample_id: str) -> np.ndarray:
+        """Where a slide has tissue: 0 or 1, uint8, on the grid of its thumbnail."""
+        tissue: np.ndarray = self._read(sample_id, lambda shard: shard.get_tensor(f"tissue/{sample_id}"))
+        return tissue
+
+    def crop(
+        self, sample_id: str, block: tuple[slice, slice, slice], layer: Literal["pixels", "mask"] = "pixels"
+    ) -> np.ndarray:
+        """A block D H W of a volume or of its mask; the rest of it is not read."""
+        key = sample_id if layer == "pixels" else f"mask/{sample_id}"
+        read: np.ndarray = self._read(sample_id, lambda shard: shard.get_slice(key)[block])
+        return read
+
+    def slide_path(self, sample_id: str) -> Path:
+        """The slide's own file."""
+        return self.path / self._slide_paths[int(self.rows([sample_id])[0])]
+
+    def preview(self, sample_id: str) -> np.ndarray:
+        """The sample as one picture: see `preview`."""
+        return preview(self.info.kind, self.pixels(sample_id))
+
+    def _read(self, sample_id: str, read: Callable[[Any], Any]) -> Any:
         try:
             shard = self._paths[self._rows.get_loc(sample_id)]
         except KeyError:
             raise self._unknown(sample_id) from None
         try:
-            pixels: np.ndarray = self._open(shard).get_tensor(sample_id)
+            return read(self._open(shard))
         except (SafetensorError, OSError):
             raise ValueError(
                 f"{self.path / shard}: sample {sample_id!r} cannot be read, the file is damaged; {_REMAKE}"
             ) from None
-        return pixels
 
     def labels(self, sample_ids: Sequence[str] | None = None) -> np.ndarray:
         """The labels, N K float32, NaN = unlabelled; of these samples in this order, or of all.
@@ -467,6 +583,36 @@ class DatasetFolder:
             self._shards[shard] = safe_open(self.path / shard, framework="numpy")
         self._shards.move_to_end(shard)
         return self._shards[shard]
+
+
+def preview(kind: Kind, pixels: np.ndarray) -> np.ndarray:
+    """A sample's array as one picture, H W or H W 3, uint8 or uint16.
+
+    Images and slides' thumbnails stand for themselves. Of a volume it is the middle slice as radiologists look at
+    it, anterior above and the patient's right to the left, stretched between the 0.5th and 99.5th percentile of
+    the volume; of a bag its features, stretched likewise, a row per instance.
+
+    >>> preview("volume", np.arange(24, dtype=np.int16).reshape(2, 3, 4)).shape
+    (3, 4)
+    """
+    if kind in ("image", "slide"):
+        return pixels
+    low, high = np.nanpercentile(pixels.reshape(-1)[:: max(1, pixels.size // 200_000)], (0.5, 99.5))
+    plane = pixels[len(pixels) // 2, ::-1, ::-1] if kind == "volume" else pixels
+    scaled = (np.nan_to_num(plane, nan=low).astype(np.float32) - low) * (255 / max(high - low, 1e-12))
+    picture: np.ndarray = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+    return picture
+
+
+def _check_array(kind: Kind, array: np.ndarray) -> None:
+    if kind in ("image", "slide"):
+        check_pixels(array)
+    elif kind == "volume" and (array.ndim != 3 or str(array.dtype) not in _VOXELS or not array.size):
+        raise ValueError(
+            f"voxels are {array.dtype} {array.shape}; give D H W of {', '.join(_VOXELS)}, not empty"
+        )
+    elif kind == "features" and (array.ndim != 2 or array.dtype != np.float32 or not array.size):
+        raise ValueError(f"features are {array.dtype} {array.shape}; give T E of float32, not empty")
 
 
 def write_splits(path: Path, frame: pd.DataFrame) -> None:
@@ -547,8 +693,8 @@ def _read_info(path: Path) -> DatasetInfo:
     except ValueError:
         raise ValueError(f"{path}: not JSON; {_REMAKE}") from None
     version = content.get("schema_version") if isinstance(content, dict) else None
-    if version != 1:
-        raise ValueError(f"{path}: schema_version is {version}, but this version of cadx reads 1; {_REMAKE}")
+    if version != 2:
+        raise ValueError(f"{path}: schema_version is {version}, but this version of cadx reads 2; {_REMAKE}")
     return _validated(content, str(path))
 
 

@@ -102,9 +102,11 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
         dataset.add(**sample(1, pixels=colour, labels={}, assumptions=["patient: one per image", "gray"]))
     folder = DatasetFolder(tmp_path / "made")
     first, second = folder.samples.to_dict("records")
-    assert first == {
+    expected = {
         "sample_id": "s0",
         "path": "shards/00000.safetensors",
+        "mask_path": "",
+        "slide_path": "",
         "sha256": SHA,
         "pixels_sha256": first["pixels_sha256"],
         "patient": "p0",
@@ -114,10 +116,14 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
         "sex": "F",
         "view": "PA",
         "given_split": "test",
+        "depth_px": 1,
         "height_px": 3,
         "width_px": 4,
         "channels": 1,
         "bits": 16,
+        "dtype": "uint16",
+        "findings": "",
+        "phash": "",
         "spacing_row_mm": 0.2,
         "spacing_column_mm": 0.3,
         "stat_mean": 0.0,
@@ -125,6 +131,10 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
         "label_normal": 0.0,
         "label_pneumonia": 1.0,
     }
+    assert {name: first[name] for name in expected} == expected
+    unknown = {name for name, value in first.items() if value != value}
+    assert unknown == {"spacing_slice_mm", "slide_mpp"}
+    assert set(first) == set(expected) | unknown
     assert (second["channels"], second["bits"], second["sex"]) == (3, 8, "")
     assert math.isnan(second["age"])
     assert math.isnan(second["spacing_row_mm"])
@@ -137,6 +147,103 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert (folder.info.num_samples, folder.info.num_patients) == (2, 1)
     assert folder.info.assumptions == ("patient: one per image", "gray")
     folder.verify()
+
+
+def test_a_volume_keeps_its_mask_and_gives_blocks_of_both(tmp_path: Path) -> None:
+    voxels = np.arange(6 * 5 * 4, dtype=np.int16).reshape(6, 5, 4) - 1000
+    mask = (voxels > -900).astype(np.uint8)
+    with writer(tmp_path / "made", kind="volume") as dataset:
+        dataset.add(
+            **sample(
+                0, pixels=voxels, mask=mask, spacing_mm=(2.5, 0.7, 0.8), findings=["oblique: by 3 degrees"]
+            )
+        )
+        dataset.add(**sample(1, pixels=voxels.astype(np.float32), spacing_mm=(1, 1, 1)))
+    folder = DatasetFolder(tmp_path / "made")
+    row = folder.samples.iloc[0]
+    assert tuple(row[["depth_px", "height_px", "width_px"]]) == (6, 5, 4)
+    assert tuple(row[["spacing_slice_mm", "spacing_row_mm", "spacing_column_mm"]]) == (2.5, 0.7, 0.8)
+    assert (row["dtype"], row["bits"], row["findings"]) == ("int16", 16, "oblique: by 3 degrees")
+    block = (slice(1, 3), slice(0, 5), slice(2, 4))
+    np.testing.assert_array_equal(folder.crop("s0", block), voxels[block])
+    np.testing.assert_array_equal(folder.crop("s0", block, "mask"), mask[block])
+    np.testing.assert_array_equal(folder.mask("s0"), mask)
+    assert folder.mask("s1") is None
+    shown = folder.preview("s0")
+    assert (shown.shape, shown.dtype) == ((5, 4), np.uint8)
+    # Radiologists look from the feet: the patient's right, the last column, is on the left.
+    assert shown[0, 0] == shown.max()
+
+
+def test_a_slide_travels_with_its_dataset_and_is_not_doubled(tmp_path: Path) -> None:
+    source = tmp_path / "source.SVS"
+    source.write_bytes(b"gigabytes of tiles")
+    thumbnail = np.full((3, 4, 3), 200, np.uint8)
+    tissue = np.eye(3, 4, dtype=np.uint8)
+    with writer(tmp_path / "made", kind="slide") as dataset:
+        dataset.add(
+            **sample(
+                0, pixels=thumbnail, tissue=tissue, slide=source, slide_mpp=0.5, sha256=digest_path(source)
+            )
+        )
+    folder = DatasetFolder(tmp_path / "made")
+    folder.verify()
+    assert folder.slide_path("s0").read_bytes() == b"gigabytes of tiles"
+    assert folder.slide_path("s0").stat().st_ino == source.stat().st_ino
+    np.testing.assert_array_equal(folder.tissue("s0"), tissue)
+    source.write_bytes(b"another slide, same file")
+    with pytest.raises(ValueError, match=r"slides/s0\.svs: changed since it was written"):
+        folder.verify()
+
+
+def test_a_bag_of_features_may_have_missing_values(tmp_path: Path) -> None:
+    features = np.array([[1, np.nan, 3], [4, 5, 6]], np.float32)
+    with writer(tmp_path / "made", kind="features") as dataset:
+        dataset.add(**sample(0, pixels=features, clinical={"age_years": 4, "crp_mg_l": math.nan}))
+    folder = DatasetFolder(tmp_path / "made")
+    np.testing.assert_array_equal(folder.pixels("s0"), features)
+    assert folder.preview("s0").shape == (2, 3)
+    assert folder.samples["clinical_age_years"].tolist() == [4]
+    assert folder.samples["clinical_crp_mg_l"].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        (
+            "volume",
+            {"pixels": np.zeros((2, 2, 2), np.float64), "spacing_mm": (1, 1, 1)},
+            "voxels are float64",
+        ),
+        ("volume", {"pixels": np.zeros((2, 2, 2), np.uint8)}, "a volume needs spacing_mm"),
+        (
+            "volume",
+            {"pixels": np.zeros((2, 2, 2), np.uint8), "spacing_mm": (1, 1)},
+            "must be 3 positive numbers",
+        ),
+        (
+            "volume",
+            {
+                "pixels": np.zeros((2, 2, 2), np.uint8),
+                "spacing_mm": (1, 1, 1),
+                "mask": np.zeros((2, 2, 3), np.uint8),
+            },
+            r"its mask is uint8 of shape \(2, 2, 3\)",
+        ),
+        ("slide", {}, "come with slide and slide_mpp"),
+        ("image", {"slide_mpp": 0.5}, "come with slide and slide_mpp"),
+        ("features", {"pixels": np.zeros((2, 2), np.uint8)}, "features are uint8"),
+    ],
+)
+def test_what_does_not_fit_its_kind_is_refused(
+    tmp_path: Path, kind: str, changes: dict[str, Any], message: str
+) -> None:
+    with (
+        pytest.raises(ValueError, match=message) as error,
+        writer(tmp_path / "made", kind=kind) as dataset,
+    ):
+        dataset.add(**sample(0, **changes))
+    assert "\n" not in str(error.value)
 
 
 def test_same_samples_give_same_bytes(tmp_path: Path, folder: DatasetFolder) -> None:
@@ -195,7 +302,7 @@ def test_writing_holds_one_shard_in_memory(tmp_path: Path, monkeypatch: pytest.M
         ({"sex": "female"}, "sex 'female'"),
         ({"given_split": "dev"}, "given_split 'dev'"),
         ({"spacing_mm": (0.0, 1.0)}, "spacing_mm"),
-        ({"statistics": {"mean": 1.0}}, "statistics"),
+        ({"statistics": {"mean": 1.0}}, "first sample.s names"),
         ({"boxes": [("opacity", 0, 0, math.nan, 1)]}, "box"),
     ],
 )
@@ -315,7 +422,7 @@ def test_lost_rows_are_noticed(folder: DatasetFolder) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda info: info | {"schema_version": 2}, "schema_version is 2"),
+        (lambda info: info | {"schema_version": 1}, "schema_version is 1"),
         (lambda info: info | {"classes": ["x"]}, "two classes"),
         (lambda info: info | {"colour": "blue"}, r"dataset\.json\.colour"),
         (lambda info: [info], "schema_version is None"),
