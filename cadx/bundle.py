@@ -159,9 +159,17 @@ class Manifest(Config):
     @property
     def heldout_columns(self) -> list[str]:
         """The columns of heldout.parquet, in order: those of predictions.parquet that name nobody."""
-        is_multilabel = self.task == "multilabel"
-        decisions = [f"decision_{name}" for name in self.classes] if is_multilabel else ["decision"]
-        return [*(f"prob_{name}" for name in self.classes), *decisions, "site", "scanner", "embedding"]
+        return [*answer_columns(self.task, self.classes), "site", "scanner", "embedding"]
+
+
+def answer_columns(task: Task, classes: Sequence[str]) -> list[str]:
+    """The columns that hold a model's answers, in any table: probabilities, then what it calls.
+
+    >>> answer_columns("binary", ["normal", "opacity"])
+    ['prob_normal', 'prob_opacity', 'decision']
+    """
+    decisions = [f"decision_{name}" for name in classes] if task == "multilabel" else ["decision"]
+    return [*(f"prob_{name}" for name in classes), *decisions]
 
 
 def write_bundle(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from cadx import calibration
-from cadx.bundle import Bundle
+from cadx.bundle import Bundle, answer_columns
 from cadx.drift import image_statistics
 from cadx.files import replacing
 from cadx.reading.images import read_image
@@ -256,10 +256,19 @@ class PredictionsInfo(Config):
     def columns(self) -> list[str]:
         """The columns of the file, in order."""
         labels = [f"label_{name}" for name in self.classes]
-        probabilities = [f"prob_{name}" for name in self.classes]
-        is_multilabel = self.task == "multilabel"
-        decisions = [f"decision_{name}" for name in self.classes] if is_multilabel else ["decision"]
-        return ["sample_id", "patient", "site", "scanner", "age", "sex", *labels, *probabilities, *decisions]
+        answers = answer_columns(self.task, self.classes)
+        return ["sample_id", "patient", "site", "scanner", "age", "sex", *labels, *answers]
+
+
+def answer_table(
+    probabilities: np.ndarray, calls: np.ndarray, task: Task, classes: Sequence[str]
+) -> pd.DataFrame:
+    """`answer_columns` of N samples, from N K probabilities and N K calls (`decide`).
+
+    `decision` is a class name; for multilabel there is `decision_<class>`, bool, for each.
+    """
+    called = [*calls.T] if task == "multilabel" else [np.array(classes, dtype=object)[calls.argmax(1)]]
+    return pd.DataFrame(dict(zip(answer_columns(task, classes), [*probabilities.T, *called], strict=True)))
 
 
 def write_predictions(path: Path, frame: pd.DataFrame, info: PredictionsInfo) -> None:

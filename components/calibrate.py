@@ -3,14 +3,13 @@
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from pydantic import Field
 
 from cadx import calibration
-from cadx.bundle import Bundle, Manifest, OperatingPoint
+from cadx.bundle import Bundle, OperatingPoint
 from cadx.datasets import DatasetFolder, read_splits
 from cadx.metrics import Scores, score
-from cadx.predicting import Predictor, decide
+from cadx.predicting import Predictor, answer_table, decide
 from cadx.types import Estimate, Task
 from components.contract import In, Out, Params, step
 
@@ -91,26 +90,12 @@ def calibrate(*, dataset: In, splits: In, trained: In, bundle: Out, params: Cali
             n=scores.n,
             achieved=_achieved(scores, called or list(classes)),
         ),
-        heldout=_answers(manifest, probabilities, calls, features, samples),
+        heldout=answer_table(probabilities, calls, task, classes).assign(
+            site=samples["site"].to_numpy(object),
+            scanner=samples["scanner"].to_numpy(object),
+            embedding=list(features),
+        ),
     )
-
-
-def _answers(
-    manifest: Manifest,
-    probabilities: np.ndarray,
-    calls: np.ndarray,
-    features: np.ndarray,
-    samples: pd.DataFrame,
-) -> pd.DataFrame:
-    """The rows of heldout.parquet, from N K probabilities, N K calls, N F features and N samples."""
-    frame = pd.DataFrame(probabilities, columns=[f"prob_{name}" for name in manifest.classes])
-    if manifest.task == "multilabel":
-        frame[[f"decision_{name}" for name in manifest.classes]] = calls
-    else:
-        frame["decision"] = np.array(manifest.classes, dtype=object)[calls.argmax(1)]
-    frame["site"], frame["scanner"] = samples["site"].to_numpy(object), samples["scanner"].to_numpy(object)
-    frame["embedding"] = list(features)
-    return frame
 
 
 def _require_every_class(labels: np.ndarray, classes: tuple[str, ...], task: Task, splits: Path) -> None:

@@ -33,7 +33,15 @@ from cadx.metrics import (
     score,
     score_subgroups,
 )
-from cadx.predicting import Arrays, PredictionsInfo, Predictor, arrays, subgroups, write_predictions
+from cadx.predicting import (
+    Arrays,
+    PredictionsInfo,
+    Predictor,
+    answer_table,
+    arrays,
+    subgroups,
+    write_predictions,
+)
 from cadx.reporting import INK, MUTED, PALETTE, Page, estimate_text, panels
 from cadx.types import Digest, RawImage
 from components.contract import In, Keep, Out, Params, step
@@ -170,15 +178,10 @@ def _predict(predictor: Predictor, folder: DatasetFolder, sample_ids: Sequence[s
     """The rows of the predictions file."""
     manifest = predictor.bundle.manifest
     probabilities = predictor.probabilities(folder.pixels(sample_id) for sample_id in sample_ids)
-    called = predictor.decide(probabilities)
+    answers = answer_table(probabilities, predictor.decide(probabilities), manifest.task, manifest.classes)
     columns = ["sample_id", "patient", "site", "scanner", "age", "sex", *folder.info.label_columns]
     frame = folder.samples.iloc[folder.rows(sample_ids)][columns].reset_index(drop=True)
-    values = {f"prob_{name}": probabilities[:, k] for k, name in enumerate(manifest.classes)}
-    if manifest.task == "multilabel":
-        values |= {f"decision_{name}": called[:, k] for k, name in enumerate(manifest.classes)}
-    else:
-        values["decision"] = np.array([predictor.decision(row) for row in called], dtype=object)
-    return frame.assign(**values)
+    return pd.concat([frame, answers], axis=1)
 
 
 def _record_test_use(path: Path, bundle: Bundle, dataset: Digest) -> None:
