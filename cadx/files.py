@@ -74,14 +74,16 @@ def write_json(path: Path, value: Any) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; it takes the place of `path` only if the block succeeds.
 
-    What a killed run left beside `path` is cleared first. The block may make a file or a folder there.
+    What a killed run left beside `path` is cleared first, what a live one is writing is not: of two that end,
+    the later one stands. The block may make a file or a folder there.
 
     Raises:
         AssertionError: if the block wrote nothing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{path.name}.*.partial"):
-        _remove(stale)
+        if not _is_alive(stale.name.split(".")[-2]):
+            _remove(stale)
     partial = path.parent / f".{path.name}.{os.getpid()}.partial"
     try:
         yield partial
@@ -91,6 +93,16 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         _remove(partial)
+
+
+def _is_alive(process_id: str) -> bool:
+    try:
+        os.kill(int(process_id), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return int(process_id) != os.getpid()
 
 
 def _remove(path: Path) -> None:

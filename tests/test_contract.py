@@ -181,7 +181,9 @@ def test_a_failed_rerun_leaves_the_former_output(toy_paths: dict[str, Path]) -> 
 
 
 def test_what_a_killed_run_left_is_cleared(toy_paths: dict[str, Path], tmp_path: Path) -> None:
-    (tmp_path / ".made.999.partial").mkdir()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / f".made.{ended.pid}.partial").mkdir()
     toy(**toy_paths, params=ToyParams())
     assert not list(tmp_path.glob(".*partial"))
 

@@ -1,0 +1,28 @@
+"""Writes that appear whole or not at all, also beside each other."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from cadx.files import replacing
+
+
+def test_two_processes_that_write_one_path_leave_the_later_one_whole(tmp_path: Path) -> None:
+    target = tmp_path / "made.json"
+    other = (
+        "import sys; from pathlib import Path; from cadx.files import replacing\n"
+        "with replacing(Path(sys.argv[1])) as partial:\n"
+        "    partial.write_text('theirs'); print('writing', flush=True); sys.stdin.readline()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", other, str(target)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    with replacing(target) as partial:
+        partial.write_text("ours")
+    assert target.read_text() == "ours"
+    process.communicate("\n")
+    assert process.returncode == 0
+    assert target.read_text() == "theirs"
+    assert [path.name for path in tmp_path.iterdir()] == ["made.json"]
