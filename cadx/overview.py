@@ -23,7 +23,7 @@ from cadx.files import digest_path
 from cadx.gating import Decision, read_decisions
 from cadx.metrics import METRICS, roc
 from cadx.predicting import Predictor, read_predictions
-from cadx.reporting import INK, Page, estimate_text, figure, panels
+from cadx.reporting import INK, PALETTE, Page, estimate_text, figure, panels
 from cadx.types import Estimate, RawImage
 
 _HEADLINES = ("auc", "sensitivity", "specificity", "ppv", "npv", "accuracy", "balanced_accuracy", "brier")
@@ -182,10 +182,14 @@ def _training(page: Page, work: Path, seeds: Sequence[int]) -> None:
     drawing, (loss, monitor) = panels(7.2, 2.8, columns=2)
     for seed in seeds:
         history = pd.DataFrame(Bundle(work / str(seed) / "bundle").history())
-        (line,) = loss.plot(history["epoch"], history["train_loss"], label=f"seed {seed}")
-        loss.plot(history["epoch"], history["val_loss"], color=line.get_color(), linestyle="--")
-        if "val_auc" in history:
-            monitor.plot(history["epoch"], history["val_auc"].astype(float), color=line.get_color())
+        for member, epochs in history.groupby("member"):
+            label = None if member else f"seed {seed}"
+            (line,) = loss.plot(
+                epochs["epoch"], epochs["train_loss"], label=label, color=PALETTE[seed % len(PALETTE)]
+            )
+            loss.plot(epochs["epoch"], epochs["val_loss"], color=line.get_color(), linestyle="--")
+            if "val_auc" in epochs:
+                monitor.plot(epochs["epoch"], epochs["val_auc"].astype(float), color=line.get_color())
     loss.set(xlabel="epoch", ylabel="loss (dashed: val)")
     monitor.set(xlabel="epoch", ylabel="AUC on val")
     loss.legend(frameon=False)

@@ -65,6 +65,7 @@ class Recipe(Config):
         num_workers: processes that load images; 0 suffices when they fit into the cache.
         cache_mb: memory for preprocessed images, for train and val each.
         checkpoint_steps: steps between checkpoints within an epoch; each epoch's end has one anyway.
+        ensemble: networks whose probabilities are averaged; `fit` trains one of them.
     """
 
     model: ModelConfig
@@ -84,6 +85,7 @@ class Recipe(Config):
     num_workers: Annotated[int, Field(ge=0)] = 0
     cache_mb: Annotated[float, Field(ge=0)] = 2048
     checkpoint_steps: Annotated[int, Field(ge=1)] = 500
+    ensemble: Annotated[int, Field(ge=1, le=100)] = 1
 
 
 class TrainingConfig(Recipe):

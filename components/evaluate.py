@@ -465,6 +465,7 @@ def _model(page: Page, bundle: Bundle, dataset: Digest, splits: Digest, folder: 
     size = manifest.preprocessing
     averaged = ", averaged over training (EMA)" if manifest.weights[0].averaged else ""
     members = f"{len(manifest.weights)} networks" if len(manifest.weights) > 1 else "1 network"
+    epochs = max(record["epoch"] for record in bundle.history())
     achieved = "; ".join(
         f"{name}: " + ", ".join(f"{metric} {estimate_text(e)}" for metric, e in metrics.items())
         for name, metrics in operating_point.achieved.items()
@@ -476,7 +477,7 @@ def _model(page: Page, bundle: Bundle, dataset: Digest, splits: Digest, folder: 
     )
     facts = {
         "model": ", ".join(f"{k} {v}" for k, v in settings.items()),
-        "weights": f"{members}{averaged}, trained for {len(bundle.history())} epochs, seed {manifest.seed}",
+        "weights": f"{members}{averaged}, trained for {epochs} epochs, seed {manifest.seed}",
         "input": f"{size.channels} x {size.height_px} x {size.width_px} px, {size.fit}",
         "temperature": f"{manifest.temperature:.4f}",
         "bias": ", ".join(

@@ -1,8 +1,8 @@
 """Training: from a dataset and its splits to a bundle of the weights that did best on val.
 
-training.jsonl has a header line (what was trained, on what, with which loss and sampler), a line per
-epoch, and last a line that names the best epoch. Clock times and memory stand there and not in the bundle,
-whose bytes are a function of data, parameters, seed and code.
+training.jsonl has a header line (what was trained, on what, with which loss and sampler), a line per epoch of
+each member of the ensemble (usually one), and last a line per member that names its best epoch. Clock times
+and memory stand there and not in the bundle, whose bytes are a function of data, parameters, seed and code.
 """
 
 import json
@@ -23,6 +23,7 @@ from cadx.types import Config
 from components.contract import In, Keep, Out, Params, code_digest, explain, step
 
 _MEASURED = {"seconds", "peak_memory_mb"}
+_BETWEEN_MEMBERS = 1_000_003  # far more than anybody's seeds: no two members of two runs share one
 
 
 class InputParams(Preprocessing):
@@ -106,7 +107,20 @@ def train(
     frame = read_splits(splits)
     config = params.resolve(imbalance)
     code = code_digest("train")
-    fitted = fit(config, folder, frame, seed=seed, checkpoints=checkpoints, code=code)
+    members = [
+        fit(
+            config,
+            folder,
+            frame,
+            seed=seed + _BETWEEN_MEMBERS * number,
+            checkpoints=checkpoints / f"member-{number}",
+            code=code,
+        )
+        for number in range(config.ensemble)
+    ]
+    history = [
+        {"member": number} | record for number, fitted in enumerate(members) for record in fitted.history
+    ]
     info = folder.info
     manifest = Manifest(
         experiment=experiment,
@@ -132,15 +146,18 @@ def train(
     write_bundle(
         trained,
         manifest,
-        [fitted.state_dict],
+        [fitted.state_dict for fitted in members],
         folder.samples.iloc[folder.rows(frame.loc[frame["split"] == "train", "sample_id"].tolist())],
-        history=[{k: v for k, v in record.items() if k not in _MEASURED} for record in fitted.history],
-        averaged=fitted.averaged,
+        history=[{k: v for k, v in record.items() if k not in _MEASURED} for record in history],
+        averaged=config.ema_decay is not None,
     )
-    records = [_header(experiment, seed, config, fitted), *fitted.history, {"best_epoch": fitted.best_epoch}]
+    best = [{"member": number, "best_epoch": fitted.best_epoch} for number, fitted in enumerate(members)]
+    records = [_header(experiment, seed, config, members[0]), *history, *best]
     lines = (json.dumps(plain(record), allow_nan=False) + "\n" for record in records)
     log.write_text("".join(lines), encoding="utf-8")
-    discard_checkpoint(checkpoints)
+    for number in range(config.ensemble):
+        discard_checkpoint(checkpoints / f"member-{number}")
+        (checkpoints / f"member-{number}").rmdir()
 
 
 def _start(config: TrainingConfig) -> tuple[str, ...]:

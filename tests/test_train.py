@@ -136,6 +136,19 @@ def test_the_log_has_a_header_the_epochs_and_the_best(uninterrupted: Path) -> No
     assert epochs[last["best_epoch"] - 1]["val_auc"] == max(record["val_auc"] for record in epochs) > 0.9
 
 
+def test_an_ensembles_first_member_is_what_it_would_be_alone(
+    inputs: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    train(**_arguments(inputs, tmp_path, ensemble=2))
+    bundle, alone = Bundle(tmp_path / "trained"), Bundle(uninterrupted / "trained")
+    first, second = bundle.manifest.weights
+    assert first.digest == alone.manifest.weights[0].digest != second.digest
+    assert [(record["member"], record["epoch"]) for record in bundle.history()] == [
+        (member, epoch) for member in (0, 1) for epoch in (1, 2, 3)
+    ]
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
 def test_same_inputs_give_the_same_bundle_bytes(inputs: Path, uninterrupted: Path, tmp_path: Path) -> None:
     train(**_arguments(inputs, tmp_path))
     assert digest_path(tmp_path / "trained") == digest_path(uninterrupted / "trained")
@@ -155,7 +168,7 @@ def test_a_run_killed_in_mid_epoch_gives_the_same_bytes(
     program = f"from pathlib import Path\nfrom components.train import train\ntrain({call})"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", program], env=environment)
-    checkpoint = tmp_path / "checkpoints" / "checkpoint.pt"
+    checkpoint = tmp_path / "checkpoints/member-0/checkpoint.pt"
     deadline = time.monotonic() + 120
     try:
         while _position(checkpoint) < (1, 3):
