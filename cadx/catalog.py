@@ -28,9 +28,10 @@ from rich.progress import Progress
 from cadx.files import digest_path, replacing
 from cadx.reading.dicom import dicom_identifiers
 from cadx.reading.images import read_image
-from cadx.types import Config, Task
+from cadx.types import Config, Kind, Task
 
 GivenSplit = Literal["train", "val", "calibration", "test"]
+Positive = Annotated[float, Field(gt=0)]
 
 SPLIT_WORDS: dict[str, GivenSplit] = {
     "train": "train",
@@ -82,9 +83,18 @@ class _Described(Config):
 
 
 class _Stored(_Described):
-    """An entry whose bytes lie somewhere: `file` within cache and mirror, or an absolute path."""
+    """An entry whose bytes lie somewhere: `file` within cache and mirror, or an absolute path.
+
+    What its files do not say can be given here: `spacing_mm` between a volume's voxels (slice, row, column)
+    and a slide's `slide_mpp`. It is then recorded as an assumption. A file that says otherwise is refused.
+    `label_images_are_clean` says that somebody has looked at the label and macro images inside the slides.
+    """
 
     file: str
+    kind: Kind = "image"
+    spacing_mm: tuple[Positive, Positive, Positive] | None = None
+    slide_mpp: Positive | None = None
+    label_images_are_clean: bool = False
     digest: Annotated[str, Field(pattern=r"^(sha256:[0-9a-f]{64}|md5:[0-9a-f]{32})$")] | None = None
     address: Annotated[str, Field(pattern=r"^https?://")] | None = None
 
@@ -103,7 +113,10 @@ class _Stored(_Described):
 
 
 class NpzEntry(_Stored):
-    """Arrays {train,val,test}_{images,labels}, as MedMNIST lays them out; a class by its integer value."""
+    """Arrays {train,val,test}_{images,labels}, as MedMNIST lays them out; a class by its integer value.
+
+    Images are N H W or N H W 3; of kind volume N D H W, whose `spacing_mm` has to be given.
+    """
 
     format: Literal["npz"]
 
@@ -152,10 +165,11 @@ class BoxTable(Config):
 
 
 class TableEntry(_Stored):
-    """A CSV with a row per image, whose files are DICOM, PNG or JPEG.
+    """A CSV with a row per sample: an image (DICOM, PNG, JPEG), a volume (NIfTI, a folder of DICOM slices) or a slide.
 
     Single-label tasks name one `label_column` (with `values` from cell to class where they differ);
-    multilabel tasks name `label_columns`, class -> column of 0 and 1. An empty cell means unlabelled.
+    multilabel tasks name `label_columns`, class -> column of 0 and 1. An empty cell means unlabelled. For
+    detection a class is present if `boxes` have it. `mask_column` names masks, `clinical` numbers by name.
     """
 
     format: Literal["table"]
@@ -167,9 +181,17 @@ class TableEntry(_Stored):
     label_columns: dict[str, str] = Field(default_factory=dict)
     columns: Columns = Columns()
     boxes: BoxTable | None = None
+    mask_column: str | None = None
+    clinical: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _labels_fit_task(self) -> Self:
+        if self.task == "detection":
+            if self.boxes is None or self.label_column or self.label_columns:
+                raise ValueError(
+                    "a detection entry names boxes, and no label columns: boxes say what is present"
+                )
+            return self
         if bool(self.label_column) == bool(self.label_columns):
             raise ValueError("give either label_column or label_columns")
         if (self.task == "multilabel") != bool(self.label_columns):
@@ -180,6 +202,94 @@ class TableEntry(_Stored):
         return self
 
 
+class NamedFile(Config):
+    """One sample of a `FilesEntry`: its file, or folder of slices, within the source; no label means unlabelled."""
+
+    file: str
+    label: str | None = None
+    mask: str | None = None
+    patient: str = ""
+
+
+class FilesEntry(_Stored):
+    """A few files, named one by one."""
+
+    format: Literal["files"]
+    samples: tuple[NamedFile, ...] = Field(min_length=1)
+
+
+class PairsEntry(_Stored):
+    """A folder of volumes or images and one of their masks, under equal names.
+
+    A class is present where its value in `mask_values` stands in the mask. Every image needs a mask, and every
+    mask an image.
+    """
+
+    format: Literal["pairs"]
+    images: str
+    masks: str
+    mask_values: dict[str, Annotated[int, Field(ge=1, le=255)]]
+
+    @model_validator(mode="after")
+    def _classes_are_known(self) -> Self:
+        if set(self.mask_values) != set(self.classes):
+            raise ValueError("mask_values must give a value for each of the classes")
+        if self.task != "multilabel":
+            raise ValueError("several classes may stand in one mask: the task must be multilabel")
+        return self
+
+
+class _Detection(_Stored):
+    @model_validator(mode="after")
+    def _is_detection(self) -> Self:
+        if self.task != "detection" or self.kind != "image":
+            raise ValueError("boxes in images: the task must be detection, and the kind image")
+        return self
+
+
+class VocEntry(_Detection):
+    """Images with an XML file of boxes each, as Pascal VOC lays them out; `splits` maps a split to its list."""
+
+    format: Literal["voc"]
+    images: str = "JPEGImages"
+    annotations: str = "Annotations"
+    splits: dict[GivenSplit, str] = Field(default_factory=dict)
+
+
+class CocoEntry(_Detection):
+    """Images with boxes in COCO's JSON: one file, or one per split; `images` is the folder of their file names."""
+
+    format: Literal["coco"]
+    images: str = ""
+    annotations: dict[GivenSplit, str] | str
+
+
+class BagsEntry(_Stored):
+    """CSV files of numbers, a row per instance: rows that share `bag_column` are one sample, or else each row is.
+
+    `tables` maps a site to its file. Without `header`, columns are numbered from 0. All columns are features
+    but those named here and in `ignored`; `missing` stands for an unknown number. The label is a bag's, so all
+    of its rows must agree; `values` maps a cell to a class.
+    """
+
+    format: Literal["bags"]
+    tables: dict[str, str]
+    header: bool = True
+    bag_column: str | None = None
+    label_column: str
+    values: dict[str, str]
+    patient_column: str | None = None
+    age_column: str | None = None
+    ignored: tuple[str, ...] = ()
+    missing: str = "?"
+
+    @model_validator(mode="after")
+    def _are_features(self) -> Self:
+        if self.kind != "features":
+            raise ValueError("rows of numbers are of kind features: say so")
+        return self
+
+
 class PhantomEntry(_Described):
     """A synthetic cohort, made and not fetched: the parameters of `cadx.phantom`."""
 
@@ -187,8 +297,8 @@ class PhantomEntry(_Described):
     parameters: dict[str, Any] = Field(default_factory=dict)
 
 
-Entry = Annotated[NpzEntry | FolderEntry | TableEntry | PhantomEntry, Field(discriminator="format")]
-StoredEntry = NpzEntry | FolderEntry | TableEntry
+StoredEntry = NpzEntry | FolderEntry | TableEntry | FilesEntry | PairsEntry | VocEntry | CocoEntry | BagsEntry
+Entry = Annotated[StoredEntry | PhantomEntry, Field(discriminator="format")]
 ENTRY: TypeAdapter[Entry] = TypeAdapter(Entry)
 _CATALOG: TypeAdapter[dict[str, Entry]] = TypeAdapter(dict[str, Entry])
 
@@ -337,8 +447,10 @@ def pseudonym(key: bytes, kind: Literal["patient", "sample"], text: str) -> str:
 # --- Folders and tables of images ---------------------------------------------------------------------
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """A CSV's rows as texts by column, stripped; comma, semicolon or tabulator, as its header shows.
+def read_rows(path: Path, *, header: bool = True) -> list[dict[str, str]]:
+    """A CSV's rows as texts by column, stripped; comma, semicolon or tabulator, as its first line shows.
+
+    Without a header, columns are called by their number, from 0.
 
     Raises:
         ValueError: one line: missing, not UTF-8, no rows, a column name twice, or a row of another length.
@@ -352,15 +464,17 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     header_line = text.partition("\n")[0]
     delimiter = max(",;\t", key=header_line.count)
     lines = [line for line in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if any(line)]
-    if len(lines) < 2:
+    if len(lines) < 1 + header:
         raise ValueError(f"{path.name}: no rows")
-    header = [name.strip() for name in lines[0]]
-    if len(set(header)) != len(header):
+    names = (
+        [name.strip() for name in lines[0]] if header else [str(number) for number in range(len(lines[0]))]
+    )
+    if len(set(names)) != len(names):
         raise ValueError(f"{path.name}: a column name stands twice")
-    for number, line in enumerate(lines[1:], start=2):
-        if len(line) != len(header):
-            raise ValueError(f"{path.name} row {number}: {len(line)} cells, but {len(header)} columns")
-    return [dict(zip(header, (cell.strip() for cell in line), strict=True)) for line in lines[1:]]
+    for number, line in enumerate(lines[header:], start=1 + header):
+        if len(line) != len(names):
+            raise ValueError(f"{path.name} row {number}: {len(line)} cells, but {len(names)} columns")
+    return [dict(zip(names, (cell.strip() for cell in line), strict=True)) for line in lines[header:]]
 
 
 def candidate_files(folder: Path, *, recursive: bool = True) -> list[Path]:

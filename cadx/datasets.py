@@ -1,4 +1,4 @@
-"""The dataset folder: its schema, writing and reading it, splits by patient, samplers, and torch's view.
+"""The dataset folder: its schema, writing and reading it.
 
     dataset.json     DatasetInfo: what the set is, and the digest of every other file
     samples.parquet  a row per sample (SAMPLE_COLUMNS)
@@ -31,8 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from cadx.files import digest_path, write_json
-from cadx.transforms import check_pixels
-from cadx.types import Config, Digest, Kind, Split, Task
+from cadx.types import Config, Digest, Kind, Split, Task, check_pixels
 
 # A shard is what writing holds in memory, and what a changed sample makes DVC store again; far fewer
 # files than images, because version control and object stores are slow on many small files.
@@ -314,6 +313,8 @@ class DatasetWriter:
                 )
         if (kind == "slide") != (slide is not None) or (kind == "slide") != (slide_mpp > 0):
             raise ValueError(f"{where}: samples of kind slide, and no others, come with slide and slide_mpp")
+        if (kind == "slide") != (tissue is not None):
+            raise ValueError(f"{where}: samples of kind slide, and no others, come with their tissue")
         if not patient:
             raise ValueError(
                 f"{where}: patient is empty; give a pseudonym, or the sample_id where there is none"

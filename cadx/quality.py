@@ -1,1 +1,507 @@
 """What a look at one image can tell of its quality, and which images are copies of each other."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+from scipy import fft, ndimage
+
+from cadx.datasets import DatasetFolder
+
+CHECKS = ("blur", "clipped_fraction", "range_fraction", "text_score")
+"""Names of the checks, in the order in which tables hold them."""
+
+PRECEDENCE = ("test", "train", "calibration", "val", "")
+"""Official splits, the most precious first: a copy is kept there."""
+
+DuplicateKind = Literal[
+    "contradicting_labels",
+    "duplicate_across_splits",
+    "duplicate_across_patients",
+    "duplicate_within_test",
+    "duplicate_within_patient",
+]
+
+GEOMETRY_FINDINGS = ("missing_slices", "duplicate_slices", "uneven_spacing", "gantry_tilt", "oblique")
+"""Codes of a reader's findings: see `RawVolume`."""
+
+_SPACINGS = ("spacing_slice_mm", "spacing_row_mm", "spacing_column_mm", "slide_mpp")
+_BLUR_PX = 256
+_TEXT_PX = 1024
+_MIN_TEXT_SIDE_PX = 96
+_LETTER_CONTRAST = 0.1  # of the used range, against the mean of 31 px around
+_LETTERS_OF_A_LINE = 4
+_HASH_PX = 32
+_COMPARED_PX = 64
+_MIN_HASHED_STD = 1e-3
+
+
+def image_checks(pixels: np.ndarray) -> dict[str, float]:
+    """The numbers named in `CHECKS` for H W or H W 3 pixels, uint8 or uint16; NaN = cannot be told.
+
+    `blur`: 0 (sharp) to 1 (nothing that a stronger blur could take away), see `blur_effect`.
+    `clipped_fraction`: share of the pixels that lie in flat areas of the darkest or the brightest level that
+    the image uses: what was there is lost. A plain background, which is such a level too, does not count: it
+    is connected with the border. NaN for an image of one or two levels.
+    `range_fraction`: the distance of the quantiles 0.001 and 0.999 as a share of the format's range.
+    `text_score`: 0 to 1, how certainly letters stand in the image, see `text_score`.
+
+    >>> image_checks(np.zeros((32, 32), np.uint8))
+    {'blur': nan, 'clipped_fraction': nan, 'range_fraction': 0.0, 'text_score': 0.0}
+    """
+    assert pixels.dtype in (np.uint8, np.uint16), f"not raw pixels: {pixels.dtype}"
+    gray = _gray(pixels)
+    low, high = np.quantile(gray, (0.001, 0.999))
+    values = (blur_effect(gray), _clipped_fraction(gray), float(high - low), text_score(gray))
+    return dict(zip(CHECKS, values, strict=True))
+
+
+def blur_effect(gray: np.ndarray) -> float:
+    """How blurred an image is, 0 to 1; NaN for a constant one.
+
+    The steepest differences of neighbouring pixels, its edges, are compared with those that a further blur
+    along the same axis leaves: a sharp image loses most of them, a blurred one few. The axis that lost less
+    counts. Radiographs, blood smears and slices stand below 0.75; blurred with a Gaussian of 1.2 % of their
+    longer side, radiographs and smears stand above it.
+
+    The paper's measure takes noise for sharpness and depends on the number of pixels. Here the image is first
+    reduced to a longer side of 256 px by averaging and smoothed with a Gaussian of 1 px, and only the steepest
+    2 % of the differences count, which noise hardly makes: noise of 2 % of the range moves it by 0.02.
+
+    Args:
+        gray: H W, float.
+
+    Source: Crété-Roffet, Dolmiere, Ladret and Nicolas 2007, SPIE 6492:64920I, section 3, with a filter of 7.
+    """
+    small = ndimage.gaussian_filter(_reduced(gray, _BLUR_PX), 1.0, mode="nearest")
+    values = []
+    for axis in (0, 1):
+        blurred = ndimage.uniform_filter1d(small, 7, axis=axis, mode="nearest")
+        sharp = np.abs(np.diff(small, axis=axis))
+        if not sharp.any():
+            continue
+        edges = sharp >= np.quantile(sharp, 0.98)
+        left = np.minimum(sharp, np.abs(np.diff(blurred, axis=axis)))
+        values.append(float(left[edges].sum() / sharp[edges].sum()))
+    return max(values, default=float("nan"))
+
+
+def _clipped_fraction(gray: np.ndarray) -> float:
+    low, high = float(gray.min()), float(gray.max())
+    if not ((gray != low) & (gray != high)).any():
+        return float("nan")
+    border = np.concatenate([gray[0], gray[-1], gray[:, 0], gray[:, -1]])
+    # Black, as air and collimators are; white only where it is nearly all around, as around cells on glass.
+    background = high if (border == high).mean() > 0.75 else low
+    num_clipped = 0
+    for level in (low, high):
+        # An extreme level is met by chance too; only an area of it is clipped.
+        flat = ndimage.binary_opening(gray == level, np.ones((3, 3), bool))
+        if level == background and flat.any():
+            areas, _ = ndimage.label(flat)
+            outer = np.unique(np.concatenate([areas[0], areas[-1], areas[:, 0], areas[:, -1]]))
+            flat &= ~np.isin(areas, outer[outer > 0])
+        num_clipped += int(flat.sum())
+    return num_clipped / gray.size
+
+
+def text_score(gray: np.ndarray) -> float:
+    """How certainly letters stand in the image, 0 to 1: 0.5 at five letters of one line, 0.9 at about twenty.
+
+    Letters are sought as connected areas of nearly one gray that stand out from their surroundings, all as
+    high as their neighbours, side by side in a line. A line needs four: the lead markers L and R, a serial
+    number of two digits and single bright spots are none.
+
+    Args:
+        gray: H W, float in 0..1. Letters are found at 7 to 60 px of height once the longer side is at
+            most 1024 px.
+    """
+    if min(gray.shape) < _MIN_TEXT_SIDE_PX:
+        return 0.0
+    small = _reduced(gray, _TEXT_PX)
+    surroundings = ndimage.uniform_filter(small, 31, mode="nearest")
+    num_letters = max(
+        _letters_in_lines(small - surroundings, small, bright=True),
+        _letters_in_lines(surroundings - small, small, bright=False),
+    )
+    return num_letters / (num_letters + 5.0) if num_letters else 0.0
+
+
+def _letters_in_lines(deviation: np.ndarray, gray: np.ndarray, bright: bool) -> int:
+    """How many letters, brighter or darker than their surroundings, stand in lines of at least four."""
+    used = float(gray.max() - gray.min())
+    if used == 0:
+        return 0
+    labels, _ = ndimage.label(deviation > _LETTER_CONTRAST * used, np.ones((3, 3)))
+    areas = np.bincount(labels.ravel())
+    letters = []
+    for number, box in enumerate(ndimage.find_objects(labels), start=1):
+        top, bottom, left, right = box[0].start, box[0].stop, box[1].start, box[1].stop
+        height, width = bottom - top, right - left
+        filled = areas[number] / (height * width)
+        # Wider than high are letters that touch; fully filled are dots and bars, but for the letter I.
+        if not (7 <= height <= 60 and 0.12 * height <= width <= 1.6 * height):
+            continue
+        if not 0.15 < filled < (0.9 if width >= 0.4 * height else 1.01):
+            continue
+        level = gray[box][labels[box] == number]
+        peak = float(level.max() if bright else level.min())
+        if level.std() < 0.3 * used:
+            letters.append((left, right, bottom, height, peak, float(level.mean())))
+    if len(letters) < _LETTERS_OF_A_LINE:
+        return 0
+    letters.sort()
+    left, right, bottom, height, peak, mean = np.array(letters).T
+    follower: dict[int, int] = {}
+    for one in range(len(letters)):
+        taller = np.maximum(height, height[one])
+        gap = left - right[one]
+        fits = (gap >= 0) & (gap <= 0.9 * taller) & (np.abs(height - height[one]) <= 0.35 * taller)
+        fits &= np.abs(bottom - bottom[one]) <= 0.2 * taller + 0.5
+        fits &= (np.abs(peak - peak[one]) < 0.06 * used) & (np.abs(mean - mean[one]) < 0.2 * used)
+        if fits.any():
+            follower[one] = int(np.argmax(fits))  # the nearest, since they are sorted by their left edge
+    total, taken = 0, set[int]()
+    for one in range(len(letters)):
+        line = [one] if one not in taken else []
+        while (
+            line and (following := follower.get(line[-1])) is not None and following not in taken | set(line)
+        ):
+            line.append(following)
+        taken.update(line)
+        if len(line) >= _LETTERS_OF_A_LINE:
+            total += len(line)
+    return total
+
+
+def _gray(pixels: np.ndarray) -> np.ndarray:
+    """H W float32 in 0..1 of the dtype's range."""
+    gray = pixels.astype(np.float32) / np.float32(np.iinfo(pixels.dtype).max)
+    return gray.mean(axis=2) if gray.ndim == 3 else gray
+
+
+def _reduced(gray: np.ndarray, longer_px: int) -> np.ndarray:
+    """The image with its longer side reduced to `longer_px` by averaging; smaller images as they are."""
+    factor = max(gray.shape) / longer_px
+    if factor <= 1:
+        return gray
+    size = (max(1, round(gray.shape[1] / factor)), max(1, round(gray.shape[0] / factor)))
+    return np.asarray(Image.fromarray(gray).resize(size, Image.Resampling.BOX))
+
+
+# --- Copies -----------------------------------------------------------------------------------------
+
+
+def find_duplicates(samples: pd.DataFrame, label_columns: Sequence[str]) -> pd.DataFrame:
+    """For every row the kind of copy that it is, and the sample_id of the image that is kept for it.
+
+    Args:
+        samples: columns sample_id, pixels_sha256, patient, given_split and the label columns.
+        label_columns: which they are; NaN = unlabelled, and agrees with every label.
+
+    Returns:
+        Columns `duplicate` (a `DuplicateKind`, or "" for an image without copies and for the one that is
+        kept) and `duplicate_of`, indexed like `samples`. With contradicting labels none is kept, and each
+        names another of its group.
+
+    >>> samples = pd.DataFrame({"sample_id": ["a", "b"], "pixels_sha256": ["x", "x"], "patient": ["p", "q"],
+    ...                         "given_split": ["val", "train"], "label_sick": [1.0, 1.0]})
+    >>> find_duplicates(samples, ["label_sick"]).values.tolist()
+    [['duplicate_across_splits', 'b'], ['', '']]
+    """
+    kinds: dict[Any, DuplicateKind] = {}
+    originals: dict[Any, str] = {}
+    copies = samples[samples["pixels_sha256"].duplicated(keep=False)]
+    for _, group in copies.groupby("pixels_sha256", sort=False):
+        labels = group[list(label_columns)]
+        order = pd.DataFrame(
+            {"split": group["given_split"].map(PRECEDENCE.index), "unlabelled": labels.isna().any(axis=1)}
+        ).sort_values(["split", "unlabelled"], kind="stable")
+        (first, kept), *others = group.loc[order.index].to_dict("index").items()
+        originals |= {row: kept["sample_id"] for row, _ in others}
+        if (labels.max() > labels.min()).any():  # never true of NaN, which contradicts nothing
+            kinds |= dict.fromkeys(group.index, "contradicting_labels")
+            originals[first] = others[0][1]["sample_id"]
+            continue
+        for row, copy in others:
+            if copy["given_split"] != kept["given_split"]:
+                kinds[row] = "duplicate_across_splits"
+            elif copy["patient"] == kept["patient"]:
+                kinds[row] = "duplicate_within_patient"
+            elif copy["given_split"] == "test":
+                kinds[row] = "duplicate_within_test"
+            else:
+                kinds[row] = "duplicate_across_patients"
+    return pd.DataFrame(
+        {
+            "duplicate": pd.Series(kinds, dtype=object).reindex(samples.index, fill_value=""),
+            "duplicate_of": pd.Series(originals, dtype=object).reindex(samples.index, fill_value=""),
+        }
+    )
+
+
+def perceptual_hash(pixels: np.ndarray) -> str:
+    """64 bits of what the image looks like, as 16 hex digits: alike for copies with other bytes; "" if blank.
+
+    The image is reduced to 32 x 32 and transformed by the cosine transform; each of the 8 x 8 lowest
+    frequencies, without the constant row and column, is 1 where it is above their median. Re-encoding,
+    resizing by a few percent and another brightness or contrast change few of the bits.
+
+    Source: Zauner 2010, Implementation and Benchmarking of Perceptual Image Hash Functions, section 3.2.1.
+
+    >>> image = (9 * np.multiply.outer(np.arange(64), np.arange(80))).astype(np.uint16)
+    >>> perceptual_hash(image) == perceptual_hash(image[::2, ::2] // 2 + 9)
+    True
+    >>> perceptual_hash(np.full((9, 9), 7, np.uint8))
+    ''
+    """
+    gray = _gray(pixels)
+    if gray.std() < _MIN_HASHED_STD:
+        return ""
+    low = fft.dctn(_resized(gray, _HASH_PX), norm="ortho")[1:9, 1:9]
+    return np.packbits(low > np.median(low)).tobytes().hex()
+
+
+def near_duplicates(hashes: Sequence[str], max_distance: int = 4) -> np.ndarray:
+    """All pairs of hashes that differ in at most `max_distance` bits: M 2 row numbers, the smaller first.
+
+    Blank images ("") belong to no pair. Exact, in memory for the hashes and the pairs: hashes that differ in d
+    bits agree in at least one of d + 1 groups of bits, so only those that agree in a group are compared.
+
+    Source: Manku, Jain and Das Sarma 2007, WWW, "Detecting near-duplicates for web crawling", section 3.
+
+    >>> near_duplicates(["00000000000000ff", "", "00000000000000fe", "ffffffffffffffff"]).tolist()
+    [[0, 2]]
+    """
+    rows = np.array([row for row, text in enumerate(hashes) if text], dtype=np.int64)
+    values = np.array([int(hashes[row], 16) for row in rows], dtype=np.uint64)
+    edges = np.linspace(0, 64, max_distance + 2).round().astype(int)
+    masks = [np.uint64(((1 << int(high - low)) - 1) << int(low)) for low, high in pairwise(edges)]
+    found = []
+    for place, mask in enumerate(masks):
+        order = np.argsort(values & mask, kind="stable")
+        ordered = values[order]
+        here = np.arange(len(ordered) - 1)
+        for step in range(1, len(ordered)):
+            # Equal groups stand together: what has no partner at this step has none further on.
+            here = here[here < len(ordered) - step]
+            differing = ordered[here] ^ ordered[here + step]
+            agree = (differing & mask) == 0
+            here, differing = here[agree], differing[agree]
+            if not here.size:
+                break
+            close = np.bitwise_count(differing) <= max_distance
+            for earlier in masks[:place]:  # such a pair was found there
+                close &= (differing & earlier) != 0
+            found.append(np.stack([order[here[close]], order[here[close] + step]], axis=1))
+    pairs = np.concatenate(found) if found else np.empty((0, 2), dtype=np.int64)
+    pairs = np.sort(rows[pairs], axis=1)
+    return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+
+
+def likeness(one: np.ndarray, other: np.ndarray) -> float:
+    """The correlation of two images' details, -1 to 1: about 1 for copies, whatever their size and brightness.
+
+    Both are reduced to 64 x 64, and their broad shapes are taken away, which all images of one body part
+    share. A perceptual hash proposes a pair; this decides.
+
+    >>> image = np.random.default_rng(0).integers(0, 256, (70, 70), dtype=np.uint8)
+    >>> round(likeness(image, image // 2), 2)
+    1.0
+    """
+    details = []
+    for pixels in (one, other):
+        small = _resized(_gray(pixels), _COMPARED_PX)
+        rest = small - ndimage.gaussian_filter(small, 4.0, mode="nearest")
+        details.append(rest - rest.mean())
+    norm = float(np.linalg.norm(details[0]) * np.linalg.norm(details[1]))
+    return float((details[0] * details[1]).sum()) / norm if norm > 0 else 0.0
+
+
+def _resized(gray: np.ndarray, side_px: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(gray).resize((side_px, side_px), Image.Resampling.BOX))
+
+
+def find_near_duplicates(
+    samples: pd.DataFrame,
+    preview: Callable[[str], np.ndarray],
+    *,
+    max_distance: int = 4,
+    min_likeness: float = 0.95,
+) -> pd.DataFrame:
+    """For every row, whether it is nearly equal to an image of another official split or of another patient.
+
+    Pairs come from `near_duplicates` and are decided by `likeness`; exact copies are left to `find_duplicates`.
+    Of a pair the row in the less precious split is marked, else the later one.
+
+    Args:
+        samples: columns sample_id, phash, pixels_sha256, patient, given_split.
+        preview: sample_id -> H W or H W 3.
+        max_distance: bits in which two hashes may differ.
+        min_likeness: least correlation of the details.
+
+    Returns:
+        Columns `near_duplicate` ("near_duplicate_across_splits", "near_duplicate_across_patients" or "") and
+        `near_duplicate_of`, indexed like `samples`.
+    """
+    found = pd.DataFrame({"near_duplicate": "", "near_duplicate_of": ""}, index=samples.index, dtype=object)
+    pairs = near_duplicates(samples["phash"].tolist(), max_distance)
+    columns = {
+        name: samples[name].to_numpy() for name in ("sample_id", "pixels_sha256", "patient", "given_split")
+    }
+    rank = np.array([PRECEDENCE.index(split) for split in columns["given_split"]])
+    differ = {name: values[pairs[:, 0]] != values[pairs[:, 1]] for name, values in columns.items()}
+    relevant = differ["pixels_sha256"] & (differ["patient"] | differ["given_split"])
+    for (first, second), across_splits in zip(pairs[relevant], differ["given_split"][relevant], strict=True):
+        kept, marked = (second, first) if rank[first] > rank[second] else (first, second)
+        kind = f"near_duplicate_across_{'splits' if across_splits else 'patients'}"
+        if found.iloc[marked, 0] in (kind, "near_duplicate_across_splits"):
+            continue
+        one, other = (columns["sample_id"][row] for row in (kept, marked))
+        if likeness(preview(one), preview(other)) >= min_likeness:
+            found.iloc[marked] = [kind, one]
+    return found
+
+
+# --- Tables -----------------------------------------------------------------------------------------
+
+
+def are_outliers(values: pd.Series, *, limit: float = 5.0) -> pd.Series:
+    """Whether positive numbers stand apart on a logarithmic scale; NaN does not.
+
+    The distance from the median is measured in robust standard deviations (1.4826 times the median absolute
+    deviation), which are at least 2 %: where most are equal, others may still be rounded otherwise.
+
+    Source: Iglewicz and Hoaglin 1993, How to Detect and Handle Outliers, section 3.3; their limit is 3.5.
+
+    >>> are_outliers(pd.Series([0.5, 0.5, 0.51, 0.5, 5.0, None])).tolist()
+    [False, False, False, False, True, False]
+    """
+    logs: pd.Series = values.astype(float).where(values > 0).map(np.log)
+    distance = (logs - logs.median()).abs()
+    return distance > limit * max(1.4826 * distance.median(), 0.02)
+
+
+def box_problems(boxes: pd.DataFrame, samples: pd.DataFrame, classes: Sequence[str]) -> pd.DataFrame:
+    """The boxes with columns has_area, is_inside, is_of_a_sample and is_of_a_class.
+
+    Args:
+        boxes: columns sample_id, class, x0, y0, x1, y1.
+        samples: columns sample_id, height_px, width_px.
+        classes: of the dataset.
+    """
+    sized = boxes.merge(samples[["sample_id", "height_px", "width_px"]], on="sample_id", how="left")
+    known = sized["height_px"].notna()
+    inside = (
+        (sized[["x0", "y0"]].min(axis=1) >= 0)
+        & (sized["x1"] <= sized["width_px"])
+        & (sized["y1"] <= sized["height_px"])
+    )
+    return boxes.reset_index(drop=True).assign(
+        has_area=(sized["x1"] > sized["x0"]) & (sized["y1"] > sized["y0"]),
+        is_inside=inside | ~known,  # an unknown sample is a fault of its own
+        is_of_a_sample=known,
+        is_of_a_class=sized["class"].isin(list(classes)),
+    )
+
+
+def checked_samples(
+    folder: DatasetFolder,
+    *,
+    blank_std: float,
+    min_side_px: int,
+    min_slices: int,
+    near_distance_bits: int,
+    near_likeness: float,
+) -> pd.DataFrame:
+    """The sample table, and a column for each check that a table of its values alone does not give.
+
+    Added are is_labelled, is_one_hot, is_blank, is_tiny, is_patient_elsewhere, is_spacing_outlier, has_<finding>,
+    those of `find_duplicates` and `find_near_duplicates` with the official split of what is kept (kept_split,
+    near_kept_split), and, where the dataset has what they need, tissue_fraction, is_finite and mask_agrees
+    (None where there is no mask or no label).
+
+    Args:
+        folder: the dataset.
+        blank_std: standard deviation of the intensities, 0..1, under which an image is blank.
+        min_side_px: least number of rows and columns.
+        min_slices: least number of slices of a volume.
+        near_distance_bits: see `near_duplicates`.
+        near_likeness: see `find_near_duplicates`.
+
+    Raises:
+        ValueError: if the table lacks the statistics that ingest writes.
+    """
+    samples = folder.samples.reset_index(drop=True)
+    info = folder.info
+    for column in ("stat_mean", "stat_std"):
+        if column not in samples:
+            raise ValueError(
+                f"{folder.path / 'samples.parquet'}: no column {column!r}; run `cadx ingest` again"
+            )
+    labels = samples[list(info.label_columns)]
+    rank = samples["given_split"].map({split: place for place, split in enumerate(PRECEDENCE)})
+    blank = (samples["stat_std"] < blank_std) & (info.kind != "features")
+    if info.kind == "volume":  # the middle slice of a mask or of a small organ may be empty
+        looked_at = samples.loc[blank, "sample_id"]
+        blank = samples["sample_id"].isin([name for name in looked_at if np.ptp(folder.pixels(name)) == 0])
+    # Blank images equal each other by nature: they have a rule of their own.
+    comparable = samples[~blank & rank.notna()]
+    copies = find_duplicates(comparable, info.label_columns).join(
+        find_near_duplicates(
+            comparable,
+            folder.preview,
+            max_distance=near_distance_bits,
+            min_likeness=near_likeness,
+        )
+    )
+    copies = copies.reindex(samples.index, fill_value="")
+    best = rank.where(samples["given_split"] != "").groupby(samples["patient"]).transform("min")
+    sides = samples[["height_px", "width_px"]].min(axis=1)
+    findings = samples["findings"]
+    splits = samples.set_index("sample_id")["given_split"]
+    return samples.assign(
+        is_labelled=labels.notna().any(axis=1),
+        is_one_hot=labels.isna().all(axis=1)
+        | (labels.notna().all(axis=1) & ((labels == 1).sum(axis=1) == 1)),
+        is_blank=blank,
+        is_tiny=(sides < min_side_px) | ((info.kind == "volume") & (samples["depth_px"] < min_slices)),
+        is_patient_elsewhere=(samples["given_split"] != "") & (rank > best),
+        is_spacing_outlier=pd.concat([are_outliers(samples[name]) for name in _SPACINGS], axis=1).any(axis=1),
+        kept_split=copies["duplicate_of"].map(splits).fillna(""),
+        near_kept_split=copies["near_duplicate_of"].map(splits).fillna(""),
+        **{f"has_{code}": findings.str.contains(rf"(?:^|; ){code}:") for code in GEOMETRY_FINDINGS},
+        **_content_checks(folder, samples),
+        **{str(name): column for name, column in copies.items()},
+    )
+
+
+def _content_checks(folder: DatasetFolder, samples: pd.DataFrame) -> dict[str, Any]:
+    """Columns that no table holds: what masks, tissue and features say; None where a sample has none."""
+    info = folder.info
+    columns: dict[str, Any] = {}
+    if info.kind == "slide":
+        columns["tissue_fraction"] = [float(folder.tissue(name).mean()) for name in samples["sample_id"]]
+    if info.kind == "features":
+        columns["is_finite"] = [bool(np.isfinite(folder.pixels(name)).all()) for name in samples["sample_id"]]
+    if info.positive is not None and (samples["mask_path"] != "").any():
+        positive = samples[f"label_{info.positive}"]
+        agrees: list[bool | None] = []
+        for name, path, label in zip(samples["sample_id"], samples["mask_path"], positive, strict=True):
+            mask = folder.mask(name) if path and not np.isnan(label) else None
+            agrees.append(None if mask is None else bool(mask.any()) == bool(label))
+        columns["mask_agrees"] = pd.Series(agrees, dtype=object)
+    return columns
+
+
+def feature_table(folder: DatasetFolder) -> pd.DataFrame:
+    """A row per feature: its name and its range over all instances of all bags."""
+    width = int(folder.samples["width_px"].mode()[0])
+    low, high = np.full(width, np.inf), np.full(width, -np.inf)
+    for sample_id in folder.samples.loc[folder.samples["width_px"] == width, "sample_id"]:
+        bag = folder.pixels(sample_id)
+        low, high = np.fmin(low, np.fmin.reduce(bag)), np.fmax(high, np.fmax.reduce(bag))
+    return pd.DataFrame({"feature": np.arange(width), "range": high - low})

@@ -111,6 +111,46 @@ def thumbnail_png(image: np.ndarray | bytes, max_px: int = THUMBNAIL_PX) -> byte
     return out.getvalue()
 
 
+def side_by_side(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Two pictures of any size side by side, as high as the lower one; H W 3, uint8."""
+    pictures = [Image.open(io.BytesIO(thumbnail_png(pixels))).convert("RGB") for pixels in (left, right)]
+    height = min(picture.height for picture in pictures)
+    parts = [
+        np.asarray(picture.resize((max(1, round(picture.width * height / picture.height)), height)))
+        for picture in pictures
+    ]
+    gap = np.full((height, max(1, parts[0].shape[1] // 12), 3), 255, np.uint8)
+    return np.concatenate([parts[0], gap, parts[1]], axis=1)
+
+
+def boxes_by_group(groups: Sequence[tuple[str, np.ndarray]], *, value: str, group: str) -> "Figure":
+    """One horizontal box a group: the middle half, its median, and whiskers over the middle 95 %.
+
+    Args:
+        groups: name and values.
+        value: what is measured, in words.
+        group: what the groups are.
+    """
+    drawing, axes = figure(7.2, 1.1 + 0.34 * len(groups))
+    axes.boxplot(
+        [values for _, values in groups],
+        tick_labels=[name for name, _ in groups],
+        orientation="horizontal",
+        widths=0.55,
+        whis=(2.5, 97.5),
+        patch_artist=True,
+        boxprops={"facecolor": "#dbe9f4", "edgecolor": PALETTE[0]},
+        medianprops={"color": PALETTE[0], "linewidth": 2},
+        flierprops={"marker": ".", "markersize": 3, "markeredgecolor": MUTED},
+        showfliers=sum(len(values) for _, values in groups) <= 20_000,
+    )
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel(value)
+    axes.set_ylabel(group)
+    return drawing
+
+
 class Page:
     """One report: blocks in reading order, written as a single HTML file.
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, TypedDict, overload
 
 import numpy as np
 import pandas as pd
-from torch.utils.data import Sampler
 
 
 class ClassBalance(TypedDict):
@@ -83,6 +82,33 @@ def analyze_class_imbalance(
     }
 
 
+BOX_SIZES_PX = {"small": 32.0**2, "medium": 96.0**2, "large": math.inf}
+"""Size -> the area in stored pixels that a box of it stays below.
+
+Source: the COCO detection challenge, "Metrics", which scores these three apart.
+"""
+
+
+def count_box_sizes(boxes: pd.DataFrame) -> dict[str, dict[str, int]]:
+    """Class -> size (`BOX_SIZES_PX`) -> number of boxes, classes in alphabetical order.
+
+    Args:
+        boxes: columns class, x0, y0, x1, y1 in stored pixels. A box without an area is small.
+
+    >>> corners = {"x0": [0, 0], "y0": [0, 0], "x1": [31, 32], "y1": [32, 32]}
+    >>> count_box_sizes(pd.DataFrame({"class": ["cell", "cell"], **corners}))
+    {'cell': {'small': 1, 'medium': 1, 'large': 0}}
+    """
+    sides = (boxes["x1"] - boxes["x0"]).clip(lower=0), (boxes["y1"] - boxes["y0"]).clip(lower=0)
+    limits = list(BOX_SIZES_PX.values())
+    size = np.searchsorted(limits, sides[0] * sides[1], side="right")
+    table = pd.crosstab(boxes["class"], size).reindex(columns=range(len(limits)), fill_value=0)
+    return {
+        str(name): dict(zip(BOX_SIZES_PX, map(int, row), strict=True))
+        for name, row in zip(table.index, table.to_numpy(), strict=True)
+    }
+
+
 def _one_hot(
     labels: Sequence[Any] | pd.Series | np.ndarray, classes: Sequence[Hashable] | None
 ) -> pd.DataFrame:
@@ -97,7 +123,7 @@ def _one_hot(
     return pd.DataFrame({name: (flat == name).astype(float).where(known) for name in (classes or found)})
 
 
-class _EpochOrder(Sampler[int], ABC):
+class _EpochOrder(ABC):
     """A sampler whose order is a pure function of (seed, epoch), divided among `world_size` processes.
 
     All processes see the same global order; rank r takes places r, r + world_size, ... of it. Where its

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from pydantic import Field, field_validator
 
-from cadx.types import Config
+from cadx.types import Config, check_pixels
 
 # Rec. 601 luma. Source: ITU-R BT.601-7, section 2.5.1.
 _LUMA = (np.float32(0.299), np.float32(0.587), np.float32(0.114))
@@ -130,18 +130,6 @@ class Preprocessing(Config):
         columns = _grid_positions(raw_width_px, place.left_px, place.width_px, cells, grid.shape[1])
         values = _interpolate(np.asarray(grid, np.float32), rows)
         return np.ascontiguousarray(_interpolate(values.T, columns).T)
-
-
-def check_pixels(pixels: np.ndarray) -> None:
-    """Accept raw pixels, H W or H W 3, uint8 or uint16, not empty.
-
-    Raises:
-        ValueError: if they are anything else.
-    """
-    if pixels.dtype not in (np.uint8, np.uint16):
-        raise ValueError(f"pixels: dtype is {pixels.dtype}; convert to uint8 or uint16 with black = 0")
-    if not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)) or pixels.size == 0:
-        raise ValueError(f"pixels: shape is {pixels.shape}; give H W (gray) or H W 3 (colour), not empty")
 
 
 def _resize(plane: np.ndarray, height_px: int, width_px: int) -> np.ndarray:

@@ -120,3 +120,15 @@ class Prediction:
     embedding: "np.ndarray"
     statistics: dict[str, float]
     warnings: tuple[str, ...] = ()
+
+
+def check_pixels(pixels: "np.ndarray") -> None:
+    """Accept raw pixels, H W or H W 3, uint8 or uint16, not empty.
+
+    Raises:
+        ValueError: if they are anything else.
+    """
+    if str(pixels.dtype) not in ("uint8", "uint16"):
+        raise ValueError(f"pixels: dtype is {pixels.dtype}; convert to uint8 or uint16 with black = 0")
+    if not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)) or pixels.size == 0:
+        raise ValueError(f"pixels: shape is {pixels.shape}; give H W (gray) or H W 3 (colour), not empty")

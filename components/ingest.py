@@ -2,8 +2,9 @@
 
 import math
 import os
+import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import numpy as np
+from PIL import Image
 from pydantic import Field, ValidationError
 from rich.console import Console
 from rich.progress import track
@@ -20,29 +22,30 @@ from rich.progress import track
 from cadx.catalog import (
     ENTRY,
     SPLIT_WORDS,
+    BagsEntry,
     Entry,
-    FolderEntry,
     NpzEntry,
     PhantomEntry,
-    TableEntry,
-    candidate_files,
+    StoredEntry,
     digest_as,
     fetch,
     load_catalog,
     pseudonym,
-    read_rows,
     site_key,
 )
-from cadx.datasets import DatasetWriter, SourceInfo
+from cadx.datasets import DatasetWriter, SourceInfo, preview
 from cadx.drift import image_statistics
 from cadx.files import digest_bytes, digest_path
-from cadx.reading.dicom import BURNED_IN, dicom_identifiers, parse_age, parse_sex
+from cadx.layouts import FileEntry, Item, list_items, read_bags
+from cadx.quality import image_checks, perceptual_hash
+from cadx.reading.dicom import BURNED_IN
+from cadx.reading.identifiers import LABEL_IMAGES, file_identifiers
 from cadx.reading.images import read_arrays, read_image
-from cadx.reading.source import sniff_file
-from cadx.types import Digest, RawImage
+from cadx.types import Digest, Kind
 from components.contract import In, Keep, Out, Params, explain, step
 
 _LISTED = 5
+_CLEAN_LABELS = ("the label and macro images of the slides were looked over and name nobody",)
 _OLDEST_YEARS = 90
 """Ages above 89 identify a person by the HIPAA safe harbor rule (45 CFR 164.514(b)(2)): they become 90."""
 
@@ -66,6 +69,8 @@ def ingest(*, catalog: In, cache: Keep, dataset: Out, digest: str = "", params: 
     """
     name = params.source
     entry = _find(load_catalog(catalog), name, catalog)
+    layout = _phantom_layout(name, entry) if isinstance(entry, PhantomEntry) else entry
+    key = site_key(cache) if entry.patient == "hmac" or entry.deidentify else b""
     with _at_hand(name, entry, cache) as root:
         if digest and (found := digest_as(root, digest)) != digest:
             raise ValueError(f"{name}: the source has digest {found}, --digest asks for {digest}")
@@ -83,15 +88,17 @@ def ingest(*, catalog: In, cache: Keep, dataset: Out, digest: str = "", params: 
             task=entry.task,
             classes=entry.classes,
             positive=entry.positive,
+            kind=layout.kind,
             modality=entry.modality,
             clustered=entry.patient != "per-image",
             source=source,
         ) as writer:
-            if isinstance(entry, NpzEntry):
-                _add_arrays(writer, name, entry, root)
+            if isinstance(layout, NpzEntry):
+                _add_arrays(writer, name, layout, root)
+            elif isinstance(layout, BagsEntry):
+                _add_bags(writer, name, layout, root, key)
             else:
-                layout = _phantom_layout(name, entry) if isinstance(entry, PhantomEntry) else entry
-                _add_files(writer, name, layout, root, cache)
+                _add_files(writer, name, layout, root, key)
 
 
 def _find(entries: dict[str, Entry], name: str, catalog: Path) -> Entry:
@@ -120,18 +127,20 @@ def _at_hand(name: str, entry: Entry, cache: Path) -> Iterator[Path]:
 def _phantom(name: str, entry: PhantomEntry) -> Any:
     from cadx.phantom import PHANTOM
 
+    if "modality" not in entry.parameters:
+        raise ValueError(f"{name}.parameters: no modality; give xray, volume, slide or lesion")
     try:
         return PHANTOM.validate_python(entry.parameters)
     except ValidationError as error:
         raise ValueError(explain(error, f"{name}.parameters")) from None
 
 
-def _phantom_layout(name: str, entry: PhantomEntry) -> FolderEntry | TableEntry:
+def _phantom_layout(name: str, entry: PhantomEntry) -> StoredEntry:
     """The entry by which a phantom's own files are read."""
     layout = _phantom(name, entry).layout(entry.classes)
     described = entry.model_dump(exclude={"format", "parameters"})
     found = ENTRY.validate_python({**described, "file": "cohort", **layout})
-    assert isinstance(found, (FolderEntry, TableEntry))
+    assert not isinstance(found, PhantomEntry)
     return found
 
 
@@ -140,16 +149,26 @@ def _add_arrays(writer: DatasetWriter, name: str, entry: NpzEntry, path: Path) -
     splits = [key.removesuffix("_images") for key in arrays if key.endswith("_images")]
     if not splits:
         raise ValueError(f"{name}: no array is called train_images, val_images or test_images")
+    assumed = (
+        (f"spacing of the arrays: {entry.spacing_mm} mm", "axes of the arrays: superior, anterior, right")
+        if entry.kind == "volume"
+        else ()
+    )
     for split in splits:
         images, labels = arrays[f"{split}_images"], arrays.get(f"{split}_labels")
         if split not in SPLIT_WORDS:
             raise ValueError(f"{name}: {split}_images belongs to none of train, val, calibration, test")
         if labels is None or len(labels) != len(images):
             raise ValueError(f"{name}: {split}_images and {split}_labels do not have equal lengths")
-        if images.dtype not in (np.uint8, np.uint16) or not (
-            images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)
-        ):
-            raise ValueError(f"{name}: {split}_images must be N H W or N H W 3, uint8 or uint16")
+        volumes = entry.kind == "volume"
+        colour = images.ndim == 4 and images.shape[3] == 3 and not volumes
+        if images.dtype not in (np.uint8, np.uint16) or not (images.ndim == 3 + volumes or colour):
+            form = "N D H W" if volumes else "N H W or N H W 3"
+            raise ValueError(f"{name}: {split}_images must be {form}, uint8 or uint16")
+        if volumes and entry.spacing_mm is None:
+            raise ValueError(
+                f"{name}: arrays do not say how far voxels are apart; give spacing_mm in its entry"
+            )
         labels = labels.reshape(len(images), -1)
         for index in _progress(range(len(images)), f"Reading {name}, {split}"):
             sample_id, pixels = f"{split}-{index:05d}", images[index]
@@ -160,8 +179,9 @@ def _add_arrays(writer: DatasetWriter, name: str, entry: NpzEntry, path: Path) -
                 patient=sample_id,
                 sha256=digest_bytes(np.ascontiguousarray(pixels).tobytes()),
                 given_split=SPLIT_WORDS[split],
-                statistics=image_statistics(pixels),
-                assumptions=entry.assumptions,
+                spacing_mm=entry.spacing_mm if volumes else None,
+                assumptions=(*entry.assumptions, *assumed),
+                **_looked_at(preview(entry.kind, pixels)),
             )
 
 
@@ -174,96 +194,224 @@ def _array_labels(entry: NpzEntry, values: np.ndarray, where: str) -> dict[str, 
     return {entry.classes[int(values[0])]: 1.0}
 
 
+def _add_bags(writer: DatasetWriter, name: str, entry: BagsEntry, root: Path, key: bytes) -> None:
+    for number, bag in enumerate(_progress(read_bags(entry, root), f"Reading {name}")):
+        sample_id = f"{bag.site}-{number:05d}" if len(entry.tables) > 1 else f"{number:05d}"
+        picture = preview("features", bag.features)
+        writer.add(
+            sample_id=sample_id,
+            pixels=bag.features,
+            labels=bag.labels,
+            patient=_patient(entry, key, sample_id, bag.patient, bag.place),
+            sha256=digest_bytes(bag.features.tobytes()),
+            site=bag.site,
+            age=bag.age,
+            statistics=image_statistics(picture),
+            assumptions=entry.assumptions,
+        )
+
+
 # --- Files --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Item:
-    """An image file and what the source says of it. `place` finds it without naming it."""
+class _Loaded:
+    """A sample's array and what goes with it: the arguments of `DatasetWriter.add` that its file decides."""
 
-    place: str
-    path: Path
-    relative: PurePosixPath
-    labels: dict[str, float]
-    attributes: dict[str, Any] = field(default_factory=dict)
-    patient: str = ""
-    given_split: str = ""
-    boxes: list[tuple[str, float, float, float, float]] = field(default_factory=list)
+    array: np.ndarray
+    sha256: Digest
+    spacing_mm: tuple[float, ...] | None
+    attributes: dict[str, Any]
+    patient: str | None
+    assumptions: tuple[str, ...]
+    findings: tuple[str, ...] = ()
+    mask: np.ndarray | None = None
+    tissue: np.ndarray | None = None
+    slide: Path | None = None
+    slide_mpp: float = math.nan
+    statistics: dict[str, float] = field(default_factory=dict)
+    phash: str = ""
+    checks: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Read:
-    """What came of an item: an image, or why there is none."""
+    """What came of an item: a sample, or why there is none."""
 
     identifiers: tuple[str, ...] = ()
     problem: str = ""
-    image: RawImage | None = None
-    sha256: Digest | None = None
-    statistics: dict[str, float] = field(default_factory=dict)
+    loaded: _Loaded | None = None
 
 
-def _add_files(
-    writer: DatasetWriter, name: str, entry: FolderEntry | TableEntry, root: Path, cache: Path
-) -> None:
-    items = _table_items(entry, root) if isinstance(entry, TableEntry) else _folder_items(entry, root)
-    key = site_key(cache) if entry.patient == "hmac" or entry.deidentify else b""
+def _add_files(writer: DatasetWriter, name: str, entry: FileEntry, root: Path, key: bytes) -> None:
+    items = list_items(entry, root)
     named = sorted(zip(_sample_ids(items, key), items, strict=True), key=lambda pair: pair[0])
     problems: list[str] = []
     identified: Counter[str] = Counter()
     num_identified = 0
-    reads = _in_order(lambda pair: _read(pair[1].path, entry.deidentify), named)
+    reads = _in_order(lambda pair: _read(pair[1], entry), named, waiting=4 if entry.kind == "image" else 0)
     for (sample_id, item), read in zip(named, _progress(reads, f"Reading {name}", len(named)), strict=True):
+        problem, patient = read.problem, ""
         if read.identifiers:
             num_identified += 1
             identified.update(read.identifiers)
-        patient = item.patient or (read.image.patient if read.image else "") or ""
-        problem = read.problem
-        if read.image is not None and not patient and entry.patient != "per-image":
-            problem = f"no patient; the entry's policy is {entry.patient}: give a patient column or PatientID"
+        if read.loaded is not None:
+            try:
+                patient = _patient(entry, key, sample_id, item.patient or read.loaded.patient or "", "")
+            except ValueError as error:
+                problem = str(error)
         if problem:
             problems.append(f"{item.place}: {problem}")
         if problems or identified:
             continue
-        assert read.image is not None
-        assert read.sha256 is not None
-        policy = {"per-image": sample_id, "public": patient, "hmac": pseudonym(key, "patient", patient)}
-        attributes, aged = _attributes(read.image.attributes | item.attributes, entry.deidentify)
+        loaded = read.loaded
+        assert loaded is not None
+        attributes, aged = _attributes(loaded.attributes | item.attributes, entry.deidentify)
         writer.add(
             sample_id=sample_id,
-            pixels=read.image.pixels,
-            labels=item.labels,
-            patient=policy[entry.patient],
-            sha256=read.sha256,
+            pixels=loaded.array,
+            labels=item.labels | _labels_in(item.mask_values, loaded.mask),
+            patient=patient,
+            sha256=loaded.sha256,
             given_split=item.given_split,
-            spacing_mm=read.image.spacing_mm,
-            statistics=read.statistics,
+            spacing_mm=loaded.spacing_mm,
+            statistics=loaded.statistics,
             boxes=item.boxes,
-            assumptions=(*entry.assumptions, *read.image.assumptions, *aged),
+            mask=loaded.mask,
+            tissue=loaded.tissue,
+            slide=loaded.slide,
+            slide_mpp=loaded.slide_mpp,
+            findings=loaded.findings,
+            phash=loaded.phash,
+            checks=loaded.checks,
+            clinical=item.clinical,
+            assumptions=(*entry.assumptions, *loaded.assumptions, *aged),
             **attributes,
         )
     if identified:
-        raise ValueError(_identifiers_found(name, identified, num_identified, len(items)))
+        raise ValueError(_identifiers_found(name, identified, num_identified, len(items), entry.kind))
     if problems:
         raise ValueError(
-            f"{name}: {len(problems)} of {len(items)} images cannot be taken: {_listed(problems)}; "
+            f"{name}: {len(problems)} of {len(items)} {entry.kind}s cannot be taken: {_listed(problems)}; "
             "repair them, or take them out of the source"
         )
 
 
-def _read(path: Path, deidentify: bool) -> _Read:
+def _read(item: Item, entry: FileEntry) -> _Read:
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        return _Read(problem=f"cannot be opened ({type(error).__name__})")
-    try:
-        found = dicom_identifiers(data)
-        identifiers = tuple(keyword for keyword in found if not deidentify or keyword == BURNED_IN)
-        if identifiers:
-            return _Read(identifiers)
-        image = read_image(data)
+        found = file_identifiers(item.path)
+        # A header is left behind when its pixels are taken; a slide stays as it is, and so do burned-in letters.
+        dropped = entry.deidentify and entry.kind != "slide"
+        looked_over = LABEL_IMAGES if entry.label_images_are_clean else ()
+        found = tuple(
+            name for name in found if name not in looked_over and (not dropped or name == BURNED_IN)
+        )
+        if found:
+            return _Read(identifiers=found)
+        return _Read(loaded=_LOADERS[entry.kind](item, entry))
     except ValueError as error:
         return _Read(problem=str(error))
-    return _Read((), "", image, digest_bytes(data), image_statistics(image.pixels))
+    except OSError as error:
+        return _Read(problem=f"cannot be opened ({type(error).__name__})")
+
+
+def _load_image(item: Item, entry: FileEntry) -> _Loaded:
+    data = item.path.read_bytes()
+    image = read_image(data)
+    return _Loaded(
+        array=image.pixels,
+        sha256=digest_bytes(data),
+        spacing_mm=image.spacing_mm,
+        attributes=image.attributes,
+        patient=image.patient,
+        assumptions=image.assumptions,
+        mask=None if item.mask is None else _picture_mask(item.mask, image.pixels.shape[:2], resize=False),
+        **_looked_at(image.pixels),
+    )
+
+
+def _load_volume(item: Item, entry: FileEntry) -> _Loaded:
+    from cadx.reading.volumes import read_mask, read_volume
+
+    volume = read_volume(item.path, spacing_mm=entry.spacing_mm)
+    return _Loaded(
+        array=volume.voxels,
+        sha256=digest_path(item.path),
+        spacing_mm=volume.spacing_mm,
+        attributes=volume.attributes,
+        patient=volume.patient,
+        assumptions=volume.assumptions,
+        findings=volume.findings,
+        mask=None if item.mask is None else read_mask(item.mask, like=volume),
+        **_looked_at(preview("volume", volume.voxels)),
+    )
+
+
+def _load_slide(item: Item, entry: FileEntry) -> _Loaded:
+    from cadx.reading.slides import summarise_slide
+
+    slide = summarise_slide(item.path, slide_mpp=entry.slide_mpp)
+    shape = slide.thumbnail.shape[:2]
+    return _Loaded(
+        array=slide.thumbnail,
+        sha256=digest_path(item.path),
+        spacing_mm=slide.spacing_mm,
+        attributes=slide.attributes,
+        patient=None,
+        assumptions=(*slide.assumptions, *(_CLEAN_LABELS if entry.label_images_are_clean else ())),
+        mask=None if item.mask is None else _picture_mask(item.mask, shape, resize=True),
+        findings=slide.findings,
+        tissue=slide.tissue,
+        slide=item.path,
+        slide_mpp=slide.slide_mpp,
+        **_looked_at(slide.thumbnail),
+    )
+
+
+_LOADERS: dict[Kind, Callable[[Item, FileEntry], _Loaded]] = {
+    "image": _load_image,
+    "volume": _load_volume,
+    "slide": _load_slide,
+}
+
+
+def _looked_at(picture: np.ndarray) -> dict[str, Any]:
+    return {
+        "statistics": image_statistics(picture),
+        "phash": perceptual_hash(picture),
+        "checks": image_checks(picture),
+    }
+
+
+def _picture_mask(path: Path, shape: tuple[int, ...], *, resize: bool) -> np.ndarray:
+    """A mask drawn as a gray picture, uint8; with `resize`, brought to `shape` without new values."""
+    mask = read_image(path).pixels
+    if mask.ndim != 2 or mask.dtype != np.uint8:
+        raise ValueError("its mask is not a gray picture of 8 bits")
+    if resize and abs(mask.shape[0] * shape[1] - mask.shape[1] * shape[0]) <= max(*mask.shape, *shape):
+        return np.asarray(Image.fromarray(mask).resize((shape[1], shape[0]), Image.Resampling.NEAREST))
+    if mask.shape != shape:
+        raise ValueError(
+            f"its mask is {mask.shape[0]} x {mask.shape[1]} pixels, the image {shape[0]} x {shape[1]}"
+        )
+    return mask
+
+
+def _labels_in(mask_values: Mapping[str, int], mask: np.ndarray | None) -> dict[str, float]:
+    """Whether each class stands in the mask."""
+    return {name: float(np.any(mask == value)) for name, value in mask_values.items()}
+
+
+def _patient(entry: StoredEntry, key: bytes, sample_id: str, patient: str, place: str) -> str:
+    """The pseudonym that the entry's policy gives to a patient of the source."""
+    if entry.patient == "per-image":
+        return sample_id
+    if not patient:
+        where = f"{place}: " if place else ""
+        raise ValueError(
+            f"{where}no patient; the entry's policy is {entry.patient}: give a patient column or PatientID"
+        )
+    return patient if entry.patient == "public" else pseudonym(key, "patient", patient)
 
 
 def _attributes(attributes: dict[str, Any], deidentify: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -273,25 +421,29 @@ def _attributes(attributes: dict[str, Any], deidentify: bool) -> tuple[dict[str,
     return attributes, ()
 
 
-def _identifiers_found(name: str, identified: Counter[str], num_files: int, num_all: int) -> str:
+def _identifiers_found(name: str, identified: Counter[str], num_files: int, num_all: int, kind: Kind) -> str:
     keywords = ", ".join(sorted(identified))
     if BURNED_IN in identified:
         advice = (
             "images marked BurnedInAnnotation = YES show identifiers in their pixels: "
             "mask them at the source and set the element to NO"
         )
+    elif kind == "slide":
+        advice = "slides are kept as they are: clean the files at their source"
+        if identified.keys() <= set(LABEL_IMAGES):
+            advice += ", or look at those pictures and declare label_images_are_clean in the entry"
     else:
         advice = "set `deidentify: true` in its entry to drop them, or clean the files"
-    return f"{name}: patient identifiers in {num_files} of {num_all} images ({keywords}); {advice}"
+    return f"{name}: patient identifiers in {num_files} of {num_all} {kind}s ({keywords}); {advice}"
 
 
-def _sample_ids(items: list[_Item], key: bytes) -> list[str]:
+def _sample_ids(items: list[Item], key: bytes) -> list[str]:
     """Names without extension below the folder that all files share, or pseudonyms of the whole names."""
     if key:
         sample_ids = [pseudonym(key, "sample", item.relative.as_posix()) for item in items]
     else:
         shared = os.path.commonpath([item.relative.parent.as_posix() or "." for item in items])
-        stems = [item.relative.relative_to(shared).with_suffix("") for item in items]
+        stems = [_stem(item.relative.relative_to(shared)) for item in items]
         sample_ids = ["-".join(stem.parts) for stem in stems]
     seen: dict[str, str] = {}
     for sample_id, item in zip(sample_ids, items, strict=True):
@@ -301,132 +453,8 @@ def _sample_ids(items: list[_Item], key: bytes) -> list[str]:
     return sample_ids
 
 
-def _folder_items(entry: FolderEntry, root: Path) -> list[_Item]:
-    if not root.is_dir():
-        raise ValueError("the source is no folder; the entry's format says that it is one")
-    items: list[_Item] = []
-    for folder, given_split in entry.split_folders.items() or [("", "")]:
-        inner = root / folder
-        where = f"split folder {folder}, " if folder else ""
-        folders = [path.name for path in inner.iterdir() if path.is_dir()] if inner.is_dir() else []
-        known = [name for name in folders if not name.startswith(".")]
-        if unknown := len(set(known) - set(entry.classes)):
-            raise ValueError(
-                f"{where}{unknown} of {len(known)} folders are none of the classes "
-                f"{', '.join(entry.classes)}; add them to the entry, or move them away"
-            )
-        for label in entry.classes:
-            if label not in known:
-                raise ValueError(f"{where}class {label} has no folder; make it, or correct the entry")
-            for number, path in enumerate(candidate_files(inner / label), start=1):
-                relative = PurePosixPath(path.relative_to(root).as_posix())
-                place = f"{where}class {label}, file {number} in sorted order"
-                items.append(_Item(place, path, relative, {label: 1.0}, given_split=given_split))
-    if not items:
-        raise ValueError("the class folders are empty")
-    return items
-
-
-def _table_items(entry: TableEntry, root: Path) -> list[_Item]:
-    rows = read_rows(root / entry.table)
-    columns = entry.columns
-    needed = [entry.file_column, entry.label_column, *entry.label_columns.values()]
-    _require_columns(entry.table, rows, needed + list(columns.model_dump().values()))
-    boxes = _boxes(entry, root) if entry.boxes else {}
-    items: dict[str, _Item] = {}
-    for number, row in enumerate(rows, start=2):
-        place = f"{entry.table} row {number}"
-        relative = PurePosixPath(row[entry.file_column])
-        path = root / entry.images / relative
-        if not relative.name or relative.is_absolute() or ".." in relative.parts:
-            raise ValueError(f"{place}: column {entry.file_column} must be a path within the source")
-        if not path.is_file():
-            raise ValueError(f"{place}: its image file is not there; add it, or remove the row")
-        if relative.as_posix() in items:
-            raise ValueError(f"{place}: the same file as {items[relative.as_posix()].place}; keep one row")
-        attributes: dict[str, Any] = {
-            "site": row[columns.site] if columns.site else "",
-            "scanner": row[columns.scanner] if columns.scanner else "",
-            "age": parse_age(row[columns.age]) if columns.age else math.nan,
-            "sex": parse_sex(row[columns.sex]) if columns.sex else "",
-            "view": row[columns.view] if columns.view else "",
-        }
-        split = row[columns.split].lower() if columns.split else ""
-        if split and split not in SPLIT_WORDS:
-            raise ValueError(f"{place}, column {columns.split}: not train, val, calibration or test")
-        items[relative.as_posix()] = _Item(
-            place=place,
-            path=path,
-            relative=relative,
-            labels=_row_labels(entry, row, place),
-            attributes={key: value for key, value in attributes.items() if value == value and value != ""},
-            patient=row[columns.patient] if columns.patient else "",
-            given_split=SPLIT_WORDS[split] if split else "",
-            boxes=boxes.pop(relative.as_posix(), []),
-        )
-    if boxes:
-        raise ValueError(f"{entry.boxes and entry.boxes.table}: boxes of {len(boxes)} files that have no row")
-    _refuse_files_without_row(entry.table, list(items.values()))
-    return list(items.values())
-
-
-def _refuse_files_without_row(table: str, items: list[_Item]) -> None:
-    listed = {item.path for item in items}
-    without = [
-        path
-        for folder in sorted({item.path.parent for item in items})
-        for path in candidate_files(folder, recursive=False)
-        if path not in listed and sniff_file(path) is not None
-    ]
-    if without:
-        raise ValueError(
-            f"{table}: {len(without)} images beside the listed have no row; add rows or move them"
-        )
-
-
-def _row_labels(entry: TableEntry, row: dict[str, str], place: str) -> dict[str, float]:
-    if entry.label_column:
-        cell = row[entry.label_column]
-        label = entry.values.get(cell, cell)
-        if cell and label not in entry.classes:
-            known = ", ".join(entry.values or entry.classes)
-            raise ValueError(f"{place}, column {entry.label_column}: a label that is none of {known}")
-        return {label: 1.0} if cell else {}
-    labels = {name: row[column] for name, column in entry.label_columns.items() if row[column]}
-    for name, cell in labels.items():
-        if cell not in ("0", "1", "0.0", "1.0"):
-            raise ValueError(f"{place}, column {entry.label_columns[name]}: not 0, 1 or empty")
-    return {name: float(cell) for name, cell in labels.items()}
-
-
-def _boxes(entry: TableEntry, root: Path) -> dict[str, list[tuple[str, float, float, float, float]]]:
-    """Boxes by file, as (class, x0, y0, x1, y1)."""
-    table = entry.boxes
-    assert table is not None
-    rows = read_rows(root / table.table)
-    corners = [table.x0, table.y0, table.x1 or table.width, table.y1 or table.height]
-    _require_columns(table.table, rows, [table.file, table.class_name, *corners, *table.where])
-    found: dict[str, list[tuple[str, float, float, float, float]]] = {}
-    for number, row in enumerate(rows, start=2):
-        if any(row[column] != value for column, value in table.where.items()):
-            continue
-        label = table.values.get(row[table.class_name], row[table.class_name])
-        if label not in entry.classes:
-            known = ", ".join(table.values or entry.classes)
-            raise ValueError(f"{table.table} row {number}: a box of a class that is none of {known}")
-        try:
-            x0, y0, x1, y1 = (float(row[column]) for column in corners if column)
-        except ValueError:
-            raise ValueError(f"{table.table} row {number}: a corner is no number") from None
-        if table.width:
-            x1, y1 = x0 + x1, y0 + y1
-        found.setdefault(PurePosixPath(row[table.file]).as_posix(), []).append((label, x0, y0, x1, y1))
-    return found
-
-
-def _require_columns(table: str, rows: list[dict[str, str]], names: Iterable[str | None]) -> None:
-    if missing := [name for name in names if name and name not in rows[0]]:
-        raise ValueError(f"{table}: no column {missing[0]!r}; it has {', '.join(rows[0])}")
+def _stem(path: PurePosixPath) -> PurePosixPath:
+    return path.with_name(re.sub(r"\.(nii\.gz|[^.]*)$", "", path.name) or path.name)
 
 
 # --- Work in order ------------------------------------------------------------------------------------
@@ -435,20 +463,20 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def _in_order(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def _in_order(function: Callable[[T], R], items: Iterable[T], *, waiting: int) -> Iterator[R]:
     """`function` of each item, in order, on several threads: decoding leaves the interpreter's lock.
 
-    Only a few results wait at a time, however slow the reader of this iterator is.
+    Only `waiting` results per thread lie ready at a time, however slow the reader of this iterator is.
     """
     workers = min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[Future[R]] = deque()
+        pending: deque[Future[R]] = deque()
         for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 4 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            pending.append(pool.submit(function, item))
+            if len(pending) > waiting * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def _progress(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:

@@ -1,8 +1,14 @@
 """Who teaches, who tunes, who judges: every image gets one split, and no patient crosses two.
 
-Two strategies. "patient" makes the splits itself: by patient, stratified by class and by site. "given"
-takes the set's official ones, so that scores compare with published ones; a set without a calibration part
-gets one cut from its train part, by patient, which the reason column records.
+Four strategies, which all keep a patient together and stratify by class:
+
+    patient         our own splits, stratified by site too
+    given           the set's official ones, so that scores compare with published ones; a set without a
+                    calibration part gets one cut from its train part, which the reason column records
+    kfold           fold `fold` of `num_folds` is test; over all folds, each image is in test once
+    leave_site_out  the site `site`, or the site of number `fold`, is test: does the network travel?
+
+kfold and leave_site_out cut train, val and calibration from the rest, in the proportions of `fractions`.
 
 What `validate` quarantined stays in the table as "excluded", with its reason: no row is ever lost.
 """
@@ -17,7 +23,7 @@ from pydantic import Field, model_validator
 
 from cadx.datasets import DatasetFolder, write_splits
 from cadx.files import digest_path
-from cadx.splitting import assign_splits, cut
+from cadx.splitting import assign_splits, cut, kfold, leave_site_out
 from cadx.types import Config
 from components.contract import In, Out, Params, step
 
@@ -43,10 +49,23 @@ class Fractions(Config):
 class SplitParams(Params):
     """How images are divided."""
 
-    strategy: Literal["patient", "given"] = "patient"  # our own splits, or the set's official ones
-    fractions: Fractions = Fractions()  # for strategy "patient"
+    strategy: Literal["patient", "given", "kfold", "leave_site_out"] = "patient"  # as told above
+    fractions: Fractions = Fractions()  # for every strategy but "given"
     calibration_fraction: Share = 0.1  # of the official train part, where there is no calibration part
+    num_folds: Annotated[int, Field(ge=2)] = 5  # for "kfold"
+    fold: Annotated[int, Field(ge=0)] = 0  # the fold that is test, or the site's number in the alphabet
+    site: str | None = None  # the site that is test, instead of its number
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _one_test_part(self) -> Self:
+        if self.strategy == "kfold" and self.fold >= self.num_folds:
+            raise ValueError(f"fold {self.fold}: num_folds = {self.num_folds}; use 0 to {self.num_folds - 1}")
+        if self.site is not None and self.strategy != "leave_site_out":
+            raise ValueError(f"site is for strategy leave_site_out, not for {self.strategy}; leave it out")
+        if self.site is not None and self.fold:
+            raise ValueError("fold and site both choose the test part; give one of them")
+        return self
 
 
 @step
@@ -54,8 +73,8 @@ def split(*, dataset: In, validation: In, splits: Out, params: SplitParams) -> N
     """Divide the images into train, val, calibration and test by patient, or as the set's authors did.
 
     Raises:
-        ValueError: if `validation` is of another dataset, a class has too few patients, or the official
-            splits are incomplete or share a patient.
+        ValueError: if `validation` is of another dataset, a class has too few patients, the official splits
+            are incomplete or share a patient, or the site to leave out is unknown.
     """
     folder = DatasetFolder(dataset)
     reasons = _read_quarantine(validation, dataset)
@@ -63,11 +82,10 @@ def split(*, dataset: In, validation: In, splits: Out, params: SplitParams) -> N
     kept = samples[~samples["sample_id"].isin(list(reasons))]
     # A class that is empty is validate's matter; it cannot be stratified.
     labels = [column for column in folder.info.label_columns if (kept[column] == 1).any()]
-    if params.strategy == "given":
-        placed = _given(kept, labels, params, folder.info.name)
-    else:
-        parts = assign_splits(kept, fractions=params.fractions.model_dump(), seed=params.seed, labels=labels)
-        placed = pd.DataFrame({"split": parts, "reason": "by patient"})
+    try:
+        placed = _place(kept, labels, params)
+    except ValueError as error:
+        raise ValueError(f"dataset {folder.info.name}: {error}") from None
     excluded = samples["sample_id"].map(reasons)
     write_splits(
         splits,
@@ -94,24 +112,39 @@ def _read_quarantine(validation: Path, dataset: Path) -> dict[str, str]:
     return reasons
 
 
-def _given(kept: pd.DataFrame, labels: list[str], params: SplitParams, name: str) -> pd.DataFrame:
+def _place(kept: pd.DataFrame, labels: list[str], params: SplitParams) -> pd.DataFrame:
+    """The splits, indexed like `kept`: columns split, reason."""
+    if params.strategy == "given":
+        return _given(kept, labels, params)
+    fractions, seed = params.fractions.model_dump(), params.seed
+    if params.strategy == "patient":
+        parts = assign_splits(kept, fractions=fractions, seed=seed, labels=labels)
+        return pd.DataFrame({"split": parts, "reason": "by patient"})
+    if params.strategy == "kfold":
+        fold, num_folds = params.fold, params.num_folds
+        parts = kfold(kept, fold=fold, num_folds=num_folds, fractions=fractions, seed=seed, labels=labels)
+        return pd.DataFrame({"split": parts, "reason": f"fold {fold} of {num_folds}, by patient"})
+    parts = leave_site_out(
+        kept, site=params.site, fold=params.fold, fractions=fractions, seed=seed, labels=labels
+    )
+    reasons = {"test": "the site left out", "excluded": "of a patient of the site left out, at another site"}
+    return pd.DataFrame({"split": parts, "reason": parts.map(reasons).fillna("by patient")})
+
+
+def _given(kept: pd.DataFrame, labels: list[str], params: SplitParams) -> pd.DataFrame:
     """The official splits, indexed like `kept`, completed by a calibration part: columns split, reason."""
     remedy = "use split.strategy = patient"
     parts = kept["given_split"]
     if (parts == "").any():
-        raise ValueError(
-            f"dataset {name}: {(parts == '').sum()} of {len(parts)} images have no official split; {remedy}"
-        )
+        raise ValueError(f"{(parts == '').sum()} of {len(parts)} images have no official split; {remedy}")
     if missing := [part for part in ("train", "val", "test") if not (parts == part).any()]:
-        raise ValueError(
-            f"dataset {name}: the official splits have no {' and no '.join(missing)} part; {remedy}"
-        )
+        raise ValueError(f"the official splits have no {' and no '.join(missing)} part; {remedy}")
     stays = kept.drop_duplicates(["patient", "given_split"])["patient"]
     crossing = stays[stays.duplicated()].nunique()
     if crossing:
         patients = "1 patient has" if crossing == 1 else f"{crossing} patients have"
         raise ValueError(
-            f"dataset {name}: {patients} images in several official splits; {remedy},"
+            f"{patients} images in several official splits; {remedy},"
             " or set validate.patient_across_splits = quarantine"
         )
     placed = pd.DataFrame({"split": parts, "reason": "official"})

@@ -7,6 +7,8 @@ and memory stand there and not in the bundle, whose bytes are a function of data
 
 import json
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -107,17 +109,14 @@ def train(
     frame = read_splits(splits)
     config = params.resolve(imbalance)
     code = code_digest("train")
-    members = [
-        fit(
-            config,
-            folder,
-            frame,
-            seed=seed + _BETWEEN_MEMBERS * number,
-            checkpoints=checkpoints / f"member-{number}",
-            code=code,
-        )
-        for number in range(config.ensemble)
-    ]
+    places = [checkpoints / f"member-{number}" for number in range(config.ensemble)]
+    try:
+        members = [
+            fit(config, folder, frame, seed=seed + _BETWEEN_MEMBERS * number, checkpoints=place, code=code)
+            for number, place in enumerate(places)
+        ]
+    finally:
+        _remove_empty(places)
     history = [
         {"member": number} | record for number, fitted in enumerate(members) for record in fitted.history
     ]
@@ -155,9 +154,15 @@ def train(
     records = [_header(experiment, seed, config, members[0]), *history, *best]
     lines = (json.dumps(plain(record), allow_nan=False) + "\n" for record in records)
     log.write_text("".join(lines), encoding="utf-8")
-    for number in range(config.ensemble):
-        discard_checkpoint(checkpoints / f"member-{number}")
-        (checkpoints / f"member-{number}").rmdir()
+    for place in places:
+        discard_checkpoint(place)
+    _remove_empty(places)
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # it holds a checkpoint, or is not there
+            folder.rmdir()
 
 
 def _start(config: TrainingConfig) -> tuple[str, ...]:

@@ -1,10 +1,11 @@
 """Is the dataset fit for learning and for a claim? Great Expectations on the tables, and looks at the images.
 
-Each rule is a set of expectations on the sample table, to which our own checks of the images have added
-columns, or on the table of classes that is left. What a failed rule does is its severity:
+Each rule is a set of expectations on the table of samples, to which our own checks of the images have added
+columns, on the table of boxes, of features, or of the classes that are left. What a failed rule does is its
+severity:
 
     stop        the step fails in one line and writes nothing
-    quarantine  the images are named in validation.json; `split` keeps them out of every split
+    quarantine  the samples are named in validation.json; `split` keeps them out of every split
     warn        it is said, and nothing else
 
 Exact copies (equal pixels) are the fault that makes results too good. One image of each group of copies is
@@ -13,12 +14,18 @@ So a copy of a training image leaves val, and a training image that is also in t
 official test split stays as it was published, and its scores comparable with published ones. For the same
 reason copies inside an official test split stay there by default. Copies with contradicting labels all go.
 
+Near copies (the same image coded again, resized, brightened) have perceptual hashes that differ in few bits.
+Images of one body part can have such hashes too: a pair counts only if its details correlate as well.
+
+Volumes are looked at as their middle slice, slides as their thumbnail.
+
 validation.json:
 
     schema              1
     dataset             digest of the dataset's dataset.json, which holds the digests of everything else
-    rules               name, severity, passed, count (of images or classes), message, sample_ids (20 at most)
-    quarantined         sample_id, reason; one entry per image
+    rules               name, severity, passed, count (of what is judged: samples, boxes, features or classes),
+                        message, sample_ids (20 at most)
+    quarantined         sample_id, reason; one entry per sample
     great_expectations  success, evaluated, successful, failed (expectation, column, rule)
     passed              true: no rule of severity stop failed (else there is no file)
 """
@@ -34,33 +41,28 @@ from pydantic import Field
 
 from cadx.datasets import DatasetFolder
 from cadx.files import digest_path, write_json
-from cadx.reporting import MUTED, PALETTE, Page, figure
+from cadx.quality import PRECEDENCE, DuplicateKind, box_problems, checked_samples, feature_table
+from cadx.reporting import Page, boxes_by_group, side_by_side
 from cadx.sampling import analyze_class_imbalance
 from components.contract import In, Out, Params, step
 
 Severity = Literal["stop", "quarantine", "warn"]
 TableSeverity = Literal["stop", "warn"]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 OFFICIAL_SPLITS = ("train", "val", "calibration", "test")
-PRECEDENCE = ("test", "train", "calibration", "val", "")
+NOUNS = {"image": "image", "volume": "volume", "slide": "slide", "features": "bag"}
 NUM_SAMPLE_IDS = 20
+NUM_BOXES_NAMED = 5
 NUM_SHOWN = 9
 NUM_ROWS_SHOWN = 500
 
-DuplicateKind = Literal[
-    "contradicting_labels",
-    "duplicate_across_splits",
-    "duplicate_across_patients",
-    "duplicate_within_test",
-    "duplicate_within_patient",
-]
-
 
 class ValidateParams(Params):
-    """A severity for each rule, and the limits of two of them."""
+    """A severity for each rule, and the limits of some of them."""
 
     label_values: Severity = "stop"  # a label is 0, 1 or missing
-    one_hot: Severity = "stop"  # exactly one class per labelled image, unless multilabel
+    one_hot: Severity = "stop"  # exactly one class per labelled sample, unless multilabel
     unlabelled: Severity = "warn"  # no label at all: takes no part in training or scoring
     given_split: Severity = "stop"  # an official split that no step knows
     patient_across_splits: Severity = "warn"  # harmless where `split` makes its own splits; else it refuses
@@ -68,17 +70,43 @@ class ValidateParams(Params):
     sex_values: Severity = "warn"
     image_size: Severity = "stop"
     tiny_image: Severity = "quarantine"
-    min_side_px: Annotated[int, Field(ge=1)] = 16
+    min_side_px: Annotated[int, Field(ge=1)] = 16  # of an image, a slice, a thumbnail
+    min_slices: Annotated[int, Field(ge=1)] = 4
     blank_image: Severity = "quarantine"
     blank_std: Annotated[float, Field(ge=0)] = 0.001  # of the full range: a quarter of one of 256 grays
+    blurred_image: Severity = "warn"
+    blurred_from: Fraction = 0.75  # `blur_effect`; radiographs stand at 0.45 to 0.74
+    clipped_image: Severity = "warn"
+    max_clipped_fraction: Fraction = 0.1
+    narrow_range: Severity = "warn"
+    min_range_fraction: Fraction = 0.1  # 12 bits stored as 16 use 0.06
+    burned_in_text: Severity = "warn"  # not every letter names a patient: PORTABLE, SUPINE
+    text_from: Fraction = 0.5
     invalid_box: Severity = "quarantine"  # no area, or not inside the image
+    unknown_box: Severity = "stop"  # of a sample or a class that the dataset does not have
+    missing_slices: Severity = "quarantine"
+    duplicate_slices: Severity = "warn"
+    uneven_spacing: Severity = "warn"
+    gantry_tilt: Severity = "warn"
+    oblique: Severity = "warn"
+    spacing_outlier: Severity = "warn"
+    mask_contradicts_label: Severity = "warn"
+    without_tissue: Severity = "quarantine"
+    min_tissue_fraction: Fraction = 0.001  # of the thumbnail
+    missing_features: Severity = "warn"  # NaN or infinite
+    constant_feature: TableSeverity = "warn"
     contradicting_labels: Severity = "quarantine"
     duplicate_across_splits: Severity = "quarantine"
     duplicate_across_patients: Severity = "quarantine"
     duplicate_within_test: Severity = "warn"  # dropping them changes the published test split
     duplicate_within_patient: Severity = "warn"
+    near_duplicate_across_splits: Severity = "warn"
+    near_duplicate_across_patients: Severity = "warn"
+    near_distance_bits: Annotated[int, Field(ge=0, le=16)] = 4
+    near_likeness: Fraction = 0.95  # copies stand above 0.99, other patients' images below 0.93
     class_without_images: TableSeverity = "stop"
     class_with_one_patient: TableSeverity = "warn"  # `split` needs one for each split
+    class_of_one_site: TableSeverity = "warn"  # the site is then told apart instead of the class
 
 
 @step
@@ -90,11 +118,22 @@ def validate(*, dataset: In, validation: Out, report: Out, params: ValidateParam
     """
     folder = DatasetFolder(dataset)
     folder.verify()
-    checked = _with_checks(folder, params)
-    outcomes, expectations = _judge(_sample_rules(folder, params), checked)
+    limits = ("blank_std", "min_side_px", "min_slices", "near_distance_bits", "near_likeness")
+    checked = checked_samples(folder, **{name: getattr(params, name) for name in limits})
+    tables = [(_sample_rules(folder, checked, params), checked)]
+    if len(folder.boxes):
+        boxes = box_problems(folder.boxes, folder.samples, folder.info.classes)
+        tables.append((_box_rules(params), boxes))
+    if folder.info.kind == "features":
+        tables.append((_feature_rules(params), feature_table(folder)))
+    outcomes: list[_Outcome] = []
+    expectations: list[dict[str, Any]] = []
+    for rules, table in tables:
+        judged, evaluated = _judge(rules, table)
+        outcomes, expectations = outcomes + judged, expectations + evaluated
     quarantined = _quarantined(checked, outcomes)
     kept = checked[~checked["sample_id"].isin(list(quarantined))]
-    of_classes, more = _judge(_class_rules(params), _class_table(kept, folder.info.classes))
+    of_classes, more = _judge(_class_rules(kept, params), _class_table(folder, kept))
     outcomes, expectations = outcomes + of_classes, expectations + more
 
     stopped = [outcome for outcome in outcomes if not outcome.passed and outcome.rule.severity == "stop"]
@@ -132,54 +171,6 @@ def validate(*, dataset: In, validation: Out, report: Out, params: ValidateParam
     _page(folder, checked, kept, outcomes, quarantined, expectations).write(report)
 
 
-def find_duplicates(samples: pd.DataFrame, label_columns: Sequence[str]) -> pd.DataFrame:
-    """For every row the kind of copy that it is, and the sample_id of the image that is kept for it.
-
-    Args:
-        samples: columns sample_id, pixels_sha256, patient, given_split and the label columns.
-        label_columns: which they are; NaN = unlabelled, and agrees with every label.
-
-    Returns:
-        Columns `duplicate` (a `DuplicateKind`, or "" for an image without copies and for the one that is
-        kept) and `duplicate_of`, indexed like `samples`. With contradicting labels none is kept, and each
-        names another of its group.
-
-    >>> samples = pd.DataFrame({"sample_id": ["a", "b"], "pixels_sha256": ["x", "x"], "patient": ["p", "q"],
-    ...                         "given_split": ["val", "train"], "label_sick": [1.0, 1.0]})
-    >>> find_duplicates(samples, ["label_sick"]).values.tolist()
-    [['duplicate_across_splits', 'b'], ['', '']]
-    """
-    kinds: dict[Any, DuplicateKind] = {}
-    originals: dict[Any, str] = {}
-    copies = samples[samples["pixels_sha256"].duplicated(keep=False)]
-    for _, group in copies.groupby("pixels_sha256", sort=False):
-        labels = group[list(label_columns)]
-        order = pd.DataFrame(
-            {"split": group["given_split"].map(PRECEDENCE.index), "unlabelled": labels.isna().any(axis=1)}
-        ).sort_values(["split", "unlabelled"], kind="stable")
-        (first, kept), *others = group.loc[order.index].to_dict("index").items()
-        originals |= {row: kept["sample_id"] for row, _ in others}
-        if (labels.max() > labels.min()).any():  # never true of NaN, which contradicts nothing
-            kinds |= dict.fromkeys(group.index, "contradicting_labels")
-            originals[first] = others[0][1]["sample_id"]
-            continue
-        for row, copy in others:
-            if copy["given_split"] != kept["given_split"]:
-                kinds[row] = "duplicate_across_splits"
-            elif copy["patient"] == kept["patient"]:
-                kinds[row] = "duplicate_within_patient"
-            elif copy["given_split"] == "test":
-                kinds[row] = "duplicate_within_test"
-            else:
-                kinds[row] = "duplicate_across_patients"
-    return pd.DataFrame(
-        {
-            "duplicate": pd.Series(kinds, dtype=object).reindex(samples.index, fill_value=""),
-            "duplicate_of": pd.Series(originals, dtype=object).reindex(samples.index, fill_value=""),
-        }
-    )
-
-
 @dataclass(frozen=True)
 class _Rule:
     """One rule: the expectations that decide it, and the words for when it fails.
@@ -188,6 +179,7 @@ class _Rule:
         expectations: (class name in great_expectations.expectations, its arguments).
         says: rows that failed -> what is wrong with them.
         fix: what the user can do.
+        is_shown: whether a look at the samples helps: the report shows them.
     """
 
     name: str
@@ -195,6 +187,7 @@ class _Rule:
     expectations: tuple[tuple[str, dict[str, Any]], ...]
     says: Callable[[pd.DataFrame], str]
     fix: str
+    is_shown: bool = False
 
 
 @dataclass(frozen=True)
@@ -202,232 +195,321 @@ class _Outcome:
     rule: _Rule
     rows: list[int]  # of the judged table
     message: str
-    sample_ids: list[str]  # none for a rule on classes
+    sample_ids: list[str]  # none for a rule on features or classes
 
     @property
     def passed(self) -> bool:
         return not self.rows
 
 
-def _with_checks(folder: DatasetFolder, params: ValidateParams) -> pd.DataFrame:
-    """The sample table, and a column for each check that Great Expectations cannot make itself."""
-    samples = folder.samples.reset_index(drop=True)
-    for column in ("stat_mean", "stat_std"):
-        if column not in samples:
-            raise ValueError(
-                f"{folder.path / 'samples.parquet'}: no column {column!r}; run `cadx ingest` again"
-            )
-    labels = samples[list(folder.info.label_columns)]
-    rank = samples["given_split"].map({split: place for place, split in enumerate(PRECEDENCE)})
-    blank = samples["stat_std"] < params.blank_std
-    # Blank images equal each other by nature: they have a rule of their own.
-    duplicates = find_duplicates(samples[~blank & rank.notna()], folder.info.label_columns)
-    duplicate_of = duplicates["duplicate_of"].reindex(samples.index, fill_value="")
-    boxes = folder.boxes.merge(samples[["sample_id", "height_px", "width_px"]], on="sample_id", how="left")
-    valid = (
-        boxes["x0"].between(0, boxes["x1"], inclusive="left")
-        & boxes["y0"].between(0, boxes["y1"], inclusive="left")
-        & (boxes["x1"] <= boxes["width_px"])
-        & (boxes["y1"] <= boxes["height_px"])
-    )
-    best = rank.where(samples["given_split"] != "").groupby(samples["patient"]).transform("min")
-    return samples.assign(
-        is_labelled=labels.notna().any(axis=1),
-        is_one_hot=labels.isna().all(axis=1)
-        | (labels.notna().all(axis=1) & ((labels == 1).sum(axis=1) == 1)),
-        is_blank=blank,
-        is_tiny=samples[["height_px", "width_px"]].min(axis=1) < params.min_side_px,
-        boxes_are_valid=~samples["sample_id"].isin(boxes.loc[~valid, "sample_id"]),
-        is_patient_elsewhere=(samples["given_split"] != "") & (rank > best),
-        duplicate=duplicates["duplicate"].reindex(samples.index, fill_value=""),
-        duplicate_of=duplicate_of,
-        kept_split=duplicate_of.map(samples.set_index("sample_id")["given_split"]).fillna(""),
-    )
+def _values(column: str, allowed: Sequence[Any]) -> tuple[str, dict[str, Any]]:
+    return "ExpectColumnValuesToBeInSet", {"column": column, "value_set": list(allowed)}
 
 
-def _sample_rules(folder: DatasetFolder, params: ValidateParams) -> list[_Rule]:
-    """The rules on images, in the order of the report."""
+def _between(column: str, low: float | None, high: float | None = None) -> tuple[str, dict[str, Any]]:
+    return "ExpectColumnValuesToBeBetween", {"column": column, "min_value": low, "max_value": high}
+
+
+def _sample_rules(folder: DatasetFolder, checked: pd.DataFrame, params: ValidateParams) -> list[_Rule]:
+    """The rules on samples, in the order of the report; those whose columns the dataset has."""
     info = folder.info
-    of_whom = "an image of another patient" if info.clustered else "another image"
+    noun = NOUNS[info.kind]
+    of_whom = (
+        f"a{'n' if noun == 'image' else ''} {noun} of another patient"
+        if info.clustered
+        else f"another {noun}"
+    )
+    whose = "find out whose image it is" if info.clustered else "remove the copies at the source"
+    rules: list[_Rule] = []
 
-    def values(column: str, allowed: Sequence[Any]) -> tuple[str, dict[str, Any]]:
-        return "ExpectColumnValuesToBeInSet", {"column": column, "value_set": list(allowed)}
+    def says(text: str, one: str = noun, many: str = "") -> Callable[[pd.DataFrame], str]:
+        return lambda rows: f"{_count(len(rows), one, many)} {text}"
 
-    def between(column: str, low: float, high: float | None = None) -> tuple[str, dict[str, Any]]:
-        return "ExpectColumnValuesToBeBetween", {"column": column, "min_value": low, "max_value": high}
+    def rule(
+        name: str,
+        expectations: Sequence[tuple[str, dict[str, Any]]],
+        words: str | Callable[[pd.DataFrame], str],
+        fix: str,
+        *,
+        is_shown: bool = False,
+    ) -> None:
+        severity: Severity = getattr(params, name, "stop")
+        words = says(words) if isinstance(words, str) else words
+        rules.append(_Rule(name, severity, tuple(expectations), words, fix, is_shown))
+
+    def copies(name: str, words: Callable[[pd.DataFrame], str], fix: str) -> None:
+        column = "near_duplicate" if name.startswith("near") else "duplicate"
+        unwanted = {"column": column, "value_set": [name]}
+        rule(name, [("ExpectColumnValuesToNotBeInSet", unwanted)], words, fix)
+
+    rule(
+        "identity",
+        [
+            ("ExpectColumnValuesToNotBeNull", {"column": "sample_id"}),
+            ("ExpectColumnValuesToBeUnique", {"column": "sample_id"}),
+            ("ExpectColumnValuesToNotBeNull", {"column": "patient"}),
+            ("ExpectColumnValueLengthsToBeBetween", {"column": "patient", "min_value": 1}),
+            _values("path", sorted(info.files)),
+        ],
+        "without a unique sample_id, a patient or a shard",
+        "make the dataset again with `cadx ingest`",
+    )
+    rule(
+        "label_values",
+        [_values(column, (0, 1)) for column in info.label_columns],
+        "with a label that is not 0, 1 or missing",
+        "correct the labels at their source",
+    )
+    if info.task in ("binary", "multiclass"):
+        rule(
+            "one_hot",
+            [_values("is_one_hot", [True])],
+            f"without exactly one class; the task is {info.task}",
+            "correct the labels, or make the task multilabel",
+        )
+    if info.task != "detection":  # boxes are its labels
+        rule(
+            "unlabelled",
+            [_values("is_labelled", [True])],
+            "without any label: no part of training or scoring",
+            "label them, or leave them out",
+        )
+    rule(
+        "given_split",
+        [_values("given_split", PRECEDENCE)],
+        "with an unknown official split",
+        f"use {', '.join(PRECEDENCE[:-1])} or nothing",
+    )
+    rule(
+        "patient_across_splits",
+        [_values("is_patient_elsewhere", [False])],
+        lambda rows: (
+            f"{_count(rows['patient'].nunique(), 'patient')} with {noun}s in several official splits"
+            f" ({_count(len(rows), noun)} outside the patient's most precious one)"
+        ),
+        "use split.strategy = patient",
+    )
+    rule(
+        "age_range",
+        [_between("age", 0, 120)],
+        "with an age outside 0 to 120 years",
+        "correct the ages at their source",
+    )
+    rule(
+        "sex_values",
+        [_values("sex", ("F", "M", "O", ""))],
+        "with a sex other than F, M, O or unknown",
+        "correct them at their source",
+    )
+    dtypes = {"volume": ("uint8", "uint16", "int16", "float32"), "features": ("float32",)}
+    form = [
+        *(_between(column, 1) for column in ("depth_px", "height_px", "width_px")),
+        _values("channels", (1,) if info.kind in dtypes else (1, 3)),
+        _values("dtype", dtypes.get(info.kind, ("uint8", "uint16"))),
+    ]
+    if info.kind == "features":
+        form.append(_values("width_px", [int(checked["width_px"].mode()[0])]))
+    rule(
+        "image_size",
+        form,
+        {
+            "volume": "without voxels, or of a type that no reader gives",
+            "features": "without instances, or with another number of features than the others",
+        }.get(info.kind, "without pixels, or neither gray nor colour of 8 or 16 bits"),
+        "make the dataset again with `cadx ingest`",
+    )
+    if info.kind == "features":
+        rule(
+            "missing_features",
+            [_values("is_finite", [True])],
+            "with features that are missing or infinite",
+            "fill them in where they are made, or leave these bags out",
+        )
+    else:
+        few = f" or fewer than {params.min_slices} slices" if info.kind == "volume" else ""
+        rule(
+            "tiny_image",
+            [_values("is_tiny", [False])],
+            f"with a side under {params.min_side_px} pixels{few}",
+            "lower validate.min_side_px if they are meant",
+            is_shown=True,
+        )
+        rule(
+            "blank_image",
+            [_values("is_blank", [False])],
+            "of one gray all over",
+            "look at the source: a failed exposure, or an export without pixels",
+            is_shown=True,
+        )
+    # A volume is seen by a stretched slice, which says nothing of its range.
+    for name, column, expectation, words, fix in _quality_rules(params):
+        of_volumes = name in ("blurred_image", "burned_in_text")
+        if column in checked and (info.kind == "image" or (info.kind == "volume" and of_volumes)):
+            rule(name, [expectation], words, fix, is_shown=True)
+    if info.kind == "volume":
+        for code, words, fix in (
+            ("missing_slices", "missing slices", "export the whole series"),
+            ("duplicate_slices", "slices that stand twice", "export each slice once"),
+            ("uneven_spacing", "uneven spacing of slices", "use a series with even spacing, or resample it"),
+            ("gantry_tilt", "a tilted gantry", "correct the tilt before the export"),
+            ("oblique", "oblique axes", "the closest axes were taken: resample it where directions matter"),
+        ):
+            rule(code, [_values(f"has_{code}", [False])], f"with {words}", fix, is_shown=True)
+    rule(
+        "spacing_outlier",
+        [_values("is_spacing_outlier", [False])],
+        "whose spacing stands apart from the others'",
+        "look whether its unit is meant; a resampling step makes them alike",
+        is_shown=True,
+    )
+    if "mask_agrees" in checked:
+        rule(
+            "mask_contradicts_label",
+            [_values("mask_agrees", [True])],
+            "whose mask is empty though its label is positive, or the reverse",
+            "decide which is right, at the source",
+            is_shown=True,
+        )
+    if info.kind == "slide":
+        rule(
+            "without_tissue",
+            [_between("tissue_fraction", params.min_tissue_fraction)],
+            "without tissue",
+            "scan it again, or correct the thresholds of the tissue mask",
+            is_shown=True,
+        )
+    copies(
+        "contradicting_labels",
+        says("with equal pixels and contradicting labels"),
+        "decide which label is right, at the source",
+    )
+    copies(
+        "duplicate_across_splits",
+        lambda rows: _says_leaks(rows, noun, "kept_split"),
+        "remove the copies at the source",
+    )
+    unless_published = "remove them at the source, unless scores are to compare with published ones"
+    for name, words, fix in (
+        ("duplicate_across_patients", f"of {of_whom}", whose),
+        ("duplicate_within_test", "inside the official test split", unless_published),
+        ("duplicate_within_patient", "within a patient", "export each image once"),
+    ):
+        copies(name, says(words, "further copy", "further copies"), fix)
+    copies(
+        "near_duplicate_across_splits",
+        lambda rows: _says_leaks(rows, noun, "near_kept_split", "nearly equal"),
+        "look at the pairs, and remove copies at the source",
+    )
+    copies("near_duplicate_across_patients", says(f"nearly equal to {of_whom}"), whose)
+    return rules
+
+
+def _quality_rules(params: ValidateParams) -> list[tuple[str, str, tuple[str, dict[str, Any]], str, str]]:
+    """Rules on what `cadx.quality.image_checks` measured: name, column, expectation, words, fix."""
+    clipped, used = f"{params.max_clipped_fraction:.0%}", f"{params.min_range_fraction:.0%}"
+    return [
+        (name, f"check_{check}", _between(f"check_{check}", low, high), words, fix)
+        for name, check, low, high, words, fix in (
+            ("blurred_image", "blur", None, params.blurred_from, "that look blurred",
+             "look at them: motion, focus, or a reduced copy"),
+            ("clipped_image", "clipped_fraction", None, params.max_clipped_fraction,
+             f"with over {clipped} of their pixels cut off at black or white",
+             "export them with a wider display window"),
+            ("narrow_range", "range_fraction", params.min_range_fraction, None,
+             f"that use under {used} of the range of their format",
+             "export them over the full range: 12 bits in 16 look black"),
+            ("burned_in_text", "text_score", None, params.text_from, "in which letters seem to stand",
+             "look whether they name a patient; mask them at the source, or leave these images out"),
+        )
+    ]  # fmt: skip
+
+
+def _box_rules(params: ValidateParams) -> list[_Rule]:
+    """The rules on boxes; a faulty one is named by its sample, its class and its corners."""
 
     def says(text: str) -> Callable[[pd.DataFrame], str]:
-        return lambda rows: f"{_count(len(rows), 'image')} {text}"
+        return lambda rows: f"{_count(len(rows), 'box', 'boxes')} {text}: {_named_boxes(rows)}"
 
-    def duplicates(kind: DuplicateKind, words: Callable[[pd.DataFrame], str], fix: str) -> _Rule:
-        expectation = ("ExpectColumnValuesToNotBeInSet", {"column": "duplicate", "value_set": [kind]})
-        return _Rule(kind, getattr(params, kind), (expectation,), words, fix)
-
-    rules = [
+    return [
         _Rule(
-            "identity",
-            "stop",
-            (
-                ("ExpectColumnValuesToNotBeNull", {"column": "sample_id"}),
-                ("ExpectColumnValuesToBeUnique", {"column": "sample_id"}),
-                ("ExpectColumnValuesToNotBeNull", {"column": "patient"}),
-                ("ExpectColumnValueLengthsToBeBetween", {"column": "patient", "min_value": 1}),
-                values("path", sorted(info.files)),
-            ),
-            says("without a unique sample_id, a patient or a shard"),
-            "make the dataset again with `cadx ingest`",
-        ),
-        _Rule(
-            "label_values",
-            params.label_values,
-            tuple(values(column, (0, 1)) for column in info.label_columns),
-            says("with a label that is not 0, 1 or missing"),
-            "correct the labels at their source",
-        ),
-        _Rule(
-            "unlabelled",
-            params.unlabelled,
-            (values("is_labelled", [True]),),
-            says("without any label: no part of training or scoring"),
-            "label them, or leave them out",
-        ),
-        _Rule(
-            "given_split",
-            params.given_split,
-            (values("given_split", PRECEDENCE),),
-            says("with an unknown official split"),
-            f"use {', '.join(PRECEDENCE[:-1])} or nothing",
-        ),
-        _Rule(
-            "patient_across_splits",
-            params.patient_across_splits,
-            (values("is_patient_elsewhere", [False]),),
-            lambda rows: (
-                f"{_count(rows['patient'].nunique(), 'patient')} with images in several official splits"
-                f" ({_count(len(rows), 'image')} outside the patient's most precious one)"
-            ),
-            "use split.strategy = patient",
-        ),
-        _Rule(
-            "age_range",
-            params.age_range,
-            (between("age", 0, 120),),
-            says("with an age outside 0 to 120 years"),
-            "correct the ages at their source",
-        ),
-        _Rule(
-            "sex_values",
-            params.sex_values,
-            (values("sex", ("F", "M", "O", "")),),
-            says("with a sex other than F, M, O or unknown"),
-            "correct them at their source",
-        ),
-        _Rule(
-            "image_size",
-            params.image_size,
-            (
-                between("height_px", 1),
-                between("width_px", 1),
-                values("channels", (1, 3)),
-                values("bits", (8, 16)),
-            ),
-            says("without pixels, or neither gray nor colour of 8 or 16 bits"),
-            "make the dataset again with `cadx ingest`",
-        ),
-        _Rule(
-            "tiny_image",
-            params.tiny_image,
-            (values("is_tiny", [False]),),
-            says(f"with a side under {params.min_side_px} pixels"),
-            "lower validate.min_side_px if they are meant",
-        ),
-        _Rule(
-            "blank_image",
-            params.blank_image,
-            (values("is_blank", [False]),),
-            says("of one gray all over"),
-            "look at the source: a failed exposure, or an export without pixels",
+            "unknown_box",
+            params.unknown_box,
+            (_values("is_of_a_sample", [True]), _values("is_of_a_class", [True])),
+            says("of a sample or a class that the dataset does not have"),
+            "correct the boxes at their source",
         ),
         _Rule(
             "invalid_box",
             params.invalid_box,
-            (values("boxes_are_valid", [True]),),
-            says("with a box that has no area or leaves the image"),
+            (_values("has_area", [True]), _values("is_inside", [True])),
+            says("without area, or outside the image"),
             "correct the boxes at their source",
-        ),
-        duplicates(
-            "contradicting_labels",
-            says("with equal pixels and contradicting labels"),
-            "decide which label is right, at the source",
-        ),
-        duplicates("duplicate_across_splits", _says_leaks, "remove the copies at the source"),
-        duplicates(
-            "duplicate_across_patients",
-            lambda rows: f"{_count(len(rows), 'further copy', 'further copies')} of {of_whom}",
-            "find out whose image it is" if info.clustered else "remove the copies at the source",
-        ),
-        duplicates(
-            "duplicate_within_test",
-            lambda rows: (
-                f"{_count(len(rows), 'further copy', 'further copies')} inside the official test split"
-            ),
-            "remove them at the source, unless scores are to compare with published ones",
-        ),
-        duplicates(
-            "duplicate_within_patient",
-            lambda rows: f"{_count(len(rows), 'further copy', 'further copies')} within a patient",
-            "export each image once",
+            is_shown=True,
         ),
     ]
-    if info.task in ("binary", "multiclass"):
-        one_hot = _Rule(
-            "one_hot",
-            params.one_hot,
-            (values("is_one_hot", [True]),),
-            says(f"without exactly one class; the task is {info.task}"),
-            "correct the labels, or make the task multilabel",
+
+
+def _named_boxes(rows: pd.DataFrame) -> str:
+    shown = rows.head(NUM_BOXES_NAMED)
+    named = ", ".join(
+        f"{sample_id} {name} ({x0:g}, {y0:g}, {x1:g}, {y1:g})"
+        for sample_id, name, x0, y0, x1, y1 in shown[
+            ["sample_id", "class", "x0", "y0", "x1", "y1"]
+        ].itertuples(index=False, name=None)
+    )
+    return named + (", ..." if len(rows) > len(shown) else "")
+
+
+def _feature_rules(params: ValidateParams) -> list[_Rule]:
+    return [
+        _Rule(
+            "constant_feature",
+            params.constant_feature,
+            (("ExpectColumnValuesToNotBeInSet", {"column": "range", "value_set": [0.0]}),),
+            lambda rows: (
+                f"{_count(len(rows), 'feature')} with one value in all bags, first column {rows['feature'].iloc[0]}"
+            ),
+            "leave them out: nothing can be learned from them",
         )
-        rules.insert(2, one_hot)
+    ]
+
+
+def _class_rules(kept: pd.DataFrame, params: ValidateParams) -> list[_Rule]:
+    """The rules on what is left of each class."""
+
+    def rule(name: str, column: str, least: int, words: str, fix: str) -> _Rule:
+        return _Rule(
+            name,
+            getattr(params, name),
+            (_between(column, least),),
+            lambda rows: f"{_count(len(rows), 'class', 'classes')} {words}: {', '.join(rows['class'])}",
+            fix,
+        )
+
+    without = "take the class out of the catalogue entry"
+    rules = [
+        rule("class_without_images", "num_images", 1, "without any image", f"add images, or {without}"),
+        rule(
+            "class_with_one_patient",
+            "num_patients",
+            2,
+            "with fewer than two patients",
+            f"add patients, or {without}",
+        ),
+    ]
+    if len(set(kept["site"]) - {""}) > 1:
+        fix = "add images of it from another site; until then its scores say nothing of other sites"
+        rules.append(rule("class_of_one_site", "num_sites", 2, "from one site only", fix))
     return rules
 
 
-def _class_rules(params: ValidateParams) -> list[_Rule]:
-    """The rules on what is left of each class."""
-
-    def least(column: str, number: int) -> tuple[tuple[str, dict[str, Any]], ...]:
-        return (("ExpectColumnValuesToBeBetween", {"column": column, "min_value": number}),)
-
-    return [
-        _Rule(
-            "class_without_images",
-            params.class_without_images,
-            least("num_images", 1),
-            lambda rows: (
-                f"{_count(len(rows), 'class', 'classes')} without any image: {', '.join(rows['class'])}"
-            ),
-            "add images, or take the class out of the catalogue entry",
-        ),
-        _Rule(
-            "class_with_one_patient",
-            params.class_with_one_patient,
-            least("num_patients", 2),
-            lambda rows: (
-                f"{_count(len(rows), 'class', 'classes')} with fewer than two patients: "
-                + ", ".join(rows["class"])
-            ),
-            "add patients, or take the class out of the catalogue entry",
-        ),
-    ]
-
-
-def _says_leaks(rows: pd.DataFrame) -> str:
-    pairs = (
-        rows.groupby(["given_split", "kept_split"], sort=False).size().reset_index().itertuples(index=False)
-    )
+def _says_leaks(rows: pd.DataFrame, noun: str, kept_column: str, like: str = "") -> str:
+    pairs = rows.groupby(["given_split", kept_column], sort=False).size().reset_index()
+    one, many = (f"is {like} to", f"are {like} to") if like else ("is a copy of", "are copies of")
     return "; ".join(
-        f"{count:,} {split or 'unassigned'} {'image is a copy' if count == 1 else 'images are copies'}"
-        f" of {kept} images: a leak"
-        for split, kept, count in pairs
+        f"{count:,} {split or 'unassigned'} {noun + ' ' + one if count == 1 else noun + 's ' + many}"
+        f" {kept or 'unassigned'} {noun}s: a leak"
+        for split, kept, count in pairs.itertuples(index=False)
     )
 
 
@@ -435,16 +517,28 @@ def _count(number: int, noun: str, plural: str = "") -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
-def _class_table(kept: pd.DataFrame, classes: Sequence[str]) -> pd.DataFrame:
-    """A row per class: its images and patients among those that are not quarantined."""
-    labels = kept[[f"label_{name}" for name in classes]].set_axis(list(classes), axis=1)
+def _class_labels(folder: DatasetFolder, kept: pd.DataFrame) -> pd.DataFrame:
+    """A column per class: 1 in the samples that have it; in a detection task, those that hold a box of it."""
+    classes = list(folder.info.classes)
+    if folder.info.task != "detection":
+        return kept[list(folder.info.label_columns)].set_axis(classes, axis=1)
+    holders = folder.boxes.groupby("class")["sample_id"].agg(set).to_dict()
+    return pd.DataFrame({name: kept["sample_id"].isin(holders.get(name, ())) * 1.0 for name in classes})
+
+
+def _class_table(folder: DatasetFolder, kept: pd.DataFrame) -> pd.DataFrame:
+    """A row per class: its samples, patients and sites among those that are not quarantined."""
+    labels = _class_labels(folder, kept)
     images = analyze_class_imbalance(labels)
     patients = analyze_class_imbalance(labels, patients=kept["patient"])
+    sites = {name: kept.loc[labels[name] == 1, "site"].nunique() for name in labels}
     return pd.DataFrame(
         {
-            "class": list(classes),
-            "num_images": [images[name]["count"] for name in classes],
-            "num_patients": [patients[name]["count"] for name in classes],
+            "class": list(labels),
+            "num_images": [images[name]["count"] for name in labels],
+            "num_patients": [patients[name]["count"] for name in labels],
+            # 2 where there is no sample: another rule says so.
+            "num_sites": [sites[name] if images[name]["count"] else 2 for name in labels],
         }
     )
 
@@ -468,7 +562,8 @@ def _judge(rules: Sequence[_Rule], table: pd.DataFrame) -> tuple[list[_Outcome],
     for rule in rules:
         for kind, arguments in rule.expectations:
             suite.add_expectation(getattr(gxe, kind)(**arguments, meta={"rule": rule.name}))
-    result = definition.get_batch({"dataframe": table}).validate(
+    judged = {arguments["column"]: None for rule in rules for _, arguments in rule.expectations}
+    result = definition.get_batch({"dataframe": table[list(judged)]}).validate(
         suite, result_format={"result_format": "COMPLETE"}
     )
 
@@ -494,7 +589,7 @@ def _judge(rules: Sequence[_Rule], table: pd.DataFrame) -> tuple[list[_Outcome],
     for rule in rules:
         rows_in_order = sorted(failed_rows[rule.name])
         failing = table.loc[rows_in_order]
-        sample_ids = [str(sample_id) for sample_id in failing.get("sample_id", ())]
+        sample_ids = list(dict.fromkeys(map(str, failing.get("sample_id", ()))))
         outcomes.append(
             _Outcome(rule, rows_in_order, rule.says(failing) if rows_in_order else "", sample_ids)
         )
@@ -502,17 +597,19 @@ def _judge(rules: Sequence[_Rule], table: pd.DataFrame) -> tuple[list[_Outcome],
 
 
 def _quarantined(checked: pd.DataFrame, outcomes: Sequence[_Outcome]) -> dict[str, str]:
-    """sample_id -> reason, of every image that a failed rule keeps out, in the order of the table."""
-    reasons: dict[int, list[str]] = {}
+    """sample_id -> reason, of every sample that a failed rule keeps out, in the order of the table."""
+    reasons: dict[str, list[str]] = {}
     for outcome in outcomes:
         if outcome.rule.severity == "quarantine":
-            for row in outcome.rows:
-                reasons.setdefault(row, []).append(outcome.rule.name)
-    rows = checked.loc[sorted(reasons), ["sample_id", "duplicate", "duplicate_of"]]
-    return {
-        sample_id: "; ".join(f"{name} (of {other})" if name == kind else name for name in reasons[row])
-        for row, sample_id, kind, other in rows.itertuples(name=None)
-    }
+            for sample_id in outcome.sample_ids:
+                reasons.setdefault(sample_id, []).append(outcome.rule.name)
+    columns = ["sample_id", "duplicate", "duplicate_of", "near_duplicate", "near_duplicate_of"]
+    rows = checked.loc[checked["sample_id"].isin(list(reasons)), columns].itertuples(index=False, name=None)
+    quarantined = {}
+    for sample_id, kind, original, near_kind, near_original in rows:
+        of = {kind: f" (of {original})"} | {near_kind: f" (of {near_original})"} if kind or near_kind else {}
+        quarantined[sample_id] = "; ".join(name + of.get(name, "") for name in reasons[sample_id])
+    return quarantined
 
 
 def _refusal(stopped: Sequence[_Outcome], name: str) -> str:
@@ -538,16 +635,16 @@ def _page(
     quarantined: dict[str, str],
     expectations: Sequence[dict[str, Any]],
 ) -> Page:
-    info = folder.info
+    info, noun, labels = folder.info, NOUNS[folder.info.kind], _class_labels(folder, kept)
     failed = [outcome for outcome in outcomes if not outcome.passed]
     page = Page("Validation", f"{info.name} · {info.modality} · {info.task}")
     page.facts(
         [
-            ("images", len(checked)),
+            (f"{noun}s", len(checked)),
             ("patients", checked["patient"].nunique() if info.clustered else "not known"),
             ("sites", (checked["site"] != "").groupby(checked["site"]).any().sum() or "not known"),
             ("rules passed", f"{len(outcomes) - len(failed)} of {len(outcomes)}"),
-            ("images kept out", len(quarantined)),
+            (f"{noun}s kept out", len(quarantined)),
         ]
     )
     for outcome in failed:
@@ -562,8 +659,8 @@ def _page(
         if note:
             page.callout("warn", note)
     page.table(
-        _split_table(kept, info.classes),
-        "Images of each class, without what is kept out.",
+        _split_table(kept, labels),
+        f"{noun.capitalize()}s of each class, without what is kept out.",
     )
 
     page.section("Rules")
@@ -577,7 +674,7 @@ def _page(
             }
             for outcome in outcomes
         ],
-        "What was demanded of the tables and the images.",
+        f"What was demanded of the tables and the {noun}s.",
     )
     with page.details(
         f"The {len(expectations)} expectations behind them, as evaluated by Great Expectations"
@@ -595,44 +692,50 @@ def _page(
         )
 
     _show_copies(page, folder, checked)
-    for column, heading in (("is_blank", "Blank images"), ("is_tiny", "Tiny images")):
-        found = checked[checked[column]]
-        if len(found):
-            page.section(heading)
-            page.images(
-                [(folder.pixels(sample_id), sample_id) for sample_id in found["sample_id"].head(NUM_SHOWN)],
-                _shown(len(found), "image"),
-            )
+    shown = [outcome for outcome in failed if outcome.rule.is_shown and outcome.sample_ids]
+    if shown:
+        page.section("What was found")
+    known = set(checked["sample_id"])
+    for outcome in shown:
+        page.images(
+            [
+                (folder.preview(sample_id), sample_id)
+                for sample_id in outcome.sample_ids[:NUM_SHOWN]
+                if sample_id in known
+            ],
+            f"{outcome.rule.name.replace('_', ' ').capitalize()}: {_shown(len(outcome.sample_ids), noun)}",
+            max_px=128,
+        )
 
-    page.section("What the images look like")
+    page.section(f"What the {noun}s look like")
     for name in info.classes[:8]:
-        members = kept.loc[kept[f"label_{name}"] == 1, "sample_id"]
+        members = kept.loc[labels[name] == 1, "sample_id"]
         if len(members):
             chosen = members.iloc[np.unique(np.linspace(0, len(members) - 1, 6).astype(int))]
             page.images(
-                [(folder.pixels(sample_id), sample_id) for sample_id in chosen],
-                f"{name}: {len(chosen)} of {_count(len(members), 'image')}, spread evenly over the table.",
+                [(folder.preview(sample_id), sample_id) for sample_id in chosen],
+                f"{name}: {len(chosen)} of {_count(len(members), noun)}, spread evenly over the table.",
                 max_px=112,
             )
     _show_intensities(page, kept)
 
     if quarantined:
-        page.section("Images kept out")
+        page.section(f"{noun.capitalize()}s kept out")
         split_of = checked.set_index("sample_id")["given_split"]
         rows = [
-            {"image": sample_id, "official split": split_of[sample_id] or "none", "reason": reason}
+            {noun: sample_id, "official split": split_of[sample_id] or "none", "reason": reason}
             for sample_id, reason in quarantined.items()
         ]
-        with page.details(_shown(len(rows), "image", NUM_ROWS_SHOWN)):
+        with page.details(_shown(len(rows), noun, NUM_ROWS_SHOWN)):
             page.table(rows[:NUM_ROWS_SHOWN])
     return page
 
 
-def _split_table(kept: pd.DataFrame, classes: Sequence[str]) -> list[dict[str, Any]]:
+def _split_table(kept: pd.DataFrame, labels: pd.DataFrame) -> list[dict[str, Any]]:
     splits = [split for split in (*OFFICIAL_SPLITS, "") if (kept["given_split"] == split).any()]
     rows = []
-    for name in classes:
-        members = kept.loc[kept[f"label_{name}"] == 1, "given_split"]
+    for name in labels:
+        members = kept.loc[labels[name] == 1, "given_split"]
         counts = {
             f"official {split}" if split else "no split": int((members == split).sum()) for split in splits
         }
@@ -642,30 +745,33 @@ def _split_table(kept: pd.DataFrame, classes: Sequence[str]) -> list[dict[str, A
 
 def _show_copies(page: Page, folder: DatasetFolder, checked: pd.DataFrame) -> None:
     """Each copy beside the image that is kept for it, leaks first."""
-    place = {kind: number for number, kind in enumerate(get_args(DuplicateKind))}
-    copies = checked[checked["duplicate"] != ""]
-    copies = copies.iloc[copies["duplicate"].map(place).argsort(kind="stable")]
     page.section("Copies")
-    if copies.empty:
-        page.text("No image occurs twice, pixel for pixel.")
-        return
     page.text(
-        "Images with exactly equal pixels. Of each group one is kept: the first in the most precious official"
-        " split, in the order test, train, calibration, val."
+        "Images with exactly equal pixels, and images that are nearly equal: coded again, resized, brightened."
+        " Of each group one is kept: the first in the most precious official split, in the order test, train,"
+        " calibration, val."
     )
-    for kind, group in copies.groupby("duplicate", sort=False):
-        # Two images that contradict each other name each other: one picture shows both.
-        names = group[["sample_id", "duplicate_of"]].to_numpy()
-        group = group[~pd.Series(map(frozenset, names), index=group.index).duplicated()]
-        pairs = []
-        for copy in group.head(NUM_SHOWN).to_dict("records"):
-            left, right = folder.pixels(copy["sample_id"]), folder.pixels(copy["duplicate_of"])
-            gap = np.full_like(left[:, : max(1, left.shape[1] // 12)], np.iinfo(left.dtype).max)
-            here, there = copy["given_split"] or "no split", copy["kept_split"] or "no split"
-            caption = f"{copy['sample_id']} ({here}), {copy['duplicate_of']} ({there})"
-            pairs.append((np.concatenate([left, gap, right], axis=1), caption))
-        heading = str(kind).replace("_", " ").capitalize()
-        page.images(pairs, f"{heading}: {_shown(len(group), 'pair')}", max_px=256)
+    kinds = (*get_args(DuplicateKind), "near_duplicate_across_splits", "near_duplicate_across_patients")
+    place = {kind: number for number, kind in enumerate(kinds)}
+    num_kinds = 0
+    for column, kept_column in (("duplicate", "kept_split"), ("near_duplicate", "near_kept_split")):
+        copies = checked[checked[column] != ""]
+        copies = copies.iloc[copies[column].map(place).argsort(kind="stable")]
+        for kind, group in copies.groupby(column, sort=False):
+            num_kinds += 1
+            # Two images that contradict each other name each other: one picture shows both.
+            names = group[["sample_id", f"{column}_of"]].to_numpy()
+            group = group[~pd.Series(map(frozenset, names), index=group.index).duplicated()]
+            pairs = []
+            for copy in group.head(NUM_SHOWN).to_dict("records"):
+                other = copy[f"{column}_of"]
+                here, there = copy["given_split"] or "no split", copy[kept_column] or "no split"
+                picture = side_by_side(folder.preview(copy["sample_id"]), folder.preview(other))
+                pairs.append((picture, f"{copy['sample_id']} ({here}), {other} ({there})"))
+            heading = str(kind).replace("_", " ").capitalize()
+            page.images(pairs, f"{heading}: {_shown(len(group), 'pair')}", max_px=256)
+    if not num_kinds:
+        page.text("No image occurs twice.")
 
 
 def _show_intensities(page: Page, kept: pd.DataFrame) -> None:
@@ -673,31 +779,13 @@ def _show_intensities(page: Page, kept: pd.DataFrame) -> None:
         (str(site) or "unknown", rows["stat_mean"].to_numpy())
         for site, rows in kept.groupby("site", sort=True)
     ]
-    if not 1 < len(groups) <= 20:
-        return
-    drawing, axes = figure(7.2, 1.1 + 0.34 * len(groups))
-    axes.boxplot(
-        [values for _, values in groups],
-        tick_labels=[name for name, _ in groups],
-        orientation="horizontal",
-        widths=0.55,
-        whis=(2.5, 97.5),
-        patch_artist=True,
-        boxprops={"facecolor": "#dbe9f4", "edgecolor": PALETTE[0]},
-        medianprops={"color": PALETTE[0], "linewidth": 2},
-        flierprops={"marker": ".", "markersize": 3, "markeredgecolor": MUTED},
-        showfliers=sum(len(values) for _, values in groups) <= 20_000,
-    )
-    axes.invert_yaxis()
-    axes.grid(visible=False, axis="y")
-    axes.set_xlabel("mean intensity, 0 to 1 of the format's range")
-    axes.set_ylabel("site")
-    page.figure(
-        drawing,
-        "Mean intensity of the images by site: box = middle half, line = median, whiskers = middle 95 %."
-        " Sites that stand apart are told apart by a network too.",
-        alt="Box plots of mean image intensity, one per site.",
-    )
+    if 1 < len(groups) <= 20:
+        page.figure(
+            boxes_by_group(groups, value="mean intensity, 0 to 1 of the format's range", group="site"),
+            "Mean intensity of the images by site: box = middle half, line = median, whiskers = middle 95 %."
+            " Sites that stand apart are told apart by a network too.",
+            alt="Box plots of mean image intensity, one per site.",
+        )
 
 
 def _shown(number: int, noun: str, limit: int = NUM_SHOWN) -> str:

@@ -7,6 +7,8 @@ import pytest
 NAMES = {
     "analyze_class_imbalance": "cadx.sampling",
     "BalancedSampler": "cadx.sampling",
+    "Patch3DDataset": "cadx.loading.volumes",
+    "MILDataset": "cadx.loading.slides",
     "MedicalClassificationModel": "cadx.models.radiograph",
     "MedicalResNet": "cadx.models.radiograph",
     "DenseNetMedical": "cadx.models.radiograph",

@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,14 @@ from cadx.datasets import DatasetWriter, SourceInfo, write_splits
 from cadx.drift import image_statistics
 from cadx.files import digest_bytes
 from cadx.losses import LossConfig
-from components.imbalance import ImbalanceParams, imbalance, recommend
+from components.imbalance import (
+    ImbalanceParams,
+    Recommendation,
+    Teaching,
+    imbalance,
+    recommend,
+    recommend_detection,
+)
 
 PIXELS = np.arange(64, dtype=np.uint8).reshape(8, 8)
 STATISTICS = image_statistics(PIXELS)
@@ -18,12 +26,17 @@ SECRET = "Doe^Jane-4711"
 
 
 def cohort(
-    path: Path, samples: list[dict[str, Any]], classes: tuple[str, ...], task: str = "multiclass"
+    path: Path,
+    samples: list[dict[str, Any]],
+    classes: tuple[str, ...],
+    task: str = "multiclass",
+    kind: str = "image",
 ) -> Path:
     with DatasetWriter(
         path,
         name="cohort",
         task=task,
+        kind=kind,
         classes=classes,
         positive=classes[-1] if task == "binary" else None,
         modality="chest X-ray",
@@ -62,6 +75,11 @@ def count(tmp_path: Path, dataset: Path, splits: list[str] | None = None, **para
         params=ImbalanceParams(**params),
     )
     return json.loads((tmp_path / "imbalance.json").read_text())
+
+
+def teaching(labels: pd.DataFrame) -> Teaching:
+    """Training images of a patient each, from one unknown site."""
+    return Teaching(labels, patients=pd.Series(range(len(labels))), sites=pd.Series([""] * len(labels)))
 
 
 def test_the_chapters_example(tmp_path: Path):
@@ -111,10 +129,7 @@ def test_one_in_a_thousand_and_an_empty_class(tmp_path: Path):
 )  # fmt: skip
 def test_the_recommendation_by_factor(rare: int, sampler: str, kind: str):
     labels = pd.DataFrame({"a": [1.0] * 100 + [0.0] * rare, "b": [0.0] * 100 + [1.0] * rare})
-    people = pd.Series(range(100 + rare))
-    advice = recommend(
-        labels, patients=people, sites=people.map(lambda _: ""), task="binary", params=ImbalanceParams()
-    )
+    advice = recommend(teaching(labels), task="binary", params=ImbalanceParams())
     assert (advice.sampler, advice.loss.kind) == (sampler, kind)
 
 
@@ -122,8 +137,7 @@ def test_the_recommendation_by_factor(rare: int, sampler: str, kind: str):
 @pytest.mark.parametrize("task", ["binary", "multilabel"])
 def test_the_imbalance_is_never_corrected_twice(rare: int, task: Any):
     labels = pd.DataFrame({"a": [1.0] * 300 + [0.0] * rare, "b": [0.0] * 300 + [1.0] * rare})
-    people = pd.Series(range(300 + rare))
-    advice = recommend(labels, patients=people, sites=people * 0, task=task, params=ImbalanceParams())
+    advice = recommend(teaching(labels), task=task, params=ImbalanceParams())
     assert not (advice.sampler == "balanced" and advice.loss.weights != "none")
 
 
@@ -233,3 +247,162 @@ def test_many_sites_and_classes_stay_readable(tmp_path: Path):
     page = (tmp_path / "imbalance.html").read_text()
     assert "The 7 largest of 31 are drawn." in page
     assert len(page) < 1_000_000
+
+
+def test_a_class_that_every_image_shows_is_no_imbalance(tmp_path: Path):
+    samples = [{"labels": {"a": 1.0, "b": float(row % 2)}} for row in range(60)]
+    advice = count(tmp_path, cohort(tmp_path / "d", samples, ("a", "b"), "multilabel"))["recommendation"]
+    assert (advice["factor"], advice["sampler"]) == (1.0, "natural")
+    assert advice["notes"] == ["Every training image shows a class, which cannot be learned: a."]
+    always = [{"labels": {"a": 1.0, "b": 1.0}} for _ in range(60)]
+    advice = count(tmp_path, cohort(tmp_path / "e", always, ("a", "b"), "multilabel"))["recommendation"]
+    assert (advice["factor"], advice["sampler"]) == (1.0, "natural")
+
+
+def test_patients_are_counted_by_site(tmp_path: Path):
+    samples = [
+        {"labels": {"a": 1.0}, "patient": "p", "site": "north"},
+        {"labels": {"a": 1.0}, "patient": "p", "site": "north"},
+        {"labels": {"b": 1.0}, "patient": "q", "site": "south"},
+    ]
+    found = count(tmp_path, cohort(tmp_path / "d", samples, ("a", "b")))
+    assert {site: classes["a"]["count"] for site, classes in found["patients_by_site"].items()} == {
+        "north": 1,
+        "south": 0,
+    }
+
+
+# --- boxes -------------------------------------------------------------------------------------------
+
+
+def boxed(sizes: dict[str, list[float]], **changes: Any) -> dict[str, Any]:
+    """A sample with square boxes of these sides, by class."""
+    boxes = [(name, 0, 0, side, side) for name, sides in sizes.items() for side in sides]
+    return {"boxes": boxes, "labels": {name: float(bool(sizes.get(name))) for name in ("a", "b")}, **changes}
+
+
+def test_boxes_by_class_size_site_split_and_image(tmp_path: Path):
+    samples = [
+        boxed({"a": [10, 50], "b": [100]}, site="north"),
+        boxed({"a": [31.9]}, site="south"),
+        boxed({}, site="south"),
+        boxed({}, site="south"),
+        boxed({"b": [7] * 3}, site="south"),
+    ]
+    dataset = cohort(tmp_path / "d", samples, ("a", "b"), "detection")
+    found = count(tmp_path, dataset, ["train", "train", "train", "test", "excluded"])
+    assert found["box_sizes"] == {
+        "a": {"small": 2, "medium": 1, "large": 0},
+        "b": {"small": 0, "medium": 0, "large": 1},
+    }
+    assert found["boxes_per_image"] == {"0": 2, "1": 1, "3": 1}
+    assert found["boxes_by_site"]["south"]["a"]["count"] == 1
+    assert found["boxes_by_site"]["south"]["b"]["count"] == 0
+    assert found["boxes_by_split"]["train"]["a"]["count"] == 3
+    page = (tmp_path / "imbalance.html").read_text()
+    assert "2 of 4 images (50.0 %) have no box; the fullest has 3." in page
+
+
+def detection(rows: list[tuple[int, int]], side_px: int = 640) -> Recommendation:
+    """The advice for images with these numbers of boxes of the classes a and b."""
+    num_boxes = pd.DataFrame(rows, columns=["a", "b"])
+    sizes_px = np.full((len(rows), 2), side_px)
+    images = teaching((num_boxes > 0).astype(float))
+    return recommend_detection(images, num_boxes=num_boxes, sizes_px=sizes_px, params=ImbalanceParams())
+
+
+@pytest.mark.parametrize(
+    ("rows", "sampler", "weights", "why"),
+    [
+        ([(2, 2)] * 30, "natural", "none", "nearly equal"),
+        ([(12, 1)] * 30, "natural", "effective_number", "in the same images"),  # as in blood smears
+        ([(4, 0)] * 90 + [(0, 4)] * 10, "balanced", "none", "draw images of each class equally often"),
+        ([(1, 1)] * 10 + [(0, 0)] * 90, "balanced", "none", "without boxes are 9.0 times as many"),
+    ],
+)
+def test_boxes_are_balanced_by_drawing_where_that_helps_and_by_weights_elsewhere(
+    rows: list[tuple[int, int]], sampler: str, weights: str, why: str
+):
+    advice = detection(rows)
+    assert (advice.sampler, advice.loss.weights) == (sampler, weights)
+    assert why in advice.reason
+
+
+def test_the_loss_of_a_detector_follows_its_background():
+    # 640 px: 80^2 + 40^2 + 20^2 + 10^2 + 5^2 = 8525 locations, 27 of them positive.
+    few, many = detection([(2, 1)] * 4), detection([(40, 40)] * 4)
+    assert (few.loss.kind, many.loss.kind) == ("focal", "cross_entropy")
+    assert "meets 315 negative locations" in few.reason
+    assert "(10.8 negative locations" in many.reason
+
+
+def test_a_detection_set_without_boxes_in_train_is_refused(tmp_path: Path):
+    dataset = cohort(tmp_path / "d", [boxed({}), boxed({"a": [9]})], ("a", "b"), "detection")
+    with pytest.raises(ValueError, match="dataset cohort: no image of the train split is labelled"):
+        count(tmp_path, dataset, ["train", "test"])
+
+
+# --- bags, masks -------------------------------------------------------------------------------------
+
+
+def test_bags_are_weighed_by_their_label_and_told_by_their_instances(tmp_path: Path):
+    numbers = [2, 4, 6, 40, 50]
+    samples = [
+        {"pixels": np.zeros((number, 3), np.float32), "labels": {"no" if number < 10 else "yes": 1.0}}
+        for number in numbers
+    ]
+    found = count(tmp_path, cohort(tmp_path / "d", samples, ("no", "yes"), "binary", "features"))
+    assert found["bags"]["instances"] == {"minimum": 2, "q25": 4, "median": 6, "q75": 40, "maximum": 50}
+    assert found["bags"]["by_class"]["yes"]["median"] == 45
+    assert found["recommendation"]["factor"] == 1.5  # bags, not the 96 instances of "yes" to 12
+    assert found["recommendation"]["notes"][-1].startswith("Bags hold 2 to 50 instances")
+
+
+def test_the_burden_of_volumes_is_told_in_ml(tmp_path: Path):
+    mask = np.zeros((4, 10, 10), np.uint8)
+    mask[0, 0, :4], mask[3, 9, 9] = 1, 2
+    volume = {"pixels": np.zeros((4, 10, 10), np.int16), "spacing_mm": (5, 2, 1)}  # 0.01 ml a voxel
+    samples = [
+        {**volume, "mask": mask, "labels": {"ill": 1.0}},
+        {**volume, "mask": np.zeros_like(mask), "labels": {"well": 1.0}},
+        {**volume, "labels": {"well": 1.0}},
+    ]
+    found = count(tmp_path, cohort(tmp_path / "d", samples, ("well", "ill"), "binary", "volume"))
+    masks = found["masks"]
+    assert (masks["num_masks"], masks["num_empty"], masks["unit"]) == (2, 1, "ml")
+    assert masks["positive_percentage"] == pytest.approx(100 * 5 / 800)
+    assert list(masks["by_value"]) == ["1", "2"]
+    assert masks["by_value"]["1"]["burden"]["median"] == pytest.approx(0.04)
+    assert masks["by_class"]["ill"]["burden"]["maximum"] == pytest.approx(0.05)
+    assert masks["by_class"]["well"]["burden"]["maximum"] == 0
+    assert masks["by_class"]["well"]["num_masks"] == 1
+    assert found["recommendation"]["notes"][-1].startswith("Only 0.62 % of the voxels are positive")
+    assert "class ill" in (tmp_path / "imbalance.html").read_text()
+
+
+def test_masks_of_unknown_spacing_have_a_share_and_no_burden(tmp_path: Path):
+    mask = np.eye(8, dtype=np.uint8)
+    samples = [{"mask": mask, "labels": {"a": 1.0}}, {"labels": {"b": 1.0}}]
+    found = count(tmp_path, cohort(tmp_path / "d", samples, ("a", "b")))
+    assert found["masks"]["positive_percentage"] == pytest.approx(12.5)
+    assert found["masks"]["by_class"]["a"]["burden"]["median"] is None
+
+
+def test_a_large_mask_is_measured_in_little_memory(tmp_path: Path):
+    mask = np.zeros((40, 512, 512), np.uint8)
+    mask[17] = 3
+    samples = [{"pixels": mask, "mask": mask, "spacing_mm": (1, 1, 1), "labels": {"a": 1.0}}] * 1
+    dataset = cohort(
+        tmp_path / "d",
+        [*samples, {**samples[0], "mask": None, "labels": {"b": 1.0}}],
+        ("a", "b"),
+        kind="volume",
+    )
+    del mask, samples
+    count(tmp_path, dataset)  # imports, fonts
+    tracemalloc.start()
+    found = count(tmp_path, dataset)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found["masks"]["by_value"]["3"]["positive_percentage"] == pytest.approx(2.5)
+    assert peak < 3 * 10_485_760  # np.bincount of the whole mask alone takes 84 MB

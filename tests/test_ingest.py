@@ -20,7 +20,7 @@ from cadx.reading.images import read_image
 from components.ingest import ingest
 
 NAME = "Ignatowska^Bronislawa"
-PHANTOM = {"num_patients": 12, "prevalence": 0.3, "size_px": 48}
+PHANTOM = {"modality": "xray", "num_patients": 12, "prevalence": 0.3, "size_px": 48}
 COMMON = {
     "title": "T", "task": "binary", "classes": ["normal", "opacity"], "positive": "opacity",
     "modality": "chest X-ray", "licence": "L", "citation": "C",
@@ -422,8 +422,13 @@ def test_bad_arrays(run, tmp_path, changes, reason):
 
 
 def test_unknown_source_parameter_and_phantom_parameter(run, tmp_path, root):
-    with pytest.raises(ValueError, match=r"mine\.parameters\.num_patient: unknown parameter.*'num_patients'"):
-        run(COMMON | {"format": "phantom", "patient": "public", "parameters": {"num_patient": 3}})
+    with pytest.raises(
+        ValueError, match=r"mine\.parameters\.xray\.num_patient: unknown parameter.*'num_patients'"
+    ):
+        run(
+            COMMON
+            | {"format": "phantom", "patient": "public", "parameters": {"modality": "xray", "num_patient": 3}}
+        )
     paths = {"catalog": root / "data/catalog.yaml", "cache": tmp_path / "c", "dataset": tmp_path / "d"}
     with pytest.raises(ValueError, match="did you mean 'pneumoniamnist'"):
         ingest(**paths, params=json.dumps({"source": "pneumoniamnis"}))

@@ -183,6 +183,44 @@ def test_a_validation_of_another_dataset_is_refused(tmp_path: Path):
         )
 
 
+def test_each_image_is_in_test_in_one_fold(tmp_path: Path):
+    dataset = cohort(tmp_path / "d", num_patients=80)
+    folds = [
+        divide(tmp_path, dataset, {"s003": "blank"}, strategy="kfold", num_folds=4, fold=n) for n in range(4)
+    ]
+    tested = sum((placed["split"] == "test").astype(int) for placed in folds)
+    assert tested.tolist() == [int(sample_id != "s003") for sample_id in folds[0]["sample_id"]]
+    assert set(folds[2]["reason"]) == {"fold 2 of 4, by patient", "blank"}
+
+
+def test_a_site_is_left_out_by_name_or_by_number(tmp_path: Path):
+    dataset = cohort(tmp_path / "d", changes={0: {"site": "north"}})  # its patient's other image: south
+    samples = pd.read_parquet(dataset / "samples.parquet")
+    placed = divide(tmp_path, dataset, strategy="leave_site_out", site="north")
+    assert ((placed["split"] == "test") == (samples["site"] == "north")).all()
+    assert placed.loc[1, ["split", "reason"]].tolist() == [
+        "excluded",
+        "of a patient of the site left out, at another site",
+    ]
+    assert set(placed["reason"]) == {"the site left out", "by patient", placed.loc[1, "reason"]}
+    assert divide(tmp_path, dataset, strategy="leave_site_out", fold=0).equals(placed)
+    with pytest.raises(ValueError, match="dataset cohort: site 'east': no sample is from it"):
+        divide(tmp_path, dataset, strategy="leave_site_out", site="east")
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"strategy": "kfold", "fold": 5}, "fold 5: num_folds = 5; use 0 to 4"),
+        ({"strategy": "kfold", "site": "north"}, "site is for strategy leave_site_out"),
+        ({"strategy": "leave_site_out", "site": "north", "fold": 1}, "fold and site both choose"),
+    ],
+)
+def test_a_test_part_chosen_twice_or_not_at_all_is_refused(params: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        SplitParams.model_validate(params)
+
+
 def test_fractions_that_do_not_sum_to_one_are_refused_before_any_work():
     with pytest.raises(ValueError, match=r"sum to 0\.9, not to 1"):
         SplitParams.model_validate({"fractions": {"train": 0.5}})

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,10 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
+from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo, preview
 from cadx.drift import image_statistics
 from cadx.files import digest_bytes, digest_path, write_json
-from components.validate import ValidateParams, find_duplicates, validate
+from cadx.quality import image_checks, perceptual_hash
+from cadx.reading.images import read_image
+from components.validate import ValidateParams, validate
 
 SECRET = "Doe^Jane-4711"
 SOURCE = SourceInfo(title="Cohort <b>", licence="MIT", citation="None")
@@ -137,32 +140,6 @@ def test_pneumoniamnist_has_exactly_eight_val_images_that_are_copies_of_train_im
     assert all(sample_id in page for sample_id in leaks)
 
 
-@pytest.mark.parametrize(
-    ("here", "there", "dropped"),
-    [
-        ("train", "test", "train"),
-        ("val", "train", "val"),
-        ("val", "calibration", "val"),
-        ("test", "val", "val"),
-    ],
-)
-def test_a_copy_leaves_the_less_precious_split(here: str, there: str, dropped: str):
-    samples = pd.DataFrame(
-        {
-            "sample_id": ["a", "b"],
-            "pixels_sha256": ["x", "x"],
-            "patient": ["p", "p"],
-            "given_split": [here, there],
-            "label_sick": [1.0, 1.0],
-        }
-    )
-    kinds = find_duplicates(samples, ["label_sick"])["duplicate"]
-    assert dict(zip(samples["given_split"], kinds, strict=True)) == {
-        dropped: "duplicate_across_splits",
-        ({here, there} - {dropped}).pop(): "",
-    }
-
-
 def test_kinds_of_copies(tmp_path: Path):
     sick, normal = {"labels": {"sick": 1.0}}, {"labels": {"normal": 1.0}}
     dataset = cohort(
@@ -257,7 +234,7 @@ def test_a_stop_writes_nothing_and_says_rule_count_and_fix_in_one_line(tmp_path:
         judge(tmp_path, dataset, invalid_box="stop")
     message = str(error.value)
     assert message == (
-        "dataset cohort: rule invalid_box: 1 image with a box that has no area or leaves the image"
+        "dataset cohort: rule invalid_box: 1 box without area, or outside the image: s001 sick (1, 1, 1, 9)"
         " (sample_id s001); correct the boxes at their source,"
         " or set validate.invalid_box to another severity"
     )
@@ -317,5 +294,242 @@ def test_what_is_shown_stays_small(tmp_path: Path):
     dataset = cohort(tmp_path / "d", changes, num_samples=60)
     assert DatasetFolder(dataset).info.num_samples == 60
     result = judge(tmp_path, dataset, contradicting_labels="warn")
-    assert result["rules"][-1]["name"] == "class_with_one_patient"
+    assert result["rules"][-1]["name"] == "class_of_one_site"
     assert (tmp_path / "validation.html").stat().st_size < 5_000_000
+
+
+# --- Rules on what stands in the images ---------------------------------------------------------------
+
+
+def looked_at(pixels: np.ndarray) -> dict[str, Any]:
+    """What ingest adds of a look at an image."""
+    return {"pixels": pixels, "checks": image_checks(pixels), "phash": perceptual_hash(pixels)}
+
+
+def scene(seed: int) -> np.ndarray:
+    """A sharp picture of many scales that uses its whole range."""
+    rng = np.random.default_rng(seed)
+    layers = [
+        np.kron(rng.normal(0, side, (160 // side, 160 // side)), np.ones((side, side)))
+        for side in (4, 10, 32)
+    ]
+    total = sum(layers)
+    low, high = np.quantile(total, (0.005, 0.995))
+    return np.clip(1 + 253 * (total - low) / (high - low), 0, 255).astype(np.uint8)
+
+
+def test_blur_clipping_narrow_range_and_letters_are_found_and_shown(tmp_path: Path):
+    from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+    images = [scene(seed) for seed in range(24)]
+    images[2] = np.array(Image.fromarray(images[2]).filter(ImageFilter.GaussianBlur(5)))
+    images[4][40:120, 40:120] = 255
+    images[6] = (images[6] // 16 + 90).astype(np.uint8)
+    written = Image.fromarray(images[9] // 3)
+    ImageDraw.Draw(written).text((12, 12), "MEIER ULLA 1950", fill=255, font=ImageFont.load_default(16))
+    images[9] = np.array(written)
+    dataset = cohort(tmp_path / "d", {row: looked_at(pixels) for row, pixels in enumerate(images)})
+    result = judge(tmp_path, dataset)
+    assert failed(result) == {
+        "blurred_image": ["s002"],
+        "clipped_image": ["s004"],
+        "narrow_range": ["s006"],
+        "burned_in_text": ["s009"],
+    }
+    assert result["quarantined"] == []
+    page = (tmp_path / "validation.html").read_text()
+    for rule in ("Blurred image", "Clipped image", "Narrow range", "Burned in text"):
+        assert f"{rule}: 1 image." in page
+    assert judge(tmp_path, dataset, burned_in_text="quarantine")["quarantined"] == [
+        {"sample_id": "s009", "reason": "burned_in_text"}
+    ]
+
+
+def test_near_copies_across_patients_and_splits_are_found(tmp_path: Path):
+    images = [scene(seed) for seed in range(24)]
+    images[1] = images[0] // 2 + 60  # the same patient: no fault
+    images[7] = images[4] // 2 + 60
+    splits = ["val" if row // 2 % 5 == 1 else "train" for row in range(24)]  # rows 2, 3, 12, 13, 22, 23
+    images[12] = images[8] // 2 + 60
+    changes = {row: looked_at(pixels) | {"given_split": splits[row]} for row, pixels in enumerate(images)}
+    result = judge(
+        tmp_path,
+        cohort(tmp_path / "d", changes),
+        narrow_range="warn",
+        near_duplicate_across_splits="quarantine",
+    )
+    assert failed(result) == {
+        "near_duplicate_across_splits": ["s012"],
+        "near_duplicate_across_patients": ["s007"],
+    }
+    messages = {rule["name"]: rule["message"] for rule in result["rules"]}
+    assert messages["near_duplicate_across_splits"] == "1 val image is nearly equal to train images: a leak"
+    assert result["quarantined"] == [
+        {"sample_id": "s012", "reason": "near_duplicate_across_splits (of s008)"}
+    ]
+    assert "s012 (val), s008 (train)" in (tmp_path / "validation.html").read_text()
+
+
+def test_both_zero_area_boxes_of_bccd_are_named(tmp_path: Path, mirror: Path):
+    """Boxes 00338 and 00343 of the published set have no area."""
+    from xml.etree import ElementTree
+
+    root = mirror / "bccd" / "BCCD"
+    info = {"task": "detection", "classes": ("RBC", "WBC", "Platelets"), "positive": None, "clustered": False}
+    names = [
+        "BloodImage_00337",
+        "BloodImage_00338",
+        "BloodImage_00342",
+        "BloodImage_00343",
+        "BloodImage_00000",
+    ]
+    with DatasetWriter(tmp_path / "d", name="bccd", modality="blood smear", source=SOURCE, **info) as writer:
+        for name in names:
+            pixels = read_image(root / "JPEGImages" / f"{name}.jpg").pixels
+            boxes = []
+            for item in ElementTree.parse(root / "Annotations" / f"{name}.xml").getroot().iter("object"):
+                x0, y0, x1, y1 = (
+                    float(item.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")
+                )
+                has_area = x1 > x0 and y1 > y0
+                boxes.append((item.findtext("name"), max(x0 - has_area, 0), max(y0 - has_area, 0), x1, y1))
+            writer.add(
+                sample_id=name,
+                pixels=pixels,
+                labels={},
+                patient=name,
+                sha256=digest_bytes(name.encode()),
+                statistics=image_statistics(pixels),
+                boxes=boxes,
+            )
+    result = judge(tmp_path, tmp_path / "d", class_without_images="warn")
+    assert failed(result)["invalid_box"] == ["BloodImage_00338", "BloodImage_00343"]
+    message = next(rule["message"] for rule in result["rules"] if rule["name"] == "invalid_box")
+    assert message.startswith("2 boxes without area, or outside the image: BloodImage_00338 ")
+    assert "BloodImage_00343 RBC (" in message
+    assert [entry["sample_id"] for entry in result["quarantined"]] == ["BloodImage_00338", "BloodImage_00343"]
+    # The only platelets of these five images stand in those two.
+    message = next(rule["message"] for rule in result["rules"] if rule["name"] == "class_without_images")
+    assert message == "1 class without any image: Platelets"
+
+
+def test_boxes_of_unknown_samples_or_classes_stop(tmp_path: Path):
+    dataset = cohort(tmp_path / "d", {1: {"boxes": [("sick", 1, 1, 4, 9), ("other", 1, 1, 4, 9)]}})
+    with pytest.raises(
+        ValueError, match=r"rule unknown_box: 1 box of a sample or a class .*: s001 other \(1, 1, 4, 9\)"
+    ):
+        judge(tmp_path, dataset)
+
+
+def test_a_class_that_comes_from_one_site_is_noticed(tmp_path: Path):
+    sites = {row: {"site": "north" if row // 2 % 2 else "south north"[: 5 + row % 7]} for row in range(24)}
+    result = judge(tmp_path, cohort(tmp_path / "d", sites))
+    assert [name for name in failed(result) if "site" in name] == ["class_of_one_site"]
+    message = next(rule["message"] for rule in result["rules"] if rule["name"] == "class_of_one_site")
+    assert message == "1 class from one site only: sick"
+
+
+def test_spacing_that_stands_apart_is_found(tmp_path: Path):
+    spacings = {row: {"spacing_mm": (0.14 + 0.01 * (row % 3), 0.14)} for row in range(24)}
+    spacings[5] = {"spacing_mm": (1.4, 1.4)}
+    assert failed(judge(tmp_path, cohort(tmp_path / "d", spacings))) == {"spacing_outlier": ["s005"]}
+
+
+def test_the_report_loads_nothing_from_elsewhere(tmp_path: Path):
+    judge(tmp_path, cohort(tmp_path / "d", {1: {"boxes": [("sick", 1, 1, 1, 9)]}, 4: {"pixels": picture(0)}}))
+    page = (tmp_path / "validation.html").read_text()
+    assert (
+        re.findall(r"""(?:src|href|url|action|data|srcset)\s*[=(]\s*["']?\s*(?:https?:)?//[^"')\s]*""", page)
+        == []
+    )
+    assert "<script" not in page
+    assert "@import" not in page
+    assert "expect_" not in page
+    assert "column values to be in set" in page
+
+
+# --- Volumes, slides, features ------------------------------------------------------------------------
+
+
+def collection(path: Path, kind: str, samples: list[dict[str, Any]]) -> Path:
+    """Two classes by turns, a patient each, of any kind."""
+    described = {"task": "binary", "classes": ("normal", "sick"), "positive": "sick", "modality": kind}
+    with DatasetWriter(path, name="c", kind=kind, clustered=True, source=SOURCE, **described) as writer:
+        for row, sample in enumerate(samples):
+            picture_of = preview(kind, sample["pixels"])
+            defaults: dict[str, Any] = {
+                "sample_id": f"s{row:03d}",
+                "labels": {("normal", "sick")[row % 2]: 1.0},
+                "patient": f"p{row}",
+                "sha256": digest_bytes(str(row).encode()),
+                "statistics": image_statistics(picture_of),
+                "checks": image_checks(picture_of),
+            }
+            writer.add(**defaults | sample)
+    return path
+
+
+def test_volumes(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    samples = []
+    for row in range(12):
+        mask = np.zeros((8, 20, 24), np.uint8)
+        mask[3:5, 4:9, 4:9] = row % 2
+        voxels = rng.integers(-1000, 1000, (8, 20, 24)).astype(np.int16)
+        samples.append({"pixels": voxels, "mask": mask, "spacing_mm": (2.0, 0.7, 0.7)})
+    assert failed(judge(tmp_path, collection(tmp_path / "good", "volume", samples))) == {}
+
+    samples[0]["findings"] = ("missing_slices: 2 of 10 at equal distance", "oblique: 4 degrees")
+    samples[1]["mask"] = np.zeros((8, 20, 24), np.uint8)
+    samples[2]["mask"] = np.ones((8, 20, 24), np.uint8)
+    samples[3]["mask"] = None
+    samples[4]["spacing_mm"] = (20.0, 0.7, 0.7)
+    samples[5] |= {"pixels": samples[5]["pixels"][2:5].copy(), "mask": samples[5]["mask"][2:5].copy()}
+    samples[6]["pixels"] = np.full((8, 20, 24), -1000, np.int16)
+    samples[7]["pixels"][4] = 0  # an empty middle slice makes no empty volume
+    result = judge(tmp_path, collection(tmp_path / "bad", "volume", samples))
+    assert failed(result) == {
+        "tiny_image": ["s005"],
+        "blank_image": ["s006"],
+        "missing_slices": ["s000"],
+        "oblique": ["s000"],
+        "spacing_outlier": ["s004"],
+        "mask_contradicts_label": ["s001", "s002"],
+    }
+    assert [entry["sample_id"] for entry in result["quarantined"]] == ["s000", "s005", "s006"]
+    assert "1 volume with missing slices" in (tmp_path / "validation.html").read_text()
+
+
+def test_slides_without_tissue_are_kept_out(tmp_path: Path):
+    slide = tmp_path / "slide.svs"
+    slide.write_bytes(b"what a slide holds is not read here")
+    samples = []
+    for row in range(6):
+        tissue = np.zeros((40, 60), np.uint8)
+        tissue[10:30, 10:30] = row != 4
+        pixels = np.random.default_rng(row).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+        files = {"slide": slide, "slide_mpp": 5.0 if row == 3 else 0.5, "sha256": digest_path(slide)}
+        samples.append({"pixels": pixels, "tissue": tissue, **files})
+    result = judge(tmp_path, collection(tmp_path / "d", "slide", samples))
+    assert failed(result) == {"without_tissue": ["s004"], "spacing_outlier": ["s003"]}
+    assert result["quarantined"] == [{"sample_id": "s004", "reason": "without_tissue"}]
+
+
+def test_features(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    bags = [rng.normal(size=(2 + row, 7)).astype(np.float32) for row in range(8)]
+    assert (
+        failed(judge(tmp_path, collection(tmp_path / "good", "features", [{"pixels": bag} for bag in bags])))
+        == {}
+    )
+    bags[3][1, 2] = np.nan
+    for bag in bags:
+        bag[:, 5] = 1.25
+    result = judge(tmp_path, collection(tmp_path / "bad", "features", [{"pixels": bag} for bag in bags]))
+    assert failed(result) == {"missing_features": ["s003"], "constant_feature": []}
+    assert (
+        "1 feature with one value in all bags, first column 5" in (tmp_path / "validation.html").read_text()
+    )
+    bags[4] = bags[4][:, :6].copy()
+    with pytest.raises(ValueError, match="another number of features"):
+        judge(tmp_path, collection(tmp_path / "ragged", "features", [{"pixels": bag} for bag in bags]))

@@ -4,10 +4,11 @@ Everything is a function of the configuration: the same one gives the same cohor
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,17 +20,21 @@ from rich.progress import track
 from cadx.types import Config
 
 T = TypeVar("T")
+Scanner = TypeVar("Scanner")
 Array = npt.NDArray[Any]
 Range = tuple[float, float]
 _SLOW = 200  # items: fewer are drawn before a bar would be seen
 
 
 class Faults(Config):
-    """What a careless export does to a cohort; each is a number of files."""
+    """What a careless export does to a cohort: numbers of files, and a share."""
 
     duplicates: Annotated[int, Field(ge=0)] = 0  # images filed again under another patient: a leak
     identifiers: Annotated[int, Field(ge=0)] = 0  # files that still carry a (fictional) name
     corrupt_files: Annotated[int, Field(ge=0)] = 0  # in turn truncated, empty, and text
+    site_shift: Annotated[float, Field(ge=0, le=1)] = (
+        0.0  # share of the ill whose files all come from one site
+    )
 
 
 class Shift(Config):
@@ -38,6 +43,15 @@ class Shift(Config):
     gamma: Annotated[float, Field(gt=0)] = 1.0  # of the displayed intensity; above 1 is darker
     blur_sigma_px: Annotated[float, Field(ge=0)] = 0.0
     new_scanner: bool = False  # every site has replaced its machine by one that was never seen
+
+
+@dataclass(frozen=True)
+class Site(Generic[Scanner]):
+    """A (fictional) hospital, its share of the patients, and its machine."""
+
+    name: str
+    share: float
+    scanner: Scanner
 
 
 @dataclass(frozen=True)
@@ -66,12 +80,16 @@ def draw_visits(
     site_weights: Sequence[float],
     prevalence: float,
     seed: int,
+    site_shift: float = 0.0,
 ) -> list[Visit]:
     """All visits of a cohort, patient by patient; round(prevalence * visits) of them are positive.
 
     Illness depends on nothing that the cohort table shows: not on site, sex or age. A patient who is ill
     is so on most visits, at least on one. With a higher prevalence, the same patients are ill and
     more besides.
+
+    With a `site_shift`, that share of the patients who are ill is seen at the first site, wherever they
+    came from: the site, and whatever its machine leaves in the image, then tells of the illness.
 
     >>> visits = draw_visits(num_patients=50, visits_per_patient=1, site_weights=[1], prevalence=0.1, seed=0)
     >>> len(visits), sum(visit.positive for visit in visits)
@@ -102,11 +120,99 @@ def draw_visits(
         for index in np.flatnonzero(~positive[position])[:wanted]:
             positive[position][index] = True
             wanted -= 1
+    referred = stream(seed, "site shift").random(num_patients) < site_shift
+    seen_at_first = [
+        replace(patient, site=0) if sent and course.any() else patient
+        for patient, course, sent in zip(patients, positive, referred, strict=True)
+    ]
     return [
         Visit(patient, index, bool(ill))
-        for patient, course in zip(patients, positive, strict=True)
+        for patient, course in zip(seen_at_first, positive, strict=True)
         for index, ill in enumerate(course)
     ]
+
+
+CLINICAL = ("smoking_pack_years", "crp_mg_l", "family_history")
+"""Names of the columns that `draw_clinical` gives."""
+
+
+def draw_clinical(visits: Sequence[Visit], seed: int) -> dict[Visit, dict[str, float]]:
+    """What the record says at each visit, by the names in `CLINICAL`; NaN where nothing was entered.
+
+    Pack-years and family history (1 yes, 0 no) belong to the patient, C-reactive protein to the visit. The
+    ill have more of each, so that a logistic regression on the three alone reaches an AUC between 0.60 and
+    0.75: part of the signal, to be joined with the image. A tenth of the cells is missing, at random.
+
+    >>> visits = draw_visits(num_patients=9, visits_per_patient=1, site_weights=[1], prevalence=0.5, seed=0)
+    >>> list(draw_clinical(visits, seed=0)[visits[0]])
+    ['smoking_pack_years', 'crp_mg_l', 'family_history']
+    """
+    ill = {visit.patient.number for visit in visits if visit.positive}
+    found = {}
+    for visit in visits:
+        number = visit.patient.number
+        person, blood = stream(seed, "record", number), stream(seed, "blood", number, visit.index)
+        smokes = person.random() < (0.62 if number in ill else 0.45)
+        values = (
+            round(float(smokes * person.gamma(2.2, 12.0)), 1),
+            round(float(np.exp(blood.normal(1.45 if visit.positive else 1.0, 0.9))), 1),
+            float(person.random() < (0.28 if number in ill else 0.17)),
+        )
+        entered = np.r_[person.random(), blood.random(), person.random()] >= 0.1
+        found[visit] = {
+            name: value if there else math.nan
+            for name, value, there in zip(CLINICAL, values, entered, strict=True)
+        }
+    return found
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A file to write: whose it is said to be, its number in the cohort, and what is wrong with it."""
+
+    visit: Visit
+    patient_number: int  # another than the visit's patient's where the image is filed twice
+    number: int  # from 1, in an order unrelated to the patients
+    identified: bool
+    spoiled: int | None  # the kind for `spoil`
+
+
+def plan_files(visits: Sequence[Visit], faults: Faults, seed: int) -> list[PlannedFile]:
+    """The files of a cohort: one per visit, and what a careless export adds and breaks.
+
+    >>> visits = draw_visits(num_patients=5, visits_per_patient=1, site_weights=[1], prevalence=0, seed=0)
+    >>> files = plan_files(visits, Faults(duplicates=1, corrupt_files=2), seed=0)
+    >>> [file.patient_number for file in files], sorted(file.number for file in files)
+    ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6])
+    >>> sorted(file.spoiled for file in files if file.spoiled is not None)
+    [0, 1]
+    """
+    order = stream(seed, "order")
+    last = max(visit.patient.number for visit in visits)
+    copies = order.choice(len(visits), min(faults.duplicates, len(visits)), replace=False).tolist()
+    jobs = [(visit, visit.patient.number) for visit in visits]
+    jobs += [(visits[of], last + 1 + nth) for nth, of in enumerate(copies)]
+    numbers = order.permutation(len(jobs)) + 1
+    faulty = order.permutation(len(jobs)).tolist()
+    named = set(faulty[: faults.identifiers])
+    corrupt = faulty[faults.identifiers :][: faults.corrupt_files]
+    return [
+        PlannedFile(
+            visit, number, int(numbers[job]), job in named, corrupt.index(job) if job in corrupt else None
+        )
+        for job, (visit, number) in enumerate(jobs)
+    ]
+
+
+def describe(planned: PlannedFile, site: str, scanner: str) -> dict[str, Any]:
+    """The columns of a cohort's table that say whose a file is and where it was made."""
+    return {
+        "patient": f"P{planned.patient_number:05d}",
+        "site": site,
+        "scanner": scanner,
+        "age": planned.visit.patient.age_years,
+        "sex": planned.visit.patient.sex,
+    }
 
 
 def stream(seed: int, *names: str | int) -> np.random.Generator:

@@ -27,18 +27,23 @@ from scipy.ndimage import gaussian_filter
 
 from cadx.files import replacing
 from cadx.phantom.cohort import (
+    CLINICAL,
     Array,
     Faults,
     Patient,
     Range,
     Shift,
+    Site,
     Visit,
+    draw_clinical,
     draw_visits,
     drawing,
+    plan_files,
     spoil,
     stream,
     uid,
 )
+from cadx.phantom.shapes import bell, bounding_box, cloud, ellipse, rim, step
 from cadx.types import Config
 
 UNIT_MM = 200.0
@@ -58,6 +63,7 @@ class XrayPhantom(Config):
     seed: Annotated[int, Field(ge=0)] = 20
     opacity_radius_mm: Range = (13.0, 34.0)
     opacity_contrast: Range = (0.36, 0.8)  # attenuation at the centre, log exposure; a rib is about 0.2
+    clinical: bool = False  # columns that carry part of the signal: `cohort.draw_clinical`
     faults: Faults = Faults()
     shift: Shift = Shift()
 
@@ -74,6 +80,7 @@ class XrayPhantom(Config):
             "label_column": "label_opacity",
             "values": {"0": negative, "1": positive},
             "boxes": {"table": "boxes.csv", "x1": "x1", "y1": "y1"},
+            **({"clinical": {name: name for name in CLINICAL}} if self.clinical else {}),
         }
 
     @field_validator("opacity_radius_mm", "opacity_contrast")
@@ -105,15 +112,6 @@ class Scanner:
     flattening: float  # dynamic range compression of the processing, 0 = none
     window: float  # displayed width / width of the stored histogram
     marker: str
-
-
-@dataclass(frozen=True)
-class Site:
-    """A (fictional) hospital, its machine, and its share of the patients."""
-
-    name: str
-    share: float
-    scanner: Scanner
 
 
 SITES = (
@@ -282,47 +280,6 @@ def _draw_opacity(rng: np.random.Generator, config: XrayPhantom) -> _OpacitySeed
     )
 
 
-def _rim(distance: Array, width: float) -> Array:
-    """0 outside, rising like a chord of a circle to 1 at `width` inside: a rounded body seen edge on."""
-    return np.sqrt(np.clip(distance / np.float32(width), 0, 1))
-
-
-def _step(distance: Array, width: float) -> Array:
-    """A smooth 0 to 1 over `width`."""
-    t = np.clip(distance / np.float32(width), 0, 1)
-    return t * t * (3 - 2 * t)
-
-
-def _bell(distance: Array, width: float) -> Array:
-    """Thickness of a rod of half-width `width` across its axis, 0..1."""
-    return np.sqrt(np.clip(1 - (distance / np.float32(width)) ** 2, 0, 1))
-
-
-def _ellipse(x: Array, y: Array, centre: Range, axes: Range, angle: float = 0.0) -> Array:
-    """Thickness of an ellipsoid, 0..1."""
-    cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
-    dx, dy = x - np.float32(centre[0]), y - np.float32(centre[1])
-    u, v = (cos * dx + sin * dy) / np.float32(axes[0]), (cos * dy - sin * dx) / np.float32(axes[1])
-    return np.sqrt(np.clip(1 - u * u - v * v, 0, 1))
-
-
-def _cloud(
-    rng: np.random.Generator, shape: tuple[int, int], cells: int, octaves: int, decay: float = 0.6
-) -> Array:
-    """Fractal noise of unit variance, H W float32; `cells` across at the coarsest."""
-    height, width = shape
-    total = np.zeros(shape, dtype=np.float32)
-    for octave in range(octaves):
-        n = cells * 2**octave
-        coarse = rng.standard_normal((n + 1, n + 1), dtype=np.float32)
-        total += np.float32(decay**octave) * np.asarray(
-            Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-        )
-    total -= total.mean()
-    total /= total.std()
-    return total
-
-
 @dataclass(frozen=True)
 class _Lungs:
     """Borders of both lungs: functions of the distance from the midline `u` and of `y`."""
@@ -339,7 +296,7 @@ class _Lungs:
 
     def medial(self, y: Array) -> Array:
         """`u` of the mediastinum, without heart and aorta."""
-        return 0.085 + 0.045 * _step(y + 0.55, 0.6)
+        return 0.085 + 0.045 * step(y + 0.55, 0.6)
 
     def dome(self, x: Array) -> Array:
         """`y` of the diaphragm."""
@@ -375,43 +332,43 @@ def _attenuation(
     base_y = chest.base_y + breath
     lungs = _Lungs(chest.half_width, chest.apex_y, base_y - 0.02, base_y + 0.025)
     wall, domes = lungs.lateral(y), lungs.dome(x)
-    below = _step(y - domes + 0.03, 0.35)
+    below = step(y - domes + 0.03, 0.35)
 
     # Heart and great vessels take the place of air; the aorta stands out a little.
-    ventricle = _ellipse(x, y, (0.15 * heart, base_y - 0.20), (0.31 * heart, 0.20 * heart), chest.heart_tilt)
-    atrium = _ellipse(x, y, (-0.06, base_y - 0.25), (0.16 * heart, 0.22 * heart))
-    trunk = _ellipse(x, y, (0.05, -0.16), (0.14, 0.30))
-    knob = _ellipse(x, y, (0.10, -0.33), (chest.knob, chest.knob * 1.1))
+    ventricle = ellipse(x, y, (0.15 * heart, base_y - 0.20), (0.31 * heart, 0.20 * heart), chest.heart_tilt)
+    atrium = ellipse(x, y, (-0.06, base_y - 0.25), (0.16 * heart, 0.22 * heart))
+    trunk = ellipse(x, y, (0.05, -0.16), (0.14, 0.30))
+    knob = ellipse(x, y, (0.10, -0.33), (chest.knob, chest.knob * 1.1))
     heart_shadow = np.maximum(ventricle, atrium)
     solid = np.maximum(np.maximum(heart_shadow * 0.85, trunk * 0.7), knob * 0.8)
-    air = _rim(wall - u, 0.26) * _rim(u - lungs.medial(y), 0.07) * _rim(domes - y, 0.05)
+    air = rim(wall - u, 0.26) * rim(u - lungs.medial(y), 0.07) * rim(domes - y, 0.05)
     lung = air * (1 - solid)
 
     attenuation = _body(chest, u, y, wall) * (1 + np.float32(0.22) * below)
     attenuation -= lung * np.float32(1.15 * chest.thickness)
     attenuation += (0.16 * heart_shadow + 0.12 * knob) * (1 - below)
-    attenuation -= 0.17 * _bell(x - 0.012, 0.042) * _step(-0.20 - y, 0.06)  # trachea
+    attenuation -= 0.17 * bell(x - 0.012, 0.042) * step(-0.20 - y, 0.06)  # trachea
 
     # Spine: bodies and discs, faint behind the heart.
     bow = x - np.float32(chest.spine_bow) * np.sin(3 * y)
-    bodies = 0.8 + 0.2 * _step(np.sin(2 * np.pi * y / 0.125) + 0.6, 0.8)
-    attenuation += np.float32(0.20 * chest.bone) * _bell(bow, 0.085) * bodies
+    bodies = 0.8 + 0.2 * step(np.sin(2 * np.pi * y / 0.125) + 0.6, 0.8)
+    attenuation += np.float32(0.20 * chest.bone) * bell(bow, 0.085) * bodies
     attenuation += _ribs(chest, u, y, wall)
     attenuation += _shoulder_girdle(chest, u, y)
 
     tree = _vessel_tree(chest, pose)
     attenuation += tree * (0.34 * lung + 0.05)
-    texture = _cloud(rng, x.shape, 6, 5, 0.75)
+    texture = cloud(rng, x.shape, 6, 5, 0.75)
     attenuation += texture * (0.022 * lung + 0.008)
 
     if chest.breast:
-        mound = _ellipse(u, y, (0.40, chest.breast_y), (0.29, chest.breast * 1.15))
-        attenuation += np.float32(1.1 * chest.breast) * mound * _step(y - chest.breast_y + 0.25, 0.3)
+        mound = ellipse(u, y, (0.40, chest.breast_y), (0.29, chest.breast * 1.15))
+        attenuation += np.float32(1.1 * chest.breast) * mound * step(y - chest.breast_y + 0.25, 0.3)
     if chest.nipples:
-        attenuation += 0.10 * _ellipse(u, y, (0.41, chest.breast_y + 0.12), (0.024, 0.024))
+        attenuation += 0.10 * ellipse(u, y, (0.41, chest.breast_y + 0.12), (0.024, 0.024))
     if chest.gas:
-        bubble = _ellipse(x, y, (0.30, base_y + 0.07), (0.15, chest.gas))
-        attenuation -= 0.40 * bubble * _step(y - domes - 0.01, 0.02)
+        bubble = ellipse(x, y, (0.30, base_y + 0.07), (0.15, chest.gas))
+        attenuation -= 0.40 * bubble * step(y - domes - 0.01, 0.02)
     for _ in range(rng.poisson(0.5)):  # plate atelectasis and skin folds: thin lines, no opacity
         attenuation += _line_shadow(rng, lungs, x, y)
 
@@ -423,7 +380,7 @@ def _attenuation(
             attenuation += density
             mask = density > 0.35 * seed.contrast
             if mask.any():
-                findings.append(_Finding(mask, _bounding_box(mask)))
+                findings.append(_Finding(mask, bounding_box(mask)))
     return attenuation, _metal(chest, visit, pose, lungs, view, rng), findings
 
 
@@ -432,9 +389,9 @@ def _body(chest: _Chest, u: Array, y: Array, wall: Array) -> Array:
     outline = np.maximum(wall, np.float32(0.9 * chest.half_width)) + np.float32(0.06 + 0.07 * chest.thickness)
     shoulder_y = -0.62 - 0.36 * np.clip((0.98 - u) / 0.78, 0, 1) ** 1.6
     axilla_y = -0.10 - 1.1 * np.clip(u - 0.78, 0, 1)
-    trunk = _rim(outline - u, 0.45)
-    arm = 0.8 * _rim(u - 0.5, 0.3) * _rim(axilla_y - y, 0.3)
-    top = np.maximum(_rim(y - shoulder_y, 0.40), 0.72 * _bell(u, 0.25))
+    trunk = rim(outline - u, 0.45)
+    arm = 0.8 * rim(u - 0.5, 0.3) * rim(axilla_y - y, 0.3)
+    top = np.maximum(rim(y - shoulder_y, 0.40), 0.72 * bell(u, 0.25))
     return np.float32(1.8 * chest.thickness) * np.maximum(trunk, arm) * top
 
 
@@ -442,11 +399,11 @@ def _ribs(chest: _Chest, u: Array, y: Array, wall: Array) -> Array:
     """Eleven posterior ribs, arched upward, and the front ends of eight, arched downward."""
     wall = np.maximum(wall + 0.035, 0.2)
     arch = np.float32(chest.rib_tilt) * np.sqrt(np.clip(1 - (u / wall) ** 2, 0, 1)) * wall / chest.half_width
-    inside = _step(wall - u, 0.02)
+    inside = step(wall - u, 0.02)
     total = np.zeros_like(u)
     for level, num, opacity, thick, fade in (
-        (y + arch * 0.75 - 0.16 * wall, 11, 0.20, 0.030, _step(u - 0.05, 0.05)),
-        (y - arch * 1.15 - 0.10, 8, 0.13, 0.036, _step(u - 0.27, 0.12)),
+        (y + arch * 0.75 - 0.16 * wall, 11, 0.20, 0.030, step(u - 0.05, 0.05)),
+        (y - arch * 1.15 - 0.10, 8, 0.13, 0.036, step(u - 0.27, 0.12)),
     ):
         place = (level - np.float32(chest.rib_first_y)) / np.float32(chest.rib_spacing)
         index = np.clip(np.rint(place), 0, num - 1).astype(np.intp)
@@ -466,15 +423,15 @@ def _shoulder_girdle(chest: _Chest, u: Array, y: Array) -> Array:
     along = np.clip((u - 0.06) / 0.72, 0, 1)
     line = chest.apex_y + 0.185 - 0.10 * along + 0.03 * np.sin(2 * np.pi * along)
     rod = np.clip(1 - ((y - line) / (0.028 + 0.012 * (1 - along))) ** 2, 0, 1)
-    clavicle = (np.sqrt(rod) - 0.35 * rod) * _step(u - 0.05, 0.03) * _step(0.84 - u, 0.05)
+    clavicle = (np.sqrt(rod) - 0.35 * rod) * step(u - 0.05, 0.03) * step(0.84 - u, 0.05)
     edge = 0.60 + 0.16 * (y - chest.apex_y - 0.15)
     scapula = (
-        _step(u - edge, 0.035)
-        * _step(y - chest.apex_y - 0.05, 0.12)
-        * _step(-0.04 - y, 0.25)
-        * _step(0.98 - u, 0.2)
+        step(u - edge, 0.035)
+        * step(y - chest.apex_y - 0.05, 0.12)
+        * step(-0.04 - y, 0.25)
+        * step(0.98 - u, 0.2)
     )
-    humerus = _ellipse(u, y, (0.97, chest.apex_y + 0.12), (0.13, 0.12)) + 0.8 * _bell(u - 1.0, 0.07) * _step(
+    humerus = ellipse(u, y, (0.97, chest.apex_y + 0.12), (0.13, 0.12)) + 0.8 * bell(u - 1.0, 0.07) * step(
         y + 0.6, 0.1
     )
     return np.float32(chest.bone) * (0.30 * clavicle + 0.10 * scapula + 0.32 * humerus)
@@ -529,9 +486,9 @@ def _opacity(
     )
     inside = 1 - np.sqrt(dx * dx + dy * dy) / (1 + (1.0 if seed.cloudy else 0.6) * lobes)
     cells = max(4, round(0.9 * pose.height_px * pose.spacing_mm / seed.radius_mm))
-    grain = _cloud(rng, x.shape, cells, 3)
+    grain = cloud(rng, x.shape, cells, 3)
     soft = 0.75 if seed.cloudy else 0.45
-    profile = _step(inside + (0.22 if seed.cloudy else 0.10) * grain * (inside > -0.6) + 0.12, soft)
+    profile = step(inside + (0.22 if seed.cloudy else 0.10) * grain * (inside > -0.6) + 0.12, soft)
     body = profile * (1 + (0.22 if seed.cloudy else 0.10) * grain)
     density: Array = np.float32(seed.contrast) * np.clip(body, 0, 1.5) * np.clip(room / 0.45, 0, 1)
     return np.where(inside > -0.8, density, np.float32(0))
@@ -548,8 +505,8 @@ def _line_shadow(rng: np.random.Generator, lungs: _Lungs, x: Array, y: Array) ->
     )
     return (
         np.float32(rng.uniform(0.08, 0.2))
-        * _bell(across, 0.011)
-        * _step(rng.uniform(0.08, 0.2) - np.abs(along), 0.05)
+        * bell(across, 0.011)
+        * step(rng.uniform(0.08, 0.2) - np.abs(along), 0.05)
     )
 
 
@@ -582,11 +539,6 @@ def _metal(
             tail = [point, (point[0] * 0.8 + rng.normal(0, 0.05), point[1] + 0.35), (rng.normal(0, 0.2), 1.1)]
             draw.line(place(tail), fill=90, width=max(1, round(0.008 * px_per_unit)), joint="curve")
     return np.asarray(canvas.reduce(over), dtype=np.float32) / 255
-
-
-def _bounding_box(mask: Array) -> tuple[int, int, int, int]:
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 # --- Chest X-ray: from attenuation to a file ---------------------------------------------------------
@@ -643,7 +595,7 @@ def _radiograph(visit: Visit, scanner: Scanner, config: XrayPhantom) -> _Radiogr
     if scanner.photometric == "MONOCHROME1":
         # PS3.3 C.11.2.1.2: the linear window is centred on c - 0.5, so its mirror image is on max + 1 - c.
         stored, stored_centre = np.uint16(largest) - stored, largest + 1 - stored_centre
-    visible = [_Finding(mask, _bounding_box(mask)) for f in findings if (mask := f.mask & ~border).any()]
+    visible = [_Finding(mask, bounding_box(mask)) for f in findings if (mask := f.mask & ~border).any()]
     return _Radiograph(stored, round(stored_centre, 1), round(stored_width, 1), spacing_mm, view, visible)
 
 
@@ -708,7 +660,7 @@ def _glyph(text: str, size_px: int) -> Array:
 
 
 def _dicom(
-    image: _Radiograph, visit: Visit, site: Site, scanner: Scanner, patient_number: int, seed: int
+    image: _Radiograph, visit: Visit, site: Site[Scanner], scanner: Scanner, patient_number: int, seed: int
 ) -> Dataset:
     study = (seed, "xray", patient_number, visit.index)
     ds = Dataset()
@@ -771,7 +723,7 @@ def write_xray_cohort(folder: Path, config: XrayPhantom) -> None:
     """Write the cohort that `config` describes; it appears whole or not at all.
 
     - `images/<id>.dcm`: DICOM, DX or CR, uncompressed; numbered in an order unrelated to the patients
-    - `labels.csv`: file (relative to `folder`), label_opacity (0 or 1), sorted by file
+    - `labels.csv`: file (relative to `folder`), label_opacity (0 or 1), with `clinical` its columns; by file
     - `boxes.csv`: file, class ("opacity"), x0, y0, x1, y1: 0-based, half-open, in stored pixels
     - `masks/<id>.png`: 255 where an opacity is; a file only for images that have one
     """
@@ -782,41 +734,34 @@ def write_xray_cohort(folder: Path, config: XrayPhantom) -> None:
         site_weights=[site.share for site in sites],
         prevalence=config.prevalence,
         seed=config.seed,
+        site_shift=config.faults.site_shift,
     )
-    order = stream(config.seed, "order")
-    copies = order.choice(len(visits), min(config.faults.duplicates, len(visits)), replace=False).tolist()
-    jobs = [(visit, visit.patient.number) for visit in visits]
-    jobs += [(visits[of], config.num_patients + 1 + nth) for nth, of in enumerate(copies)]
-    numbers = order.permutation(len(jobs)) + 1
-    faulty = order.permutation(len(jobs))
-    named = set(faulty[: config.faults.identifiers].tolist())
-    corrupt = faulty[config.faults.identifiers :][: config.faults.corrupt_files].tolist()
-
-    labels: list[tuple[str, int]] = []
+    clinical = draw_clinical(visits, config.seed) if config.clinical else {}
+    labels: list[dict[str, Any]] = []
     boxes: list[tuple[str, str, int, int, int, int]] = []
     with replacing(folder) as partial:
         (partial / "images").mkdir(parents=True)
         (partial / "masks").mkdir()
-        for job, (visit, patient_number) in enumerate(drawing(jobs, "chest X-rays")):
-            site = sites[visit.patient.site]
+        for planned in drawing(plan_files(visits, config.faults, config.seed), "chest X-rays"):
+            visit, site = planned.visit, sites[planned.visit.patient.site]
             scanner = NEW_SCANNER if config.shift.new_scanner else site.scanner
             image = _radiograph(visit, scanner, config)
-            ds = _dicom(image, visit, site, scanner, patient_number, config.seed)
-            if job in named:
-                _plant_identifiers(ds, patient_number)
-            stem = f"cxr-{numbers[job]:05d}"
+            ds = _dicom(image, visit, site, scanner, planned.patient_number, config.seed)
+            if planned.identified:
+                _plant_identifiers(ds, planned.patient_number)
+            stem = f"cxr-{planned.number:05d}"
             file = f"images/{stem}.dcm"
             pydicom.dcmwrite(partial / file, ds, enforce_file_format=True)
-            if job in corrupt:
-                spoil(partial / file, corrupt.index(job))
-            labels.append((file, int(bool(image.findings))))
+            if planned.spoiled is not None:
+                spoil(partial / file, planned.spoiled)
+            labels.append(
+                {"file": file, "label_opacity": int(bool(image.findings)), **clinical.get(visit, {})}
+            )
             boxes.extend((file, "opacity", *finding.box) for finding in image.findings)
             if image.findings:
                 mask = np.any([finding.mask for finding in image.findings], axis=0)
                 Image.fromarray(mask).convert("L").save(partial / "masks" / f"{stem}.png")
-        pd.DataFrame(sorted(labels), columns=["file", "label_opacity"]).to_csv(
-            partial / "labels.csv", index=False
-        )
+        pd.DataFrame(labels).sort_values("file").to_csv(partial / "labels.csv", index=False)
         pd.DataFrame(sorted(boxes), columns=["file", "class", "x0", "y0", "x1", "y1"]).to_csv(
             partial / "boxes.csv", index=False
         )

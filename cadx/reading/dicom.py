@@ -18,18 +18,40 @@ from pydicom.multival import MultiValue
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import JPEG2000, UID, JPEG2000Lossless, JPEGBaseline8Bit
 
-from cadx.reading.source import HEAD_BYTES, Refusal, check_size, gray_if_equal, read_bytes, sniff
+from cadx.reading.source import HEAD_BYTES, Refusal, check_frame, check_size, gray_if_equal, read_bytes, sniff
 from cadx.types import Millimetres, RawImage
 
 IDENTIFYING_KEYWORDS = frozenset({
-    "AccessionNumber", "AdmissionID", "CountryOfResidence", "InsurancePlanIdentification",
-    "IssuerOfPatientID", "MedicalRecordLocator", "OrderCallbackPhoneNumber", "OtherPatientIDs",
-    "OtherPatientIDsSequence", "PatientAddress", "PatientBirthDate", "PatientBirthTime", "PatientComments",
-    "PatientInsurancePlanCodeSequence", "PatientTelecomInformation", "PatientTelephoneNumbers",
-    "PersonAddress", "PersonTelecomInformation", "PersonTelephoneNumbers", "ReferringPhysicianAddress",
-    "ReferringPhysicianTelephoneNumbers", "RegionOfResidence",
+    # numbers of the patient, the visit, the order and the insurance
+    "AccessionNumber", "AdmissionID", "FillerOrderNumberImagingServiceRequest",
+    "GroupOfPatientsIdentificationSequence", "InsurancePlanIdentification", "IssuerOfAccessionNumberSequence",
+    "IssuerOfAdmissionID", "IssuerOfAdmissionIDSequence", "IssuerOfPatientID",
+    "IssuerOfPatientIDQualifiersSequence", "IssuerOfServiceEpisodeID", "IssuerOfServiceEpisodeIDSequence",
+    "MedicalRecordLocator", "OtherPatientIDs", "OtherPatientIDsSequence", "PatientInsurancePlanCodeSequence",
+    "PersonIdentificationCodeSequence", "PlacerOrderNumberImagingServiceRequest",
+    "ReferringPhysicianIdentificationSequence", "ServiceEpisodeID", "SourcePatientGroupIdentificationSequence",
+    # dates of life
+    "PatientBirthDate", "PatientBirthDateInAlternativeCalendar", "PatientBirthTime",
+    "PatientDeathDateInAlternativeCalendar",
+    # where to find the patient or those around
+    "BranchOfService", "CountryOfResidence", "CurrentPatientLocation", "MilitaryRank", "OrderCallbackPhoneNumber",
+    "OrderCallbackTelecomInformation", "PatientAddress", "PatientInstitutionResidence",
+    "PatientTelecomInformation", "PatientTelephoneNumbers", "PersonAddress", "PersonTelecomInformation",
+    "PersonTelephoneNumbers", "ReferringPhysicianAddress", "ReferringPhysicianTelephoneNumbers",
+    "RegionOfResidence", "ResponsibleOrganization",
+    # free text in which people write names
+    "AcquisitionComments", "AdditionalPatientHistory", "CommentsOnThePerformedProcedureStep", "FrameComments",
+    "IdentifyingComments", "ImageComments", "ImagingServiceRequestComments", "InterpretationText",
+    "PatientComments", "PatientState", "PatientTransportArrangements", "RequestedProcedureComments",
+    "ResultsComments", "ServiceEpisodeDescription", "SpecialNeeds", "StudyComments", "TextComments",
+    "TextString", "VisitComments",
 })  # fmt: skip
 """Direct identifiers of the Basic Application Level Confidentiality Profile, beside all person names.
+
+Not among them is what the profile removes because it helps to find a person in other records: dates, UIDs,
+institution, device and descriptions of study and series. A dataset stores none of these but the institution, as
+`site`: without it no split and no metric can be told by site. Private elements, curves (50xx) and overlays
+(60xx) are left behind as well; only their person names are reported.
 
 Source: DICOM PS3.15 Annex E, table E.1-1.
 """
@@ -126,26 +148,45 @@ def parse_header(data: bytes) -> Dataset:
     return pydicom.dcmread(io.BytesIO(data))
 
 
-def read_dicom(data: bytes) -> RawImage:
+def read_dicom(data: bytes, frame: int | None = None) -> RawImage:
     """The image in a DICOM file: see `cadx.reading.images.read_image`. Raises what the libraries raise, and Refusal."""
     with discreet():
         header = parse_header(data)
         syntax = UID(str(header.file_meta.get("TransferSyntaxUID", "")))
-        colour = _check_pixels(header, syntax)
+        colour = _check_pixels(header, syntax, frame)
+        if frame is not None:
+            _lay_out_frame(header, frame)
         assumptions: list[str] = []
         spacing_mm = _spacing_mm(header, assumptions)
         attributes = _attributes(header, assumptions)
         patient = _text(header, "PatientID") or None
         table = None if colour else _display_table(header, assumptions)
     plugin = "pillow" if syntax in _PILLOW_SYNTAXES else ""
-    stored, _ = get_decoder(syntax).as_array(header, index=0, raw=False, decoding_plugin=plugin)
+    stored, _ = get_decoder(syntax).as_array(
+        header, index=(frame or 1) - 1, raw=False, decoding_plugin=plugin
+    )
     if (stored.shape[0], stored.shape[1]) != (header.Rows, header.Columns):
         raise Refusal("the pixel data have another size than the header says")
     pixels = gray_if_equal(stored) if table is None else _look_up(table, stored)
     return RawImage(pixels, spacing_mm, attributes, patient, tuple(assumptions))
 
 
-def _check_pixels(header: Dataset, syntax: UID) -> bool:
+def _lay_out_frame(header: Dataset, frame: int) -> None:
+    """Write what an enhanced header says of one frame, or of all, where a plain header says it.
+
+    Source: DICOM PS3.3 C.7.6.16.1: shared and per-frame functional groups.
+    """
+    groups = [
+        *(header.get("SharedFunctionalGroupsSequence") or ())[:1],
+        *(header.get("PerFrameFunctionalGroupsSequence") or ())[frame - 1 : frame],
+    ]
+    for group in groups:
+        for keyword in ("PixelMeasuresSequence", "PixelValueTransformationSequence", "FrameVOILUTSequence"):
+            for item in (group.get(keyword) or ())[:1]:
+                header.update(item)
+
+
+def _check_pixels(header: Dataset, syntax: UID, frame: int | None = None) -> bool:
     """Whether the image is in colour, once everything that decoding relies on is known to hold."""
     if "PixelData" not in header:
         raise Refusal("no pixel data: truncated, or no image at all; export or copy the file again")
@@ -153,8 +194,7 @@ def _check_pixels(header: Dataset, syntax: UID) -> bool:
         get_decoder(syntax)
     except NotImplementedError:
         raise Refusal("its transfer syntax is not read; export uncompressed or as JPEG 2000") from None
-    if int(header.get("NumberOfFrames") or 1) != 1:
-        raise Refusal("several frames; export each image on its own")
+    check_frame(int(header.get("NumberOfFrames") or 1), frame)
     check_size(int(header.get("Rows") or 0), int(header.get("Columns") or 0))
     photometric = _text(header, "PhotometricInterpretation")
     bits, samples = int(header.BitsStored), int(header.SamplesPerPixel)

@@ -8,30 +8,43 @@ import numpy as np
 from PIL import Image
 
 from cadx.reading.dicom import discreet, read_dicom
-from cadx.reading.source import HEAD_BYTES, Format, Refusal, check_size, gray_if_equal, read_bytes, sniff
+from cadx.reading.source import (
+    HEAD_BYTES,
+    Format,
+    Refusal,
+    check_frame,
+    check_size,
+    gray_if_equal,
+    read_bytes,
+    sniff,
+)
 from cadx.types import RawImage
 
 MAX_ARRAYS_BYTES = 1 << 34
 """Largest archive of arrays, unpacked: what its headers claim is checked before anything is."""
 
 
-def read_image(source: Path | bytes) -> RawImage:
-    """The image in `source`, a DICOM, PNG or JPEG file by its first bytes.
+def read_image(source: Path | bytes, frame: int | None = None) -> RawImage:
+    """The image in `source`, a DICOM, PNG or JPEG file by its first bytes; of several frames, the one asked for.
 
     DICOM goes through modality and VOI transformation (PS3.3 C.11.1, C.11.2) and has MONOCHROME1 turned, so
     that black = 0. Images of at most 8 bits come back as uint8, others as uint16 stretched over the display
     window or, without one, over the stored bits. Colour whose three channels agree comes back as gray.
 
+    Args:
+        source: a file or its bytes.
+        frame: number of the frame, from 1 as DICOM counts; None where the file holds one image.
+
     Raises:
-        ValueError: one line, without file name or value: not an image, truncated, several frames, more than
-            `MAX_PIXELS`, or of a kind whose meaning is not known.
+        ValueError: one line, without file name or value: not an image, truncated, several frames and none asked
+            for, no such frame, more than `MAX_PIXELS`, or of a kind whose meaning is not known.
     """
     data = read_bytes(source)
     kind = sniff(data[:HEAD_BYTES])
     if kind is None:
         raise ValueError("neither DICOM, PNG nor JPEG by its first bytes; export the image in one of them")
     try:
-        return read_dicom(data) if kind == "DICOM" else _read_picture(data, kind)
+        return read_dicom(data, frame) if kind == "DICOM" else _read_picture(data, kind, frame)
     except Refusal as refusal:
         raise ValueError(f"{kind}: {refusal}") from None
     except Exception as error:  # the libraries raise every type there is, and their texts repeat values
@@ -64,12 +77,13 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 # --- PNG and JPEG -----------------------------------------------------------------------------------
 
 
-def _read_picture(data: bytes, kind: Format) -> RawImage:
+def _read_picture(data: bytes, kind: Format, frame: int | None) -> RawImage:
     with discreet():  # Pillow's alarm at large sizes, which are refused below
         picture: Image.Image = Image.open(io.BytesIO(data), formats=(kind,))
     check_size(picture.height, picture.width)
-    if getattr(picture, "n_frames", 1) > 1:
-        raise Refusal("several frames; export each image on its own")
+    check_frame(getattr(picture, "n_frames", 1), frame)
+    if frame is not None and frame > 1:
+        picture.seek(frame - 1)
     assumptions = []
     # Pillow gives 16-bit colour with 8 bits and does not say so; byte 24 is the depth in the PNG header.
     if kind == "PNG" and data[24] == 16 and not picture.mode.startswith("I"):

@@ -82,3 +82,11 @@ def check_size(height_px: int, width_px: int) -> None:
         raise Refusal("an empty image: no rows or no columns")
     if height_px * width_px > MAX_PIXELS:
         raise Refusal(f"claims {height_px} x {width_px} pixels, over the limit of {MAX_PIXELS}")
+
+
+def check_frame(num_frames: int, frame: int | None) -> None:
+    """Refuse a file of several frames of which none is asked for, and a frame that it does not have."""
+    if frame is None and num_frames != 1:
+        raise Refusal("several frames; export each image on its own, or ask for one by its number")
+    if frame is not None and not 1 <= frame <= num_frames:
+        raise Refusal(f"no frame {frame}: it has {num_frames}, counted from 1")

@@ -1,0 +1,465 @@
+"""How a source lies on disk -> what it says of each sample, before any of them is opened.
+
+One function per format of the catalogue. Invariants: nothing is left out in silence (an image without a label's
+row, a mask without an image, a box of an unknown class each stop); places name samples by row or by position in
+sorted order, never by file name or cell.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from cadx.catalog import (
+    SPLIT_WORDS,
+    BagsEntry,
+    CocoEntry,
+    FilesEntry,
+    FolderEntry,
+    PairsEntry,
+    TableEntry,
+    VocEntry,
+    candidate_files,
+    read_rows,
+)
+from cadx.reading.dicom import parse_age, parse_sex
+from cadx.reading.source import sniff_file
+
+FileEntry = FolderEntry | TableEntry | FilesEntry | PairsEntry | VocEntry | CocoEntry
+Box = tuple[str, float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Item:
+    """A sample's file, or folder of slices, and what the source says of it.
+
+    Attributes:
+        place: finds it in the source without naming it.
+        path: the file or folder.
+        relative: where it lies in the source.
+        labels: class -> 1 or 0.
+        attributes: any of site, scanner, age, sex, view.
+        patient: as the source has it; it becomes a pseudonym.
+        given_split: the official split, or empty.
+        boxes: (class, x0, y0, x1, y1), half-open, in stored pixels.
+        mask: file of the mask.
+        mask_values: class -> its value in the mask, where the mask decides about the labels.
+        clinical: name -> number, NaN where missing.
+    """
+
+    place: str
+    path: Path
+    relative: PurePosixPath
+    labels: dict[str, float]
+    attributes: dict[str, Any] = field(default_factory=dict)
+    patient: str = ""
+    given_split: str = ""
+    boxes: list[Box] = field(default_factory=list)
+    mask: Path | None = None
+    mask_values: dict[str, int] = field(default_factory=dict)
+    clinical: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Bag:
+    """Rows of numbers that are one sample: `features` T E float32, NaN where unknown."""
+
+    place: str
+    features: np.ndarray
+    labels: dict[str, float]
+    site: str
+    patient: str
+    age: float
+
+
+def list_items(entry: FileEntry, root: Path) -> list[Item]:
+    """The samples of a source of files.
+
+    Raises:
+        ValueError: one line that names what does not fit, by row number or by place in sorted order.
+    """
+    match entry:
+        case FolderEntry():
+            return _folder_items(entry, root)
+        case TableEntry():
+            return _table_items(entry, root)
+        case FilesEntry():
+            return _named_items(entry, root)
+        case PairsEntry():
+            return _pair_items(entry, root)
+        case VocEntry():
+            return _voc_items(entry, root)
+        case CocoEntry():
+            return _coco_items(entry, root)
+
+
+def _folder_items(entry: FolderEntry, root: Path) -> list[Item]:
+    if not root.is_dir():
+        raise ValueError("the source is no folder; the entry's format says that it is one")
+    items: list[Item] = []
+    for folder, given_split in entry.split_folders.items() or [("", "")]:
+        inner = root / folder
+        where = f"split folder {folder}, " if folder else ""
+        folders = [path.name for path in inner.iterdir() if path.is_dir()] if inner.is_dir() else []
+        known = [name for name in folders if not name.startswith(".")]
+        if unknown := len(set(known) - set(entry.classes)):
+            raise ValueError(
+                f"{where}{unknown} of {len(known)} folders are none of the classes "
+                f"{', '.join(entry.classes)}; add them to the entry, or move them away"
+            )
+        for label in entry.classes:
+            if label not in known:
+                raise ValueError(f"{where}class {label} has no folder; make it, or correct the entry")
+            for number, path in enumerate(candidate_files(inner / label), start=1):
+                relative = PurePosixPath(path.relative_to(root).as_posix())
+                place = f"{where}class {label}, file {number} in sorted order"
+                items.append(Item(place, path, relative, {label: 1.0}, given_split=given_split))
+    if not items:
+        raise ValueError("the class folders are empty")
+    return items
+
+
+def _table_items(entry: TableEntry, root: Path) -> list[Item]:
+    rows = read_rows(root / entry.table)
+    columns = entry.columns
+    needed = [entry.file_column, entry.label_column, *entry.label_columns.values(), entry.mask_column]
+    _require_columns(entry.table, rows, [*needed, *columns.model_dump().values(), *entry.clinical.values()])
+    boxes = _boxes(entry, root) if entry.boxes else {}
+    items: dict[str, Item] = {}
+    for number, row in enumerate(rows, start=2):
+        place = f"{entry.table} row {number}"
+        relative = _within(row[entry.file_column], f"{place}: column {entry.file_column}")
+        path = root / entry.images / relative
+        if not (path.is_file() or (entry.kind == "volume" and path.is_dir())):
+            raise ValueError(f"{place}: its {entry.kind} file is not there; add it, or remove the row")
+        mask = None
+        if entry.mask_column and row[entry.mask_column]:
+            mask = root / _within(row[entry.mask_column], f"{place}: column {entry.mask_column}")
+            if not mask.is_file():
+                raise ValueError(f"{place}: its mask file is not there; add it, or empty the cell")
+        if relative.as_posix() in items:
+            raise ValueError(f"{place}: the same file as {items[relative.as_posix()].place}; keep one row")
+        attributes: dict[str, Any] = {
+            "site": row[columns.site] if columns.site else "",
+            "scanner": row[columns.scanner] if columns.scanner else "",
+            "age": parse_age(row[columns.age]) if columns.age else math.nan,
+            "sex": parse_sex(row[columns.sex]) if columns.sex else "",
+            "view": row[columns.view] if columns.view else "",
+        }
+        split = row[columns.split].lower() if columns.split else ""
+        if split and split not in SPLIT_WORDS:
+            raise ValueError(f"{place}, column {columns.split}: not train, val, calibration or test")
+        item_boxes = boxes.pop(relative.as_posix(), [])
+        items[relative.as_posix()] = Item(
+            place=place,
+            path=path,
+            relative=relative,
+            labels=_present(entry.classes, item_boxes)
+            if entry.task == "detection"
+            else _row_labels(entry, row, place),
+            attributes={key: value for key, value in attributes.items() if value == value and value != ""},
+            patient=row[columns.patient] if columns.patient else "",
+            given_split=SPLIT_WORDS[split] if split else "",
+            boxes=item_boxes,
+            mask=mask,
+            clinical={
+                name: _number(row[column], f"{place}, column {column}")
+                for name, column in entry.clinical.items()
+            },
+        )
+    if boxes:
+        raise ValueError(f"{entry.boxes and entry.boxes.table}: boxes of {len(boxes)} files that have no row")
+    _refuse_files_without_row(entry.table, list(items.values()))
+    return list(items.values())
+
+
+def _refuse_files_without_row(table: str, items: list[Item]) -> None:
+    listed = {item.path for item in items} | {item.mask for item in items}
+    suffixes = {item.path.suffix for item in items if item.path.is_file()}
+    without = [
+        path
+        for folder in sorted({item.path.parent for item in items})
+        for path in candidate_files(folder, recursive=False)
+        if path not in listed and (path.suffix in suffixes or sniff_file(path) is not None)
+    ]
+    if without:
+        raise ValueError(
+            f"{table}: {len(without)} images beside the listed have no row; add rows or move them"
+        )
+
+
+def _row_labels(entry: TableEntry, row: dict[str, str], place: str) -> dict[str, float]:
+    if entry.label_column:
+        cell = row[entry.label_column]
+        label = entry.values.get(cell, cell)
+        if cell and label not in entry.classes:
+            known = ", ".join(entry.values or entry.classes)
+            raise ValueError(f"{place}, column {entry.label_column}: a label that is none of {known}")
+        return {label: 1.0} if cell else {}
+    labels = {name: row[column] for name, column in entry.label_columns.items() if row[column]}
+    for name, cell in labels.items():
+        if cell not in ("0", "1", "0.0", "1.0"):
+            raise ValueError(f"{place}, column {entry.label_columns[name]}: not 0, 1 or empty")
+    return {name: float(cell) for name, cell in labels.items()}
+
+
+def _boxes(entry: TableEntry, root: Path) -> dict[str, list[Box]]:
+    """Boxes by file, as (class, x0, y0, x1, y1)."""
+    table = entry.boxes
+    assert table is not None
+    rows = read_rows(root / table.table)
+    corners = [table.x0, table.y0, table.x1 or table.width, table.y1 or table.height]
+    _require_columns(table.table, rows, [table.file, table.class_name, *corners, *table.where])
+    found: dict[str, list[Box]] = {}
+    for number, row in enumerate(rows, start=2):
+        if any(row[column] != value for column, value in table.where.items()):
+            continue
+        label = table.values.get(row[table.class_name], row[table.class_name])
+        if label not in entry.classes:
+            known = ", ".join(table.values or entry.classes)
+            raise ValueError(f"{table.table} row {number}: a box of a class that is none of {known}")
+        try:
+            x0, y0, x1, y1 = (float(row[column]) for column in corners if column)
+        except ValueError:
+            raise ValueError(f"{table.table} row {number}: a corner is no number") from None
+        if table.width:
+            x1, y1 = x0 + x1, y0 + y1
+        found.setdefault(PurePosixPath(row[table.file]).as_posix(), []).append((label, x0, y0, x1, y1))
+    return found
+
+
+def _named_items(entry: FilesEntry, root: Path) -> list[Item]:
+    items = []
+    for number, sample in enumerate(entry.samples, start=1):
+        place = f"sample {number} of the entry"
+        relative = _within(sample.file, f"{place}: file")
+        if sample.label is not None and sample.label not in entry.classes:
+            raise ValueError(f"{place}: its label is none of {', '.join(entry.classes)}")
+        mask = root / _within(sample.mask, f"{place}: mask") if sample.mask else None
+        for path in filter(None, (root / relative, mask)):
+            if not path.exists():
+                raise ValueError(f"{place}: its file is not in the source; correct the entry")
+        labels = {sample.label: 1.0} if sample.label else {}
+        items.append(Item(place, root / relative, relative, labels, patient=sample.patient, mask=mask))
+    return items
+
+
+def _pair_items(entry: PairsEntry, root: Path) -> list[Item]:
+    images, masks = (
+        {path.relative_to(root / folder).as_posix(): path for path in candidate_files(root / folder)}
+        for folder in (entry.images, entry.masks)
+    )
+    for these, those, what, other in ((images, masks, "image", "mask"), (masks, images, "mask", "image")):
+        if alone := [number for number, name in enumerate(sorted(these), start=1) if name not in those]:
+            raise ValueError(
+                f"{len(alone)} of {len(these)} {what}s have no {other} of the same name"
+                f" ({what} {', '.join(map(str, alone[:5]))} in sorted order); add it, or take the {what} out"
+            )
+    if not images:
+        raise ValueError("the folders of images and masks are empty")
+    return [
+        Item(
+            place=f"image {number} in sorted order",
+            path=images[name],
+            relative=PurePosixPath(name),
+            labels={},
+            mask=masks[name],
+            mask_values=entry.mask_values,
+        )
+        for number, name in enumerate(sorted(images), start=1)
+    ]
+
+
+def _voc_items(entry: VocEntry, root: Path) -> list[Item]:
+    """Pascal VOC: corners are 1-based and inclusive, so minima become one less, and maxima stay."""
+    paths = {path.stem: path for path in candidate_files(root / entry.images)}
+    notes = {path.stem: path for path in candidate_files(root / entry.annotations)}
+    for these, those, what, other in (
+        (paths, notes, "image", "annotation"),
+        (notes, paths, "annotation", "image"),
+    ):
+        if alone := len(these.keys() - those.keys()):
+            raise ValueError(
+                f"{alone} of {len(these)} {what}s have no {other} of the same name; add or move them"
+            )
+    given: dict[str, str] = {}
+    for split, listing in entry.splits.items():
+        lines = (root / listing).read_text(encoding="utf-8").split() if (root / listing).is_file() else []
+        if not lines:
+            raise ValueError(f"splits.{split}: its list is missing or empty")
+        for number, stem in enumerate(lines, start=1):
+            if stem not in paths:
+                raise ValueError(f"splits.{split}: line {number} names an image that is not there")
+            if stem in given:
+                raise ValueError(f"splits.{split}: line {number} names an image of split {given[stem]}")
+            given[stem] = split
+    items = []
+    for number, stem in enumerate(sorted(paths), start=1):
+        place = f"image {number} in sorted order"
+        boxes = list(_voc_boxes(entry, notes[stem], place))
+        items.append(
+            Item(
+                place=place,
+                path=paths[stem],
+                relative=PurePosixPath(paths[stem].name),
+                labels=_present(entry.classes, boxes),
+                given_split=given.get(stem, ""),
+                boxes=boxes,
+            )
+        )
+    if not items:
+        raise ValueError("the folder of images is empty")
+    return items
+
+
+def _voc_boxes(entry: VocEntry, path: Path, place: str) -> Iterator[Box]:
+    from defusedxml import DefusedXmlException
+    from defusedxml.ElementTree import ParseError, parse
+
+    try:
+        root = parse(path).getroot()
+        assert root is not None
+        for number, element in enumerate(root.iter("object"), start=1):
+            name = (element.findtext("name") or "").strip()
+            if name not in entry.classes:
+                raise ValueError(
+                    f"{place}: box {number} is of a class that is none of {', '.join(entry.classes)}"
+                )
+            corners = (element.findtext(f"bndbox/{key}") or "" for key in ("xmin", "ymin", "xmax", "ymax"))
+            x0, y0, x1, y1 = (_number(text, f"{place}: box {number}") for text in corners)
+            if math.isnan(x0 + y0 + x1 + y1):
+                raise ValueError(f"{place}: box {number} lacks a corner")
+            # Equal corners are a click, not a box of one pixel: without area, so that `validate` finds it.
+            yield name, x0 - 1, y0 - 1, x1 - (x1 <= x0), y1 - (y1 <= y0)
+    except (ParseError, DefusedXmlException) as error:
+        raise ValueError(
+            f"{place}: its annotation is no XML ({type(error).__name__}); fetch it again"
+        ) from None
+
+
+def _coco_items(entry: CocoEntry, root: Path) -> list[Item]:
+    """COCO: boxes are x, y, width, height, 0-based; images without annotations are in use too."""
+    files = entry.annotations if isinstance(entry.annotations, dict) else {"": entry.annotations}
+    items: dict[str, Item] = {}
+    for split, name in files.items():
+        where = f"annotations of {split}" if split else "annotations"
+        try:
+            content = json.loads((root / name).read_text(encoding="utf-8"))
+            classes = {item["id"]: item["name"] for item in content["categories"]}
+            images = {item["id"]: item["file_name"] for item in content["images"]}
+            annotations = [
+                (item["image_id"], item["category_id"], item["bbox"]) for item in content["annotations"]
+            ]
+        except FileNotFoundError:
+            raise ValueError(f"{where}: the file is not in the source; correct the entry") from None
+        except (ValueError, KeyError, TypeError) as error:
+            what = type(error).__name__
+            raise ValueError(
+                f"{where}: not in COCO's form of images, annotations, categories ({what})"
+            ) from None
+        if len(images) != len(content["images"]):
+            raise ValueError(f"{where}: an image id stands twice")
+        boxes: dict[Any, list[Box]] = {image: [] for image in images}
+        for number, (image, category, box) in enumerate(annotations, start=1):
+            if image not in images:
+                raise ValueError(f"{where}: annotation {number} is of an image that is not listed")
+            if classes.get(category) not in entry.classes:
+                raise ValueError(f"{where}: annotation {number} is of none of {', '.join(entry.classes)}")
+            try:
+                x, y, width, height = (float(number) for number in box)
+            except (TypeError, ValueError):
+                raise ValueError(f"{where}: annotation {number} has no bbox of four numbers") from None
+            boxes[image].append((classes[category], x, y, x + width, y + height))
+        for number, (image, file) in enumerate(images.items(), start=1):
+            place = f"{where}, image {number}"
+            relative = _within(file, f"{place}: file_name")
+            if not (root / entry.images / relative).is_file():
+                raise ValueError(f"{place}: its file is not there; add it, or remove the image")
+            if relative.as_posix() in items:
+                raise ValueError(f"{place}: the same file as {items[relative.as_posix()].place}; keep one")
+            items[relative.as_posix()] = Item(
+                place=place,
+                path=root / entry.images / relative,
+                relative=relative,
+                labels=_present(entry.classes, boxes[image]),
+                given_split=split,
+                boxes=boxes[image],
+            )
+    if not items:
+        raise ValueError("annotations: no image is listed")
+    return list(items.values())
+
+
+def read_bags(entry: BagsEntry, root: Path) -> Iterator[Bag]:
+    """The bags of a source of number tables, in the order of their first rows.
+
+    Raises:
+        ValueError: one line that names table and row: not a number, rows of a bag that disagree, an unknown label.
+    """
+    for site, table in entry.tables.items():
+        path = root / table if root.is_dir() else root
+        rows = read_rows(path, header=entry.header)
+        named = [entry.bag_column, entry.label_column, entry.patient_column, entry.age_column]
+        _require_columns(table, rows, [*named, *entry.ignored])
+        taken = {entry.bag_column, entry.label_column, entry.patient_column, *entry.ignored}
+        features = [column for column in rows[0] if column not in taken]
+        bags: dict[str, list[tuple[str, dict[str, str]]]] = {}
+        for number, row in enumerate(rows, start=1 + entry.header):
+            key = row[entry.bag_column] if entry.bag_column else str(number)
+            bags.setdefault(key, []).append((f"{table} row {number}", row))
+        for members in bags.values():
+            place, first = members[0]
+            for name in filter(None, (entry.label_column, entry.patient_column)):
+                if any(row[name] != first[name] for _, row in members):
+                    raise ValueError(f"{place}: rows of its bag have different values in column {name}")
+            cell = first[entry.label_column]
+            if cell and cell != entry.missing and cell not in entry.values:
+                raise ValueError(
+                    f"{place}, column {entry.label_column}: a label that is none of the entry's values"
+                )
+            yield Bag(
+                place=place,
+                features=np.array(
+                    [
+                        [
+                            _number(row[column].replace(entry.missing, ""), f"{where}, column {column}")
+                            for column in features
+                        ]
+                        for where, row in members
+                    ],
+                    np.float32,
+                ),
+                labels={entry.values[cell]: 1.0} if cell in entry.values else {},
+                site=site,
+                patient=first[entry.patient_column] if entry.patient_column else "",
+                age=parse_age(first[entry.age_column]) if entry.age_column else math.nan,
+            )
+
+
+def _present(classes: Iterable[str], boxes: Iterable[Box]) -> dict[str, float]:
+    """A label per class: whether a box has it."""
+    found = {name for name, *_ in boxes}
+    return {name: float(name in found) for name in classes}
+
+
+def _within(text: str, what: str) -> PurePosixPath:
+    relative = PurePosixPath(text)
+    if not relative.name or relative.is_absolute() or ".." in relative.parts:
+        raise ValueError(f"{what} must be a path within the source")
+    return relative
+
+
+def _number(cell: str, where: str) -> float:
+    try:
+        return float(cell) if cell.strip() else math.nan
+    except ValueError:
+        raise ValueError(f"{where}: not a number") from None
+
+
+def _require_columns(table: str, rows: list[dict[str, str]], names: Iterable[str | None]) -> None:
+    if missing := [name for name in names if name and name not in rows[0]]:
+        raise ValueError(f"{table}: no column {missing[0]!r}; it has {', '.join(rows[0])}")

@@ -1,0 +1,278 @@
+"""Some hundreds of broken files of every format: refused in one line, or unchanged in shape; never a crash or a hang.
+
+A process of its own reads them, so that a crash, a hang or too much memory ends that process and not the tests: run as
+a script, this file reads what its arguments list, and prints a line per file.
+"""
+
+import contextlib
+import gzip
+import io
+import json
+import resource
+import signal
+import subprocess
+import sys
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+LIMIT_S = 2  # of processor time: what others do on the machine does not count
+LIMIT_BYTES = 1 << 30
+DAMAGES_PER_FORMAT = 24
+# Read to be whole before anything is timed: libraries are imported on first use.
+NUM_WHOLE = 1
+
+Shape = tuple[int, ...]
+
+
+# --- One good file of each format -------------------------------------------------------------------
+
+
+def dicom(pixels: np.ndarray, syntax: str = "", position_mm: float = 0.0) -> bytes:
+    import pydicom
+    from pydicom.uid import CTImageStorage
+    from test_reading import dicom_dataset
+
+    ds = dicom_dataset(pixels)
+    if syntax:
+        ds.compress(syntax)
+    ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID = CTImageStorage
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = f"1.2.3.{int(position_mm) + 1}"
+    ds.Modality, ds.SeriesInstanceUID, ds.PatientID = "CT", "1.2.9", "P1"
+    ds.PixelSpacing, ds.SliceThickness = [0.8, 0.7], 2
+    ds.ImageOrientationPatient, ds.ImagePositionPatient = [1, 0, 0, 0, 1, 0], [0, 0, position_mm]
+    ds.RescaleSlope, ds.RescaleIntercept = 1, 0
+    stream = io.BytesIO()
+    pydicom.dcmwrite(stream, ds, enforce_file_format=True)
+    return stream.getvalue()
+
+
+def of_pydicom(name: str) -> bytes:
+    from pydicom.data import get_testdata_file
+
+    return Path(str(get_testdata_file(name, download=False))).read_bytes()
+
+
+def nifti(voxels: np.ndarray) -> bytes:
+    import nibabel
+
+    return nibabel.Nifti1Image(voxels, np.diag([0.7, 0.8, 2.0, 1.0])).to_bytes()
+
+
+def slide() -> bytes:
+    import tifffile
+
+    rng = np.random.default_rng(0)
+    level = rng.integers(120, 240, (512, 768, 3), np.uint8)
+    stream = io.BytesIO()
+    with tifffile.TiffWriter(stream) as writer:
+        for step in (1, 2):
+            writer.write(
+                level[::step, ::step],
+                tile=(128, 128),
+                compression="jpeg",
+                photometric="rgb",
+                subfiletype=int(step > 1),
+                resolution=(20_000 / step, 20_000 / step),
+                resolutionunit="CENTIMETER",
+            )
+    return stream.getvalue()
+
+
+def saved(save: Callable[[io.BytesIO], Any]) -> bytes:
+    stream = io.BytesIO()
+    save(stream)
+    return stream.getvalue()
+
+
+def sources() -> dict[str, tuple[str, bytes]]:
+    """Format -> (file name, a good file)."""
+    from PIL import Image
+
+    rng = np.random.default_rng(1)
+    gray = rng.integers(0, 255, (48, 64), np.uint8)
+    gray16 = rng.integers(0, 65535, (48, 64), np.uint16)
+    volume = rng.integers(-1000, 1000, (24, 20, 16), np.int16)
+    slices = {f"{z}.dcm": dicom(gray16 + np.uint16(z), position_mm=2.0 * z) for z in range(5)}
+
+    def series(stream: io.BytesIO) -> None:
+        with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, data in slices.items():
+                archive.writestr(name, data)
+
+    return {
+        "dicom": ("a.dcm", dicom(gray16)),
+        "dicom-rle": ("a.dcm", dicom(gray16, "1.2.840.10008.1.2.5")),
+        "dicom-jpeg": ("a.dcm", of_pydicom("SC_rgb_jpeg_gdcm.dcm")),
+        "dicom-jpeg-2000": ("a.dcm", of_pydicom("MR_small_jp2klossless.dcm")),
+        "dicom-jpeg-ls": ("a.dcm", of_pydicom("MR_small_jpeg_ls_lossless.dcm")),
+        "png": ("a.png", saved(lambda stream: Image.fromarray(gray).save(stream, "PNG"))),
+        "png-16": ("a.png", saved(lambda stream: Image.fromarray(gray16).save(stream, "PNG"))),
+        "jpeg": ("a.jpg", saved(lambda stream: Image.fromarray(gray).save(stream, "JPEG"))),
+        "npz": ("a.npz", saved(lambda stream: np.savez_compressed(stream, train_images=gray))),
+        "nifti": ("a.nii", nifti(volume)),
+        "nifti-gz": ("a.nii.gz", gzip.compress(nifti(volume), mtime=0)),
+        "dicom-series": ("a.zip", saved(series)),
+        "slide": ("a.tiff", slide()),
+        "voc": (
+            "a.xml",
+            b"<annotation><object><name>cell</name><bndbox><xmin>1</xmin><ymin>2</ymin><xmax>30</xmax>"
+            b"<ymax>40</ymax></bndbox></object></annotation>",
+        ),
+        "coco": (
+            "a.json",
+            json.dumps(
+                {
+                    "images": [{"id": 1, "file_name": "a.png"}],
+                    "categories": [{"id": 1, "name": "cell"}],
+                    "annotations": [{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}],
+                }
+            ).encode(),
+        ),
+        "table": ("a.csv", b"file,label\na.png,cell\n"),
+    }
+
+
+def damaged(data: bytes, rng: np.random.Generator, number: int) -> bytes:
+    """In turn: cut off, with flipped bytes, with another magic, with a header that claims the largest numbers."""
+    spoilt = bytearray(data)
+    match number % 4:
+        case 0:
+            del spoilt[int(rng.integers(1, len(data))) :]
+        case 1:
+            for at in rng.integers(0, len(data), int(rng.integers(1, 12))):
+                spoilt[at] ^= int(rng.integers(1, 256))
+        case 2:
+            spoilt[: min(140, len(data) // 2)] = rng.bytes(min(140, len(data) // 2))
+        case 3:
+            at = int(rng.integers(8, max(9, min(len(data) - 8, 2000))))
+            spoilt[at : at + 4] = b"\xff\xff\xff\x7f"
+    return bytes(spoilt)
+
+
+# --- The process that reads them -----------------------------------------------------------------------
+
+
+def opened(kind: str, path: Path) -> Shape:
+    """The shape of what the file holds, by the reader that ingest would use."""
+    from cadx.catalog import CocoEntry, VocEntry, read_rows
+    from cadx.layouts import list_items
+    from cadx.reading.identifiers import file_identifiers
+    from cadx.reading.images import read_arrays, read_image
+
+    detection: dict[str, Any] = dict.fromkeys(("title", "modality", "licence", "citation"), "made") | {
+        "task": "detection",
+        "classes": ("cell",),
+        "patient": "per-image",
+        "file": ".",
+    }
+    if kind == "npz":
+        return read_arrays(path)["train_images"].shape
+    if kind == "table":
+        return (len(read_rows(path)), len(read_rows(path)[0]))
+    if kind in ("voc", "coco"):
+        from PIL import Image
+
+        folder = path.parent
+        (folder / "images").mkdir(exist_ok=True)
+        (folder / "notes").mkdir(exist_ok=True)
+        Image.new("L", (9, 9)).save(folder / "images/a.png")
+        if kind == "voc":
+            (folder / "notes/a.xml").write_bytes(path.read_bytes())
+            entry = VocEntry(**detection, format="voc", images="images", annotations="notes")
+            return (len(list_items(entry, folder)),)
+        coco = CocoEntry(**detection, format="coco", images="images", annotations=path.name)
+        return (len(list_items(coco, folder)),)
+    file_identifiers(path)
+    if kind in ("nifti", "nifti-gz", "dicom-series"):
+        from cadx.reading.volumes import read_volume
+
+        return read_volume(path).voxels.shape
+    if kind == "slide":
+        from cadx.reading.slides import open_slide, summarise_slide
+
+        summarise_slide(path)
+        with open_slide(path) as found:
+            found.tile(100, 50, 64, 1.0)
+            return tuple(found.size_px)
+    return read_image(path).pixels.shape
+
+
+def read_all(listing: Path) -> None:
+    """Print a line per file of `listing`: its number, seconds, and the shape or the message."""
+
+    def too_long(*_: object) -> None:
+        raise TimeoutError
+
+    signal.signal(signal.SIGPROF, too_long)
+    for number, (kind, path, is_whole) in enumerate(json.loads(listing.read_text())):
+        print(json.dumps({"number": number, "started": True}), flush=True)
+        with contextlib.suppress(OSError):
+            signal.setitimer(signal.ITIMER_PROF, 60 if is_whole else LIMIT_S)
+        try:
+            outcome: dict[str, Any] = {"shape": opened(kind, Path(path))}
+        except ValueError as error:
+            outcome = {"refused": str(error)}
+        except BaseException as error:  # what no reader may let through
+            outcome = {"escaped": f"{type(error).__name__}: {error}"}
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps({"number": number, **outcome}), flush=True)
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"peak_bytes": peak_bytes}), flush=True)
+
+
+def outcomes(files: list[tuple[str, Path, bool]], folder: Path) -> tuple[list[dict[str, Any]], int]:
+    listing = folder / "listing.json"
+    listing.write_text(json.dumps([(kind, str(path), whole) for kind, path, whole in files]))
+    done = subprocess.run(
+        [sys.executable, __file__, str(listing)], capture_output=True, text=True, timeout=1200, check=False
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert "peak_bytes" in lines[-1], (
+        f"the process ended at {files[lines[-1]['number']]}: {done.stderr[-2000:]}"
+    )
+    return [line for line in lines[:-1] if "started" not in line], lines[-1]["peak_bytes"]
+
+
+@pytest.mark.slow
+def test_no_broken_file_crashes_hangs_or_changes_shape(tmp_path: Path) -> None:
+    rng = np.random.default_rng(7)
+    files: list[tuple[str, Path, bool]] = []
+    for kind, (name, data) in sources().items():
+        for number in range(DAMAGES_PER_FORMAT + NUM_WHOLE):
+            path = tmp_path / f"{kind}-{number}" / name
+            path.parent.mkdir()
+            path.write_bytes(damaged(data, rng, number) if number >= NUM_WHOLE else data)
+            files.append((kind, path, number < NUM_WHOLE))
+    assert len(files) >= 300
+    found, peak_bytes = outcomes(files, tmp_path)
+    whole = {
+        kind: outcome.get("shape")
+        for (kind, _, is_whole), outcome in zip(files, found, strict=True)
+        if is_whole
+    }
+    assert all(whole.values()), whole
+    refused: Counter[str] = Counter()
+    for (kind, path, _), outcome in zip(files, found, strict=True):
+        assert "escaped" not in outcome, (path, outcome)
+        if "refused" in outcome:
+            refused[kind] += 1
+            assert outcome["refused"], path
+            assert "\n" not in outcome["refused"], (path, outcome)
+            assert str(tmp_path) not in outcome["refused"], (path, outcome)
+        elif kind in ("table", "voc", "coco"):
+            continue  # text without a checksum: its recorded digest tells
+        else:
+            assert outcome["shape"] == whole[kind], (path, outcome)
+    assert peak_bytes < LIMIT_BYTES
+    # A magic of noise and a cut are told by the format itself wherever it has a structure.
+    assert all(refused[kind] >= DAMAGES_PER_FORMAT // 3 for kind in whole if kind != "table"), refused
+
+
+if __name__ == "__main__":
+    read_all(Path(sys.argv[1]))

@@ -1,0 +1,285 @@
+"""Sources as they lie on disk: boxes in three forms, pairs with masks, bags of numbers, files named one by one."""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cadx.catalog import BagsEntry, CocoEntry, FilesEntry, PairsEntry, TableEntry, VocEntry, load_catalog
+from cadx.layouts import list_items, read_bags
+
+DESCRIBED: dict[str, Any] = {
+    "title": "made for a test",
+    "classes": ["cell", "platelet"],
+    "modality": "microscopy",
+    "licence": "CC0",
+    "citation": "none",
+    "patient": "per-image",
+    "file": "source",
+}
+DETECTION = {**DESCRIBED, "task": "detection"}
+
+
+def picture(path: Path, size: tuple[int, int] = (40, 30)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", size, 7).save(path)
+
+
+# --- Pascal VOC ---------------------------------------------------------------------------------------
+
+
+def voc(root: Path, boxes: dict[str, list[tuple[str, int, int, int, int]]]) -> VocEntry:
+    for stem, found in boxes.items():
+        picture(root / f"JPEGImages/{stem}.jpg")
+        (root / "Annotations").mkdir(exist_ok=True)
+        objects = "".join(
+            f"<object><name>{name}</name><bndbox><xmin>{x0}</xmin><ymin>{y0}</ymin>"
+            f"<xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox></object>"
+            for name, x0, y0, x1, y1 in found
+        )
+        (root / f"Annotations/{stem}.xml").write_text(f"<annotation>{objects}</annotation>")
+    return VocEntry(**DETECTION, format="voc")
+
+
+def test_voc_corners_become_half_open_and_images_without_boxes_stay(tmp_path: Path) -> None:
+    """Pascal VOC counts from 1 and includes its maxima: 1 to 40 is the whole width of 40 pixels."""
+    entry = voc(tmp_path, {"b": [("cell", 1, 1, 40, 30)], "a": []})
+    empty, full = list_items(entry, tmp_path)
+    assert full.boxes == [("cell", 0, 0, 40, 30)]
+    assert full.labels == {"cell": 1, "platelet": 0}
+    assert (empty.boxes, empty.labels) == ([], {"cell": 0, "platelet": 0})
+
+
+def test_bccd_has_its_published_counts_and_two_boxes_without_area(mirror: Path, root: Path) -> None:
+    entry = load_catalog(root / "data/catalog.yaml")["bccd"]
+    assert isinstance(entry, VocEntry)
+    items = list_items(entry, mirror / entry.file)
+    assert Counter(item.given_split for item in items) == {"train": 205, "val": 87, "test": 72}
+    names = Counter(name for item in items for name, *_ in item.boxes)
+    assert names == {"RBC": 4155, "WBC": 372, "Platelets": 361}
+    empty = [
+        item.path.stem[-5:] for item in items for _, x0, y0, x1, y1 in item.boxes if x1 <= x0 or y1 <= y0
+    ]
+    assert empty == ["00338", "00343"]
+
+
+def test_an_xml_bomb_is_refused(tmp_path: Path) -> None:
+    entry = voc(tmp_path, {"a": []})
+    (tmp_path / "Annotations/a.xml").write_text(
+        '<!DOCTYPE x [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;&a;">]><annotation>&b;</annotation>'
+    )
+    with pytest.raises(ValueError, match="image 1 in sorted order: its annotation is no XML"):
+        list_items(entry, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: (root / "Annotations/a.xml").unlink(), "1 of 2 images have no annotation"),
+        (lambda root: (root / "JPEGImages/a.jpg").unlink(), "1 of 2 annotations have no image"),
+        (lambda root: (root / "Annotations/a.xml").write_text("<annotation><object>"), "is no XML"),
+        (
+            lambda root: voc(root, {"a": [("virus", 1, 1, 2, 2)]}),
+            "image 1 in sorted order: box 1 is of a class that is none of cell, platelet",
+        ),
+        (lambda root: (root / "train.txt").write_text("a\nnobody\n"), "splits.train: line 2 names an image"),
+        (lambda root: (root / "train.txt").unlink(), "splits.train: its list is missing or empty"),
+    ],
+)
+def test_voc_faults_are_named_without_the_file(tmp_path: Path, spoil: Any, message: str) -> None:
+    entry = voc(tmp_path, {"a": [("cell", 1, 2, 3, 4)], "b": []}).model_copy(
+        update={"splits": {"train": "train.txt"}}
+    )
+    (tmp_path / "train.txt").write_text("a\nb\n")
+    spoil(tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        list_items(entry, tmp_path)
+    assert "\n" not in str(error.value)
+    assert ".xml" not in str(error.value)
+
+
+# --- COCO ---------------------------------------------------------------------------------------------
+
+
+def coco(**changes: Any) -> dict[str, Any]:
+    return {
+        "images": [{"id": 1, "file_name": "one.png"}, {"id": 2, "file_name": "two.png"}],
+        "categories": [{"id": 7, "name": "cell"}, {"id": 9, "name": "platelet"}],
+        "annotations": [{"id": 1, "image_id": 2, "category_id": 9, "bbox": [3, 4, 10.5, 6]}],
+    } | changes
+
+
+def test_coco_boxes_are_corner_and_size(tmp_path: Path) -> None:
+    for name in ("one", "two", "three"):
+        picture(tmp_path / f"images/{name}.png")
+    (tmp_path / "train.json").write_text(json.dumps(coco()))
+    (tmp_path / "test.json").write_text(
+        json.dumps(coco(images=[{"id": 1, "file_name": "three.png"}], annotations=[]))
+    )
+    entry = CocoEntry(
+        **DETECTION,
+        format="coco",
+        images="images",
+        annotations={"train": "train.json", "test": "test.json"},
+    )
+    one, two, three = list_items(entry, tmp_path)
+    assert (one.boxes, one.given_split) == ([], "train")
+    assert two.boxes == [("platelet", 3, 4, 13.5, 10)]
+    assert two.labels == {"cell": 0, "platelet": 1}
+    assert three.given_split == "test"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"images": []}, "not in COCO's form"),
+        (
+            coco(annotations=[{"image_id": 5, "category_id": 7, "bbox": [0, 0, 1, 1]}]),
+            "annotation 1 is of an image",
+        ),
+        (
+            coco(annotations=[{"image_id": 1, "category_id": 8, "bbox": [0, 0, 1, 1]}]),
+            "annotation 1 is of none of",
+        ),
+        (coco(annotations=[{"image_id": 1, "category_id": 7, "bbox": [0, 0, 1]}]), "no bbox of four numbers"),
+        (
+            coco(images=[{"id": 1, "file_name": "../one.png"}], annotations=[]),
+            "must be a path within the source",
+        ),
+        (coco(images=[{"id": 1, "file_name": "gone.png"}], annotations=[]), "image 1: its file is not there"),
+    ],
+)
+def test_coco_faults_are_named(tmp_path: Path, content: dict[str, Any], message: str) -> None:
+    picture(tmp_path / "one.png")
+    picture(tmp_path / "two.png")
+    (tmp_path / "all.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        list_items(CocoEntry(**DETECTION, format="coco", annotations="all.json"), tmp_path)
+
+
+# --- CSV ----------------------------------------------------------------------------------------------
+
+
+def test_a_detection_table_takes_its_labels_from_the_boxes(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b.png")
+    (tmp_path / "images.csv").write_text("file,crp\na.png,3.5\nb.png,\n")
+    (tmp_path / "boxes.csv").write_text("file,class,x0,y0,x1,y1\nb.png,cell,1,2,3,4\n")
+    entry = TableEntry(
+        **DETECTION,
+        format="table",
+        table="images.csv",
+        boxes={"table": "boxes.csv", "x1": "x1", "y1": "y1"},
+        clinical={"crp_mg_l": "crp"},
+    )
+    without, with_box = list_items(entry, tmp_path)
+    assert without.labels == {"cell": 0, "platelet": 0}
+    assert with_box.labels == {"cell": 1, "platelet": 0}
+    assert without.clinical == {"crp_mg_l": 3.5}
+    assert math.isnan(with_box.clinical["crp_mg_l"])
+
+
+# --- Pairs, files, bags ------------------------------------------------------------------------------
+
+
+def test_hippocampus_orphans_are_found_on_both_sides(mirror: Path, root: Path) -> None:
+    entry = load_catalog(root / "data/catalog.yaml")["hippocampus"]
+    assert isinstance(entry, PairsEntry)
+    items = list_items(entry, mirror / entry.file)
+    assert len(items) == 200
+    assert all(item.mask and item.mask.name == item.path.name for item in items)
+    with pytest.raises(ValueError, match="1 of 1 images have no mask of the same name"):
+        list_items(entry, mirror / "hippocampus/orphans")
+
+
+def test_a_mask_without_an_image_is_found(tmp_path: Path) -> None:
+    for name in ("images/a.png", "masks/a.png", "masks/b.png"):
+        picture(tmp_path / name)
+    entry = PairsEntry(
+        **{**DESCRIBED, "task": "multilabel"},
+        format="pairs",
+        images="images",
+        masks="masks",
+        mask_values={"cell": 1, "platelet": 2},
+    )
+    with pytest.raises(ValueError, match=r"1 of 2 masks have no image .*\(mask 2 in sorted order\)"):
+        list_items(entry, tmp_path)
+
+
+def test_musk1_is_92_bags_of_476_conformations(mirror: Path, root: Path) -> None:
+    entry = load_catalog(root / "data/catalog.yaml")["musk1"]
+    assert isinstance(entry, BagsEntry)
+    bags = list(read_bags(entry, mirror / entry.file))
+    assert len(bags) == 92
+    assert sum(len(bag.features) for bag in bags) == 476
+    assert Counter(next(iter(bag.labels)) for bag in bags) == {"musk": 47, "non_musk": 45}
+    assert {bag.features.shape[1] for bag in bags} == {166}
+    assert bags[0].features[0, :3].tolist() == [42, -198, -109]
+
+
+def test_uci_heart_keeps_hospitals_apart_and_missing_numbers_missing(mirror: Path, root: Path) -> None:
+    entry = load_catalog(root / "data/catalog.yaml")["uci-heart"]
+    assert isinstance(entry, BagsEntry)
+    bags = list(read_bags(entry, mirror / entry.file))
+    by_site = Counter(bag.site for bag in bags)
+    assert by_site == {"Cleveland": 303, "Hungary": 294, "Switzerland": 123, "VA Long Beach": 200}
+    ill = Counter(bag.site for bag in bags if "present" in bag.labels)
+    assert [round(100 * ill[site] / by_site[site], 1) for site in ("Cleveland", "Switzerland")] == [
+        45.9,
+        93.5,
+    ]
+    # The published way to use it: columns 10 to 12 dropped, then rows with a missing number.
+    whole = Counter(bag.site for bag in bags if not np.isnan(np.delete(bag.features, [10, 11, 12], 1)).any())
+    assert whole == {"Cleveland": 303, "Hungary": 261, "Switzerland": 46, "VA Long Beach": 130}
+
+
+def test_tcga_brca_has_its_events(mirror: Path, root: Path) -> None:
+    entry = load_catalog(root / "data/catalog.yaml")["tcga-brca"]
+    assert isinstance(entry, BagsEntry)
+    bags = list(read_bags(entry, mirror / entry.file))
+    assert len(bags) == 1096
+    assert sum("event" in bag.labels for bag in bags) == 151
+    assert len({bag.patient for bag in bags}) == 1096
+    assert {bag.features.shape for bag in bags} == {(1, 39)}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bag,x,y\na,1,0\na,2,1\n", "t.csv row 2: rows of its bag have different values in column y"),
+        ("bag,x,y\na,one,0\n", "t.csv row 2, column x: not a number"),
+        ("bag,x,y\na,1,5\n", "t.csv row 2, column y: a label that is none of the entry's values"),
+        ("bag,x\na,1\n", "no column 'y'"),
+    ],
+)
+def test_bags_that_contradict_themselves_are_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    entry = BagsEntry(
+        **{**DESCRIBED, "task": "multiclass", "kind": "features"},
+        format="bags",
+        tables={"": "t.csv"},
+        bag_column="bag",
+        label_column="y",
+        values={"0": "cell", "1": "platelet"},
+    )
+    with pytest.raises(ValueError, match=message):
+        list(read_bags(entry, tmp_path))
+
+
+def test_files_named_one_by_one_must_be_there_and_known(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    entry = FilesEntry(
+        **{**DESCRIBED, "task": "multiclass"},
+        format="files",
+        samples=({"file": "a.png", "label": "cell"}, {"file": "gone.png"}),
+    )
+    with pytest.raises(ValueError, match="sample 2 of the entry: its file is not in the source"):
+        list_items(entry, tmp_path)
+    (tmp_path / "gone.png").write_bytes((tmp_path / "a.png").read_bytes())
+    labelled, unlabelled = list_items(entry, tmp_path)
+    assert (labelled.labels, unlabelled.labels) == ({"cell": 1.0}, {})

@@ -1,0 +1,185 @@
+"""Every public set of the mirror goes through ingest, validate, split and imbalance, and shows its known defects."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import pandas as pd
+import pytest
+import yaml
+
+from cadx.catalog import load_catalog
+from cadx.datasets import DatasetFolder, read_splits
+from components.imbalance import ImbalanceParams, imbalance
+from components.ingest import IngestParams, ingest
+from components.split import SplitParams, split
+from components.validate import ValidateParams, validate
+
+pytestmark = pytest.mark.slow
+
+# Class by class what a published description promises: name -> (kind, samples, positives per class).
+SETS: dict[str, tuple[str, int, dict[str, int]]] = {
+    "pneumoniamnist": ("image", 5856, {"normal": 1583, "pneumonia": 4273}),
+    "pneumoniamnist-9to1": ("image", 5030, {"normal": 757, "pneumonia": 4273}),
+    "nih-rsna": ("image", 60, {"no_opacity": 28, "opacity": 32}),
+    "adrenalmnist3d": ("volume", 1584, {"normal": 1234, "hyperplasia": 350}),
+    "hippocampus": ("volume", 200, {"anterior": 200, "posterior": 200}),
+    "bccd": ("image", 364, {"RBC": 349, "WBC": 358, "Platelets": 201}),
+    "musk1": ("features", 92, {"musk": 47, "non_musk": 45}),
+    "uci-heart": ("features", 920, {"absent": 411, "present": 509}),
+    "tcga-brca": ("features", 1096, {"censored": 945, "event": 151}),
+    "dicom-ct": ("volume", 1, {"lesion": 1}),
+    "dicom-mr": ("volume", 2, {"tumour": 2}),
+    "wsi-cmu1": ("slide", 1, {"tissue": 1}),
+}
+TOO_SMALL_TO_SPLIT = {"dicom-ct", "dicom-mr", "wsi-cmu1"}
+GIVEN = {"pneumoniamnist", "pneumoniamnist-9to1", "adrenalmnist3d", "bccd"}
+
+
+@pytest.fixture(autouse=True)
+def _mirror(mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CADX_DATA_MIRROR", str(mirror))
+
+
+def made(name: str, root: Path, folder: Path, changes: dict[str, Any] | None = None) -> DatasetFolder:
+    entry = yaml.safe_load((root / "data/catalog.yaml").read_text())[name] | (changes or {})
+    (folder / "catalog.yaml").write_text(yaml.safe_dump({name: entry}))
+    ingest(
+        catalog=folder / "catalog.yaml",
+        cache=folder / "cache",
+        dataset=folder / "dataset",
+        params=IngestParams(source=name),
+    )
+    return DatasetFolder(folder / "dataset")
+
+
+def judged(folder: Path, **severities: str) -> dict[str, Any]:
+    validate(
+        dataset=folder / "dataset",
+        validation=folder / "validation.json",
+        report=folder / "validation.html",
+        params=ValidateParams(**severities),
+    )
+    return json.loads((folder / "validation.json").read_text())
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_set_is_read_whole_judged_split_and_counted(name: str, root: Path, tmp_path: Path) -> None:
+    kind, num_samples, positives = SETS[name]
+    dataset = made(name, root, tmp_path)
+    assert (dataset.info.kind, dataset.info.num_samples) == (kind, num_samples)
+    labels = dataset.samples[list(dataset.info.label_columns)]
+    assert {column.removeprefix("label_"): int((labels[column] == 1).sum()) for column in labels} == positives
+    validation = judged(tmp_path)
+    assert validation["passed"]
+    if name in TOO_SMALL_TO_SPLIT:
+        return
+    split(
+        dataset=tmp_path / "dataset",
+        validation=tmp_path / "validation.json",
+        splits=tmp_path / "splits.parquet",
+        params=SplitParams(strategy="given" if name in GIVEN else "patient"),
+    )
+    placed = read_splits(tmp_path / "splits.parquet")
+    assert Counter(placed["split"])["excluded"] == len(validation["quarantined"])
+    imbalance(
+        dataset=tmp_path / "dataset",
+        splits=tmp_path / "splits.parquet",
+        imbalance=tmp_path / "imbalance.json",
+        report=tmp_path / "imbalance.html",
+        params=ImbalanceParams(),
+    )
+    counted = json.loads((tmp_path / "imbalance.json").read_text())["overall"]
+    assert set(counted) == set(positives)
+
+
+def test_every_set_of_the_mirror_is_in_the_catalogue(root: Path, mirror: Path) -> None:
+    held = {path.name for path in mirror.iterdir() if path.is_dir()}
+    named = {
+        Path(entry.file).parts[0]
+        for entry in load_catalog(root / "data/catalog.yaml").values()
+        if entry.format != "phantom"
+    }
+    assert held <= named
+
+
+def test_the_mr_series_is_stopped_by_its_name_and_cleaned_on_request(
+    root: Path, tmp_path: Path, mirror: Path
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"patient identifiers in 2 of 2 volumes \(.*PatientName.*deidentify"
+    ) as error:
+        made("dicom-mr", root, tmp_path, {"deidentify": False})
+    assert "\n" not in str(error.value)
+    dataset = made("dicom-mr", root, tmp_path)
+    stored = b"".join(path.read_bytes() for path in (tmp_path / "dataset").rglob("*") if path.is_file())
+    assert b"PGBM" not in stored
+    assert b"LIFEx" not in stored
+    shapes = dataset.samples[["depth_px", "height_px", "width_px"]].to_numpy().tolist()
+    assert [22, 320, 280] in shapes or [22, 280, 320] in shapes
+
+
+def test_bccds_two_boxes_without_area_are_named(root: Path, tmp_path: Path) -> None:
+    made("bccd", root, tmp_path)
+    rules = {rule["name"]: rule for rule in judged(tmp_path)["rules"]}
+    assert [name[-5:] for name in rules["invalid_box"]["sample_ids"]] == ["00338", "00343"]
+
+
+def test_a_slide_without_micrometres_per_pixel_is_refused_with_its_fix(root: Path, tmp_path: Path) -> None:
+    boxes = {"samples": [{"file": "boxes.tiff", "label": "tissue"}]}
+    with pytest.raises(ValueError, match=r"sample 1 of the entry: .*slide_mpp"):
+        made("wsi-cmu1", root, tmp_path, boxes)
+    dataset = made("wsi-cmu1", root, tmp_path, boxes | {"slide_mpp": 0.5})
+    assert dataset.samples["slide_mpp"].tolist() == [0.5]
+    assert any("0.5" in assumption for assumption in dataset.info.assumptions)
+
+
+@pytest.mark.parametrize("file", ["broken.svs"])
+def test_a_broken_slide_is_refused_in_one_line(root: Path, tmp_path: Path, file: str) -> None:
+    with pytest.raises(ValueError, match="1 of 1 slides cannot be taken: sample 1 of the entry") as error:
+        made("wsi-cmu1", root, tmp_path, {"samples": [{"file": file}]})
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "dataset").exists()
+
+
+def test_a_label_image_stops_until_somebody_has_looked_at_it(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"label image, macro image\); .*label_images_are_clean"):
+        made("wsi-cmu1", root, tmp_path, {"label_images_are_clean": False})
+    assert any("label and macro" in note for note in made("wsi-cmu1", root, tmp_path).info.assumptions)
+
+
+def test_orphans_are_refused_on_both_sides(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="have no mask of the same name"):
+        made("hippocampus", root, tmp_path, {"images": "orphans/images", "masks": "orphans/labels"})
+
+
+def test_a_mask_of_another_shape_is_refused(root: Path, tmp_path: Path, mirror: Path) -> None:
+    images, masks = mirror / "hippocampus/images", mirror / "hippocampus/labels"
+    image = images / "hippocampus_015.nii.gz"
+    shape = nibabel.load(image).shape
+    other = next(path for path in sorted(masks.iterdir()) if nibabel.load(path).shape != shape)
+    entry = {
+        "format": "files",
+        "samples": [{"file": f"images/{image.name}", "mask": f"labels/{other.name}"}],
+        "digest": None,
+    }
+    raw = yaml.safe_load((root / "data/catalog.yaml").read_text())["hippocampus"]
+    for key in ("images", "masks", "mask_values"):
+        raw.pop(key)
+    (tmp_path / "catalog.yaml").write_text(yaml.safe_dump({"one": raw | entry}))
+    with pytest.raises(ValueError, match=r"sample 1 of the entry: .*mask"):
+        ingest(
+            catalog=tmp_path / "catalog.yaml",
+            cache=tmp_path / "cache",
+            dataset=tmp_path / "dataset",
+            params=IngestParams(source="one"),
+        )
+
+
+def test_pneumoniamnist_still_has_its_eight_leaks(root: Path, tmp_path: Path) -> None:
+    made("pneumoniamnist", root, tmp_path)
+    quarantined = pd.DataFrame(judged(tmp_path)["quarantined"])
+    leaks = quarantined[quarantined["reason"].str.contains("duplicate_across_splits")]
+    assert leaks["sample_id"].str.startswith("val").sum() == 8
