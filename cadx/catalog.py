@@ -98,6 +98,19 @@ class _Stored(_Described):
     digest: Annotated[str, Field(pattern=r"^(sha256:[0-9a-f]{64}|md5:[0-9a-f]{32})$")] | None = None
     address: Annotated[str, Field(pattern=r"^https?://")] | None = None
 
+    @model_validator(mode="after")
+    def _kind_fits_format(self) -> Self:
+        form = getattr(self, "format", "")
+        if (self.kind == "features") != (form == "bags"):
+            raise ValueError("kind features is what format bags holds, and nothing else")
+        if self.kind == "slide" and form not in ("folder", "table", "files"):
+            raise ValueError("slides come as folder, table or files")
+        if self.task == "detection" and form not in ("table", "voc", "coco"):
+            raise ValueError("boxes come as table, voc or coco: no other format holds them")
+        if form == "npz" and self.patient != "per-image":
+            raise ValueError("arrays name no patients: patient must be per-image")
+        return self
+
     @field_validator("file")
     @classmethod
     def _stays_inside(cls, file: str) -> str:
@@ -283,12 +296,6 @@ class BagsEntry(_Stored):
     ignored: tuple[str, ...] = ()
     missing: str = "?"
 
-    @model_validator(mode="after")
-    def _are_features(self) -> Self:
-        if self.kind != "features":
-            raise ValueError("rows of numbers are of kind features: say so")
-        return self
-
 
 class PhantomEntry(_Described):
     """A synthetic cohort, made and not fetched: the parameters of `cadx.phantom`."""
@@ -463,7 +470,10 @@ def read_rows(path: Path, *, header: bool = True) -> list[dict[str, str]]:
         raise ValueError(f"{path.name}: not UTF-8; save it as CSV UTF-8") from None
     header_line = text.partition("\n")[0]
     delimiter = max(",;\t", key=header_line.count)
-    lines = [line for line in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if any(line)]
+    try:
+        lines = [line for line in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if any(line)]
+    except csv.Error:
+        raise ValueError(f"{path.name}: no CSV: a quote is not closed, or a cell is too long") from None
     if len(lines) < 1 + header:
         raise ValueError(f"{path.name}: no rows")
     names = (
@@ -478,8 +488,14 @@ def read_rows(path: Path, *, header: bool = True) -> list[dict[str, str]]:
 
 
 def candidate_files(folder: Path, *, recursive: bool = True) -> list[Path]:
-    """The files in `folder` that are meant to be images, sorted: all but hidden ones and system litter."""
-    found = folder.rglob("*") if recursive else folder.iterdir()
+    """The files in `folder` that are meant to be images, sorted: all but hidden ones and system litter.
+
+    Raises:
+        ValueError: if it holds a link to a folder, which is not followed, or to nothing.
+    """
+    found = list(folder.rglob("*") if recursive else folder.iterdir())
+    if links := sum(path.is_symlink() and not path.is_file() for path in found):
+        raise ValueError(f"{links} links in the source lead to folders or to nothing; put the files there")
     return sorted(
         path
         for path in found

@@ -10,6 +10,7 @@ Invariants: the same samples in the same order give the same bytes; no patient c
 order is a pure function of (seed, epoch).
 """
 
+import fcntl
 import hashlib
 import json
 import math
@@ -42,6 +43,10 @@ SHARD_SAMPLES = 4096
 _OPEN_SHARDS = 64
 
 _VOXELS = ("uint8", "uint16", "int16", "float32")
+_CLONE = (
+    0x40049409  # FICLONE of Linux, by which Btrfs and XFS share blocks until one of the copies is written
+)
+_COPY_BYTES = 1 << 24
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _SEXES = ("", "F", "M", "O")
 _GIVEN_SPLITS = ("", "train", "val", "calibration", "test")
@@ -280,7 +285,7 @@ class DatasetWriter:
             boxes: (class, x0, y0, x1, y1) in stored pixels, recorded as they are: `validate` judges them.
             mask: uint8 on the grid of `pixels`, 0 = background.
             tissue: of a slide, 0 or 1 on the grid of its thumbnail.
-            slide: the slide's file, which becomes part of the folder: a hard link where the disk allows it.
+            slide: the slide's file, which becomes part of the folder: a copy that shares its blocks on disks that can.
             slide_mpp: of a slide, micrometres per pixel of its finest level.
             findings: doubts about the geometry (`RawVolume.findings`).
             phash: perceptual hash, or empty.
@@ -304,6 +309,10 @@ class DatasetWriter:
             _check_array(kind, pixels)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
+        if kind == "features" and self._samples and self._samples["width_px"][0] != pixels.shape[1]:
+            raise ValueError(
+                f"{where}: {pixels.shape[1]} features, the first sample has {self._samples['width_px'][0]}"
+            )
         layers = {name: array for name, array in (("mask", mask), ("tissue", tissue)) if array is not None}
         grid = pixels.shape if kind == "volume" else pixels.shape[:2]
         for name, array in layers.items():
@@ -395,12 +404,13 @@ class DatasetWriter:
             self._flush()
 
     def _take_slide(self, source: Path, target: Path) -> None:
-        """Make `source` part of the folder: a slide has gigabytes, which a link does not double."""
+        """Copy `source`, by reference where the disk can; no hard link, through which an edit would reach both."""
         target.parent.mkdir(exist_ok=True)
-        try:
-            os.link(source.resolve(), target)
-        except OSError:
-            shutil.copyfile(source, target)
+        with source.open("rb") as read, target.open("wb") as write:
+            try:
+                fcntl.ioctl(write, _CLONE, read.fileno())
+            except OSError:
+                shutil.copyfileobj(read, write, _COPY_BYTES)
 
     def _complete(self, labels: Mapping[str, float], where: str) -> dict[str, float]:
         """The row's label columns."""

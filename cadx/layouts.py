@@ -5,7 +5,6 @@ row, a mask without an image, a box of an unknown class each stop); places name 
 sorted order, never by file name or cell.
 """
 
-import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from cadx.catalog import (
     SPLIT_WORDS,
@@ -29,7 +29,33 @@ from cadx.catalog import (
 from cadx.reading.dicom import parse_age, parse_sex
 from cadx.reading.source import sniff_file
 
+
+class _CocoImage(BaseModel):
+    id: int | str
+    file_name: str
+
+
+class _CocoCategory(BaseModel):
+    id: int | str
+    name: str
+
+
+class _CocoAnnotation(BaseModel):
+    image_id: int | str
+    category_id: int | str
+    bbox: tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]
+
+
+class _CocoFile(BaseModel):
+    """What is taken of COCO's JSON; other fields are let pass."""
+
+    images: list[_CocoImage]
+    categories: list[_CocoCategory]
+    annotations: list[_CocoAnnotation]
+
+
 FileEntry = FolderEntry | TableEntry | FilesEntry | PairsEntry | VocEntry | CocoEntry
+_LARGEST = float(np.finfo(np.float32).max)
 Box = tuple[str, float, float, float, float]
 
 
@@ -114,13 +140,21 @@ def _folder_items(entry: FolderEntry, root: Path) -> list[Item]:
         for label in entry.classes:
             if label not in known:
                 raise ValueError(f"{where}class {label} has no folder; make it, or correct the entry")
-            for number, path in enumerate(candidate_files(inner / label), start=1):
+            for number, path in enumerate(_class_members(entry, inner / label), start=1):
                 relative = PurePosixPath(path.relative_to(root).as_posix())
                 place = f"{where}class {label}, file {number} in sorted order"
                 items.append(Item(place, path, relative, {label: 1.0}, given_split=given_split))
     if not items:
         raise ValueError("the class folders are empty")
     return items
+
+
+def _class_members(entry: FolderEntry, folder: Path) -> list[Path]:
+    """The files of a class; of volumes also the folders, each of which is a series."""
+    if entry.kind != "volume":
+        return candidate_files(folder)
+    series = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    return sorted([*candidate_files(folder, recursive=False), *series])
 
 
 def _table_items(entry: TableEntry, root: Path) -> list[Item]:
@@ -169,6 +203,8 @@ def _table_items(entry: TableEntry, root: Path) -> list[Item]:
             clinical={
                 name: _number(row[column], f"{place}, column {column}")
                 for name, column in entry.clinical.items()
+                # It stands in the samples' own column, where the rule for old ages is kept.
+                if column != columns.age
             },
         )
     if boxes:
@@ -179,16 +215,21 @@ def _table_items(entry: TableEntry, root: Path) -> list[Item]:
 
 def _refuse_files_without_row(table: str, items: list[Item]) -> None:
     listed = {item.path for item in items} | {item.mask for item in items}
+    folders = sorted({item.path.parent for item in items})
     suffixes = {item.path.suffix for item in items if item.path.is_file()}
     without = [
         path
-        for folder in sorted({item.path.parent for item in items})
+        for folder in folders
         for path in candidate_files(folder, recursive=False)
         if path not in listed and (path.suffix in suffixes or sniff_file(path) is not None)
     ]
+    if any(item.path.is_dir() for item in items):
+        beside = {path for folder in folders for path in folder.iterdir() if path.is_dir()}
+        above = {parent for path in listed if path for parent in path.parents}
+        without += [path for path in beside - listed - above if not path.name.startswith(".")]
     if without:
         raise ValueError(
-            f"{table}: {len(without)} images beside the listed have no row; add rows or move them"
+            f"{table}: {len(without)} samples beside the listed have no row; add rows or move them"
         )
 
 
@@ -222,10 +263,9 @@ def _boxes(entry: TableEntry, root: Path) -> dict[str, list[Box]]:
         if label not in entry.classes:
             known = ", ".join(table.values or entry.classes)
             raise ValueError(f"{table.table} row {number}: a box of a class that is none of {known}")
-        try:
-            x0, y0, x1, y1 = (float(row[column]) for column in corners if column)
-        except ValueError:
-            raise ValueError(f"{table.table} row {number}: a corner is no number") from None
+        x0, y0, x1, y1 = _corners(
+            (row[column] for column in corners if column), f"{table.table} row {number}"
+        )
         if table.width:
             x1, y1 = x0 + x1, y0 + y1
         found.setdefault(PurePosixPath(row[table.file]).as_posix(), []).append((label, x0, y0, x1, y1))
@@ -276,8 +316,10 @@ def _pair_items(entry: PairsEntry, root: Path) -> list[Item]:
 
 def _voc_items(entry: VocEntry, root: Path) -> list[Item]:
     """Pascal VOC: corners are 1-based and inclusive, so minima become one less, and maxima stay."""
-    paths = {path.stem: path for path in candidate_files(root / entry.images)}
-    notes = {path.stem: path for path in candidate_files(root / entry.annotations)}
+    paths, notes = (
+        _by_stem(candidate_files(root / folder), what)
+        for folder, what in ((entry.images, "images"), (entry.annotations, "annotations"))
+    )
     for these, those, what, other in (
         (paths, notes, "image", "annotation"),
         (notes, paths, "annotation", "image"),
@@ -288,7 +330,11 @@ def _voc_items(entry: VocEntry, root: Path) -> list[Item]:
             )
     given: dict[str, str] = {}
     for split, listing in entry.splits.items():
-        lines = (root / listing).read_text(encoding="utf-8").split() if (root / listing).is_file() else []
+        try:
+            text = (root / listing).read_text(encoding="utf-8") if (root / listing).is_file() else ""
+        except UnicodeDecodeError:
+            raise ValueError(f"splits.{split}: its list is not UTF-8; save it so") from None
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         if not lines:
             raise ValueError(f"splits.{split}: its list is missing or empty")
         for number, stem in enumerate(lines, start=1):
@@ -316,6 +362,17 @@ def _voc_items(entry: VocEntry, root: Path) -> list[Item]:
     return items
 
 
+def _by_stem(paths: Iterable[Path], what: str) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    twice = 0
+    for path in paths:
+        twice += path.stem in found
+        found[path.stem] = path
+    if twice:
+        raise ValueError(f"{twice} {what} bear the name of another but for folder or extension; rename them")
+    return found
+
+
 def _voc_boxes(entry: VocEntry, path: Path, place: str) -> Iterator[Box]:
     from defusedxml import DefusedXmlException
     from defusedxml.ElementTree import ParseError, parse
@@ -323,22 +380,20 @@ def _voc_boxes(entry: VocEntry, path: Path, place: str) -> Iterator[Box]:
     try:
         root = parse(path).getroot()
         assert root is not None
-        for number, element in enumerate(root.iter("object"), start=1):
-            name = (element.findtext("name") or "").strip()
-            if name not in entry.classes:
-                raise ValueError(
-                    f"{place}: box {number} is of a class that is none of {', '.join(entry.classes)}"
-                )
-            corners = (element.findtext(f"bndbox/{key}") or "" for key in ("xmin", "ymin", "xmax", "ymax"))
-            x0, y0, x1, y1 = (_number(text, f"{place}: box {number}") for text in corners)
-            if math.isnan(x0 + y0 + x1 + y1):
-                raise ValueError(f"{place}: box {number} lacks a corner")
-            # Equal corners are a click, not a box of one pixel: without area, so that `validate` finds it.
-            yield name, x0 - 1, y0 - 1, x1 - (x1 <= x0), y1 - (y1 <= y0)
-    except (ParseError, DefusedXmlException) as error:
+    except (ParseError, DefusedXmlException, LookupError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{place}: its annotation is no XML ({type(error).__name__}); fetch it again"
         ) from None
+    for number, element in enumerate(root.iter("object"), start=1):
+        name = (element.findtext("name") or "").strip()
+        if name not in entry.classes:
+            raise ValueError(
+                f"{place}: box {number} is of a class that is none of {', '.join(entry.classes)}"
+            )
+        corners = (element.findtext(f"bndbox/{key}") or "" for key in ("xmin", "ymin", "xmax", "ymax"))
+        x0, y0, x1, y1 = _corners(corners, f"{place}: box {number}")
+        # Equal corners are a click, not a box of one pixel: without area, so that `validate` finds it.
+        yield name, x0 - 1, y0 - 1, x1 - (x1 <= x0), y1 - (y1 <= y0)
 
 
 def _coco_items(entry: CocoEntry, root: Path) -> list[Item]:
@@ -348,32 +403,29 @@ def _coco_items(entry: CocoEntry, root: Path) -> list[Item]:
     for split, name in files.items():
         where = f"annotations of {split}" if split else "annotations"
         try:
-            content = json.loads((root / name).read_text(encoding="utf-8"))
-            classes = {item["id"]: item["name"] for item in content["categories"]}
-            images = {item["id"]: item["file_name"] for item in content["images"]}
-            annotations = [
-                (item["image_id"], item["category_id"], item["bbox"]) for item in content["annotations"]
-            ]
+            content = _CocoFile.model_validate_json((root / name).read_bytes())
         except FileNotFoundError:
             raise ValueError(f"{where}: the file is not in the source; correct the entry") from None
-        except (ValueError, KeyError, TypeError) as error:
-            what = type(error).__name__
+        except ValidationError as error:
+            at = (
+                ".".join(map(str, error.errors(include_url=False, include_input=False)[0]["loc"]))
+                or "its start"
+            )
             raise ValueError(
-                f"{where}: not in COCO's form of images, annotations, categories ({what})"
+                f"{where}: not in COCO's form of images, annotations, categories (at {at})"
             ) from None
-        if len(images) != len(content["images"]):
+        classes = {category.id: category.name for category in content.categories}
+        images = {image.id: image.file_name for image in content.images}
+        if len(images) != len(content.images):
             raise ValueError(f"{where}: an image id stands twice")
-        boxes: dict[Any, list[Box]] = {image: [] for image in images}
-        for number, (image, category, box) in enumerate(annotations, start=1):
-            if image not in images:
+        boxes: dict[int | str, list[Box]] = {image: [] for image in images}
+        for number, found in enumerate(content.annotations, start=1):
+            if found.image_id not in images:
                 raise ValueError(f"{where}: annotation {number} is of an image that is not listed")
-            if classes.get(category) not in entry.classes:
+            if classes.get(found.category_id) not in entry.classes:
                 raise ValueError(f"{where}: annotation {number} is of none of {', '.join(entry.classes)}")
-            try:
-                x, y, width, height = (float(number) for number in box)
-            except (TypeError, ValueError):
-                raise ValueError(f"{where}: annotation {number} has no bbox of four numbers") from None
-            boxes[image].append((classes[category], x, y, x + width, y + height))
+            x, y, width, height = found.bbox
+            boxes[found.image_id].append((classes[found.category_id], x, y, x + width, y + height))
         for number, (image, file) in enumerate(images.items(), start=1):
             place = f"{where}, image {number}"
             relative = _within(file, f"{place}: file_name")
@@ -391,25 +443,39 @@ def _coco_items(entry: CocoEntry, root: Path) -> list[Item]:
             )
     if not items:
         raise ValueError("annotations: no image is listed")
+    _refuse_files_without_row("annotations", list(items.values()))
     return list(items.values())
 
 
-def read_bags(entry: BagsEntry, root: Path) -> Iterator[Bag]:
+def read_bags(entry: BagsEntry, root: Path, *, oldest_years: float = math.inf) -> Iterator[Bag]:
     """The bags of a source of number tables, in the order of their first rows.
 
+    Features are the first table's columns, in its order, of all tables. Ages above `oldest_years` become it.
+
     Raises:
-        ValueError: one line that names table and row: not a number, rows of a bag that disagree, an unknown label.
+        ValueError: one line that names table and row: not a number, rows of a bag that disagree, an unknown label,
+            other columns than the first table's.
     """
+    features: list[str] = []
     for site, table in entry.tables.items():
         path = root / table if root.is_dir() else root
         rows = read_rows(path, header=entry.header)
         named = [entry.bag_column, entry.label_column, entry.patient_column, entry.age_column]
         _require_columns(table, rows, [*named, *entry.ignored])
         taken = {entry.bag_column, entry.label_column, entry.patient_column, *entry.ignored}
-        features = [column for column in rows[0] if column not in taken]
+        columns = [column for column in rows[0] if column not in taken]
+        features = features or columns
+        if set(columns) != set(features):
+            raise ValueError(
+                f"{table}: other columns than the first table has; name them alike, or ignore them"
+            )
         bags: dict[str, list[tuple[str, dict[str, str]]]] = {}
         for number, row in enumerate(rows, start=1 + entry.header):
             key = row[entry.bag_column] if entry.bag_column else str(number)
+            if not key:
+                raise ValueError(
+                    f"{table} row {number}: column {entry.bag_column} is empty, so it has no bag"
+                )
             bags.setdefault(key, []).append((f"{table} row {number}", row))
         for members in bags.values():
             place, first = members[0]
@@ -421,22 +487,26 @@ def read_bags(entry: BagsEntry, root: Path) -> Iterator[Bag]:
                 raise ValueError(
                     f"{place}, column {entry.label_column}: a label that is none of the entry's values"
                 )
+            values = [
+                [
+                    math.nan
+                    if row[column] == entry.missing
+                    else _number(row[column], f"{where}, column {column}")
+                    for column in features
+                ]
+                for where, row in members
+            ]
+            if entry.age_column:
+                at = features.index(entry.age_column)
+                for instance in values:  # not min(), which drops a NaN
+                    instance[at] = oldest_years if instance[at] > oldest_years else instance[at]
             yield Bag(
                 place=place,
-                features=np.array(
-                    [
-                        [
-                            _number(row[column].replace(entry.missing, ""), f"{where}, column {column}")
-                            for column in features
-                        ]
-                        for where, row in members
-                    ],
-                    np.float32,
-                ),
+                features=np.array(values, np.float32),
                 labels={entry.values[cell]: 1.0} if cell in entry.values else {},
                 site=site,
                 patient=first[entry.patient_column] if entry.patient_column else "",
-                age=parse_age(first[entry.age_column]) if entry.age_column else math.nan,
+                age=values[0][features.index(entry.age_column)] if entry.age_column else math.nan,
             )
 
 
@@ -454,12 +524,24 @@ def _within(text: str, what: str) -> PurePosixPath:
 
 
 def _number(cell: str, where: str) -> float:
+    """The number in a cell, NaN where it is empty."""
     try:
-        return float(cell) if cell.strip() else math.nan
+        number = float(cell) if cell.strip() else math.nan
     except ValueError:
         raise ValueError(f"{where}: not a number") from None
+    if cell.strip() and not abs(number) < _LARGEST:
+        raise ValueError(f"{where}: not a finite number of single precision")
+    return number
+
+
+def _corners(cells: Iterable[str], where: str) -> tuple[float, float, float, float]:
+    x0, y0, x1, y1 = (_number(cell, where) for cell in cells)
+    if math.isnan(x0 + y0 + x1 + y1):
+        raise ValueError(f"{where}: a corner is missing")
+    return x0, y0, x1, y1
 
 
 def _require_columns(table: str, rows: list[dict[str, str]], names: Iterable[str | None]) -> None:
     if missing := [name for name in names if name and name not in rows[0]]:
-        raise ValueError(f"{table}: no column {missing[0]!r}; it has {', '.join(rows[0])}")
+        # Not the columns that there are: without a header, the first row's cells stand there.
+        raise ValueError(f"{table}: its first line names no column {missing[0]!r}; correct it, or the entry")

@@ -86,6 +86,10 @@ class RawVolume:
         voxels: D H W = S, A, R: index 0 is the most inferior slice, posterior row, left column. uint8, uint16,
             int16 or float32, in the file's own scale (for CT: HU).
         spacing_mm: (D, H, W) distance between voxel centres.
+        affine: 4 4, from (d, h, w, 1), a voxel's indices, to its centre's (right, anterior, superior, 1) in mm;
+            None where the file does not say how its axes run and `voxels` rests on an assumption.
+        stored_axes: which way the axes of a NIfTI file's own array run, fastest first ("LAS" = left, anterior,
+            superior); None for a series, whose slices have no order but that of their places.
         attributes: as in `RawImage`.
         patient: as in `RawImage`.
         assumptions: as in `RawImage`.
@@ -95,6 +99,8 @@ class RawVolume:
 
     voxels: "np.ndarray"
     spacing_mm: tuple[Millimetres, Millimetres, Millimetres]
+    affine: "np.ndarray | None" = field(default=None, repr=False)
+    stored_axes: str | None = None
     attributes: dict[str, Any] = field(default_factory=dict)
     patient: str | None = field(default=None, repr=False)
     assumptions: tuple[str, ...] = ()

@@ -7,7 +7,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -40,7 +40,7 @@ from cadx.layouts import FileEntry, Item, list_items, read_bags
 from cadx.quality import image_checks, perceptual_hash
 from cadx.reading.dicom import BURNED_IN
 from cadx.reading.identifiers import LABEL_IMAGES, file_identifiers
-from cadx.reading.images import read_arrays, read_image
+from cadx.reading.images import read_arrays, read_image, read_png_indices
 from cadx.types import Digest, Kind
 from components.contract import In, Keep, Out, Params, explain, step
 
@@ -77,7 +77,7 @@ def ingest(*, catalog: In, cache: Keep, dataset: Out, digest: str = "", params: 
         source = SourceInfo(
             title=entry.title,
             address=None if isinstance(entry, PhantomEntry) else entry.address,
-            digest=digest_path(root),
+            digest=_digest(name, root),
             licence=entry.licence,
             citation=entry.citation,
             note=entry.note,
@@ -99,6 +99,14 @@ def ingest(*, catalog: In, cache: Keep, dataset: Out, digest: str = "", params: 
                 _add_bags(writer, name, layout, root, key)
             else:
                 _add_files(writer, name, layout, root, key)
+
+
+def _digest(name: str, root: Path) -> Digest:
+    try:
+        return digest_path(root)
+    except OSError as error:  # its text repeats a file's name
+        what = type(error).__name__
+        raise ValueError(f"{name}: a file of the source cannot be read ({what}); check its rights") from None
 
 
 def _find(entries: dict[str, Entry], name: str, catalog: Path) -> Entry:
@@ -145,7 +153,7 @@ def _phantom_layout(name: str, entry: PhantomEntry) -> StoredEntry:
 
 
 def _add_arrays(writer: DatasetWriter, name: str, entry: NpzEntry, path: Path) -> None:
-    arrays = read_arrays(path)
+    arrays = read_arrays(path, r".*_(images|labels)")
     splits = [key.removesuffix("_images") for key in arrays if key.endswith("_images")]
     if not splits:
         raise ValueError(f"{name}: no array is called train_images, val_images or test_images")
@@ -158,13 +166,17 @@ def _add_arrays(writer: DatasetWriter, name: str, entry: NpzEntry, path: Path) -
         images, labels = arrays[f"{split}_images"], arrays.get(f"{split}_labels")
         if split not in SPLIT_WORDS:
             raise ValueError(f"{name}: {split}_images belongs to none of train, val, calibration, test")
-        if labels is None or len(labels) != len(images):
-            raise ValueError(f"{name}: {split}_images and {split}_labels do not have equal lengths")
         volumes = entry.kind == "volume"
         colour = images.ndim == 4 and images.shape[3] == 3 and not volumes
-        if images.dtype not in (np.uint8, np.uint16) or not (images.ndim == 3 + volumes or colour):
+        if str(images.dtype) not in ("uint8", "uint16") or not (images.ndim == 3 + volumes or colour):
             form = "N D H W" if volumes else "N H W or N H W 3"
             raise ValueError(f"{name}: {split}_images must be {form}, uint8 or uint16")
+        if not images.size:
+            raise ValueError(f"{name}: {split}_images is empty: {images.shape}")
+        if labels is None or labels.ndim == 0 or len(labels) != len(images):
+            raise ValueError(f"{name}: {split}_images and {split}_labels do not have equal lengths")
+        if labels.dtype.kind not in "buif" or not np.equal(np.mod(labels, 1), 0).all():
+            raise ValueError(f"{name}: {split}_labels must be whole numbers")
         if volumes and entry.spacing_mm is None:
             raise ValueError(
                 f"{name}: arrays do not say how far voxels are apart; give spacing_mm in its entry"
@@ -195,14 +207,23 @@ def _array_labels(entry: NpzEntry, values: np.ndarray, where: str) -> dict[str, 
 
 
 def _add_bags(writer: DatasetWriter, name: str, entry: BagsEntry, root: Path, key: bytes) -> None:
-    for number, bag in enumerate(_progress(read_bags(entry, root), f"Reading {name}")):
+    oldest_years = float(_OLDEST_YEARS) if entry.deidentify else math.inf
+    bags = read_bags(entry, root, oldest_years=oldest_years)
+    for number, bag in enumerate(_progress(bags, f"Reading {name}")):
         sample_id = f"{bag.site}-{number:05d}" if len(entry.tables) > 1 else f"{number:05d}"
         picture = preview("features", bag.features)
         writer.add(
             sample_id=sample_id,
             pixels=bag.features,
             labels=bag.labels,
-            patient=_patient(entry, key, sample_id, bag.patient, bag.place),
+            # Each table counts its own patients: 1 of one hospital is not 1 of another.
+            patient=_patient(
+                entry,
+                key,
+                sample_id,
+                bag.patient and (f"{bag.site}/{bag.patient}" if len(entry.tables) > 1 else bag.patient),
+                bag.place,
+            ),
             sha256=digest_bytes(bag.features.tobytes()),
             site=bag.site,
             age=bag.age,
@@ -226,6 +247,7 @@ class _Loaded:
     assumptions: tuple[str, ...]
     findings: tuple[str, ...] = ()
     mask: np.ndarray | None = None
+    labels: dict[str, float] = field(default_factory=dict)
     tissue: np.ndarray | None = None
     slide: Path | None = None
     slide_mpp: float = math.nan
@@ -244,7 +266,12 @@ class _Read:
 
 
 def _add_files(writer: DatasetWriter, name: str, entry: FileEntry, root: Path, key: bytes) -> None:
-    items = list_items(entry, root)
+    try:
+        items = list_items(entry, root)
+    except OSError as error:  # its text repeats a file's name
+        raise ValueError(
+            f"{name}: the source cannot be listed ({type(error).__name__}); check its rights"
+        ) from None
     named = sorted(zip(_sample_ids(items, key), items, strict=True), key=lambda pair: pair[0])
     problems: list[str] = []
     identified: Counter[str] = Counter()
@@ -270,7 +297,7 @@ def _add_files(writer: DatasetWriter, name: str, entry: FileEntry, root: Path, k
         writer.add(
             sample_id=sample_id,
             pixels=loaded.array,
-            labels=item.labels | _labels_in(item.mask_values, loaded.mask),
+            labels=item.labels | loaded.labels,
             patient=patient,
             sha256=loaded.sha256,
             given_split=item.given_split,
@@ -299,7 +326,11 @@ def _add_files(writer: DatasetWriter, name: str, entry: FileEntry, root: Path, k
 
 def _read(item: Item, entry: FileEntry) -> _Read:
     try:
-        found = file_identifiers(item.path)
+        if entry.kind == "slide":
+            from cadx.reading.slides import check_is_one_file
+
+            check_is_one_file(item.path)
+        found = file_identifiers(item.path, is_slide=entry.kind == "slide")
         # A header is left behind when its pixels are taken; a slide stays as it is, and so do burned-in letters.
         dropped = entry.deidentify and entry.kind != "slide"
         looked_over = LABEL_IMAGES if entry.label_images_are_clean else ()
@@ -308,7 +339,8 @@ def _read(item: Item, entry: FileEntry) -> _Read:
         )
         if found:
             return _Read(identifiers=found)
-        return _Read(loaded=_LOADERS[entry.kind](item, entry))
+        loaded = _LOADERS[entry.kind](item, entry)
+        return _Read(loaded=replace(loaded, labels=_labels_in(item.mask_values, loaded.mask)))
     except ValueError as error:
         return _Read(problem=str(error))
     except OSError as error:
@@ -384,10 +416,8 @@ def _looked_at(picture: np.ndarray) -> dict[str, Any]:
 
 
 def _picture_mask(path: Path, shape: tuple[int, ...], *, resize: bool) -> np.ndarray:
-    """A mask drawn as a gray picture, uint8; with `resize`, brought to `shape` without new values."""
-    mask = read_image(path).pixels
-    if mask.ndim != 2 or mask.dtype != np.uint8:
-        raise ValueError("its mask is not a gray picture of 8 bits")
+    """A mask drawn as a PNG, uint8; with `resize`, brought to `shape` without new values."""
+    mask = read_png_indices(path)
     if resize and abs(mask.shape[0] * shape[1] - mask.shape[1] * shape[0]) <= max(*mask.shape, *shape):
         return np.asarray(Image.fromarray(mask).resize((shape[1], shape[0]), Image.Resampling.NEAREST))
     if mask.shape != shape:
@@ -398,7 +428,16 @@ def _picture_mask(path: Path, shape: tuple[int, ...], *, resize: bool) -> np.nda
 
 
 def _labels_in(mask_values: Mapping[str, int], mask: np.ndarray | None) -> dict[str, float]:
-    """Whether each class stands in the mask."""
+    """Whether each class stands in the mask.
+
+    Raises:
+        ValueError: if a value stands there that is no class.
+    """
+    if mask_values and mask is not None and (foreign := set(np.unique(mask)) - {0, *mask_values.values()}):
+        known = ", ".join(f"{value} {name}" for name, value in mask_values.items())
+        raise ValueError(
+            f"its mask holds {min(foreign)}, and the entry's mask_values are 0 background, {known}"
+        )
     return {name: float(np.any(mask == value)) for name, value in mask_values.items()}
 
 
@@ -448,7 +487,9 @@ def _sample_ids(items: list[Item], key: bytes) -> list[str]:
     seen: dict[str, str] = {}
     for sample_id, item in zip(sample_ids, items, strict=True):
         if sample_id in seen:
-            raise ValueError(f"{seen[sample_id]} and {item.place}: their names differ only in the extension")
+            raise ValueError(
+                f"{seen[sample_id]} and {item.place}: one file, or names that differ only in the extension"
+            )
         seen[sample_id] = item.place
     return sample_ids
 

@@ -1,6 +1,7 @@
 """Ingest: everything of the source stands in the dataset, or one clear line and nothing at all."""
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -359,7 +360,7 @@ def test_bad_rows(run, table, tmp_path, row, reason):
     ("row", "reason"),
     [
         ("1.png,r1,no,1,2,3,4", "boxes.csv row 2: a box of a class that is none of yes"),
-        ("1.png,r1,yes,1,2,x,4", "boxes.csv row 2: a corner is no number"),
+        ("1.png,r1,yes,1,2,x,4", "boxes.csv row 2: not a number"),
         ("9.png,r1,yes,1,2,3,4", "boxes.csv: boxes of 1 files that have no row"),
     ],
 )
@@ -371,10 +372,10 @@ def test_bad_boxes(run, table, tmp_path, row, reason):
 
 def test_image_without_row_and_missing_table_and_column(run, table, tmp_path):
     write_png(tmp_path / "own/images/Ignatowska.png", np.zeros((4, 4), np.uint8))
-    with pytest.raises(ValueError, match=r"t\.csv: 1 images beside the listed have no row") as caught:
+    with pytest.raises(ValueError, match=r"t\.csv: 1 samples beside the listed have no row") as caught:
         run(table)
     assert "Ignatowska" not in str(caught.value)
-    with pytest.raises(ValueError, match=r"t\.csv: no column 'truth'; it has file, ill, patient"):
+    with pytest.raises(ValueError, match=r"t\.csv: its first line names no column 'truth'"):
         run(table | {"label_column": "truth"})
     with pytest.raises(ValueError, match=r"labels\.csv: no such table"):
         run(table | {"table": "labels.csv"})
@@ -434,3 +435,95 @@ def test_unknown_source_parameter_and_phantom_parameter(run, tmp_path, root):
         ingest(**paths, params=json.dumps({"source": "pneumoniamnis"}))
     with pytest.raises(ValueError, match=r"ingest\.sourc: unknown parameter; did you mean 'source'"):
         ingest(**paths, params=json.dumps({"sourc": "pneumoniamnist"}))
+
+
+# --- Masks, arrays and bags ---------------------------------------------------------------------------
+
+
+def pairs(folder: Path, mask: Image.Image, name: str = "a.png") -> dict[str, object]:
+    write_png(folder / "own/images" / name, np.full((6, 5), 9, np.uint8))
+    (folder / "own/masks").mkdir(exist_ok=True)
+    mask.save(folder / "own/masks" / name)
+    return {key: value for key, value in COMMON.items() if key != "positive"} | {
+        "format": "pairs", "task": "multilabel", "classes": ["lesion"], "file": str(folder / "own"),
+        "images": "images", "masks": "masks", "mask_values": {"lesion": 1}, "patient": "per-image",
+    }  # fmt: skip
+
+
+def test_masks_of_one_bit_and_of_a_palette_are_read_by_their_values(run, tmp_path):
+    drawn = np.zeros((6, 5), np.uint8)
+    drawn[2:4, 1:3] = 1
+    palette = Image.fromarray(drawn, "P")
+    palette.putpalette([0, 0, 0, 255, 255, 255])
+    for number, mask in enumerate((Image.fromarray(drawn), Image.fromarray(drawn.astype(bool)), palette)):
+        folder = run(pairs(tmp_path, mask), out=f"made{number}")
+        np.testing.assert_array_equal(folder.mask("a"), drawn)
+        assert folder.labels().tolist() == [[1.0]]
+
+
+def test_a_mask_value_that_is_no_class_is_refused_and_not_taken_for_background(run, tmp_path):
+    drawn = np.zeros((6, 5), np.uint8)
+    drawn[2:4, 1:3] = 85
+    with pytest.raises(
+        ValueError, match=r"image 1 in sorted order: its mask holds 85, .* 0 background, 1 lesion"
+    ):
+        run(pairs(tmp_path, Image.fromarray(drawn)))
+
+
+def test_a_mask_is_no_jpeg_whose_noise_would_become_classes(run, tmp_path):
+    with pytest.raises(ValueError, match="image 1 in sorted order: a mask must be a PNG"):
+        run(pairs(tmp_path, Image.fromarray(np.zeros((6, 5), np.uint8)), name="a.jpg"))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"train_labels": np.array([0.9, 1.7])}, "train_labels must be whole numbers"),
+        ({"train_labels": np.array(["Doe", "Roe"])}, "train_labels must be whole numbers"),
+        ({"train_labels": np.array(1)}, "do not have equal lengths"),
+        ({"train_images": np.array(1, np.uint8)}, "must be N H W"),
+        ({"train_images": np.zeros((2, 0, 5), np.uint8)}, "train_images is empty"),
+    ],
+)
+def test_arrays_of_another_form_are_refused(run, tmp_path, arrays, message):
+    whole = {"train_images": np.zeros((2, 6, 5), np.uint8), "train_labels": np.array([0, 1])}
+    np.savez(tmp_path / "own.npz", **(whole | arrays))
+    with pytest.raises(ValueError, match=message) as caught:
+        run(COMMON | {"format": "npz", "file": str(tmp_path / "own.npz"), "patient": "per-image"})
+    assert "Doe" not in str(caught.value)
+
+
+def test_arrays_that_nobody_asked_for_are_not_unpacked(run, tmp_path):
+    np.savez_compressed(
+        tmp_path / "own.npz",
+        train_images=np.zeros((2, 6, 5), np.uint8),
+        train_labels=np.array([0, 1]),
+        bomb=np.zeros(400_000_000, np.uint8),
+    )
+    tracemalloc.start()
+    run(COMMON | {"format": "npz", "file": str(tmp_path / "own.npz"), "patient": "per-image"})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100_000_000
+
+
+def test_patient_1_of_one_hospital_is_not_patient_1_of_another(run, tmp_path):
+    for name in ("hill", "harbour"):
+        (tmp_path / "own").mkdir(exist_ok=True)
+        (tmp_path / f"own/{name}.csv").write_text("pid,chol,ill\n1,200,no\n2,210,yes\n")
+    entry = COMMON | {
+        "format": "bags", "kind": "features", "file": str(tmp_path / "own"), "patient": "hmac",
+        "tables": {"Hill": "hill.csv", "Harbour": "harbour.csv"}, "patient_column": "pid",
+        "label_column": "ill", "values": {"no": "normal", "yes": "opacity"},
+    }  # fmt: skip
+    folder = run(entry)
+    assert folder.info.num_patients == 4
+    assert folder.pixels(folder.samples["sample_id"][0]).tolist() == [[200]]
+
+
+def test_no_error_of_the_disk_repeats_a_files_name(run, table, tmp_path):
+    too_long = "Doe^Jane" * 60
+    write_rows(tmp_path, f"{too_long},no,A1,Hill,45,F,PA,train")
+    with pytest.raises(ValueError, match="mine: the source cannot be listed") as caught:
+        run(table)
+    assert "Doe" not in str(caught.value)

@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cadx.catalog import BagsEntry, CocoEntry, FilesEntry, PairsEntry, TableEntry, VocEntry, load_catalog
+from cadx.catalog import (
+    ENTRY,
+    BagsEntry,
+    CocoEntry,
+    FilesEntry,
+    FolderEntry,
+    PairsEntry,
+    TableEntry,
+    VocEntry,
+    load_catalog,
+)
 from cadx.layouts import list_items, read_bags
 
 DESCRIBED: dict[str, Any] = {
@@ -146,7 +156,10 @@ def test_coco_boxes_are_corner_and_size(tmp_path: Path) -> None:
             coco(annotations=[{"image_id": 1, "category_id": 8, "bbox": [0, 0, 1, 1]}]),
             "annotation 1 is of none of",
         ),
-        (coco(annotations=[{"image_id": 1, "category_id": 7, "bbox": [0, 0, 1]}]), "no bbox of four numbers"),
+        (
+            coco(annotations=[{"image_id": 1, "category_id": 7, "bbox": [0, 0, 1]}]),
+            r"not in COCO.s form .*at annotations.0.bbox",
+        ),
         (
             coco(images=[{"id": 1, "file_name": "../one.png"}], annotations=[]),
             "must be a path within the source",
@@ -283,3 +296,143 @@ def test_files_named_one_by_one_must_be_there_and_known(tmp_path: Path) -> None:
     (tmp_path / "gone.png").write_bytes((tmp_path / "a.png").read_bytes())
     labelled, unlabelled = list_items(entry, tmp_path)
     assert (labelled.labels, unlabelled.labels) == ({"cell": 1.0}, {})
+
+
+# --- What a hostile reader of sources tried -----------------------------------------------------------
+
+
+def bags(**changes: Any) -> BagsEntry:
+    return BagsEntry(
+        **{
+            **DESCRIBED,
+            "task": "multiclass",
+            "kind": "features",
+            "format": "bags",
+            "tables": {"A": "a.csv", "B": "b.csv"},
+            "label_column": "y",
+            "values": {"0": "cell", "1": "platelet"},
+        }
+        | changes
+    )
+
+
+def test_features_go_by_name_and_not_by_their_place_in_a_table(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("chol,bp,y\n233,120,0\n")
+    (tmp_path / "b.csv").write_text("bp,y,chol\n121,1,234\n")
+    found = [bag.features.tolist() for bag in read_bags(bags(), tmp_path)]
+    assert found == [[[233, 120]], [[234, 121]]]
+    (tmp_path / "b.csv").write_text("bp,y\n121,1\n")
+    with pytest.raises(ValueError, match=r"b.csv: other columns than the first table has"):
+        list(read_bags(bags(), tmp_path))
+
+
+def test_a_missing_number_is_a_whole_cell_and_not_a_part_of_one(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("chol,y\n-9.5,0\n-90,0\n-9,1\n")
+    entry = bags(tables={"": "a.csv"}, missing="-9")
+    values = [float(bag.features[0, 0]) for bag in read_bags(entry, tmp_path)]
+    assert values[:2] == [-9.5, -90]
+    assert math.isnan(values[2])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bag,chol,y\n,1,0\n,2,0\n", "a.csv row 2: column bag is empty"),
+        ("bag,chol,y\nb,inf,0\n", "a.csv row 2, column chol: not a finite number"),
+        ("bag,chol,y\nb,1e39,0\n", "a.csv row 2, column chol: not a finite number"),
+        ('bag,chol,y\nb,"1,0\n' + "x" * 140_000, "a.csv: no CSV"),
+    ],
+)
+def test_cells_that_mean_nothing_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        list(read_bags(bags(tables={"": "a.csv"}, bag_column="bag"), tmp_path))
+
+
+def test_ages_that_name_a_person_are_capped_in_features_too(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("age,y\n97,0\n?,0\n42,1\n")
+    entry = bags(tables={"": "a.csv"}, age_column="age")
+    found = list(read_bags(entry, tmp_path, oldest_years=90))
+    assert [bag.age for bag in found][::2] == [90, 42]
+    assert [float(bag.features[0, 0]) for bag in found][::2] == [90, 42]
+    assert math.isnan(found[1].age)
+
+
+def test_a_header_that_is_a_patients_row_is_not_repeated(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("Doe^Jane,1950-01-02,0\nRoe^Ann,1951-01-02,1\n")
+    with pytest.raises(ValueError, match="its first line names no column 'y'") as error:
+        list(read_bags(bags(tables={"": "a.csv"}), tmp_path))
+    assert "Doe" not in str(error.value)
+
+
+def test_voc_images_of_one_name_in_two_folders_are_not_merged(tmp_path: Path) -> None:
+    entry = voc(tmp_path, {"a": []})
+    picture(tmp_path / "JPEGImages/more/a.jpg")
+    with pytest.raises(ValueError, match="1 images bear the name of another but for folder or extension"):
+        list_items(entry, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ['<?xml version="1.0" encoding="foo-9"?><a/>', '<?xml version="1.0" encoding="idna"?><a/>']
+)
+def test_voc_in_an_unknown_encoding_is_refused(tmp_path: Path, text: str) -> None:
+    entry = voc(tmp_path, {"a": []})
+    (tmp_path / "Annotations/a.xml").write_text(text)
+    with pytest.raises(ValueError, match="image 1 in sorted order: its annotation is no XML"):
+        list_items(entry, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"annotations": [{"image_id": [1], "category_id": 7, "bbox": [0, 0, 1, 1]}]},
+        {"annotations": [{"image_id": 1, "category_id": 7, "bbox": "1234"}]},
+        {"annotations": [{"image_id": 1, "category_id": 7, "bbox": [0, 0, 1e400, 1]}]},
+        {"images": [{"id": 1, "file_name": None}]},
+    ],
+)
+def test_coco_of_another_form_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    (tmp_path / "all.json").write_text(json.dumps(coco(**changes)))
+    with pytest.raises(ValueError, match="annotations: not in COCO's form"):
+        list_items(CocoEntry(**DETECTION, format="coco", annotations="all.json"), tmp_path)
+
+
+def test_an_image_that_coco_does_not_list_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    for name in ("one", "two", "three"):
+        picture(tmp_path / f"{name}.png")
+    (tmp_path / "all.json").write_text(json.dumps(coco()))
+    with pytest.raises(ValueError, match="annotations: 1 samples beside the listed have no row"):
+        list_items(CocoEntry(**DETECTION, format="coco", annotations="all.json"), tmp_path)
+
+
+def test_links_that_would_be_passed_over_stop(tmp_path: Path) -> None:
+    entry = voc(tmp_path, {"a": []})
+    (tmp_path / "JPEGImages/gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    with pytest.raises(ValueError, match="1 links in the source lead to folders or to nothing"):
+        list_items(entry, tmp_path)
+
+
+def test_a_folder_of_slices_is_one_volume_of_its_class(tmp_path: Path) -> None:
+    for name in ("cell/s1/1.dcm", "cell/s1/2.dcm", "cell/s2/1.dcm", "platelet/a.nii"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    entry = FolderEntry(**{**DESCRIBED, "task": "multiclass", "kind": "volume"}, format="folder")
+    items = list_items(entry, tmp_path)
+    assert [item.relative.as_posix() for item in items] == ["cell/s1", "cell/s2", "platelet/a.nii"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"format": "folder", "task": "detection"}, "boxes come as table, voc or coco"),
+        (
+            {"format": "folder", "task": "multiclass", "kind": "features"},
+            "kind features is what format bags holds",
+        ),
+        ({"format": "npz", "task": "multiclass", "kind": "slide"}, "slides come as folder, table or files"),
+        ({"format": "npz", "task": "multiclass", "patient": "public"}, "arrays name no patients"),
+    ],
+)
+def test_entries_that_no_step_could_read_do_not_validate(entry: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ENTRY.validate_python(DESCRIBED | entry)

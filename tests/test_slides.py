@@ -1,5 +1,6 @@
 """Slides: the same pixels as OpenSlide's, at the place and resolution asked for, from bounded handles and memory."""
 
+import io
 import multiprocessing
 import os
 import shutil
@@ -11,9 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import openslide
+import pydicom
 import pytest
 import tifffile
 from PIL import Image
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, VLWholeSlideMicroscopyImageStorage
 from scipy import ndimage
 
 from cadx.reading import slides
@@ -22,6 +26,7 @@ from cadx.reading.slides import (
     MAX_TILE_PX,
     SlidePool,
     TileCache,
+    check_is_one_file,
     open_slide,
     summarise_slide,
     tissue_mask,
@@ -804,3 +809,68 @@ def test_summary_of_a_damaged_slide_is_refused(pyramid: Path) -> None:
     overwrite_tile(pyramid, 0, page=2)
     with pytest.raises(ValueError, match=r"^slide: "):
         summarise_slide(pyramid)
+
+
+def write_vms(folder: Path, *, size_px: int = 256, **fields: object) -> Path:
+    """A slide of Hamamatsu's older kind: an index, and JPEGs beside it."""
+    for name in ("image", "map", "macro"):
+        Image.fromarray(texture(size_px, size_px)).save(folder / f"{name}.jpg", restart_marker_rows=1)
+    (folder / "index.opt").write_bytes(bytes(40 * 64))
+    known = {
+        "NoLayers": 1, "NoJpegColumns": 1, "NoJpegRows": 1, "ImageFile": "image.jpg", "MapFile": "map.jpg",
+        "OptimisationFile": "index.opt", "MacroImage": "macro.jpg", "SourceLens": 20,
+        "PhysicalWidth": 500 * size_px, "PhysicalHeight": 500 * size_px,
+    }  # fmt: skip
+    lines = [f"{name}={value}" for name, value in (known | fields).items()]
+    path = folder / f"{NAME}.vms"
+    path.write_text("\n".join(["[Virtual Microscope Specimen]", *lines, ""]))
+    return path
+
+
+def test_a_slide_of_several_files_is_refused_since_a_dataset_would_keep_one(tmp_path: Path) -> None:
+    path = write_vms(tmp_path)
+    with open_slide(path) as slide:  # reading it where it lies is no trouble
+        assert slide.vendor == "hamamatsu"
+        assert slide.slide_mpp == pytest.approx(0.5)
+    dicom = tmp_path / f"{NAME}.dcm"
+    dicom.write_bytes(whole_slide_dicom())
+    for source, what in ((path, "Hamamatsu (.vms, .vmu)"), (dicom, "a DICOM series")):
+        with pytest.raises(
+            ValueError, match=r"^slide: .* several files, .*; export it as one TIFF or SVS$"
+        ) as caught:
+            summarise_slide(source)
+        assert what in str(caught.value)
+        assert NAME not in str(caught.value)
+
+
+def whole_slide_dicom() -> bytes:
+    """The header of one file of a DICOM slide."""
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = (
+        VLWholeSlideMicroscopyImageStorage,
+        "1.2.3",
+    )
+    ds = Dataset()
+    ds.file_meta = meta
+    ds.SOPClassUID, ds.SOPInstanceUID, ds.SeriesInstanceUID = (
+        VLWholeSlideMicroscopyImageStorage,
+        "1.2.3",
+        "1.2.4",
+    )
+    ds.ImageType = ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"]
+    ds.Rows = ds.Columns = ds.TotalPixelMatrixRows = ds.TotalPixelMatrixColumns = 64
+    stream = io.BytesIO()
+    pydicom.dcmwrite(stream, ds, enforce_file_format=True)
+    return stream.getvalue()
+
+
+def test_a_slide_of_one_file_is_kept(pyramid: Path, mirror: Path) -> None:
+    check_is_one_file(pyramid)
+    check_is_one_file(mirror / "wsi/small.svs")
+
+
+def test_hamamatsus_tiff_is_one_file(pyramid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenSlide calls .ndpi by the same name as .vms."""
+    monkeypatch.setattr(openslide.OpenSlide, "detect_format", lambda path: "hamamatsu")
+    check_is_one_file(pyramid)

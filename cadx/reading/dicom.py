@@ -58,11 +58,11 @@ Source: DICOM PS3.15 Annex E, table E.1-1.
 BURNED_IN = "BurnedInAnnotation"
 """The one identifier that cannot be dropped with the header: it stands in the pixels."""
 
+PILLOW_SYNTAXES = (JPEGBaseline8Bit, JPEG2000Lossless, JPEG2000)
+"""What Pillow decodes: it refuses truncated streams, which GDCM, for all other syntaxes, silently fills."""
 
 _COLOUR_SPACES = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
-# Pillow refuses truncated streams, which GDCM silently fills; GDCM reads what Pillow does not know.
-_PILLOW_SYNTAXES = (JPEGBaseline8Bit, JPEG2000Lossless, JPEG2000)
 _YEARS_PER = {"Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25, "": 1.0}
 _PARSING = threading.Lock()
 
@@ -83,7 +83,7 @@ def dicom_identifiers(source: Path | bytes) -> tuple[str, ...]:
     try:
         with discreet():
             header = parse_header(data)
-            removed = _text(header, "PatientIdentityRemoved") == "YES"
+            removed = header_text(header, "PatientIdentityRemoved") == "YES"
             for element in header.iterall():
                 keyword = element.keyword or f"({element.tag.group:04X},{element.tag.element:04X})"
                 named = element.VR == "PN" or keyword in IDENTIFYING_KEYWORDS
@@ -92,7 +92,7 @@ def dicom_identifiers(source: Path | bytes) -> tuple[str, ...]:
                 # An empty sequence and an empty value both have no truth.
                 if named and not element.is_empty and str(element.value).strip():
                     found.add(keyword)
-            if _text(header, BURNED_IN) == "YES":
+            if header_text(header, BURNED_IN) == "YES":
                 found.add(BURNED_IN)
     except Refusal as refusal:
         raise ValueError(f"DICOM: {refusal}") from None
@@ -153,15 +153,15 @@ def read_dicom(data: bytes, frame: int | None = None) -> RawImage:
     with discreet():
         header = parse_header(data)
         syntax = UID(str(header.file_meta.get("TransferSyntaxUID", "")))
-        colour = _check_pixels(header, syntax, frame)
+        colour = check_pixels(header, syntax, frame)
         if frame is not None:
             _lay_out_frame(header, frame)
         assumptions: list[str] = []
         spacing_mm = _spacing_mm(header, assumptions)
-        attributes = _attributes(header, assumptions)
-        patient = _text(header, "PatientID") or None
+        attributes = header_attributes(header, assumptions)
+        patient = header_text(header, "PatientID") or None
         table = None if colour else _display_table(header, assumptions)
-    plugin = "pillow" if syntax in _PILLOW_SYNTAXES else ""
+    plugin = "pillow" if syntax in PILLOW_SYNTAXES else ""
     stored, _ = get_decoder(syntax).as_array(
         header, index=(frame or 1) - 1, raw=False, decoding_plugin=plugin
     )
@@ -186,8 +186,12 @@ def _lay_out_frame(header: Dataset, frame: int) -> None:
                 header.update(item)
 
 
-def _check_pixels(header: Dataset, syntax: UID, frame: int | None = None) -> bool:
-    """Whether the image is in colour, once everything that decoding relies on is known to hold."""
+def check_pixels(header: Dataset, syntax: UID, frame: int | None = None) -> bool:
+    """Whether the image is in colour, once everything that decoding relies on is known to hold.
+
+    Raises:
+        Refusal: if something of it does not hold, or the pixels are of a kind that is not read.
+    """
     if "PixelData" not in header:
         raise Refusal("no pixel data: truncated, or no image at all; export or copy the file again")
     try:
@@ -196,7 +200,7 @@ def _check_pixels(header: Dataset, syntax: UID, frame: int | None = None) -> boo
         raise Refusal("its transfer syntax is not read; export uncompressed or as JPEG 2000") from None
     check_frame(int(header.get("NumberOfFrames") or 1), frame)
     check_size(int(header.get("Rows") or 0), int(header.get("Columns") or 0))
-    photometric = _text(header, "PhotometricInterpretation")
+    photometric = header_text(header, "PhotometricInterpretation")
     bits, samples = int(header.BitsStored), int(header.SamplesPerPixel)
     if photometric in _COLOUR_SPACES and samples == 3:
         if header.BitsAllocated != 8 or bits != 8:
@@ -227,7 +231,7 @@ def _display_table(header: Dataset, assumptions: list[str]) -> np.ndarray:
     if not np.isfinite(modality).all() or modality.min() == modality.max():
         raise Refusal("RescaleSlope and RescaleIntercept leave no range of values")
     unit = _display_values(header, modality, assumptions, bits)
-    if _text(header, "PhotometricInterpretation") == "MONOCHROME1":
+    if header_text(header, "PhotometricInterpretation") == "MONOCHROME1":
         unit = 1.0 - unit
     if isinstance(padding := header.get("PixelPaddingValue"), int):
         limit = header.get("PixelPaddingRangeLimit", padding)
@@ -247,7 +251,7 @@ def _display_values(header: Dataset, modality: np.ndarray, assumptions: list[str
     if header.get("VOILUTSequence"):
         displayed, top = _apply_lut(header.VOILUTSequence[0], modality)
         return np.clip(displayed / top, 0.0, 1.0)
-    centres, widths = _numbers(header, "WindowCenter"), _numbers(header, "WindowWidth")
+    centres, widths = header_numbers(header, "WindowCenter"), header_numbers(header, "WindowWidth")
     if not centres or not widths:
         if bits > 8:
             assumptions.append("no display window in the file: the whole range of the stored bits was taken")
@@ -256,7 +260,7 @@ def _display_values(header: Dataset, modality: np.ndarray, assumptions: list[str
     if len(centres) > 1:
         assumptions.append(f"the first of {len(centres)} display windows was taken")
     centre, width = centres[0], widths[0]
-    function = _text(header, "VOILUTFunction") or "LINEAR"
+    function = header_text(header, "VOILUTFunction") or "LINEAR"
     if not np.isfinite([centre, width]).all() or width < (1 if function == "LINEAR" else 1e-9):
         raise Refusal("WindowWidth is too small or no number")
     if function == "SIGMOID":
@@ -299,7 +303,7 @@ def _look_up(table: np.ndarray, stored: np.ndarray) -> np.ndarray:
 
 def _spacing_mm(header: Dataset, assumptions: list[str]) -> tuple[Millimetres, Millimetres] | None:
     for keyword in ("PixelSpacing", "ImagerPixelSpacing"):
-        spacing = _numbers(header, keyword)
+        spacing = header_numbers(header, keyword)
         if len(spacing) == 2 and np.isfinite(spacing).all() and min(spacing) > 0:
             if keyword == "ImagerPixelSpacing":
                 assumptions.append("spacing at the detector (ImagerPixelSpacing), without magnification")
@@ -307,15 +311,16 @@ def _spacing_mm(header: Dataset, assumptions: list[str]) -> tuple[Millimetres, M
     return None
 
 
-def _attributes(header: Dataset, assumptions: list[str]) -> dict[str, Any]:
-    maker = (_text(header, "Manufacturer"), _text(header, "ManufacturerModelName"))
+def header_attributes(header: Dataset, assumptions: list[str]) -> dict[str, Any]:
+    """What a header says of group and machine, as `RawImage.attributes`; appends to `assumptions`."""
+    maker = (header_text(header, "Manufacturer"), header_text(header, "ManufacturerModelName"))
     attributes: dict[str, Any] = {
-        "site": _text(header, "InstitutionName"),
+        "site": header_text(header, "InstitutionName"),
         "scanner": " ".join(filter(None, maker)),
-        "sex": parse_sex(_text(header, "PatientSex")),
-        "view": _text(header, "ViewPosition"),
+        "sex": parse_sex(header_text(header, "PatientSex")),
+        "view": header_text(header, "ViewPosition"),
     }
-    age_text = _text(header, "PatientAge")
+    age_text = header_text(header, "PatientAge")
     if not np.isnan(age := parse_age(age_text)):
         attributes["age"] = age
         if age_text[-1:].isdigit():
@@ -323,12 +328,14 @@ def _attributes(header: Dataset, assumptions: list[str]) -> dict[str, Any]:
     return {name: value for name, value in attributes.items() if value != ""}
 
 
-def _text(header: Dataset, keyword: str) -> str:
+def header_text(header: Dataset, keyword: str) -> str:
+    """The value of an element, runs of white space as one blank; empty where the header has none."""
     value = header.get(keyword)
     return "" if value is None else " ".join(str(value).split())
 
 
-def _numbers(header: Dataset, keyword: str) -> list[float]:
+def header_numbers(header: Dataset, keyword: str) -> list[float]:
+    """The numbers of an element of one or more values; empty where the header has none."""
     value = header.get(keyword)
     if value is None or value == "":
         return []

@@ -1,6 +1,7 @@
 """One 2D image, DICOM, PNG or JPEG, -> pixels, geometry and what the file says; and arrays of images."""
 
 import io
+import re
 import zipfile
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from cadx.reading.source import (
 )
 from cadx.types import RawImage
 
-MAX_ARRAYS_BYTES = 1 << 34
+MAX_ARRAYS_BYTES = 1 << 32
 """Largest archive of arrays, unpacked: what its headers claim is checked before anything is."""
 
 
@@ -52,19 +53,45 @@ def read_image(source: Path | bytes, frame: int | None = None) -> RawImage:
         raise ValueError(f"{kind}: damaged or truncated ({what}); export or copy the file again") from None
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz archive by name. Pickled objects are refused, never loaded.
+def read_png_indices(path: Path) -> np.ndarray:
+    """The values that a PNG of one channel stores, H W uint8: of a palette its indices, of one bit 0 and 1.
+
+    What a mask means by a pixel, where `read_image` gives what one sees.
+
+    Raises:
+        ValueError: one line: no PNG, several channels, more than 8 bits, or damaged.
+    """
+    data = read_bytes(path)
+    if sniff(data[:HEAD_BYTES]) != "PNG":
+        raise ValueError("a mask must be a PNG: other formats change values, or are not read as masks")
+    try:
+        with discreet():
+            picture: Image.Image = Image.open(io.BytesIO(data), formats=("PNG",))
+        check_size(picture.height, picture.width)
+        if picture.mode not in ("1", "L", "P"):
+            raise Refusal("a mask must have one channel of at most 8 bits")
+        return np.asarray(picture).astype(np.uint8)
+    except Refusal as refusal:
+        raise ValueError(f"PNG: {refusal}") from None
+    except Exception as error:  # as in read_image
+        raise ValueError(f"PNG: damaged or truncated ({type(error).__name__}); export it again") from None
+
+
+def read_arrays(path: Path, wanted: str = ".*") -> dict[str, np.ndarray]:
+    """The arrays of an .npz archive whose names match `wanted`. Pickled objects are refused, never loaded.
 
     Raises:
         ValueError: one line: missing, no archive, truncated, with objects, or larger than `MAX_ARRAYS_BYTES`.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            claimed_bytes = sum(member.file_size for member in archive.infolist())
+            names = {member.filename: member.filename.removesuffix(".npy") for member in archive.infolist()}
+            members = [item for item in archive.infolist() if re.fullmatch(wanted, names[item.filename])]
+            claimed_bytes = sum(member.file_size for member in members)
         if claimed_bytes > MAX_ARRAYS_BYTES:
             raise Refusal(f"claims {claimed_bytes} bytes unpacked, over the limit of {MAX_ARRAYS_BYTES}")
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+            return {name: arrays[name] for name in arrays.files if re.fullmatch(wanted, name)}
     except FileNotFoundError:
         raise ValueError(f"{path.name}: no such file") from None
     except Refusal as refusal:

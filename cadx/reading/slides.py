@@ -51,6 +51,13 @@ CACHE_BYTES = 64 << 20
 _MAX_PAGES = 256
 # Only what these two readers of OpenSlide accept is a grid of tiles without gaps and overlaps.
 _PLAIN_VENDORS = ("aperio", "generic-tiff")
+# Formats of several files, and what no scanner wrote. Hamamatsu's are .vms and .vmu; its .ndpi is a TIFF.
+_SEVERAL_FILES = {
+    "mirax": "MIRAX (.mrxs)",
+    "hamamatsu": "Hamamatsu (.vms, .vmu)",
+    "dicom": "a DICOM series",
+    "synthetic": "OpenSlide's test pattern",
+}
 _CODECS: dict[int, Literal["none", "deflate", "jpeg"]] = {
     1: "none",
     7: "jpeg",
@@ -468,6 +475,22 @@ def open_slide(path: Path, *, slide_mpp: float | None = None, cache: TileCache |
     return Slide(path, slide_mpp=slide_mpp, cache=cache)
 
 
+def check_is_one_file(path: Path) -> None:
+    """Refuse a slide of which `path` is only a part: a dataset keeps that one file and could not read it.
+
+    Raises:
+        ValueError: one line: which format, and what to export instead.
+    """
+    with path.open("rb") as stream:
+        is_tiff = stream.read(2) in (b"II", b"MM")
+    vendor = openslide.OpenSlide.detect_format(path)
+    if vendor in _SEVERAL_FILES and not is_tiff:
+        raise ValueError(
+            f"slide: {_SEVERAL_FILES[vendor]} keeps a slide in several files, of which a dataset would keep one;"
+            " export it as one TIFF or SVS"
+        )
+
+
 class SlidePool:
     """Slides that stay open for the next read, at most `max_open` of them, with one cache for all."""
 
@@ -868,8 +891,10 @@ def summarise_slide(
     coarser) or under 512 (then it is finer, down to the slide's own).
 
     Raises:
-        ValueError: one line: as in `open_slide`, or a tile is damaged.
+        ValueError: one line: as in `open_slide` and `check_is_one_file`, or a tile is damaged.
     """
+    if path.is_file():
+        check_is_one_file(path)
     with open_slide(path, slide_mpp=slide_mpp) as slide:
         longer_um = max(slide.size_um)
         least_px, most_px = _SUMMARY_PX

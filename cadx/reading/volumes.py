@@ -11,23 +11,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
 import nibabel
 import numpy as np
-from nibabel.orientations import io_orientation
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt2axcodes
 from pydicom.dataset import Dataset
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import UID, MediaStorageDirectoryStorage
 
 from cadx.reading.dicom import (
-    _PILLOW_SYNTAXES,
-    _attributes,
-    _check_pixels,
-    _numbers,
-    _text,
+    PILLOW_SYNTAXES,
+    check_pixels,
     discreet,
+    header_attributes,
+    header_numbers,
+    header_text,
     parse_header,
 )
 from cadx.reading.source import HEAD_BYTES, Refusal, read_bytes, sniff
@@ -46,6 +47,7 @@ SPACING_RANGE_MM = (1e-3, 100.0)
 """Distances between voxels that can be meant: from cell microscopy to a scout of the whole body."""
 
 _SPACING_TOLERANCE = 5e-3  # relative; writers round pixdim to three digits
+_GIVEN_TOLERANCE = 0.01  # relative; what is given may be rounded
 _GAP_TOLERANCE = 0.01  # relative to the median gap between slices
 _MISSING_TOLERANCE = 0.1  # a gap this close to a whole multiple of the median has lost slices
 _OBLIQUE_DEGREES = 1.0
@@ -82,25 +84,19 @@ def read_volume(source: Path, *, spacing_mm: tuple[float, float, float] | None =
 
     Raises:
         ValueError: one line, without file name or value: not a volume, truncated, larger than the limits
-            above, of several series, phases or orientations, or of unknown or contradictory geometry.
+            above, of several series, phases or orientations, of unknown or contradictory geometry, or with
+            another spacing than `spacing_mm` by more than 1 %.
     """
     with _refusing(source) as kind:
-        if kind == "NIfTI":
-            size_bytes = source.stat().st_size
-            with source.open("rb") as plain:
-                return _read_nifti(plain, size_bytes, spacing_mm, exact=True)
-        if kind == "gzip":
-            with gzip.open(source) as unpacked:
-                limit_bytes = source.stat().st_size * _MAX_DEFLATE
-                return _read_nifti(cast(BinaryIO, unpacked), limit_bytes, spacing_mm, exact=False)
-        if kind == "zip":
-            with zipfile.ZipFile(source) as archive:
-                return _read_series(_members(archive), spacing_mm)
-        files = [source] if kind == "DICOM" else [p for p in sorted(source.iterdir()) if p.is_file()]
-        files = [path for path in files if not _is_hidden(path)]
-        if len(files) > MAX_SLICES:
-            raise Refusal(f"{len(files)} files, over the limit of {MAX_SLICES} for one series")
-        return _read_series([partial(read_bytes, path) for path in files], spacing_mm)
+        volume = _read(source, kind, spacing_mm)
+        if spacing_mm is not None and not np.allclose(
+            spacing_mm, volume.spacing_mm, rtol=_GIVEN_TOLERANCE, atol=0
+        ):
+            given, stated = (" x ".join(f"{step:g}" for step in mm) for mm in (spacing_mm, volume.spacing_mm))
+            raise Refusal(
+                f"spacing_mm {given} was given, but the file says {stated}; remove it from the catalogue entry"
+            )
+        return volume
 
 
 def read_mask(source: Path, like: RawVolume | None = None) -> np.ndarray:
@@ -108,29 +104,79 @@ def read_mask(source: Path, like: RawVolume | None = None) -> np.ndarray:
 
     Args:
         source: the mask's file.
-        like: the image that it belongs to. The mask must have its shape and spacing; a mask without any
-            geometry of its own takes the image's.
+        like: the image that it belongs to. The mask must have its shape, its spacing and, as far as both
+            files say it, its place to half a voxel. A NIfTI mask without qform and sform is taken to be
+            stored as its NIfTI image is, along the same axes, and to have its spacing where it has none.
 
     Raises:
-        ValueError: as `read_volume`; or one line: values that are not whole or outside of 0..255, or another
-            grid than the image's.
+        ValueError: as `read_volume`; or one line: values that are not whole or outside of 0..255, another
+            grid than the image's, or axes that neither the mask nor its image tells.
     """
-    mask = read_volume(source, spacing_mm=like.spacing_mm if like else None)
+    with _refusing(source) as kind:
+        if like is None:
+            mask = _read(source, kind, None)
+        else:
+            mask = _read(source, kind, like.spacing_mm, uncoded_axes=like.stored_axes or "RAS")
     values = mask.voxels
-    if like is not None and values.shape != like.voxels.shape:
-        raise ValueError(
-            f"mask: its shape {values.shape} is not the image's {like.voxels.shape}; export it on the image's grid"
-        )
-    if like is not None and not np.allclose(
-        mask.spacing_mm, like.spacing_mm, rtol=_SPACING_TOLERANCE, atol=0
-    ):
-        raise ValueError("mask: its spacing is not the image's; export it on the image's grid")
+    if like is not None:
+        _check_grid(mask, like)
+    elif mask.affine is None:
+        raise ValueError("mask: neither qform nor sform; give the image whose axes it shares")
     whole = np.empty(values.shape, np.uint8)
     for target, plane in zip(whole, values, strict=True):
         if plane.min() < 0 or plane.max() > 255 or (plane != np.rint(plane)).any():
             raise ValueError("mask: values that are not whole or not in 0..255; export labels, not scores")
         target[...] = plane
     return whole
+
+
+def _check_grid(mask: RawVolume, image: RawVolume) -> None:
+    """Refuse a mask whose voxels are not the image's."""
+    if mask.voxels.shape != image.voxels.shape:
+        raise ValueError(
+            f"mask: its shape {mask.voxels.shape} is not the image's {image.voxels.shape};"
+            " export it on the image's grid"
+        )
+    if not np.allclose(mask.spacing_mm, image.spacing_mm, rtol=_SPACING_TOLERANCE, atol=0):
+        raise ValueError("mask: its spacing is not the image's; export it on the image's grid")
+    if mask.affine is not None and image.affine is not None:
+        corners = np.array([*product(*((0, side - 1) for side in mask.voxels.shape), (1,))])
+        shifts_mm = np.linalg.norm(corners @ (mask.affine - image.affine).T, axis=1)
+        if shifts_mm.max() > min(image.spacing_mm) / 2:
+            raise ValueError(
+                f"mask: it lies up to {shifts_mm.max():.3g} mm off the image; export it on the image's grid"
+            )
+    # With one affine alone, only arrays that are stored alike can be laid on each other.
+    elif mask.stored_axes is None or mask.stored_axes != image.stored_axes:
+        raise ValueError(
+            "mask: only one of it and its image says which way its axes run; export both with qform or sform"
+        )
+
+
+def _read(
+    source: Path,
+    kind: _Format | None,
+    given_mm: tuple[float, float, float] | None,
+    *,
+    uncoded_axes: str = "RAS",
+) -> RawVolume:
+    """As `read_volume`, within `_refusing`; `uncoded_axes` are those of a NIfTI file that does not say."""
+    if kind == "NIfTI":
+        size_bytes = source.stat().st_size
+        with source.open("rb") as plain:
+            return _read_nifti(plain, size_bytes, given_mm, uncoded_axes, exact=True)
+    if kind == "gzip":
+        with gzip.open(source) as unpacked:
+            limit_bytes = source.stat().st_size * _MAX_DEFLATE
+            return _read_nifti(cast(BinaryIO, unpacked), limit_bytes, given_mm, uncoded_axes, exact=False)
+    if kind == "zip":
+        with zipfile.ZipFile(source) as archive:
+            return _read_series(_members(archive), given_mm)
+    files = [source] if kind == "DICOM" else [p for p in sorted(source.iterdir()) if p.is_file()]
+    files = [path for path in files if not _is_hidden(path)]
+    if len(files) > MAX_SLICES:
+        raise Refusal(f"{len(files)} files, over the limit of {MAX_SLICES} for one series")
+    return _read_series([partial(read_bytes, path) for path in files], given_mm)
 
 
 @contextmanager
@@ -258,6 +304,22 @@ def _spacing(steps: np.ndarray, axes: np.ndarray) -> Spacing:
     return _checked_spacing(ordered)
 
 
+def _affine(
+    steps: np.ndarray, origin_mm: np.ndarray, axes: np.ndarray, shape_dhw: Sequence[int], spacing_mm: Spacing
+) -> np.ndarray:
+    """`RawVolume.affine`, of steps and origin in the file's own order; the lengths are those of `spacing_mm`."""
+    affine = np.eye(4)
+    affine[:3, 3] = origin_mm
+    directions = (steps / np.linalg.norm(steps, axis=0)).T
+    for direction, (axis, sign) in zip(directions, axes, strict=True):
+        number = 2 - int(axis)
+        step_mm = direction * spacing_mm[number]
+        affine[:3, number] = sign * step_mm
+        if sign < 0:
+            affine[:3, 3] += (shape_dhw[number] - 1) * step_mm
+    return affine
+
+
 def _take_given(given_mm: Sequence[float] | None, reason: str, assumptions: list[str]) -> Spacing:
     """The spacing that was given, recorded as an assumption; refused for `reason` where none was."""
     if given_mm is None:
@@ -295,7 +357,12 @@ def _geometry_findings(steps: np.ndarray, axes: np.ndarray) -> list[str]:
 
 
 def _read_nifti(
-    stream: BinaryIO, size_bytes: int, spacing_mm: tuple[float, float, float] | None, *, exact: bool
+    stream: BinaryIO,
+    size_bytes: int,
+    given_mm: tuple[float, float, float] | None,
+    uncoded_axes: str,
+    *,
+    exact: bool,
 ) -> RawVolume:
     """The volume in a stream that holds `size_bytes`, exactly or at most."""
     header = _nifti_header(stream)
@@ -313,8 +380,9 @@ def _read_nifti(
         raise Refusal("its header claims another number of voxels than the file holds; copy it again")
 
     assumptions: list[str] = []
-    steps, spacing = _nifti_geometry(header, spacing_mm, assumptions)
+    steps, origin_mm, spacing = _nifti_geometry(header, given_mm, uncoded_axes, assumptions)
     axes = _orientation(steps)
+    spacing = spacing or _spacing(steps, axes)
     slope, intercept = header.get_slope_inter()
     slope, intercept = (1.0, 0.0) if slope is None else (float(slope), float(intercept))
     canvas = _Canvas((shape_ijk[2], shape_ijk[1], shape_ijk[0]), axes, _nifti_dtype(dtype, slope, intercept))
@@ -327,7 +395,9 @@ def _read_nifti(
         raise Refusal("more voxels than its header claims; copy it again")
     return RawVolume(
         voxels=canvas.voxels,
-        spacing_mm=spacing or _spacing(steps, axes),
+        spacing_mm=spacing,
+        affine=None if origin_mm is None else _affine(steps, origin_mm, axes, canvas.voxels.shape, spacing),
+        stored_axes="".join(ornt2axcodes(axes)),  # type: ignore[no-untyped-call]
         assumptions=tuple(assumptions),
         findings=tuple(_geometry_findings(steps, axes)),
     )
@@ -382,9 +452,11 @@ def _nifti_dtype(stored: np.dtype[Any], slope: float, intercept: float) -> Any:
 
 
 def _nifti_geometry(
-    header: Any, given_mm: tuple[float, float, float] | None, assumptions: list[str]
-) -> tuple[np.ndarray, Spacing | None]:
-    """The steps from voxel to voxel in mm RAS, as columns i, j, k; and the spacing where it is not theirs.
+    header: Any, given_mm: tuple[float, float, float] | None, uncoded_axes: str, assumptions: list[str]
+) -> tuple[np.ndarray, np.ndarray | None, Spacing | None]:
+    """Steps from voxel to voxel in mm RAS, as columns i, j, k; the first voxel's place; what spacing was given.
+
+    The place is None where none is coded, the spacing where it is the length of the steps.
 
     Source: NIfTI-1.1 standard, methods 1 to 3. The sform counts where it is coded, else the qform.
     """
@@ -409,21 +481,29 @@ def _nifti_geometry(
             raise Refusal("qform and sform disagree on handedness, left or right; export it again")
         if not np.array_equal(_orientation(qform), _orientation(sform)):
             raise Refusal("qform and sform disagree on which way the axes run; export it again")
-    steps = sform if sform is not None else qform
+    units = int(header["xyzt_units"]) & 7
+    unit_mm = _UNITS_MM.get(units, 1.0)
+    steps, origin_mm = sform if sform is not None else qform, None
     if steps is None:
         assumptions.append(
-            "neither qform nor sform: the axes were taken to run right, anterior, superior; sides may be swapped"
+            f"neither qform nor sform: the axes were taken to be {uncoded_axes}+; sides may be swapped"
         )
-        steps = np.diag(pixdim) if has_pixdim else np.eye(3)
+        axes = axcodes2ornt(uncoded_axes)  # type: ignore[no-untyped-call]
+        steps = np.zeros((3, 3))
+        steps[axes[:, 0].astype(int), range(3)] = axes[:, 1] * (pixdim if has_pixdim else 1.0)
         doubt = "" if has_pixdim else "no spacing in qform, sform or pixdim"
+    else:
+        form = header.get_sform() if has_sform else header.get_qform()
+        origin_mm = np.asarray(form[:3, 3], np.float64) * unit_mm
+        if not (np.abs(origin_mm) < _LARGEST).all():
+            raise Refusal("its affine puts it at no place in space; export it again")
     if doubt:
-        return steps, _take_given(given_mm, doubt, assumptions)
-    units = int(header["xyzt_units"]) & 7
+        return steps, origin_mm, _take_given(given_mm, doubt, assumptions)
     if units and units not in _UNITS_MM:
         raise Refusal("an unknown unit of length in its header; export it in mm")
     if not units:
         assumptions.append("the header names no unit of length: mm was taken")
-    return steps * _UNITS_MM.get(units, 1.0), None
+    return steps * unit_mm, origin_mm, None
 
 
 def _skip(stream: BinaryIO, num_bytes: int) -> None:
@@ -506,8 +586,9 @@ def _read_series(
     frames, heights_mm = [frames[number] for number in order], heights_mm[order]
     is_new, findings = _judge_gaps(heights_mm)
     kept = [frame for frame, new in zip(frames, is_new, strict=True) if new]
-    steps, spacing = _series_geometry(kept, heights_mm[is_new], normal, given_mm, assumptions)
+    steps, origin_mm, spacing = _series_geometry(kept, heights_mm[is_new], normal, given_mm, assumptions)
     axes = _orientation(steps)
+    spacing = spacing or _spacing(steps, axes)
     shape = (len(kept), *frames[0].shape)
     _check_shape(shape)
     canvas = _Canvas(shape, axes, _series_dtype(frames))
@@ -522,7 +603,8 @@ def _read_series(
             )
     return RawVolume(
         voxels=canvas.voxels,
-        spacing_mm=spacing or _spacing(steps, axes),
+        spacing_mm=spacing,
+        affine=_affine(steps, origin_mm, axes, canvas.voxels.shape, spacing),
         attributes=attributes,
         patient=frames[0].patient or None,
         assumptions=tuple(dict.fromkeys(assumptions)),
@@ -547,7 +629,7 @@ def _series_frames(
             if header.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
                 continue  # a DICOMDIR: a table of contents
             if attributes is None:
-                attributes = _attributes(header, assumptions)
+                attributes = header_attributes(header, assumptions)
             frames.extend(_file_frames(header, read))
         if len(frames) > MAX_SLICES:
             raise Refusal(f"over {MAX_SLICES} slices, the limit for one series")
@@ -567,7 +649,7 @@ def _file_frames(header: Dataset, read: Callable[[], bytes]) -> Iterator[_Frame]
     if num_frames > MAX_SLICES:
         raise Refusal(f"{num_frames} frames, over the limit of {MAX_SLICES} for one series")
     header.NumberOfFrames = 1  # the other frames have the same form
-    if _check_pixels(header, UID(str(header.file_meta.get("TransferSyntaxUID", "")))):
+    if check_pixels(header, UID(str(header.file_meta.get("TransferSyntaxUID", "")))):
         raise Refusal("colour slices; a volume has one number per voxel")
     if header.get("ModalityLUTSequence"):
         raise Refusal("a modality lookup table, which is not read for volumes; export with rescale slope")
@@ -599,8 +681,8 @@ def _file_frames(header: Dataset, read: Callable[[], bytes]) -> Iterator[_Frame]
             step_mm=next((value[0] for value in (between, thickness) if value and value[0] > 0), None),
             scale=(slope[0], intercept[0] if intercept else 0.0),
             stored=stored,
-            series=_text(header, "SeriesInstanceUID"),
-            patient=_text(header, "PatientID"),
+            series=header_text(header, "SeriesInstanceUID"),
+            patient=header_text(header, "PatientID"),
         )
 
 
@@ -621,7 +703,7 @@ def _frame_numbers(header: Dataset, index: int, group: str, keyword: str, count:
         if item < len(groups) and groups[item].get(group):
             places.insert(0, groups[item].get(group)[0])
     for place in places:
-        if numbers := _numbers(place, keyword):
+        if numbers := header_numbers(place, keyword):
             if len(numbers) != count or not (np.abs(numbers) < _LARGEST).all():
                 raise Refusal(f"{keyword} is not {count} numbers below {_LARGEST:g}; export it again")
             return numbers
@@ -673,7 +755,7 @@ def _series_geometry(
     normal: np.ndarray,
     given_mm: tuple[float, float, float] | None,
     assumptions: list[str],
-) -> tuple[np.ndarray, Spacing | None]:
+) -> tuple[np.ndarray, np.ndarray, Spacing | None]:
     """As `_nifti_geometry`, of sorted slices.
 
     Source: DICOM PS3.3 C.7.6.2.1.1, equation C.7.6.2.1-1. DICOM's patient axes point left, posterior and
@@ -689,13 +771,15 @@ def _series_geometry(
     # The first cosines point along a row, where the column number grows.
     along_row, along_column = frames[0].cosines
     steps = np.column_stack([along_row * column_mm, along_column * row_mm, step])
-    steps *= np.array([[-1.0], [-1.0], [1.0]])
+    to_ras = np.array([-1.0, -1.0, 1.0])
+    steps *= to_ras[:, None]
+    origin_mm = frames[0].position_mm * to_ras
     if pixel_mm is None or (len(frames) == 1 and step_mm is None):
         missing = "PixelSpacing" if pixel_mm is None else "distance between slices, being one alone,"
-        return steps, _take_given(given_mm, f"no {missing}", assumptions)
+        return steps, origin_mm, _take_given(given_mm, f"no {missing}", assumptions)
     if len(frames) == 1:
         assumptions.append("one slice: its own thickness or SpacingBetweenSlices was taken as its spacing")
-    return steps, None
+    return steps, origin_mm, None
 
 
 def _series_dtype(frames: Sequence[_Frame]) -> Any:
@@ -717,7 +801,7 @@ def _decoded(frames: Sequence[_Frame]) -> Iterator[np.ndarray]:
                 header = parse_header(frame.read())
             opened = frame.read
         syntax = UID(str(header.file_meta.TransferSyntaxUID))
-        plugin = "pillow" if syntax in _PILLOW_SYNTAXES else ""
+        plugin = "pillow" if syntax in PILLOW_SYNTAXES else ""
         stored, _ = get_decoder(syntax).as_array(header, index=frame.index, raw=False, decoding_plugin=plugin)
         if stored.shape != frame.shape:
             raise Refusal("the pixel data have another size than the header says")
