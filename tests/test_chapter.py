@@ -9,6 +9,7 @@ NAMES = {
     "BalancedSampler": "cadx.sampling",
     "Patch3DDataset": "cadx.loading.volumes",
     "MILDataset": "cadx.loading.slides",
+    "visualize_attention_map": "cadx.explaining",
     "MedicalClassificationModel": "cadx.models.radiograph",
     "MedicalResNet": "cadx.models.radiograph",
     "DenseNetMedical": "cadx.models.radiograph",

@@ -16,16 +16,20 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 LIMIT_S = 2  # of processor time: what others do on the machine does not count
 LIMIT_BYTES = 1 << 30
 DAMAGES_PER_FORMAT = 24
 # Read to be whole before anything is timed: libraries are imported on first use.
 NUM_WHOLE = 1
+TEXTS = ("table", "voc", "coco")
 
 Shape = tuple[int, ...]
 
@@ -265,13 +269,57 @@ def test_no_broken_file_crashes_hangs_or_changes_shape(tmp_path: Path) -> None:
             assert outcome["refused"], path
             assert "\n" not in outcome["refused"], (path, outcome)
             assert str(tmp_path) not in outcome["refused"], (path, outcome)
-        elif kind in ("table", "voc", "coco"):
+        elif kind in TEXTS:
             continue  # text without a checksum: its recorded digest tells
         else:
             assert outcome["shape"] == whole[kind], (path, outcome)
     assert peak_bytes < LIMIT_BYTES
     # A magic of noise and a cut are told by the format itself wherever it has a structure.
     assert all(refused[kind] >= DAMAGES_PER_FORMAT // 3 for kind in whole if kind != "table"), refused
+
+
+@pytest.mark.slow
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    kind=st.sampled_from(
+        ["dicom", "dicom-rle", "png", "jpeg", "npz", "nifti", "dicom-series", "slide", "voc", "coco", "table"]
+    ),
+    edits=st.lists(
+        st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=8)), max_size=12
+    ),
+    kept=st.floats(0.02, 1),
+)
+def test_a_fuzzer_finds_no_way_out_but_a_refusal(
+    whole_files: dict[str, tuple[str, bytes, Shape]], kind: str, edits: list[tuple[float, bytes]], kept: float
+) -> None:
+    name, data, shape = whole_files[kind]
+    spoilt = bytearray(data)
+    for at, value in edits:
+        start = int(at * len(spoilt))
+        spoilt[start : start + len(value)] = value
+    del spoilt[int(kept * len(spoilt)) + 1 :]
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(spoilt)
+        message, found = "refused", None
+        try:
+            found = opened(kind, path)
+        except ValueError as error:
+            message = str(error)
+    assert message
+    assert "\n" not in message
+    assert found in (None, shape) or kind in TEXTS
+
+
+@pytest.fixture(scope="module")
+def whole_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, bytes, Shape]]:
+    """Format -> (file name, a good file, the shape of what it holds)."""
+    found = {}
+    for kind, (name, data) in sources().items():
+        path = tmp_path_factory.mktemp(kind) / name
+        path.write_bytes(data)
+        found[kind] = (name, data, opened(kind, path))
+    return found
 
 
 if __name__ == "__main__":

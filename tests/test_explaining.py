@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cadx.explaining import draw_subgroups, overlay, patient_band, steps_at
+from cadx.explaining import draw_subgroups, overlay, patient_band, steps_at, tile_map, visualize_attention_map
 from cadx.metrics import Subgroup, roc
 from cadx.reporting import panels
 from cadx.types import Estimate
@@ -90,3 +90,41 @@ def test_a_forest_plot_shows_every_interval_whole() -> None:
         "site: a  (9, 4 +)",
         "site: b  (8, 0 +)",
     ]
+
+
+@pytest.mark.parametrize("tile_px", [64, 224, 256])
+@pytest.mark.parametrize("slide_mpp", [0.25, 0.499])
+@pytest.mark.parametrize("thumbnail_px", [(200, 260), (97, 131)])
+def test_attention_lies_on_its_tiles_whatever_tile_level_and_scale(
+    tile_px: int, slide_mpp: float, thumbnail_px: tuple[int, int]
+) -> None:
+    """The sketch took every slide for one of 256 px tiles, and its thumbnail for a tenth of level 0."""
+    size_um = (20_000 * slide_mpp, 26_000 * slide_mpp)
+    spacing_um = (size_um[0] / thumbnail_px[0], size_um[1] / thumbnail_px[1])
+    tile_um = tile_px * 2 * slide_mpp
+    positions_um = np.array([[0.31 * size_um[1], 0.62 * size_um[0]], [0.8 * size_um[1], 0.1 * size_um[0]]])
+    found = tile_map(
+        np.array([3.0, 1.0]), positions_um, tile_um=tile_um, spacing_um=spacing_um, shape=thumbnail_px
+    )
+    for weight, (x_um, y_um) in zip((3, 1), positions_um, strict=True):
+        rows, columns = np.nonzero(found == weight)
+        for pixels, step_um, start_um in ((rows, spacing_um[0], y_um), (columns, spacing_um[1], x_um)):
+            assert abs(pixels.min() * step_um - start_um) <= step_um
+            assert abs((pixels.max() + 1) * step_um - (start_um + tile_um)) <= step_um
+
+
+def test_overlapping_tiles_share_their_pixels_and_tiles_beyond_the_edge_are_cut() -> None:
+    positions_um = np.array([[0, 0], [1, 0], [3.5, 0]])
+    found = tile_map(np.array([2.0, 4.0, 6.0]), positions_um, tile_um=2, spacing_um=(1, 1), shape=(1, 5))
+    # The third tile covers the right half of the fourth pixel, and the last one whole.
+    np.testing.assert_allclose(found, [[2, 3, 4, 6, 6]])
+
+
+def test_the_picture_of_a_slide_shows_its_tissue_where_no_tile_was_read() -> None:
+    thumbnail = np.full((4, 6, 3), 200, np.uint8)
+    drawn = visualize_attention_map(
+        thumbnail, np.array([1.0]), np.array([[0, 0]]), tile_um=2, spacing_um=(1, 1)
+    )
+    assert (drawn[2:] == 200).all()
+    assert (drawn[:, 2:] == 200).all()
+    assert (drawn[:2, :2] != 200).any(axis=2).all()
