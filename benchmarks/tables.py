@@ -33,15 +33,17 @@ _STEPS = {
     ),
 }
 _SCRIPT = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 started = time.perf_counter()
 from components.{step} import {step}
 root = Path(sys.argv[1])
 params = "{{}}"
 {call}
-peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({{"seconds": time.perf_counter() - started, "mib": peak_kib / 1024}}))
+seconds = time.perf_counter() - started
+# Not ru_maxrss, in which a child inherits the peak of its parent.
+peak, *_ = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+print(json.dumps({{"seconds": seconds, "mib": int(peak.split()[1]) / 1024}}))
 """
 
 

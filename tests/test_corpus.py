@@ -8,7 +8,6 @@ import contextlib
 import gzip
 import io
 import json
-import resource
 import signal
 import subprocess
 import sys
@@ -226,7 +225,9 @@ def read_all(listing: Path) -> None:
             outcome = {"escaped": f"{type(error).__name__}: {error}"}
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps({"number": number, **outcome}), flush=True)
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss, in which a child inherits the peak of its parent.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    peak_bytes = int(status["VmHWM"].split()[0]) * 1024
     print(json.dumps({"peak_bytes": peak_bytes}), flush=True)
 
 

