@@ -27,7 +27,7 @@ setup: $(VENV)/.ready  ## virtual environment with the locked dependencies
 
 $(VENV)/.ready: $(LOCK) requirements/uv.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "cadx needs Python 3.11 or 3.12 with venv; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@echo "Setting up $(VENV) with $$($(PYTHON) --version): about 5.8 GB, once"
+	@echo "Setting up $(VENV) with $$($(PYTHON) --version): about 6 GB, once"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/uv.txt
 	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes $(LOCK)

@@ -12,49 +12,28 @@ import pydicom
 import pytest
 import tifffile
 from PIL import Image, PngImagePlugin
-from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.dataset import Dataset
 from pydicom.pixels import apply_rescale
 from pydicom.sequence import Sequence
 from pydicom.uid import (
-    ExplicitVRLittleEndian,
     MultiFrameGrayscaleByteSecondaryCaptureImageStorage,
     RLELossless,
 )
+from test_reading import NAME, dicom_dataset, encode
 
 from cadx.reading.dicom import IDENTIFYING_KEYWORDS, dicom_identifiers
 from cadx.reading.identifiers import LABEL_IMAGES, file_identifiers
 from cadx.reading.images import read_image
 
-NAME = "Ignatowska^Bronislawa"
 GRAY = np.random.default_rng(0).integers(0, 256, (16, 24), dtype=np.uint8)
 
 
 def dicom(stored: np.ndarray = GRAY, **elements: object) -> Dataset:
     """A minimal DICOM data set; `stored` is H W or frames H W."""
-    meta = FileMetaDataset()
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    meta.MediaStorageSOPClassUID = MultiFrameGrayscaleByteSecondaryCaptureImageStorage
-    meta.MediaStorageSOPInstanceUID = "1.2.3"
-    ds = Dataset()
-    ds.file_meta = meta
-    ds.SOPClassUID, ds.SOPInstanceUID = meta.MediaStorageSOPClassUID, "1.2.3"
-    ds.Rows, ds.Columns = stored.shape[-2:]
-    ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PixelRepresentation = 1, "MONOCHROME2", 0
-    ds.BitsAllocated = ds.BitsStored = 8 * stored.itemsize
-    ds.HighBit = ds.BitsStored - 1
+    frames: dict[str, object] = {"SOPClassUID": MultiFrameGrayscaleByteSecondaryCaptureImageStorage}
     if stored.ndim == 3:
-        ds.NumberOfFrames = len(stored)
-    ds.PixelData = stored.tobytes()
-    ds["PixelData"].VR = "OB" if stored.itemsize == 1 else "OW"
-    for keyword, value in elements.items():
-        setattr(ds, keyword, value)
-    return ds
-
-
-def encode(ds: Dataset) -> bytes:
-    stream = io.BytesIO()
-    pydicom.dcmwrite(stream, ds, enforce_file_format=True)
-    return stream.getvalue()
+        frames |= {"NumberOfFrames": len(stored), "Rows": stored.shape[1], "Columns": stored.shape[2]}
+    return dicom_dataset(stored, **(frames | elements))
 
 
 def picture(kind: str, **options: object) -> bytes:

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+import pandas as pd
+from pydantic import AfterValidator, Field
 from pydicom.uid import UID
 from rich.console import Console
 from rich.progress import track
@@ -23,7 +24,20 @@ T = TypeVar("T")
 Scanner = TypeVar("Scanner")
 Array = npt.NDArray[Any]
 Range = tuple[float, float]
+Count = Annotated[int, Field(ge=2)]
+FilesPerPatient = Annotated[float, Field(ge=1, le=4)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0)]
 _SLOW = 200  # items: fewer are drawn before a bar would be seen
+
+
+def _in_order(value: Range) -> Range:
+    if not 0 < value[0] <= value[1]:
+        raise ValueError("give two positive numbers, the smaller one first")
+    return value
+
+
+PositiveRange = Annotated[Range, AfterValidator(_in_order)]
 
 
 class Faults(Config):
@@ -167,52 +181,92 @@ def draw_clinical(visits: Sequence[Visit], seed: int) -> dict[Visit, dict[str, f
 
 
 @dataclass(frozen=True)
-class PlannedFile:
-    """A file to write: whose it is said to be, its number in the cohort, and what is wrong with it."""
+class PlannedFile(Generic[Scanner]):
+    """A file to write: whose it is said to be, where it is made, and what is wrong with it."""
 
     visit: Visit
     patient_number: int  # another than the visit's patient's where the image is filed twice
     number: int  # from 1, in an order unrelated to the patients
+    site: Site[Scanner]
+    scanner: Scanner
     identified: bool
     spoiled: int | None  # the kind for `spoil`
 
 
-def plan_files(visits: Sequence[Visit], faults: Faults, seed: int) -> list[PlannedFile]:
-    """The files of a cohort: one per visit, and what a careless export adds and breaks.
+class Cohort(Config):
+    """What the configurations of all modalities say of their patients, and of what goes wrong."""
 
-    >>> visits = draw_visits(num_patients=5, visits_per_patient=1, site_weights=[1], prevalence=0, seed=0)
-    >>> files = plan_files(visits, Faults(duplicates=1, corrupt_files=2), seed=0)
-    >>> [file.patient_number for file in files], sorted(file.number for file in files)
-    ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6])
-    >>> sorted(file.spoiled for file in files if file.spoiled is not None)
-    [0, 1]
-    """
-    order = stream(seed, "order")
-    last = max(visit.patient.number for visit in visits)
-    copies = order.choice(len(visits), min(faults.duplicates, len(visits)), replace=False).tolist()
-    jobs = [(visit, visit.patient.number) for visit in visits]
-    jobs += [(visits[of], last + 1 + nth) for nth, of in enumerate(copies)]
-    numbers = order.permutation(len(jobs)) + 1
-    faulty = order.permutation(len(jobs)).tolist()
-    named = set(faulty[: faults.identifiers])
-    corrupt = faulty[faults.identifiers :][: faults.corrupt_files]
-    return [
-        PlannedFile(
-            visit, number, int(numbers[job]), job in named, corrupt.index(job) if job in corrupt else None
+    num_patients: Count
+    num_sites: Annotated[int, Field(ge=1, le=4)] = 4
+    prevalence: Share  # of files with a finding
+    seed: Seed
+    faults: Faults = Faults()
+    shift: Shift = Shift()
+
+    def plan(
+        self, files_per_patient: float, sites: Sequence[Site[Scanner]], new_scanner: Scanner
+    ) -> list[PlannedFile[Scanner]]:
+        """The files of the cohort: one per visit, and what a careless export adds and breaks.
+
+        Args:
+            files_per_patient: mean number of visits.
+            sites: of the modality; the first `num_sites` of them take part.
+            new_scanner: what every site has after a shift that replaces its machine.
+
+        >>> faults = Faults(duplicates=1, corrupt_files=2)
+        >>> cohort = Cohort(num_patients=5, prevalence=0, seed=0, num_sites=1, faults=faults)
+        >>> files = cohort.plan(1, [Site("A", 1.0, "old")], "new")
+        >>> [file.patient_number for file in files], sorted(file.number for file in files)
+        ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6])
+        >>> sorted(file.spoiled for file in files if file.spoiled is not None)
+        [0, 1]
+        """
+        sites = sites[: self.num_sites]
+        visits = draw_visits(
+            num_patients=self.num_patients,
+            visits_per_patient=files_per_patient,
+            site_weights=[site.share for site in sites],
+            prevalence=self.prevalence,
+            seed=self.seed,
+            site_shift=self.faults.site_shift,
         )
-        for job, (visit, number) in enumerate(jobs)
-    ]
+        order = stream(self.seed, "order")
+        copies = order.choice(len(visits), min(self.faults.duplicates, len(visits)), replace=False).tolist()
+        jobs = [(visit, visit.patient.number) for visit in visits]
+        jobs += [(visits[of], self.num_patients + 1 + nth) for nth, of in enumerate(copies)]
+        numbers = order.permutation(len(jobs)) + 1
+        faulty = order.permutation(len(jobs)).tolist()
+        named = set(faulty[: self.faults.identifiers])
+        corrupt = faulty[self.faults.identifiers :][: self.faults.corrupt_files]
+        return [
+            PlannedFile(
+                visit=visit,
+                patient_number=number,
+                number=int(numbers[job]),
+                site=(site := sites[visit.patient.site]),
+                scanner=new_scanner if self.shift.new_scanner else site.scanner,
+                identified=job in named,
+                spoiled=corrupt.index(job) if job in corrupt else None,
+            )
+            for job, (visit, number) in enumerate(jobs)
+        ]
 
 
-def describe(planned: PlannedFile, site: str, scanner: str) -> dict[str, Any]:
+def describe(planned: PlannedFile[Any]) -> dict[str, Any]:
     """The columns of a cohort's table that say whose a file is and where it was made."""
     return {
         "patient": f"P{planned.patient_number:05d}",
-        "site": site,
-        "scanner": scanner,
+        "site": planned.site.name,
+        "scanner": planned.scanner.model,
         "age": planned.visit.patient.age_years,
         "sex": planned.visit.patient.sex,
     }
+
+
+def write_boxes(path: Path, boxes: Iterable[tuple[str, str, int, int, int, int]]) -> None:
+    """Write a cohort's boxes.csv, sorted: file, class, x0, y0, x1, y1."""
+    columns = ["file", "class", "x0", "y0", "x1", "y1"]
+    pd.DataFrame(sorted(boxes), columns=columns).to_csv(path, index=False)
 
 
 def stream(seed: int, *names: str | int) -> np.random.Generator:

@@ -11,52 +11,50 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, PngImagePlugin
-from pydantic import Field, field_validator
 from scipy.ndimage import gaussian_filter
 
 from cadx.files import replacing
 from cadx.phantom.cohort import (
     Array,
-    Faults,
+    Cohort,
+    Count,
+    FilesPerPatient,
     Patient,
+    PositiveRange,
     Range,
-    Shift,
+    Seed,
+    Share,
     Site,
     Visit,
     describe,
-    draw_visits,
     drawing,
-    plan_files,
     spoil,
     stream,
+    write_boxes,
 )
 from cadx.phantom.shapes import bell, bounding_box, cloud, ellipse, rim, step
-from cadx.types import Config
 
 CLASSES = ("mass", "calcification_cluster")
 """The words of boxes.csv; a catalogue entry may call them otherwise, in this order."""
 _SIZE_PX = (512, 384)
 
 
-class LesionPhantom(Config):
+class LesionPhantom(Cohort):
     """A mammography cohort: one PNG file per image, small lesions of two classes with boxes."""
 
     modality: Literal["lesion"] = "lesion"
-    num_patients: Annotated[int, Field(ge=2)] = 600
-    images_per_patient: Annotated[float, Field(ge=1, le=4)] = 1.5  # mean; views and follow-ups of one breast
-    num_sites: Annotated[int, Field(ge=1, le=4)] = 4
-    prevalence: Annotated[float, Field(ge=0, le=1)] = 0.35  # share of images with a lesion
-    seed: Annotated[int, Field(ge=0)] = 50
-    lesion_size_px: Range = (8.0, 32.0)  # about the longer side of its box
-    mass_contrast: Range = (0.10, 0.24)  # of the displayed range, at the centre
-    speck_contrast: Range = (0.18, 0.45)
-    faults: Faults = Faults()
-    shift: Shift = Shift()
+    num_patients: Count = 600
+    images_per_patient: FilesPerPatient = 1.5  # mean; views and follow-ups of one breast
+    prevalence: Share = 0.35  # share of images with a lesion
+    seed: Seed = 50
+    lesion_size_px: PositiveRange = (8.0, 32.0)  # about the longer side of its box
+    mass_contrast: PositiveRange = (0.10, 0.24)  # of the displayed range, at the centre
+    speck_contrast: PositiveRange = (0.18, 0.45)
 
     def write(self, folder: Path) -> None:
         """Write the cohort: `write_lesion_cohort`."""
@@ -72,13 +70,6 @@ class LesionPhantom(Config):
             "columns": {name: name for name in ("patient", "site", "scanner", "age", "sex", "view")},
             "boxes": {"table": "boxes.csv", "x1": "x1", "y1": "y1", "values": names},
         }
-
-    @field_validator("lesion_size_px", "mass_contrast", "speck_contrast")
-    @classmethod
-    def _is_range(cls, value: Range) -> Range:
-        if not 0 < value[0] <= value[1]:
-            raise ValueError("give two positive numbers, the smaller one first")
-        return value
 
 
 # --- Sites and machines -------------------------------------------------------------------------------
@@ -397,23 +388,13 @@ def write_lesion_cohort(folder: Path, config: LesionPhantom) -> None:
     - `boxes.csv`: file, class (a word of CLASSES), x0, y0, x1, y1: 0-based, half-open, in stored pixels; most
       images have none
     """
-    sites = SITES[: config.num_sites]
-    visits = draw_visits(
-        num_patients=config.num_patients,
-        visits_per_patient=config.images_per_patient,
-        site_weights=[site.share for site in sites],
-        prevalence=config.prevalence,
-        seed=config.seed,
-        site_shift=config.faults.site_shift,
-    )
+    planned_files = config.plan(config.images_per_patient, SITES, NEW_SCANNER)
     rows: list[dict[str, Any]] = []
     boxes: list[tuple[str, str, int, int, int, int]] = []
     with replacing(folder) as partial:
         (partial / "images").mkdir(parents=True)
-        for planned in drawing(plan_files(visits, config.faults, config.seed), "mammograms"):
-            site = sites[planned.visit.patient.site]
-            scanner = NEW_SCANNER if config.shift.new_scanner else site.scanner
-            image = _mammogram(planned.visit, scanner, config)
+        for planned in drawing(planned_files, "mammograms"):
+            image = _mammogram(planned.visit, planned.scanner, config)
             file = f"images/mg-{planned.number:05d}.png"
             notes = PngImagePlugin.PngInfo()
             if planned.identified:
@@ -425,7 +406,7 @@ def write_lesion_cohort(folder: Path, config: LesionPhantom) -> None:
             rows.append(
                 {
                     "file": file,
-                    **describe(planned, site.name, scanner.model),
+                    **describe(planned),
                     "sex": "F",
                     "view": image.view,
                     **{f"label_{kind}": int(kind in found) for kind in CLASSES},
@@ -433,6 +414,4 @@ def write_lesion_cohort(folder: Path, config: LesionPhantom) -> None:
             )
             boxes.extend((file, *box) for box in image.boxes)
         pd.DataFrame(rows).sort_values("file").to_csv(partial / "labels.csv", index=False)
-        pd.DataFrame(sorted(boxes), columns=["file", "class", "x0", "y0", "x1", "y1"]).to_csv(
-            partial / "boxes.csv", index=False
-        )
+        write_boxes(partial / "boxes.csv", boxes)

@@ -25,21 +25,21 @@ from pydantic import Field, field_validator
 from cadx.files import replacing
 from cadx.phantom.cohort import (
     Array,
-    Faults,
+    Cohort,
+    Count,
+    FilesPerPatient,
     PlannedFile,
     Range,
-    Shift,
+    Seed,
+    Share,
     Site,
     Visit,
     describe,
-    draw_visits,
     drawing,
-    plan_files,
     spoil,
     stream,
 )
 from cadx.phantom.shapes import cloud, step
-from cadx.types import Config
 
 MASK_UM_PX = 4
 """um per pixel of the masks, which cover the same field as their slides; their own resolution says so too."""
@@ -50,19 +50,16 @@ _DYES = np.array([[0.5626, 0.7201, 0.4062], [0.2159, 0.8012, 0.5581]])
 _VARIANTS = 48  # stamps of each kind of nucleus
 
 
-class SlidePhantom(Config):
+class SlidePhantom(Cohort):
     """A cohort of whole slides: one pyramidal TIFF per slide, rare tumour nests with masks."""
 
     modality: Literal["slide"] = "slide"
-    num_patients: Annotated[int, Field(ge=2)] = 64
-    slides_per_patient: Annotated[float, Field(ge=1, le=4)] = 1.25  # mean
-    num_sites: Annotated[int, Field(ge=1, le=4)] = 4
-    prevalence: Annotated[float, Field(ge=0, le=1)] = 0.4  # share of slides with tumour
+    num_patients: Count = 64
+    slides_per_patient: FilesPerPatient = 1.25  # mean
+    prevalence: Share = 0.4  # share of slides with tumour
     size_um: Annotated[int, Field(ge=256, multiple_of=64)] = 1024  # of a side: 4096 px at 0.25 um/px
-    seed: Annotated[int, Field(ge=0)] = 40
+    seed: Seed = 40
     tumour_share: Range = (0.02, 0.15)  # of the tissue
-    faults: Faults = Faults()
-    shift: Shift = Shift()
 
     def write(self, folder: Path) -> None:
         """Write the cohort: `write_slide_cohort`."""
@@ -478,9 +475,9 @@ def _write_pyramid(path: Path, image: Image.Image, scanner: Scanner, magnified: 
             )
 
 
-def _write_slide(path: Path, planned: PlannedFile, scanner: Scanner, config: SlidePhantom) -> Array:
+def _write_slide(path: Path, planned: PlannedFile[Scanner], config: SlidePhantom) -> Array:
     """Write one slide; what comes back is its mask, bool, at MASK_UM_PX."""
-    visit = planned.visit
+    visit, scanner = planned.visit, planned.scanner
     tissue = _draw_tissue(visit, config)
     rng = stream(config.seed, "picture", visit.patient.number, visit.index)
     image = _picture(tissue, scanner, config, rng)
@@ -499,25 +496,15 @@ def write_slide_cohort(folder: Path, config: SlidePhantom) -> None:
     - `labels.csv`: file, patient, site, scanner, age, sex, label_tumour (0 or 1), mask (its file, or empty);
       sorted by file
     """
-    sites = SITES[: config.num_sites]
-    visits = draw_visits(
-        num_patients=config.num_patients,
-        visits_per_patient=config.slides_per_patient,
-        site_weights=[site.share for site in sites],
-        prevalence=config.prevalence,
-        seed=config.seed,
-        site_shift=config.faults.site_shift,
-    )
+    planned_files = config.plan(config.slides_per_patient, SITES, NEW_SCANNER)
     rows = []
     with replacing(folder) as partial:
         (partial / "images").mkdir(parents=True)
         (partial / "masks").mkdir()
-        for planned in drawing(plan_files(visits, config.faults, config.seed), "slides"):
-            site = sites[planned.visit.patient.site]
-            scanner = NEW_SCANNER if config.shift.new_scanner else site.scanner
+        for planned in drawing(planned_files, "slides"):
             stem = f"wsi-{planned.number:05d}"
             path = partial / "images" / f"{stem}.tif"
-            mask = _write_slide(path, planned, scanner, config)
+            mask = _write_slide(path, planned, config)
             if planned.spoiled is not None:
                 spoil(path, planned.spoiled)
             if mask.any():
@@ -526,7 +513,7 @@ def write_slide_cohort(folder: Path, config: SlidePhantom) -> None:
             rows.append(
                 {
                     "file": f"images/{stem}.tif",
-                    **describe(planned, site.name, scanner.model),
+                    **describe(planned),
                     "label_tumour": int(mask.any()),
                     "mask": f"masks/{stem}.png" if mask.any() else "",
                 }

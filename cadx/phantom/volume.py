@@ -11,34 +11,34 @@ import gzip
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import nibabel
 import numpy as np
 import pandas as pd
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 from scipy.ndimage import gaussian_filter
 
 from cadx.files import replacing
 from cadx.phantom.cohort import (
     CLINICAL,
     Array,
-    Faults,
+    Cohort,
+    Count,
+    FilesPerPatient,
     Patient,
     Range,
-    Shift,
+    Seed,
+    Share,
     Site,
     Visit,
     describe,
     draw_clinical,
-    draw_visits,
     drawing,
-    plan_files,
     spoil,
     stream,
 )
 from cadx.phantom.shapes import step
-from cadx.types import Config
 
 EXTENT_MM = (100.0, 112.0, 104.0)
 """Size of the block that every file shows, D H W: along the body, from back to front, from left to right."""
@@ -47,19 +47,16 @@ _AIR_HU, _BLOOD_HU = -990.0, 45.0
 _LOWEST_HU, _HIGHEST_HU = -1024, 3071
 
 
-class VolumePhantom(Config):
+class VolumePhantom(Cohort):
     """A chest CT cohort: one NIfTI file per scan, rare nodules with masks."""
 
     modality: Literal["volume"] = "volume"
-    num_patients: Annotated[int, Field(ge=2)] = 240
-    scans_per_patient: Annotated[float, Field(ge=1, le=4)] = 1.25  # mean; the later ones are follow-ups
-    num_sites: Annotated[int, Field(ge=1, le=4)] = 4
-    prevalence: Annotated[float, Field(ge=0, le=1)] = 0.4  # share of scans with a nodule
-    seed: Annotated[int, Field(ge=0)] = 30
+    num_patients: Count = 240
+    scans_per_patient: FilesPerPatient = 1.25  # mean; the later ones are follow-ups
+    prevalence: Share = 0.4  # share of scans with a nodule
+    seed: Seed = 30
     nodule_radius_mm: Range = (4.0, 12.0)
     clinical: bool = False  # columns that carry part of the signal: `cohort.draw_clinical`
-    faults: Faults = Faults()
-    shift: Shift = Shift()
 
     def write(self, folder: Path) -> None:
         """Write the cohort: `write_volume_cohort`."""
@@ -553,23 +550,15 @@ def write_volume_cohort(folder: Path, config: VolumePhantom) -> None:
     - `labels.csv`: file, patient, site, scanner, age, sex, label_nodule (0 or 1), mask (its file, or
       empty), with `clinical` its columns; sorted by file
     """
-    sites = SITES[: config.num_sites]
-    visits = draw_visits(
-        num_patients=config.num_patients,
-        visits_per_patient=config.scans_per_patient,
-        site_weights=[site.share for site in sites],
-        prevalence=config.prevalence,
-        seed=config.seed,
-        site_shift=config.faults.site_shift,
-    )
+    planned_files = config.plan(config.scans_per_patient, SITES, NEW_SCANNER)
+    visits = [planned.visit for planned in planned_files]
     clinical = draw_clinical(visits, config.seed) if config.clinical else {}
     rows = []
     with replacing(folder) as partial:
         (partial / "images").mkdir(parents=True)
         (partial / "masks").mkdir()
-        for planned in drawing(plan_files(visits, config.faults, config.seed), "chest CTs"):
-            visit, site = planned.visit, sites[planned.visit.patient.site]
-            scanner = NEW_SCANNER if config.shift.new_scanner else site.scanner
+        for planned in drawing(planned_files, "chest CTs"):
+            visit, scanner = planned.visit, planned.scanner
             voxels, mask = _scan(visit, scanner, config)
             name = f"ct-{planned.number:05d}.nii.gz"
             person = f"Patient: Phantom^Person {planned.patient_number}, born 19500101"
@@ -581,7 +570,7 @@ def write_volume_cohort(folder: Path, config: VolumePhantom) -> None:
             rows.append(
                 {
                     "file": f"images/{name}",
-                    **describe(planned, site.name, scanner.model),
+                    **describe(planned),
                     "label_nodule": int(mask.any()),
                     "mask": f"masks/{name}" if mask.any() else "",
                     **clinical.get(visit, {}),

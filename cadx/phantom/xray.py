@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pydicom
 from PIL import Image, ImageDraw, ImageFont
-from pydantic import Field, field_validator
+from pydantic import Field
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import (
     ComputedRadiographyImageStorage,
@@ -29,43 +29,42 @@ from cadx.files import replacing
 from cadx.phantom.cohort import (
     CLINICAL,
     Array,
-    Faults,
+    Cohort,
+    Count,
+    FilesPerPatient,
     Patient,
-    Range,
-    Shift,
+    PositiveRange,
+    Seed,
+    Share,
     Site,
     Visit,
     draw_clinical,
-    draw_visits,
     drawing,
-    plan_files,
     spoil,
     stream,
     uid,
+    write_boxes,
 )
 from cadx.phantom.shapes import bell, bounding_box, cloud, ellipse, rim, step
-from cadx.types import Config
 
 UNIT_MM = 200.0
 """Anatomy is written in this unit: x from the patient's right to left (image left to right), y downward."""
 _SPACING_AT_PX = 192
 
 
-class XrayPhantom(Config):
+class XrayPhantom(Cohort):
     """A chest X-ray cohort: one DICOM file per image, rare opacities with boxes and masks."""
 
     modality: Literal["xray"] = "xray"
-    num_patients: Annotated[int, Field(ge=2)] = 1000
-    images_per_patient: Annotated[float, Field(ge=1, le=4)] = 1.5  # mean; the later ones are follow-ups
-    num_sites: Annotated[int, Field(ge=1, le=4)] = 4
-    prevalence: Annotated[float, Field(ge=0, le=1)] = 0.12  # share of images with an opacity
+    num_patients: Count = 1000
+    images_per_patient: FilesPerPatient = 1.5  # mean; the later ones are follow-ups
+    prevalence: Share = 0.12  # share of images with an opacity
     size_px: Annotated[int, Field(ge=48)] = 192  # height; one site's cassettes are narrower
-    seed: Annotated[int, Field(ge=0)] = 20
-    opacity_radius_mm: Range = (13.0, 34.0)
-    opacity_contrast: Range = (0.36, 0.8)  # attenuation at the centre, log exposure; a rib is about 0.2
+    seed: Seed = 20
+    opacity_radius_mm: PositiveRange = (13.0, 34.0)
+    # Attenuation at the centre, log exposure; a rib is about 0.2.
+    opacity_contrast: PositiveRange = (0.36, 0.8)
     clinical: bool = False  # columns that carry part of the signal: `cohort.draw_clinical`
-    faults: Faults = Faults()
-    shift: Shift = Shift()
 
     def write(self, folder: Path) -> None:
         """Write the cohort: `write_xray_cohort`."""
@@ -82,13 +81,6 @@ class XrayPhantom(Config):
             "boxes": {"table": "boxes.csv", "x1": "x1", "y1": "y1"},
             **({"clinical": {name: name for name in CLINICAL}} if self.clinical else {}),
         }
-
-    @field_validator("opacity_radius_mm", "opacity_contrast")
-    @classmethod
-    def _is_range(cls, value: Range) -> Range:
-        if not 0 < value[0] <= value[1]:
-            raise ValueError("give two positive numbers, the smaller one first")
-        return value
 
 
 # --- Chest X-ray: sites and machines -----------------------------------------------------------------
@@ -727,26 +719,18 @@ def write_xray_cohort(folder: Path, config: XrayPhantom) -> None:
     - `boxes.csv`: file, class ("opacity"), x0, y0, x1, y1: 0-based, half-open, in stored pixels
     - `masks/<id>.png`: 255 where an opacity is; a file only for images that have one
     """
-    sites = SITES[: config.num_sites]
-    visits = draw_visits(
-        num_patients=config.num_patients,
-        visits_per_patient=config.images_per_patient,
-        site_weights=[site.share for site in sites],
-        prevalence=config.prevalence,
-        seed=config.seed,
-        site_shift=config.faults.site_shift,
-    )
+    planned_files = config.plan(config.images_per_patient, SITES, NEW_SCANNER)
+    visits = [planned.visit for planned in planned_files]
     clinical = draw_clinical(visits, config.seed) if config.clinical else {}
     labels: list[dict[str, Any]] = []
     boxes: list[tuple[str, str, int, int, int, int]] = []
     with replacing(folder) as partial:
         (partial / "images").mkdir(parents=True)
         (partial / "masks").mkdir()
-        for planned in drawing(plan_files(visits, config.faults, config.seed), "chest X-rays"):
-            visit, site = planned.visit, sites[planned.visit.patient.site]
-            scanner = NEW_SCANNER if config.shift.new_scanner else site.scanner
+        for planned in drawing(planned_files, "chest X-rays"):
+            visit, scanner = planned.visit, planned.scanner
             image = _radiograph(visit, scanner, config)
-            ds = _dicom(image, visit, site, scanner, planned.patient_number, config.seed)
+            ds = _dicom(image, visit, planned.site, scanner, planned.patient_number, config.seed)
             if planned.identified:
                 _plant_identifiers(ds, planned.patient_number)
             stem = f"cxr-{planned.number:05d}"
@@ -762,9 +746,7 @@ def write_xray_cohort(folder: Path, config: XrayPhantom) -> None:
                 mask = np.any([finding.mask for finding in image.findings], axis=0)
                 Image.fromarray(mask).convert("L").save(partial / "masks" / f"{stem}.png")
         pd.DataFrame(labels).sort_values("file").to_csv(partial / "labels.csv", index=False)
-        pd.DataFrame(sorted(boxes), columns=["file", "class", "x0", "y0", "x1", "y1"]).to_csv(
-            partial / "boxes.csv", index=False
-        )
+        write_boxes(partial / "boxes.csv", boxes)
 
 
 def _plant_identifiers(ds: Dataset, patient_number: int) -> None:
