@@ -1,6 +1,7 @@
-"""What the training loop costs over a hand-written one: images a second, same model, data and kernels.
+"""What the training loop costs: images a second beside a hand-written loop and beside MONAI's trainer.
 
-The peer knows no augmentation, checkpoints or checks: images in one tensor, forward, backward, step.
+Model, optimizer, data and kernels are the same. The peers know no augmentation, checkpoints or checks: images in
+one tensor, forward, backward, step.
 """
 
 import contextlib
@@ -15,10 +16,11 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
 from cadx.files import digest_bytes
-from cadx.models import ResNetConfig
+from cadx.models import Output, ResNetConfig
 from cadx.training import TrainingConfig, fit
 from cadx.transforms import Preprocessing
 
@@ -26,39 +28,46 @@ NUM_IMAGES = 1024
 BATCH_SIZE = 64
 SIZE_PX = 56
 ROUNDS = 5
+EPOCHS = 3
+GOAL = 0.97
+"""Least ratio; what is left is the noise of a measurement, so that MONAI's trainer may not be faster."""
 MODEL = ResNetConfig(width=0.5)
 PREPROCESSING = Preprocessing(height_px=SIZE_PX, width_px=SIZE_PX, mean=0.5, std=0.25)
 
 
 def claims() -> Iterator[dict[str, Any]]:
+    config = TrainingConfig(
+        model=MODEL, preprocessing=PREPROCESSING, epochs=EPOCHS, batch_size=BATCH_SIZE, precision="fp32"
+    )
+    seconds: dict[str, list[float]] = {"ours": [], "step.vs_plain_loop": [], "step.monai": []}
     with tempfile.TemporaryDirectory() as folder:
-        dataset = _dataset(Path(folder) / "dataset")
-        ids = dataset.samples["sample_id"].tolist()
-        split = ["train"] * NUM_IMAGES + ["val"] * 2
-        splits = pd.DataFrame({"sample_id": ids, "split": split, "reason": ""})
-        images = torch.stack([PREPROCESSING.apply(dataset.pixels(name)) for name in ids[:NUM_IMAGES]])
-        classes = torch.from_numpy(dataset.labels(ids[:NUM_IMAGES])).argmax(1)
-        pairs = []
+        dataset, splits = write_noise(Path(folder) / "dataset", NUM_IMAGES, SIZE_PX)
+        ids = dataset.samples["sample_id"].tolist()[:NUM_IMAGES]
+        images = torch.stack([PREPROCESSING.apply(dataset.pixels(name)) for name in ids])
+        classes = torch.from_numpy(dataset.labels(ids)).argmax(1)
         for number in range(ROUNDS):
-            ours = NUM_IMAGES / _ours(dataset, splits, Path(folder) / f"checkpoints-{number}")
-            pairs.append((ours, NUM_IMAGES / _peer(images, classes)))
+            checkpoints = Path(folder) / f"checkpoints-{number}"
+            seconds["ours"].append(epoch_seconds(config, dataset, splits, checkpoints))
+            seconds["step.vs_plain_loop"].append(_plain_loop(_Batches(images, classes)))
+            seconds["step.monai"].append(_monai(_Batches(images, classes)))
     # The best of each arm: what else runs on the machine only ever slows one down.
-    ours, peer = (max(arm) for arm in zip(*pairs, strict=True))
-    ratio = ours / peer
-    yield {
-        "claim": "step.vs_plain_loop",
-        "ours": ours,
-        "peer": peer,
-        "unit": "images/s",
-        "ratio": ratio,
-        "goal": 0.97,
-        "holds": ratio >= 0.97,
-    }
+    rates = {arm: NUM_IMAGES / min(times) for arm, times in seconds.items()}
+    ours = rates.pop("ours")
+    for claim, peer in rates.items():
+        yield {
+            "claim": claim,
+            "ours": ours,
+            "peer": peer,
+            "unit": "images/s",
+            "ratio": ours / peer,
+            "goal": GOAL,
+            "holds": ours / peer >= GOAL,
+        }
 
 
-def _dataset(path: Path) -> DatasetFolder:
+def write_noise(path: Path, num_images: int, size_px: int) -> tuple[DatasetFolder, pd.DataFrame]:
+    """A dataset of square gray images of noise in two classes, and its splits: two more for val."""
     rng = np.random.default_rng(0)
-    source = SourceInfo(title="noise", licence="CC0-1.0", citation="none")
     with DatasetWriter(
         path,
         name="noise",
@@ -67,10 +76,10 @@ def _dataset(path: Path) -> DatasetFolder:
         positive="odd",
         modality="noise",
         clustered=False,
-        source=source,
+        source=SourceInfo(title="noise", licence="CC0-1.0", citation="none"),
     ) as writer:
-        for number in range(NUM_IMAGES + 2):
-            pixels = rng.integers(0, 256, (SIZE_PX, SIZE_PX), np.uint8)
+        for number in range(num_images + 2):
+            pixels = rng.integers(0, 256, (size_px, size_px), np.uint8)
             writer.add(
                 sample_id=f"s{number:04}",
                 pixels=pixels,
@@ -79,35 +88,83 @@ def _dataset(path: Path) -> DatasetFolder:
                 sha256=digest_bytes(pixels.tobytes()),
                 statistics={"mean": float(pixels.mean() / 255)},
             )
-    return DatasetFolder(path)
+    dataset = DatasetFolder(path)
+    split = ["train"] * num_images + ["val"] * 2
+    return dataset, pd.DataFrame({"sample_id": dataset.samples["sample_id"], "split": split, "reason": ""})
 
 
-def _ours(dataset: DatasetFolder, splits: pd.DataFrame, checkpoints: Path) -> float:
-    """Seconds an epoch; the first one, which fills the cache, does not count."""
-    config = TrainingConfig(
-        model=MODEL, preprocessing=PREPROCESSING, epochs=3, batch_size=BATCH_SIZE, precision="fp32"
-    )
+def epoch_seconds(
+    config: TrainingConfig, dataset: DatasetFolder, splits: pd.DataFrame, checkpoints: Path
+) -> float:
+    """Seconds an epoch, without its validation; the first one, which fills the cache, does not count."""
     with contextlib.redirect_stderr(io.StringIO()):
         fitted = fit(config, dataset, splits, seed=0, checkpoints=checkpoints)
-    return min(record["seconds"] for record in fitted.history[1:])
+    return float(min(record["seconds"] for record in fitted.history[1:]))
 
 
-def _peer(images: torch.Tensor, classes: torch.Tensor) -> float:
-    """Seconds an epoch; the first one warms up."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+class _Batches:
+    """Shuffled batches from memory, on the device: anew in each iteration."""
+
+    def __init__(self, images: Tensor, classes: Tensor) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._images, self._classes = images, classes
+
+    def __len__(self) -> int:
+        return len(self._images) // BATCH_SIZE
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in torch.randperm(len(self._images)).view(-1, BATCH_SIZE):
+            images = self._images[batch].to(self.device, memory_format=torch.channels_last)
+            yield images, self._classes[batch].to(self.device)
+
+
+def _network(device: torch.device) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     network = MODEL.build(2, 1).train()
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(network.parameters(), 1e-3, fused=True)
+    return network, torch.optim.AdamW(network.parameters(), 1e-3, fused=True)
+
+
+def _loss(output: Output, classes: Tensor) -> Tensor:
+    return F.cross_entropy(output.logits, classes)
+
+
+def _plain_loop(batches: _Batches) -> float:
+    """Seconds an epoch; the first one warms up."""
+    network, optimizer = _network(batches.device)
     seconds = []
-    for _ in range(3):
+    for _ in range(EPOCHS):
         started = time.perf_counter()
         total = 0.0
-        for batch in torch.randperm(NUM_IMAGES).view(-1, BATCH_SIZE):
-            x = images[batch].to(device, memory_format=torch.channels_last)
-            loss = F.cross_entropy(network(x).logits, classes[batch].to(device))
+        for images, classes in batches:
+            loss = _loss(network(images), classes)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             total += loss.item()
         seconds.append(time.perf_counter() - started)
+    return min(seconds[1:])
+
+
+def _monai(batches: _Batches) -> float:
+    """Seconds an epoch; the first one warms up."""
+    from ignite.engine import Events
+    from monai.engines.trainer import SupervisedTrainer
+
+    network, optimizer = _network(batches.device)
+    trainer = SupervisedTrainer(
+        device=batches.device,
+        max_epochs=EPOCHS,
+        train_data_loader=batches,
+        network=network,
+        optimizer=optimizer,
+        loss_function=_loss,
+        prepare_batch=lambda batch, *_, **__: batch,
+        decollate=False,
+        optim_set_to_none=True,
+    )
+    times: list[float] = []
+    for event in (Events.EPOCH_STARTED, Events.EPOCH_COMPLETED):
+        trainer.add_event_handler(event, lambda: times.append(time.perf_counter()))
+    trainer.run()
+    seconds = [ended - started for started, ended in zip(times[::2], times[1::2], strict=True)]
     return min(seconds[1:])

@@ -26,6 +26,13 @@ _TELEMETRY_OFF = {
 
 
 _EXAMPLES = {
+    "search": (
+        "cadx search --recipe params.yaml --dataset data/work/phantom-xray/dataset "
+        "--splits data/work/phantom-xray/splits.parquet --imbalance data/work/phantom-xray/imbalance.json "
+        "--study data/work/phantom-xray/study --best data/work/phantom-xray/best.yaml "
+        "--report data/work/phantom-xray/search.html --experiment phantom-xray --seed 0 "
+        "--params params.yaml:phantom-xray"
+    ),
     "deploy": (
         "cadx deploy --archive data/work/phantom-xray/0/model.mar "
         "--decision data/reports/phantom-xray/0/decision.json --dataset data/work/phantom-xray/dataset "
@@ -38,7 +45,7 @@ _EXAMPLES = {
         "--drift data/serving/drift.json --report data/serving/drift.html --params params.yaml:phantom-xray"
     ),
 }
-"""Of the steps that are no stages: with a server that `cadx serve` runs."""
+"""Of the steps that are no stages; `deploy` and `monitor` with a server that `cadx serve` runs."""
 _COMMAND_NAMES = {"compile_pipeline": "compile"}  # a built-in function's name
 
 

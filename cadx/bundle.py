@@ -35,8 +35,8 @@ from torch import Tensor, nn
 
 from cadx.datasets import SourceInfo
 from cadx.files import canonical_json, digest_bytes, digest_path, replacing, write_json
-from cadx.models import ModelConfig
-from cadx.transforms import Preprocessing
+from cadx.loading import Input
+from cadx.models import ModelConfig, PretrainedOrigin
 from cadx.types import Config, Digest, Estimate, Split, Task
 
 MANIFEST = "bundle.json"
@@ -91,6 +91,7 @@ class Provenance(Config):
         code: digest of the sources that the training step is made of.
         seed: of the training.
         versions: of what computes (`versions`).
+        pretrained: where the weights come from that training started from; None: from random ones.
     """
 
     dataset: Digest
@@ -99,6 +100,7 @@ class Provenance(Config):
     code: Digest
     seed: int
     versions: dict[str, str]
+    pretrained: PretrainedOrigin | None = None
 
 
 class Manifest(Config):
@@ -123,7 +125,7 @@ class Manifest(Config):
     positive: str | None
     modality: str
     model: ModelConfig
-    preprocessing: Preprocessing
+    preprocessing: Input
     weights: tuple[WeightFile, ...] = ()
     temperature: float | None = Field(default=None, gt=0)
     bias: tuple[float, ...] = ()
@@ -207,13 +209,21 @@ def write_bundle(
         complete = manifest.model_copy(
             update={
                 # The weights stand here: opening must not ask for what training started from.
-                "model": manifest.model.model_copy(update={"pretrained": None}),
+                "model": _self_contained(manifest.model),
                 "weights": tuple(weights),
                 "reference": digest_path(folder / REFERENCE),
                 "history": digest_path(folder / HISTORY),
             }
         )
         write_json(folder / MANIFEST, complete.model_dump(mode="json"))
+
+
+def _self_contained(model: ModelConfig) -> ModelConfig:
+    """The configuration without the weights that training started from."""
+    changes: dict[str, Any] = {"pretrained": None} if getattr(model, "pretrained", None) else {}
+    if (encoder := getattr(model, "encoder", None)) is not None:
+        changes["encoder"] = encoder.model_copy(update={"pretrained": None})
+    return model.model_copy(update=changes)
 
 
 class Bundle:

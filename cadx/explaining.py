@@ -3,7 +3,6 @@
 The drawing functions draw on axes that the caller made, in the style these axes have.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from cadx.metrics import Subgroup, roc
 from cadx.reporting import Page, panels
+from cadx.transforms import tile_map
 from cadx.types import Estimate
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 COLORMAP = "inferno"
 MAX_OPACITY = 0.55
 BAND_RESAMPLES = 500
-_LEAST_COVER = 1e-6  # of a pixel: less is rounding, not a tile
 FOREST_METRICS = ("sensitivity", "specificity", "auc")
 _MUTED = "#5b6675"
 _INK_BLUE = "#0072B2"
@@ -63,48 +62,6 @@ def overlay(pixels: np.ndarray, attention: np.ndarray) -> np.ndarray:
     colour = matplotlib.colormaps[COLORMAP](strength)[..., :3]
     opacity = MAX_OPACITY * strength[..., None]
     return np.round(255 * ((1 - opacity) * image + opacity * colour)).astype(np.uint8)
-
-
-def tile_map(
-    weights: np.ndarray,
-    positions_um: np.ndarray,
-    *,
-    tile_um: float,
-    spacing_um: tuple[float, float],
-    shape: tuple[int, int],
-) -> np.ndarray:
-    """The weights of a slide's tiles over its thumbnail, H W float32: the mean where tiles overlap, NaN without one.
-
-    A tile counts in a pixel by the share of it that it covers, so edges lie where they lie on the slide,
-    whatever the level that was read, the size of the tiles and the scale of the thumbnail.
-
-    Args:
-        weights: N.
-        positions_um: N 2, (x, y) of each tile's upper left corner from the slide's own.
-        tile_um: side of a tile.
-        spacing_um: (row, column) of the thumbnail.
-        shape: (H, W) of the thumbnail.
-
-    >>> tile_map(np.array([1.0]), np.array([[10, 0]]), tile_um=10, spacing_um=(5, 5), shape=(2, 5)).tolist()
-    [[nan, nan, 1.0, 1.0, nan], [nan, nan, 1.0, 1.0, nan]]
-    """
-    total, covered = np.zeros(shape), np.zeros(shape)
-    for weight, (x_um, y_um) in zip(weights, positions_um, strict=True):
-        rows, vertical = _cover(y_um / spacing_um[0], tile_um / spacing_um[0], shape[0])
-        columns, horizontal = _cover(x_um / spacing_um[1], tile_um / spacing_um[1], shape[1])
-        share = np.outer(vertical, horizontal)
-        total[rows, columns] += weight * share
-        covered[rows, columns] += share
-    seen = covered > _LEAST_COVER
-    return np.where(seen, total / np.where(seen, covered, 1), np.nan).astype(np.float32)
-
-
-def _cover(start_px: float, side_px: float, length_px: int) -> tuple[slice, np.ndarray]:
-    """The pixels that an interval touches, and the share of each that it covers."""
-    first = max(0, math.floor(start_px))
-    pixels = np.arange(first, max(first, min(length_px, math.ceil(start_px + side_px))))
-    shares = np.minimum(pixels + 1, start_px + side_px) - np.maximum(pixels, start_px)
-    return slice(first, first + len(pixels)), np.clip(shares, 0, 1)
 
 
 def visualize_attention_map(

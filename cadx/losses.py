@@ -6,7 +6,7 @@ gives 0, still attached to the graph.
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cadx.types import Config, Task
 
 Weighting = Literal["none", "balanced", "effective_number"]
+BoxLoss = Literal["giou", "ciou"]
 
 
 class LossConfig(Config):
@@ -119,6 +120,10 @@ class FocalLoss(nn.Module):
         )
         return _ratio(losses, labelled)
 
+    def weight(self, targets: Tensor) -> Tensor:
+        """What the sum over a batch is divided by: means of parts, weighted by it, give the mean of the whole."""
+        return _labelled(targets, multilabel=self.multilabel).sum()
+
 
 class BalancedCrossEntropyLoss(nn.Module):
     """Weighted cross-entropy: the weighted sum over the sum of the weights, as in torch's `cross_entropy`.
@@ -150,6 +155,13 @@ class BalancedCrossEntropyLoss(nn.Module):
             logits, targets, self.class_weights, 0.0, self.label_smoothing, multilabel=self.multilabel
         )
         return _ratio(losses, weights)
+
+    def weight(self, targets: Tensor) -> Tensor:
+        """What the sum over a batch is divided by: means of parts, weighted by it, give the mean of the whole."""
+        weights = torch.ones((), device=targets.device) if self.class_weights is None else self.class_weights
+        outcomes = torch.stack([1 - targets, targets], -1) if self.multilabel else targets
+        weights = (outcomes.nan_to_num(0.0) * weights).sum(-1)
+        return torch.where(_labelled(targets, multilabel=self.multilabel), weights, 0.0).sum()
 
 
 def _terms(
@@ -184,6 +196,109 @@ def _terms(
     return losses, torch.where(labelled, (targets * weights).sum(-1), 0.0), labelled.to(logits.dtype)
 
 
+def _labelled(targets: Tensor, *, multilabel: bool) -> Tensor:
+    finite = targets.isfinite()
+    return finite if multilabel else finite.all(-1)
+
+
 def _ratio(losses: Tensor, weights: Tensor) -> Tensor:
     total = weights.sum()
     return losses.sum() / total.where(total > 0, torch.ones_like(total))
+
+
+class AssignedTargets(NamedTuple):
+    """What the A locations of each of N images are to say, as a detector's assigner decided.
+
+    Attributes:
+        qualities: N A float32, 0..1: the objectness to learn; 0 is the background, 1 a perfect box.
+        labels: N A int64, 0-based classes; without meaning in the background.
+        boxes_xyxy: N A 4 float32, in pixels; without meaning in the background.
+    """
+
+    qualities: Tensor
+    labels: Tensor
+    boxes_xyxy: Tensor
+
+
+class FocalLossForDetection(nn.Module):
+    """Focal objectness, class and box loss of a one-stage detector, each a scalar, given what was assigned.
+
+    Objectness, over all locations: alpha_t |q - p|^gamma BCE(p, q) for the probability p and the quality q. In
+    the background that is p^gamma: the easy vanish and the hard stay; where q is 1 it is (1 - p)^gamma.
+    Class, over the locations of lesions and weighted by q: the cross-entropy of a softmax over classes. Box, over
+    the same with the same weight: 1 - GIoU or 1 - CIoU, which do not depend on a lesion's size. Each sum is
+    divided by the sum of all q, or by 1 if that is less: a batch without a lesion is ordinary.
+
+    Source: Lin et al. 2017, "Focal Loss for Dense Object Detection", eq. 5, in the form for soft targets of Li et
+    al. 2020, "Generalized Focal Loss", eq. 5; weights and divisor as in Feng et al. 2021, "TOOD", eqs. 6 to 8.
+    Rezatofighi et al. 2019, "Generalized Intersection over Union"; Zheng et al. 2020, "Distance-IoU Loss", eqs. 8
+    to 11 (CIoU). Ours is the class as a softmax beside the objectness: a location shows one lesion or none.
+
+    Args:
+        alpha: weight of the locations of lesions, 1 - alpha that of the background; None: 1 each.
+        gamma: how strongly the easy are turned down, 0 or more.
+        box_loss: "giou", or "ciou", which asks for the centre and the aspect ratio too.
+        objectness_weight: factor of the objectness loss.
+        class_weight: factor of the class loss.
+        box_weight: factor of the box loss.
+    """
+
+    def __init__(
+        self,
+        alpha: float | None = 0.25,
+        gamma: float = 2.0,
+        *,
+        box_loss: BoxLoss = "ciou",
+        objectness_weight: float = 1.0,
+        class_weight: float = 1.0,
+        box_weight: float = 2.0,
+    ) -> None:
+        super().__init__()
+        self.alpha, self.gamma, self.box_loss = alpha, gamma, box_loss
+        self.objectness_weight, self.class_weight = objectness_weight, class_weight
+        self.box_weight = box_weight
+
+    def objectness_losses(self, logits: Tensor, qualities: Tensor) -> Tensor:
+        """The focal loss of each location, shaped as `logits` and `qualities` (0..1): what mining ranks."""
+        losses = F.binary_cross_entropy_with_logits(logits, qualities, reduction="none")
+        if self.gamma > 0:
+            # Off zero, where a power below 1 has no finite slope.
+            distance = (qualities - logits.sigmoid()).abs().clamp_min(torch.finfo(logits.dtype).tiny)
+            losses = losses * distance**self.gamma
+        if self.alpha is not None:
+            losses = losses * torch.where(qualities > 0, self.alpha, 1 - self.alpha)
+        return losses
+
+    def forward(
+        self,
+        objectness_logits: Tensor,
+        class_logits: Tensor,
+        boxes_xyxy: Tensor,
+        targets: AssignedTargets,
+        counted: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The weighted losses "objectness", "class" and "box"; their sum is what to minimise.
+
+        Args:
+            objectness_logits: N A.
+            class_logits: N A K.
+            boxes_xyxy: N A 4, in pixels, x0 < x1 and y0 < y1.
+            targets: what was assigned to these locations.
+            counted: N A bool, the locations whose objectness counts (`HardNegativeMiner`); None: all.
+        """
+        from torchvision.ops import complete_box_iou_loss, generalized_box_iou_loss
+
+        objectness = self.objectness_losses(objectness_logits, targets.qualities)
+        if counted is not None:
+            objectness = torch.where(counted, objectness, 0.0)
+        lesion = targets.qualities > 0
+        weights = targets.qualities[lesion]
+        class_losses = F.cross_entropy(class_logits[lesion], targets.labels[lesion], reduction="none")
+        overlap_loss = complete_box_iou_loss if self.box_loss == "ciou" else generalized_box_iou_loss
+        box_losses = overlap_loss(boxes_xyxy[lesion], targets.boxes_xyxy[lesion])
+        total = targets.qualities.sum().clamp_min(1.0)
+        return {
+            "objectness": self.objectness_weight * objectness.sum() / total,
+            "class": self.class_weight * (weights * class_losses).sum() / total,
+            "box": self.box_weight * (weights * box_losses).sum() / total,
+        }

@@ -110,6 +110,32 @@ def _equal_folds(samples: pd.DataFrame, num_folds: int, *, seed: int, labels: Se
     return _deal(samples, dict.fromkeys(range(num_folds), 1 / num_folds), seed=seed, labels=labels)
 
 
+def cross_validation(
+    samples: pd.DataFrame, splits: pd.DataFrame, *, num_folds: int, seed: int, labels: Sequence[str]
+) -> list[pd.DataFrame]:
+    """The splits of each fold: train and val joined and parted anew by patient, one fold being val in turn.
+
+    Args:
+        samples: columns sample_id, patient, site and the label columns.
+        splits: columns sample_id and split; what is neither train nor val stays what it is.
+        num_folds: 2 or more.
+        seed: 0 or more.
+        labels: the label columns.
+
+    Raises:
+        ValueError: if a class has too few patients for one in every fold.
+    """
+    joined = splits["split"].isin(("train", "val"))
+    learned = samples.set_index("sample_id", drop=False).loc[splits.loc[joined, "sample_id"]]
+    number = _equal_folds(learned.reset_index(drop=True), num_folds, seed=seed, labels=labels).to_numpy()
+    folds = []
+    for fold in range(num_folds):
+        frame = splits.copy()
+        frame.loc[joined, "split"] = np.where(number == fold, "val", "train")
+        folds.append(frame)
+    return folds
+
+
 def leave_site_out(
     samples: pd.DataFrame,
     *,

@@ -25,6 +25,9 @@ FLAT = 1e-3
 """Added to an image's own standard deviation, in units of the full range: a blank image stays blank."""
 
 
+_LEAST_COVER = 1e-6  # of a pixel: less is rounding, not a tile
+
+
 class Placement(NamedTuple):
     """Where a resized image lies on the canvas, in canvas pixels."""
 
@@ -50,16 +53,18 @@ class Preprocessing(Config):
     channels: int = Field(default=1, description="1 (colour becomes luma) or 3 (gray is repeated)")
     height_px: int = Field(ge=1)
     width_px: int = Field(ge=1)
-    fit: Literal["stretch", "pad"] = Field(
-        default="pad", description="pad keeps the aspect ratio and fills with black; stretch does not"
+    fit: Literal["stretch", "pad", "tile"] = Field(
+        default="pad",
+        description="pad keeps the aspect ratio and fills with black; stretch does not; tile keeps the scale and "
+        "looks at the image in overlapping tiles: for boxes that would be lost if a large image were made small",
     )
     intensity: Literal["range", "image"] = Field(
         default="range",
         description="range keeps what an exposure makes of a tissue; image undoes each image's own brightness "
         "and contrast, by its mean and standard deviation in place of those below",
     )
-    mean: float = Field(description="subtracted, in units of the full range 0..1")
-    std: float = Field(gt=0, description="divided by, in units of the full range 0..1")
+    mean: float = Field(default=0.5, description="subtracted, in units of the full range 0..1")
+    std: float = Field(default=0.25, gt=0, description="divided by, in units of the full range 0..1")
 
     @field_validator("channels")
     @classmethod
@@ -130,6 +135,48 @@ class Preprocessing(Config):
         columns = _grid_positions(raw_width_px, place.left_px, place.width_px, cells, grid.shape[1])
         values = _interpolate(np.asarray(grid, np.float32), rows)
         return np.ascontiguousarray(_interpolate(values.T, columns).T)
+
+
+def tile_map(
+    weights: np.ndarray,
+    positions_um: np.ndarray,
+    *,
+    tile_um: float,
+    spacing_um: tuple[float, float],
+    shape: tuple[int, int],
+) -> np.ndarray:
+    """The weights of a slide's tiles over its thumbnail, H W float32: the mean where tiles overlap, NaN without one.
+
+    A tile counts in a pixel by the share of it that it covers, so edges lie where they lie on the slide,
+    whatever the level that was read, the size of the tiles and the scale of the thumbnail.
+
+    Args:
+        weights: N.
+        positions_um: N 2, (x, y) of each tile's upper left corner from the slide's own.
+        tile_um: side of a tile.
+        spacing_um: (row, column) of the thumbnail.
+        shape: (H, W) of the thumbnail.
+
+    >>> tile_map(np.array([1.0]), np.array([[10, 0]]), tile_um=10, spacing_um=(5, 5), shape=(2, 5)).tolist()
+    [[nan, nan, 1.0, 1.0, nan], [nan, nan, 1.0, 1.0, nan]]
+    """
+    total, covered = np.zeros(shape), np.zeros(shape)
+    for weight, (x_um, y_um) in zip(weights, positions_um, strict=True):
+        rows, vertical = _cover(y_um / spacing_um[0], tile_um / spacing_um[0], shape[0])
+        columns, horizontal = _cover(x_um / spacing_um[1], tile_um / spacing_um[1], shape[1])
+        share = np.outer(vertical, horizontal)
+        total[rows, columns] += weight * share
+        covered[rows, columns] += share
+    seen = covered > _LEAST_COVER
+    return np.where(seen, total / np.where(seen, covered, 1), np.nan).astype(np.float32)
+
+
+def _cover(start_px: float, side_px: float, length_px: int) -> tuple[slice, np.ndarray]:
+    """The pixels that an interval touches, and the share of each that it covers."""
+    first = max(0, math.floor(start_px))
+    pixels = np.arange(first, max(first, min(length_px, math.ceil(start_px + side_px))))
+    shares = np.minimum(pixels + 1, start_px + side_px) - np.maximum(pixels, start_px)
+    return slice(first, first + len(pixels)), np.clip(shares, 0, 1)
 
 
 def _resize(plane: np.ndarray, height_px: int, width_px: int) -> np.ndarray:

@@ -7,6 +7,7 @@ STEPS = (
     Step("validate"),
     Step("split"),
     Step("imbalance"),
+    Step("search", reproducible=False),
     Step("train"),
     Step("calibrate"),
     Step("evaluate"),

@@ -51,7 +51,7 @@ def calibrate(*, dataset: In, splits: In, trained: In, bundle: Out, params: Cali
     _require_every_class(labels, classes, task, splits)
 
     predictor = Predictor(opened, uncalibrated_ok=True)
-    logits, features = predictor.logits(folder.pixels(sample_id) for sample_id in sample_ids)
+    logits, features = predictor.logits(predictor.stored(folder, sample_ids))
     temperature, bias = calibration.fit_temperature_and_bias(logits, labels, task)
     probabilities = calibration.apply(logits, temperature, task, bias)
 

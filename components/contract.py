@@ -15,12 +15,14 @@ import ast
 import functools
 import inspect
 import json
+import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_origin
 
 import yaml
@@ -144,8 +146,12 @@ def step(function: Callable[P, None]) -> Callable[P, None]:
         made = {name: Path(arguments[name]) for name in declared.outputs}
         alarm: Alarm | None = None
         with ExitStack() as stack:
+            # Of the processes that `torchrun` starts, the first one's outputs are the step's.
+            is_first = int(os.environ.get("RANK", "0")) == 0
+            aside = Path() if is_first else Path(stack.enter_context(TemporaryDirectory()))
             for name in declared.outputs:
-                arguments[name] = stack.enter_context(replacing(Path(arguments[name])))
+                target = Path(arguments[name]) if is_first else aside / name
+                arguments[name] = stack.enter_context(replacing(target))
             try:
                 function(*bound.args, **bound.kwargs)
             except Alarm as error:

@@ -24,6 +24,7 @@ from cadx.explaining import (
     title,
 )
 from cadx.files import digest_path, write_json
+from cadx.loading import input_text
 from cadx.metrics import (
     METRICS,
     Scores,
@@ -177,7 +178,7 @@ def evaluate(
 def _predict(predictor: Predictor, folder: DatasetFolder, sample_ids: Sequence[str]) -> pd.DataFrame:
     """The rows of the predictions file."""
     manifest = predictor.bundle.manifest
-    probabilities = predictor.probabilities(folder.pixels(sample_id) for sample_id in sample_ids)
+    probabilities = predictor.probabilities(predictor.stored(folder, sample_ids))
     answers = answer_table(probabilities, predictor.decide(probabilities), manifest.task, manifest.classes)
     columns = ["sample_id", "patient", "site", "scanner", "age", "sex", *folder.info.label_columns]
     frame = folder.samples.iloc[folder.rows(sample_ids)][columns].reset_index(drop=True)
@@ -416,26 +417,37 @@ def _mistakes(
     predictor: Predictor,
 ) -> None:
     page.section("Worst mistakes")
+    with_attention = folder.info.kind == "image"
     page.text(
-        "Each picture shows the image, and the same with the attention that the prediction pools by; below "
-        "it stands the calibrated probability of the class."
+        "Each picture shows the "
+        + ("image, and the same with the attention that the prediction pools by" if with_attention else "sample")
+        + "; below it stands the calibrated probability of the class."
     )
     for heading, mistakes in _mistakes_by_kind(info, rows, sample_ids).items():
         if not mistakes:
             page.callout("ok", f"{heading}: none.")
             continue
         shown = mistakes[:NUM_MISTAKES]
-        images = [RawImage(folder.pixels(mistake.sample_id)) for mistake in shown]
-        answers = predictor.predict_many(images, attention=True)
-        pairs = []
-        for mistake, image, answer in zip(shown, images, answers, strict=True):
-            assert answer.attention is not None
-            plain = overlay(image.pixels, np.zeros(image.pixels.shape[:2]))
-            pair = np.concatenate([plain, overlay(image.pixels, answer.attention)], axis=1)
-            pairs.append((pair, f"{mistake.sample_id}: {mistake.name} {mistake.probability:.3f}"))
+        pictures = [folder.preview(mistake.sample_id) for mistake in shown]
+        if with_attention:
+            pictures = _beside_their_attention(pictures, predictor)
+        pairs = [
+            (picture, f"{mistake.sample_id}: {mistake.name} {mistake.probability:.3f}")
+            for mistake, picture in zip(shown, pictures, strict=True)
+        ]
         rest = "" if len(shown) == len(mistakes) else f" of {len(mistakes)}"
         page.text(f"{heading}: {len(shown)}{rest}, the most confident first.")
         page.images(pairs, max_px=360)
+
+
+def _beside_their_attention(pictures: list[np.ndarray], predictor: Predictor) -> list[np.ndarray]:
+    answers = predictor.predict_many([RawImage(pixels) for pixels in pictures], attention=True)
+    pairs = []
+    for pixels, answer in zip(pictures, answers, strict=True):
+        assert answer.attention is not None
+        plain = overlay(pixels, np.zeros(pixels.shape[:2]))
+        pairs.append(np.concatenate([plain, overlay(pixels, answer.attention)], axis=1))
+    return pairs
 
 
 def _mistakes_by_kind(
@@ -462,7 +474,6 @@ def _model(page: Page, bundle: Bundle, dataset: Digest, splits: Digest, folder: 
     assert operating_point is not None
     page.section("Model, operating point and data")
     settings = {k: v for k, v in manifest.model.model_dump(mode="json").items() if v is not None}
-    size = manifest.preprocessing
     averaged = ", averaged over training (EMA)" if manifest.weights[0].averaged else ""
     members = f"{len(manifest.weights)} networks" if len(manifest.weights) > 1 else "1 network"
     epochs = max(record["epoch"] for record in bundle.history())
@@ -478,7 +489,7 @@ def _model(page: Page, bundle: Bundle, dataset: Digest, splits: Digest, folder: 
     facts = {
         "model": ", ".join(f"{k} {v}" for k, v in settings.items()),
         "weights": f"{members}{averaged}, trained for {epochs} epochs, seed {manifest.seed}",
-        "input": f"{size.channels} x {size.height_px} x {size.width_px} px, {size.fit}",
+        "input": input_text(manifest.preprocessing),
         "temperature": f"{manifest.temperature:.4f}",
         "bias": ", ".join(
             f"{name} {value:+.3f}" for name, value in zip(manifest.classes, manifest.bias, strict=False)

@@ -10,6 +10,7 @@ from cadx.bundle import Bundle, Manifest
 from cadx.explaining import title
 from cadx.files import digest_path
 from cadx.gating import Decision, MetricsFile, read_decision, read_metrics
+from cadx.loading import input_text
 from cadx.metrics import METRICS, Subgroup
 from cadx.reporting import Page, estimate_text
 from components.contract import In, Out, Params, step
@@ -125,6 +126,8 @@ def _card(
         ],
         "One chain, from the data to this file.",
     )
+    if (origin := manifest.provenance.pretrained) is not None:
+        page.text(f"Training started from {origin.name}, {origin.digest}. Licence: {origin.licence}.")
     page.table([{"library": k, "version": v} for k, v in manifest.provenance.versions.items()])
     return page
 
@@ -151,7 +154,7 @@ def _verdict(page: Page, decided: Decision) -> None:
 
 
 def _facts(manifest: Manifest) -> list[dict[str, str]]:
-    point, size = manifest.operating_point, manifest.preprocessing
+    point = manifest.operating_point
     assert point is not None, "write_archive refuses an incomplete bundle"
     calls = ", ".join(
         f"{name} at a probability of {value:.4f} or more" for name, value in point.thresholds.items()
@@ -163,13 +166,13 @@ def _facts(manifest: Manifest) -> list[dict[str, str]]:
     )
     settings = {k: v for k, v in manifest.model.model_dump(mode="json").items() if v is not None}
     return [
-        {"what": "images", "value": f"{manifest.modality}, as DICOM, PNG or JPEG"},
+        {"what": "samples", "value": manifest.modality},
         {"what": "pixel spacing", "value": "required" if manifest.requires_spacing else "not needed"},
         {"what": "classes", "value": ", ".join(manifest.classes)},
         {"what": "calls", "value": f"{calls or 'the most probable class'}{target}"},
         {"what": f"on the {point.split} split (n = {point.n:,})", "value": achieved},
         {"what": "network", "value": ", ".join(f"{k} {v}" for k, v in settings.items())},
-        {"what": "input", "value": f"{size.channels} x {size.height_px} x {size.width_px} px, {size.fit}"},
+        {"what": "input", "value": input_text(manifest.preprocessing)},
     ]
 
 

@@ -1,8 +1,11 @@
 """Training: from a dataset and its splits to a bundle of the weights that did best on val.
 
 training.jsonl has a header line (what was trained, on what, with which loss and sampler), a line per epoch of
-each member of the ensemble (usually one), and last a line per member that names its best epoch. Clock times
-and memory stand there and not in the bundle, whose bytes are a function of data, parameters, seed and code.
+each member of the ensemble (usually one), a line per member that names its best epoch and, after cross-validation,
+one that sums up what the members reached on the folds they did not see. Clock times and memory stand there and not
+in the bundle, whose bytes are a function of data, parameters, seed and code.
+
+Several processes train one network when `torchrun` starts the command: see `train` for how.
 """
 
 import json
@@ -10,29 +13,25 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
+import numpy as np
+import pandas as pd
 import torch
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from cadx.bundle import Manifest, Provenance, parameters_digest, versions, write_bundle
 from cadx.datasets import DatasetFolder, read_splits
 from cadx.files import digest_path, plain
 from cadx.losses import LossConfig
+from cadx.models import pretrained_origin
+from cadx.splitting import cross_validation
 from cadx.training import Fitted, Recipe, SamplerName, TrainingConfig, discard_checkpoint, fit
-from cadx.transforms import Preprocessing
 from cadx.types import Config
 from components.contract import In, Keep, Out, Params, code_digest, explain, step
 
 _MEASURED = {"seconds", "peak_memory_mb"}
 _BETWEEN_MEMBERS = 1_000_003  # far more than anybody's seeds: no two members of two runs share one
-
-
-class InputParams(Preprocessing):
-    """How pixels become a network's input; centred on mid-gray unless said otherwise."""
-
-    mean: float = 0.5
-    std: Annotated[float, Field(gt=0)] = 0.25
 
 
 class TrainParams(Recipe, Params):
@@ -44,7 +43,6 @@ class TrainParams(Recipe, Params):
             `imbalance` recommends.
     """
 
-    preprocessing: InputParams
     loss: LossConfig | Literal["auto"] = "auto"
     sampler: SamplerName | Literal["auto"] = "auto"
 
@@ -60,7 +58,6 @@ class TrainParams(Recipe, Params):
             loss = recommended.loss if loss == "auto" else loss
             sampler = recommended.sampler if sampler == "auto" else sampler
         shared = {name: getattr(self, name) for name in Recipe.model_fields}
-        shared["preprocessing"] = Preprocessing(**self.preprocessing.model_dump())
         return TrainingConfig(**shared, loss=loss, sampler=sampler)
 
 
@@ -99,7 +96,8 @@ def train(
     """Train a network, keep the epoch that did best on val, and write it as a bundle.
 
     A run that was killed goes on at its last checkpoint when it is started again with the same data,
-    parameters, seed and code.
+    parameters, seed and code. `torchrun --nproc-per-node N -m cadx train ...` shares each batch among N processes,
+    of which the first writes; on several machines `checkpoints` lies on a disk that all of them see.
 
     Raises:
         ValueError: if a split cannot serve, the loss is not finite, or the memory does not suffice.
@@ -109,11 +107,12 @@ def train(
     frame = read_splits(splits)
     config = params.resolve(imbalance)
     code = code_digest("train")
-    places = [checkpoints / f"member-{number}" for number in range(config.ensemble)]
+    folds = _folds(config, folder, frame, seed)
+    places = [checkpoints / f"member-{number}" for number in range(len(folds))]
     try:
         members = [
-            fit(config, folder, frame, seed=seed + _BETWEEN_MEMBERS * number, checkpoints=place, code=code)
-            for number, place in enumerate(places)
+            fit(config, folder, fold, seed=seed + _BETWEEN_MEMBERS * number, checkpoints=place, code=code)
+            for number, (fold, place) in enumerate(zip(folds, places, strict=True))
         ]
     finally:
         _remove_empty(places)
@@ -132,7 +131,7 @@ def train(
         preprocessing=config.preprocessing,
         clustered=info.clustered,
         source=info.source,
-        assumptions=(*info.assumptions, *_start(config)),
+        assumptions=info.assumptions,
         provenance=Provenance(
             dataset=digest_path(dataset / "dataset.json"),
             splits=digest_path(splits),
@@ -140,6 +139,7 @@ def train(
             code=code,
             seed=seed,
             versions=versions(),
+            pretrained=pretrained_origin(getattr(config.model, "encoder", None) or config.model),
         ),
     )
     write_bundle(
@@ -150,7 +150,11 @@ def train(
         history=[{k: v for k, v in record.items() if k not in _MEASURED} for record in history],
         averaged=config.ema_decay is not None,
     )
-    best = [{"member": number, "best_epoch": fitted.best_epoch} for number, fitted in enumerate(members)]
+    best: list[dict[str, Any]] = [
+        {"member": number, "best_epoch": fitted.best_epoch} for number, fitted in enumerate(members)
+    ]
+    if config.folds:
+        best.append({"cross_validation": _summary(members)})
     records = [_header(experiment, seed, config, members[0]), *history, *best]
     lines = (json.dumps(plain(record), allow_nan=False) + "\n" for record in records)
     log.write_text("".join(lines), encoding="utf-8")
@@ -159,15 +163,34 @@ def train(
     _remove_empty(places)
 
 
+def _folds(
+    config: TrainingConfig, folder: DatasetFolder, splits: pd.DataFrame, seed: int
+) -> list[pd.DataFrame]:
+    """The splits that each network of the ensemble is trained on."""
+    if config.folds is None:
+        return [splits] * config.ensemble
+    labels = list(folder.info.label_columns)
+    return cross_validation(folder.samples, splits, num_folds=config.folds, seed=seed, labels=labels)
+
+
 def _remove_empty(folders: Sequence[Path]) -> None:
     for folder in folders:
         with suppress(OSError):  # it holds a checkpoint, or is not there
             folder.rmdir()
 
 
-def _start(config: TrainingConfig) -> tuple[str, ...]:
-    pretrained = config.model.pretrained
-    return (f"training started from the weights {digest_path(pretrained)}",) if pretrained else ()
+def _summary(members: Sequence[Fitted]) -> dict[str, Any]:
+    """What the folds' best epochs reached on the fold that each did not see: mean, spread, and each."""
+    summary: dict[str, Any] = {}
+    for name in [key for key in members[0].history[0] if key.startswith("val_")]:
+        values = [fitted.history[fitted.best_epoch - 1][name] for fitted in members]
+        known = np.array([value for value in values if value is not None], float)
+        summary[name] = {
+            "mean": float(known.mean()) if len(known) else None,
+            "sd": float(known.std(ddof=1)) if len(known) > 1 else None,
+            "folds": values,
+        }
+    return summary
 
 
 def _header(experiment: str, seed: int, config: TrainingConfig, fitted: Fitted) -> dict[str, Any]:

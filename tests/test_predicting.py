@@ -87,7 +87,7 @@ def test_an_answer_does_not_depend_on_its_batch(predictor: Predictor, pixels: li
     images = [RawImage(image) for image in pixels]
     together = probabilities(predictor.predict_many(images))
     alone = probabilities([predictor.predict(image) for image in images])
-    streamed = predictor.probabilities(iter(pixels), batch_size=7)
+    streamed = predictor.probabilities(iter(pixels))
     np.testing.assert_allclose(alone, together, rtol=0, atol=1e-6)
     np.testing.assert_allclose(streamed, together, rtol=0, atol=1e-6)
     np.testing.assert_allclose(together.sum(1), 1, atol=1e-12)

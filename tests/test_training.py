@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,10 @@ from cadx.files import digest_bytes
 from cadx.losses import LossConfig
 from cadx.models import DenseNetConfig, ResNetConfig
 from cadx.sampling import BalancedSampler
-from cadx.training import Fitted, TrainingConfig, fit, learning_rate_factor, macro_auc
+from cadx.training import Fitted, TrainingConfig, fit, learning_rate_factor, loop, macro_auc
 from cadx.transforms import Augmentation, Preprocessing
 
+ROOT = Path(__file__).parents[1]
 CLASSES = ("normal", "bright", "striped")
 Splits = pd.DataFrame
 
@@ -180,7 +184,7 @@ def test_weights_are_a_function_of_seed_and_recipe(binary: DatasetFolder, tmp_pa
 
 def test_a_repeated_draw_is_augmented_anew() -> None:
     labels = np.eye(2)[[0] * 9 + [1]]
-    batches = training._Batches(BalancedSampler(labels, seed=0), batch_size=10)
+    batches = loop._Batches(BalancedSampler(labels, seed=0), batch_size=10)
     batches.start(epoch=0, step=0)
     (order,) = list(batches)
     draws = batches.draws(0)
@@ -209,15 +213,15 @@ def test_a_run_that_raised_in_mid_epoch_goes_on_where_it_stood(
     )
     whole = fit(config, binary, _splits(binary), seed=0, checkpoints=tmp_path / "whole")
     steps: list[int] = []
-    train_step = training._Run._train_step
+    train_step = loop._Run._train_step
 
-    def counted(run: Any, *batch: torch.Tensor) -> torch.Tensor:
+    def counted(run: Any, parts: list[Any]) -> torch.Tensor:
         steps.append(run.progress.epoch * run.batches.num_steps + run.progress.step)
         if len(steps) == 13:  # 7 steps an epoch: in the second, after the checkpoint of its fourth step
             raise _Killed
-        return train_step(run, *batch)
+        return train_step(run, parts)
 
-    monkeypatch.setattr(training._Run, "_train_step", counted)
+    monkeypatch.setattr(loop._Run, "_train_step", counted)
     with pytest.raises(_Killed):
         fit(config, binary, _splits(binary), seed=0, checkpoints=tmp_path / "killed")
     resumed = fit(config, binary, _splits(binary), seed=0, checkpoints=tmp_path / "killed")
@@ -254,7 +258,7 @@ def test_what_does_not_decide_the_weights_does_not_void_a_checkpoint(binary: Dat
     splits = _splits(binary)
     key = training.run_key(_config(), binary, splits, seed=0)
     assert key == training.run_key(
-        _config(num_workers=2, cache_mb=0, checkpoint_steps=7), binary, splits, seed=0
+        _config(num_workers=2, cache_mb=0, checkpoint_steps=7, checkpointing=True), binary, splits, seed=0
     )
     assert key != training.run_key(_config(weight_decay=0), binary, splits, seed=0)
 
@@ -360,3 +364,160 @@ def test_a_gpu_learns_and_repeats_itself(binary: DatasetFolder, tmp_path: Path, 
     assert first.device != "CPU"
     assert max(record["val_auc"] for record in first.history) > 0.9
     assert _same(first, again)
+
+
+def _close(a: Fitted, b: Fitted) -> float:
+    """The largest difference of any weight."""
+    return max(float((a.state_dict[name] - b.state_dict[name]).abs().max()) for name in a.state_dict)
+
+
+@pytest.mark.parametrize("loss", [LossConfig(weights="balanced"), LossConfig(kind="focal")], ids=str)
+def test_a_batch_in_parts_is_the_whole_batch(binary: DatasetFolder, tmp_path: Path, loss: LossConfig) -> None:
+    config = _config(model=ResNetConfig(width=0.125, norm="group"), loss=loss, batch_size=15, epochs=1)
+    whole = fit(config, binary, _splits(binary), seed=0, checkpoints=tmp_path / "whole")
+    for parts in (3, 4):  # 15 samples in four parts: unequal ones
+        accumulated = config.model_copy(update={"accumulation": parts})
+        parted = fit(accumulated, binary, _splits(binary), seed=0, checkpoints=tmp_path / str(parts))
+        assert _close(whole, parted) < 1e-4
+        assert parted.history[0]["train_loss"] == pytest.approx(whole.history[0]["train_loss"], rel=1e-4)
+    with pytest.raises(ValueError, match=r"train.batch_size: 15 samples of a step are too few for 16 parts"):
+        fit(
+            config.model_copy(update={"accumulation": 16}),
+            binary,
+            _splits(binary),
+            seed=0,
+            checkpoints=tmp_path / "16",
+        )
+
+
+_PROCESS = """
+import sys, torch
+from pathlib import Path
+import pandas as pd
+from cadx.datasets import DatasetFolder
+from cadx.training import TrainingConfig, fit
+torch.set_num_threads(1)
+folder, splits, config, out = sys.argv[1:]
+fitted = fit(
+    TrainingConfig.model_validate_json(config), DatasetFolder(Path(folder)), pd.read_parquet(splits),
+    seed=0, checkpoints=Path(out) / "member",
+)
+torch.save({"weights": fitted.state_dict, "history": fitted.history}, f"{out}/{torch.distributed.get_rank()}.pt")
+"""
+
+
+@pytest.mark.parametrize(("norm", "accumulation"), [("group", 1), ("group", 2), ("frozen_batch", 1)])
+def test_two_processes_are_one_with_the_same_batch(
+    binary: DatasetFolder, tmp_path: Path, norm: str, accumulation: int
+) -> None:
+    model = ResNetConfig(width=0.125, norm="group")
+    if norm == "frozen_batch":
+        torch.manual_seed(0)
+        pretrained = tmp_path / "weights.pt"
+        torch.save(ResNetConfig(width=0.125).build(2, 1).backbone.state_dict(), pretrained)
+        model = ResNetConfig(width=0.125, norm="frozen_batch", pretrained=pretrained)
+    config = _config(
+        model=model, loss=LossConfig(weights="balanced"), augmentation=Augmentation(horizontal_flip=True)
+    )
+    one = fit(config, binary, _splits(binary), seed=0, checkpoints=tmp_path / "one" / "member")
+    _splits(binary).to_parquet(tmp_path / "splits.parquet")
+    (tmp_path / "process.py").write_text(_PROCESS)
+    parted = config.model_copy(update={"accumulation": accumulation})
+    (tmp_path / "two").mkdir()
+    arguments = [binary.path, tmp_path / "splits.parquet", parted.model_dump_json(), tmp_path / "two"]
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        + [str(argument) for argument in (tmp_path / "process.py", *arguments)],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        timeout=200,
+    )
+    first, second = (torch.load(tmp_path / "two" / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    for name, tensor in first["weights"].items():
+        assert torch.equal(tensor, second["weights"][name]), "the processes must not drift apart"
+        assert torch.allclose(tensor.float(), one.state_dict[name].float(), atol=1e-4), name
+    for mine, theirs in zip(one.history, first["history"], strict=True):
+        assert theirs["train_loss"] == pytest.approx(mine["train_loss"], rel=1e-4)
+        assert theirs["val_loss"] == pytest.approx(mine["val_loss"], rel=1e-4)
+
+
+def test_recomputed_activations_give_the_same_weights(binary: DatasetFolder, tmp_path: Path) -> None:
+    config = _config(model=ResNetConfig(width=0.125, dropout=0.5), ema_decay=0.9)
+    kept = fit(config, binary, _splits(binary), seed=0, checkpoints=tmp_path / "a")
+    checkpointed = config.model_copy(update={"checkpointing": True})
+    assert _same(kept, fit(checkpointed, binary, _splits(binary), seed=0, checkpoints=tmp_path / "b"))
+
+
+def test_records_are_streamed(binary: DatasetFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def streamed() -> list[dict[str, Any]]:
+        lines = (tmp_path / "member" / "epochs.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    seen: list[dict[str, Any]] = []
+
+    def killed_after_two(record: dict[str, Any]) -> None:
+        seen.append(record)
+        assert streamed() == seen
+        if len(seen) == 2:
+            raise _Killed
+
+    config = _config(epochs=3, tracking="tensorboard")
+    run = {"seed": 0, "checkpoints": tmp_path / "member"}
+    with pytest.raises(_Killed):
+        fit(config, binary, _splits(binary), **run, on_epoch=killed_after_two)
+    resumed: list[dict[str, Any]] = []
+    fitted = fit(config, binary, _splits(binary), **run, on_epoch=resumed.append)
+    assert fitted.history == resumed == streamed()
+    assert resumed[:2] == seen, "a caller sees again what was trained before"
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folders = {file.parent for file in (tmp_path / "member").rglob("events.out.tfevents*")}
+    values = {}
+    for folder in folders:
+        events = EventAccumulator(str(folder)).Reload()
+        if "val_auc" in events.Tags()["scalars"]:
+            values |= {event.step: event.value for event in events.Scalars("val_auc")}
+    assert values == pytest.approx({record["epoch"]: record["val_auc"] for record in resumed})
+
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    logged = config.model_copy(update={"tracking": "mlflow"})
+    fit(logged, binary, _splits(binary), seed=0, checkpoints=tmp_path / "logged")
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(store)
+    (run_info,) = client.search_runs([client.get_experiment_by_name("patterns-0").experiment_id])
+    history = client.get_metric_history(run_info.info.run_id, "val_auc")
+    assert [metric.step for metric in history] == [1, 2, 3]
+    assert run_info.data.params["epochs"] == "3"
+
+
+def test_running_out_of_memory_says_what_to_change(
+    binary: DatasetFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        torch.empty(1 << 60)
+
+    monkeypatch.setattr(loop._Run, "_train_step", full)
+    with pytest.raises(
+        ValueError, match=r"^out of memory: set train.checkpointing: true, [^\n]*batch_size \(now 16"
+    ):
+        fit(_config(), binary, _splits(binary), seed=0, checkpoints=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preprocessing": {"patch_px": (8, 8, 8)}}, r"preprocessing: not for samples of kind image"),
+        ({"model": {"family": "resnet3d"}}, r"family resnet3d: takes volumes, the data are images"),
+        ({"monitor": "ap50"}, r"monitor ap50: not for a task of binary; use auc or loss"),
+    ],
+    ids=str,
+)
+def test_a_recipe_for_other_data_is_refused(
+    binary: DatasetFolder, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    config = TrainingConfig.model_validate(_config().model_dump() | changes)
+    with pytest.raises(ValueError, match=message):
+        fit(config, binary, _splits(binary), seed=0, checkpoints=tmp_path)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch.utils.data import Dataset
 
 from cadx.datasets import DatasetFolder
@@ -16,6 +17,18 @@ from cadx.transforms import Preprocessing
 from cadx.types import Kind
 
 _LOG = logging.getLogger(__name__)
+
+
+class TilePreprocessing(Preprocessing):
+    """How a slide becomes tiles, and a tile the encoder's input: part of the bundle.
+
+    Tiles of `tile_px` pixels of `mpp` um each lie on a grid from the slide's top left corner, without overlap; those
+    with at least `minimum_tissue` of tissue are taken.
+    """
+
+    tile_px: int = Field(ge=8, description="side of a tile, before it is resized to height_px x width_px")
+    mpp: float = Field(default=0.5, gt=0, description="um per pixel of a tile, whatever the slide's own")
+    minimum_tissue: float = Field(default=0.5, gt=0, le=1, description="least part of a tile that is tissue")
 
 
 class Bag(NamedTuple):
@@ -206,16 +219,13 @@ class MILDataset(_Bags):
                 f"{where}: scanned at {self._slide_mpp[index]:g} um per pixel, too coarse for tiles of"
                 f" {self.mpp:g}; raise mpp or leave the sample out"
             )
-        tissue = self.folder.tissue(self.sample_ids[index])
-        fractions = tissue_fractions(tissue, (spacing_um[0], spacing_um[1]), self.tile_px * self.mpp)
-        cells = np.argwhere(fractions >= self.minimum_tissue).astype(np.int32)
-        if not len(cells):
-            raise ValueError(
-                f"{where}: none of its {fractions.size} tiles of {self.tile_px * self.mpp:g} um has"
-                f" {self.minimum_tissue:g} of tissue (the most is {fractions.max():.3f}; the whole slide has"
-                f" {tissue.mean():.3f}); lower minimum_tissue or tile_px, or leave the sample out"
-            )
-        return cells
+        return tissue_cells(
+            self.folder.tissue(self.sample_ids[index]),
+            (spacing_um[0], spacing_um[1]),
+            self.tile_px * self.mpp,
+            self.minimum_tissue,
+            where,
+        )
 
     def positions_um(self, index: int) -> np.ndarray:
         """Top left corners (x, y) of all the slide's tiles with enough tissue, N 2 float64, row by row."""
@@ -279,6 +289,32 @@ class MILDataset(_Bags):
 
     def _open(self, index: int) -> Slide:
         return self._pool.open(self.folder.slide_path(self.sample_ids[index]), self._slide_mpp[index])
+
+
+def tissue_cells(
+    tissue: np.ndarray, spacing_um: tuple[float, float], tile_um: float, minimum_tissue: float, where: str
+) -> np.ndarray:
+    """(row, column) in the grid of the tiles with enough tissue, N 2 int32, row by row.
+
+    Args:
+        tissue: H W, 0 or 1.
+        spacing_um: (row, column) distance between its pixels.
+        tile_um: side of a tile.
+        minimum_tissue: least part of a tile, 0..1, that is tissue.
+        where: names the slide in messages.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    fractions = tissue_fractions(tissue, spacing_um, tile_um)
+    cells = np.argwhere(fractions >= minimum_tissue).astype(np.int32)
+    if not len(cells):
+        raise ValueError(
+            f"{where}: none of its {fractions.size} tiles of {tile_um:g} um has {minimum_tissue:g} of tissue"
+            f" (the most is {fractions.max():.3f}; the whole slide has {tissue.mean():.3f}); lower minimum_tissue"
+            " or tile_px, or leave the sample out"
+        )
+    return cells
 
 
 def tissue_fractions(tissue: np.ndarray, spacing_um: tuple[float, float], tile_um: float) -> np.ndarray:

@@ -1,36 +1,25 @@
-"""Classifiers of 2D radiographs: torchvision's ResNet and DenseNet under an attention-pooling head.
+"""Classifiers of 2D radiographs: torchvision's ResNet, DenseNet and ConvNeXt under an attention-pooling head.
 
 The attention map that is shown is the very set of weights by which the prediction pools its features; it
 starts uniform, so that training starts from average pooling.
 """
 
-from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from cadx.models.interface import ImageNorm, Output, Pretrained
 from cadx.transforms import Cells
 from cadx.types import Config
 
+if TYPE_CHECKING:
+    from cadx.models.backbones import ConvNeXtBackbone
+
 Stem = Literal["standard", "small"]
 Pooling = Literal["attention", "average"]
-Norm = Literal["batch", "group"]
-
-
-class Output(NamedTuple):
-    """What a classifier says of a batch.
-
-    Attributes:
-        logits: N K, raw scores of the K classes.
-        attention: N h w, the share of each position in the prediction; each map sums to 1.
-        features: N F, the pooled features that the classifier sees.
-    """
-
-    logits: Tensor
-    attention: Tensor
-    features: Tensor
+_Depth = Annotated[int, Field(ge=1)]
 
 
 class Backbone(Protocol):
@@ -42,32 +31,57 @@ class Backbone(Protocol):
         """The feature map, N F h w, of `images`, N C H W."""
         ...
 
+    def stages(self) -> list[nn.Module]:
+        """Its blocks in order, each called once with the one tensor that the block before it gave."""
+        ...
+
 
 class RadiographConfig(Config):
-    """What both families share.
+    """What the families share.
 
     Attributes:
-        stem: "standard", 7x7 stride 2 and max pooling: the map is 1/32 of the image; "small", 3x3 stride 1
-            and no pooling, for images of about 32 px: the map is 1/8.
+        stem: "standard", the published one: the map is 1/32 of the image; "small", 3x3 stride 1 and no
+            pooling, for images of about 32 px: the map is 1/8.
         dropout: share of pooled features that are dropped in training.
         pooling: how the prediction pools the feature map.
-        norm: "group" does not depend on the batch: for batches of a few images.
-        pretrained: a local state dict under torchvision's names, `.safetensors` or torch's own format.
+        pretrained: a local state dict under torchvision's names, `.safetensors` or torch's own format; or
+            torchvision's published one by name, as "torchvision:IMAGENET1K_V1". Kernels of an RGB stem are
+            folded to the channels at hand, all of equal weight: an image that is equal in all of its
+            channels has the features of its RGB copy, be they 1 (gray), 4 or 7 (stains, energies, phases).
     """
+
+    takes: ClassVar = "images"
 
     stem: Stem = "standard"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     pooling: Pooling = "attention"
-    norm: Norm = "batch"
-    pretrained: Path | None = None
+    pretrained: Pretrained | None = None
+
+    @property
+    def cells(self) -> Cells:
+        """Where the attention map's cells lie in the input."""
+        raise NotImplementedError
 
 
 class ResNetConfig(RadiographConfig):
-    """A ResNet: `depth` layers, `width` as a share of the usual channels (0.5 = half)."""
+    """A ResNet.
+
+    Attributes:
+        depth: layers.
+        width: as a share of the usual channels (0.5 = half).
+        norm: "group" does not depend on the batch: for batches of a few images. Nor does "frozen_batch",
+            which keeps the statistics and scales of `pretrained`, and without it normalises nothing.
+    """
 
     family: Literal["resnet"] = "resnet"
     depth: Literal[18, 34, 50] = 18
     width: Annotated[float, Field(gt=0, le=4)] = 1.0
+    norm: ImageNorm = "batch"
+
+    @property
+    def architecture(self) -> str:
+        """The name that torchvision gives it."""
+        return f"resnet{self.depth}"
 
     @property
     def cells(self) -> Cells:
@@ -84,11 +98,29 @@ class ResNetConfig(RadiographConfig):
 
 
 class DenseNetConfig(RadiographConfig):
-    """A DenseNet: layers per dense block, each of which adds `growth_rate` channels."""
+    """A DenseNet.
+
+    Attributes:
+        growth_rate: channels that each layer adds.
+        block_config: layers per dense block.
+        norm: as of `ResNetConfig`.
+    """
 
     family: Literal["densenet"] = "densenet"
     growth_rate: Annotated[int, Field(ge=1)] = 32
     block_config: tuple[int, int, int, int] = (6, 12, 24, 16)
+    norm: ImageNorm = "batch"
+
+    @property
+    def architecture(self) -> str | None:
+        """The name that torchvision gives it, if it has one."""
+        published = {
+            (32, (6, 12, 24, 16)): "densenet121",
+            (48, (6, 12, 36, 24)): "densenet161",
+            (32, (6, 12, 32, 32)): "densenet169",
+            (32, (6, 12, 48, 32)): "densenet201",
+        }
+        return published.get((self.growth_rate, self.block_config))
 
     @property
     def cells(self) -> Cells:
@@ -103,6 +135,41 @@ class DenseNetConfig(RadiographConfig):
             ValueError: if `pretrained` cannot be read or does not fit.
         """
         return DenseNetMedical(num_classes, channels, self)
+
+
+class ConvNeXtConfig(RadiographConfig):
+    """A ConvNeXt, by default ConvNeXt-Tiny; it normalises over channels, whatever the batch.
+
+    Attributes:
+        width: as a share of the usual 96, 192, 384 and 768 channels.
+        depths: blocks per stage.
+        stochastic_depth: chance that the last block is skipped for an image in training; the first never is,
+            and those between in proportion.
+    """
+
+    family: Literal["convnext"] = "convnext"
+    width: Annotated[float, Field(gt=0, le=4)] = 1.0
+    depths: tuple[_Depth, _Depth, _Depth, _Depth] = (3, 3, 9, 3)
+    stochastic_depth: Annotated[float, Field(ge=0, lt=1)] = 0.1
+
+    @property
+    def architecture(self) -> str | None:
+        """The name that torchvision gives it, if it has one."""
+        return {(3, 3, 9, 3): "convnext_tiny", (3, 3, 27, 3): "convnext_small"}.get(self.depths)
+
+    @property
+    def cells(self) -> Cells:
+        """Where the attention map's cells lie: whole patches, merged two by two, are tiles of the image."""
+        stride_px = 32 if self.stem == "standard" else 8
+        return Cells(stride_px=stride_px, first_centre_px=stride_px / 2)
+
+    def build(self, num_classes: int, channels: int) -> "ConvNeXtMedical":
+        """The network for images of `channels` channels; random weights come from torch's global generator.
+
+        Raises:
+            ValueError: if `pretrained` cannot be read or does not fit.
+        """
+        return ConvNeXtMedical(num_classes, channels, self)
 
 
 class MedicalClassificationModel(nn.Module):
@@ -145,8 +212,16 @@ class MedicalClassificationModel(nn.Module):
             scores = self.attention(feature_map)
         # Pooling stays in float32 under mixed precision: bfloat16 has 8 bits for a sum over all positions.
         attention = scores.float().flatten(1).softmax(1).view_as(scores)
-        features = (feature_map * attention).sum((2, 3))
+        features = self._finish((feature_map * attention).sum((2, 3)))
         return Output(self.classifier(self.dropout(features)).float(), attention.squeeze(1), features)
+
+    def stages(self) -> list[nn.Module]:
+        """The backbone's blocks in order: what gradient checkpointing may recompute one by one."""
+        return self.backbone.stages()
+
+    def _finish(self, pooled: Tensor) -> Tensor:
+        """What the classifier sees of the pooled features, N F."""
+        return pooled
 
 
 class MedicalResNet(MedicalClassificationModel):
@@ -178,3 +253,25 @@ class DenseNetMedical(MedicalClassificationModel):
         super().__init__(
             DenseNetBackbone(channels, config), num_classes, dropout=config.dropout, pooling=config.pooling
         )
+
+
+class ConvNeXtMedical(MedicalClassificationModel):
+    """A ConvNeXt classifier of radiographs; by default ConvNeXt-Tiny on one gray channel.
+
+    The pooled features are normalised before the classifier sees them, as in the paper.
+
+    Source: Liu et al. 2022, "A ConvNet for the 2020s", in torchvision's form.
+    """
+
+    backbone: "ConvNeXtBackbone"
+
+    def __init__(self, num_classes: int = 2, channels: int = 1, config: ConvNeXtConfig | None = None) -> None:
+        from cadx.models.backbones import ConvNeXtBackbone
+
+        config = config or ConvNeXtConfig()
+        super().__init__(
+            ConvNeXtBackbone(channels, config), num_classes, dropout=config.dropout, pooling=config.pooling
+        )
+
+    def _finish(self, pooled: Tensor) -> Tensor:
+        return self.backbone.normalise(pooled)

@@ -1,0 +1,217 @@
+"""Classifiers of 3D volumes and patches: MONAI's ResNet and DenseNet under an attention-pooling head.
+
+As for radiographs, the attention map that is shown is the very set of weights by which the prediction pools
+its features, and starts uniform.
+"""
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from cadx.models.checkpointing import enable_checkpointing
+from cadx.models.interface import Norm, Output
+from cadx.transforms import Cells
+from cadx.types import Config
+
+Stem = Literal["standard", "thick_slices", "small"]
+Pooling = Literal["attention", "average"]
+
+STEM_PX: dict[Stem, tuple[int, int, int]] = {
+    "standard": (4, 4, 4),
+    "thick_slices": (1, 4, 4),
+    "small": (1, 1, 1),
+}
+"""By how many voxels of the input, along D, H, W, a stem moves from one place of its output to the next."""
+
+
+class VolumeBackbone(Protocol):
+    """What `MedicalVolumeModel` asks of a module that extracts features."""
+
+    feature_dim: int
+
+    def extract_features(self, volumes: Tensor) -> Tensor:
+        """The feature map, N F d h w, of `volumes`, N C D H W."""
+        ...
+
+    def stages(self) -> list[nn.Module]:
+        """The blocks in order: the segments of gradient checkpointing."""
+        ...
+
+
+class VolumeConfig(Config):
+    """What both families share.
+
+    Attributes:
+        stem: "standard", 7x7x7 stride 2 and max pooling: the map is 1/32 of the volume, for patches of 32 voxels
+            and more; "thick_slices", the same but without a stride along D, which becomes 1/8, for patches of few
+            slices; "small", 3x3x3 stride 1 and no pooling, for patches of about 16 to 32 voxels: the map is 1/8.
+        dropout: share of pooled features that are dropped in training.
+        pooling: how the prediction pools the feature map.
+        norm: "group" does not depend on the batch: for batches of one or two volumes.
+        pretrained: a local state dict under MONAI's names (MedicalNet's files are), `.safetensors` or torch's own
+            format.
+    """
+
+    takes: ClassVar = "volumes"
+
+    stem: Stem = "standard"
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    pooling: Pooling = "attention"
+    norm: Norm = "batch"
+    pretrained: Path | None = None
+
+    @property
+    def cells(self) -> tuple[Cells, Cells, Cells]:
+        """Where the attention map's cells lie along D, H, W."""
+        raise NotImplementedError
+
+
+class ResNet3DConfig(VolumeConfig):
+    """A 3D ResNet: `depth` layers, `width` as a share of the usual channels (0.5 = half)."""
+
+    family: Literal["resnet3d"] = "resnet3d"
+    depth: Literal[10, 18, 34, 50] = 18
+    width: Annotated[float, Field(gt=0, le=4)] = 1.0
+
+    @property
+    def cells(self) -> tuple[Cells, Cells, Cells]:
+        """Where the attention map's cells lie along D, H, W: every stride starts at the first voxel."""
+        depth, height, width = (Cells(stride_px=8 * px, first_centre_px=0.5) for px in STEM_PX[self.stem])
+        return depth, height, width
+
+    def build(self, num_classes: int, channels: int) -> "Medical3DResNet":
+        """The network for volumes of `channels` channels; random weights come from torch's global generator.
+
+        Raises:
+            ValueError: if `pretrained` cannot be read or does not fit.
+        """
+        return Medical3DResNet(num_classes, channels, self)
+
+
+class DenseNet3DConfig(VolumeConfig):
+    """A 3D DenseNet: layers per dense block (by default DenseNet-121's), each adding `growth_rate` channels."""
+
+    family: Literal["densenet3d"] = "densenet3d"
+    growth_rate: Annotated[int, Field(ge=1)] = 32
+    block_config: tuple[int, int, int, int] = (6, 12, 24, 16)
+
+    @property
+    def cells(self) -> tuple[Cells, Cells, Cells]:
+        """Where the map's cells lie along D, H, W: each transition averages two, and moves the first by half a one."""
+        depth, height, width = (
+            Cells(stride_px=8 * px, first_centre_px=0.5 + px * (1 + 2 + 4) / 2) for px in STEM_PX[self.stem]
+        )
+        return depth, height, width
+
+    def build(self, num_classes: int, channels: int) -> "Medical3DDenseNet":
+        """The network for volumes of `channels` channels; random weights come from torch's global generator.
+
+        Raises:
+            ValueError: if `pretrained` cannot be read or does not fit.
+        """
+        return Medical3DDenseNet(num_classes, channels, self)
+
+
+class MedicalVolumeModel(nn.Module):
+    """A classifier over any 3D backbone; its attention map is the weights by which the prediction pools.
+
+    The pooled features are sum_p a_p f_p over positions p, with a = softmax of a 1x1x1 convolution of the
+    feature map f.
+
+    Source: Ilse et al. 2018, "Attention-based Deep Multiple Instance Learning", eq. 7, with positions as
+    instances and a linear score in place of its two-layer one.
+
+    Args:
+        backbone: a module with `feature_dim`, `extract_features` and `stages` (see `VolumeBackbone`).
+        num_classes: K.
+        dropout: share of pooled features that are dropped in training.
+        pooling: "average" keeps every position's weight equal.
+    """
+
+    def __init__(
+        self,
+        backbone: VolumeBackbone,
+        num_classes: int,
+        *,
+        dropout: float = 0.0,
+        pooling: Pooling = "attention",
+    ) -> None:
+        super().__init__()
+        feature_dim = backbone.feature_dim
+        self.backbone: VolumeBackbone = backbone
+        self.attention: nn.Conv3d | None = None
+        if pooling == "attention":
+            # Without a bias: softmax does not see one. Zero: training starts from average pooling.
+            self.attention = nn.Conv3d(feature_dim, 1, 1, bias=False)
+            nn.init.zeros_(self.attention.weight)
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(feature_dim, num_classes)
+
+    def forward(self, volumes: Tensor) -> Output:
+        """Logits, attention and features (all float32) of `volumes`, N C D H W.
+
+        Raises:
+            ValueError: if the volumes are smaller than the backbone's strides need.
+        """
+        feature_map = self.backbone.extract_features(volumes)
+        if self.attention is None:
+            scores = torch.zeros_like(feature_map[:, :1])
+        else:
+            scores = self.attention(feature_map)
+        # Pooling stays in float32 under mixed precision: bfloat16 has 8 bits for a sum over all positions.
+        attention = scores.float().flatten(1).softmax(1).view_as(scores)
+        features = (feature_map * attention).sum((2, 3, 4))
+        return Output(self.classifier(self.dropout(features)).float(), attention.squeeze(1), features)
+
+    def stages(self) -> list[nn.Module]:
+        """The backbone's blocks in order: the segments of gradient checkpointing."""
+        return self.backbone.stages()
+
+
+class Medical3DResNet(MedicalVolumeModel):
+    """A ResNet classifier of volumes; by default ResNet-18 on one channel.
+
+    Source: He et al. 2016, "Deep Residual Learning for Image Recognition", with 3D kernels as Hara et al. 2018,
+    "Can Spatiotemporal 3D CNNs Retrace the History of 2D CNNs and ImageNet?", in MONAI's form; the stem has
+    stride 2 along every axis (theirs keeps the first) unless `stem` says otherwise, and every shortcut that
+    changes the shape is a convolution (theirs pads with zeros in ResNet-18 and 34).
+    """
+
+    def __init__(self, num_classes: int = 2, channels: int = 1, config: ResNet3DConfig | None = None) -> None:
+        from cadx.models.volume_networks import ResNet3DBackbone
+
+        config = config or ResNet3DConfig()
+        super().__init__(
+            ResNet3DBackbone(channels, config), num_classes, dropout=config.dropout, pooling=config.pooling
+        )
+
+
+class Medical3DDenseNet(MedicalVolumeModel):
+    """A DenseNet classifier of volumes; by default DenseNet-121 on one channel.
+
+    Source: Huang et al. 2017, "Densely Connected Convolutional Networks" (DenseNet-BC), with 3D kernels.
+    """
+
+    def __init__(
+        self, num_classes: int = 2, channels: int = 1, config: DenseNet3DConfig | None = None
+    ) -> None:
+        from cadx.models.volume_networks import DenseNet3DBackbone
+
+        config = config or DenseNet3DConfig()
+        super().__init__(
+            DenseNet3DBackbone(channels, config), num_classes, dropout=config.dropout, pooling=config.pooling
+        )
+
+
+class MemoryEfficient3DNet(Medical3DResNet):
+    """A `Medical3DResNet` that is trained with gradient checkpointing: the same numbers in less memory.
+
+    The chapter's name for one network; `enable_checkpointing` does the same to any.
+    """
+
+    def __init__(self, num_classes: int = 2, channels: int = 1, config: ResNet3DConfig | None = None) -> None:
+        super().__init__(num_classes, channels, config)
+        enable_checkpointing(self)

@@ -1,0 +1,159 @@
+"""Answers as tables: probabilities and calls, predictions.parquet, and what metrics are made from."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cadx.bundle import answer_columns
+from cadx.files import replacing
+from cadx.types import Config, Digest, Split, Task
+
+
+def decide(
+    probabilities: np.ndarray,
+    thresholds: dict[str, float],
+    task: Task,
+    classes: Sequence[str],
+    positive: str | None,
+) -> np.ndarray:
+    """Which classes are called, N K bool, from N K probabilities (see `OperatingPoint`).
+
+    >>> decide(np.array([[0.7, 0.3], [0.8, 0.2]]), {"sick": 0.3}, "binary", ("well", "sick"), "sick").tolist()
+    [[False, True], [True, False]]
+    """
+    if task == "multilabel":
+        return probabilities >= np.array([thresholds[name] for name in classes])
+    if task == "binary":
+        assert positive is not None
+        column = list(classes).index(positive)
+        called = probabilities[:, column] >= thresholds[positive]
+        return np.stack([called if k == column else ~called for k in range(2)], axis=1)
+    return np.eye(len(classes), dtype=bool)[probabilities.argmax(1)]
+
+
+UNCLUSTERED = (
+    "The source names no patients: intervals treat each image as a patient, and are too narrow if some "
+    "patients have several images."
+)
+
+
+class PredictionsInfo(Config):
+    """What the rows of a predictions file are: kept in the file's own metadata.
+
+    `bundle` is the digest of the bundle that gave them; the other fields are as in its manifest.
+    """
+
+    experiment: str
+    seed: int
+    split: Split
+    bundle: Digest
+    task: Task
+    classes: tuple[str, ...]
+    positive: str | None
+    clustered: bool
+    thresholds: dict[str, float]
+    assumptions: tuple[str, ...]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a reader of any number made from these rows must know."""
+        return () if self.clustered else (UNCLUSTERED,)
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of the file, in order."""
+        labels = [f"label_{name}" for name in self.classes]
+        answers = answer_columns(self.task, self.classes)
+        return ["sample_id", "patient", "site", "scanner", "age", "sex", *labels, *answers]
+
+
+def answer_table(
+    probabilities: np.ndarray, calls: np.ndarray, task: Task, classes: Sequence[str]
+) -> pd.DataFrame:
+    """`answer_columns` of N samples, from N K probabilities and N K calls (`decide`).
+
+    `decision` is a class name; for multilabel there is `decision_<class>`, bool, for each.
+    """
+    called = [*calls.T] if task == "multilabel" else [np.array(classes, dtype=object)[calls.argmax(1)]]
+    return pd.DataFrame(dict(zip(answer_columns(task, classes), [*probabilities.T, *called], strict=True)))
+
+
+def write_predictions(path: Path, frame: pd.DataFrame, info: PredictionsInfo) -> None:
+    """Write predictions.parquet, whole or not at all; the same rows give the same bytes.
+
+    Columns: sample_id, patient, site, scanner, age, sex, `label_<class>` (NaN = unlabelled),
+    `prob_<class>`, and `decision` (a class name) or for multilabel `decision_<class>` (bool).
+    """
+    table = pa.Table.from_pandas(frame[info.columns], preserve_index=False)
+    # Instead of pandas' own metadata, which changes with its version.
+    table = table.replace_schema_metadata({"cadx": info.model_dump_json()})
+    with replacing(path) as partial:
+        pq.write_table(table, partial)
+
+
+def read_predictions(path: Path) -> tuple[pd.DataFrame, PredictionsInfo]:
+    """The rows of a predictions file, and what they are.
+
+    Raises:
+        ValueError: if it is not a predictions file.
+    """
+    try:
+        table = pq.read_table(path)
+        info = PredictionsInfo.model_validate(json.loads((table.schema.metadata or {})[b"cadx"]))
+    except (pa.ArrowInvalid, KeyError, ValueError):
+        raise ValueError(
+            f"{path}: no predictions file of this version; write it with `cadx evaluate`"
+        ) from None
+    if missing := [name for name in info.columns if name not in table.column_names]:
+        raise ValueError(f"{path}: no columns {', '.join(missing)}; write it again with `cadx evaluate`")
+    return table.to_pandas(), info
+
+
+class Arrays(NamedTuple):
+    """The rows of a predictions file as `metrics.score` takes them."""
+
+    labels: np.ndarray  # N K, NaN = unlabelled
+    probabilities: np.ndarray  # N K
+    decisions: np.ndarray  # N K bool
+    patients: np.ndarray | None  # N, None where each image stands for a patient
+
+
+def arrays(frame: pd.DataFrame, info: PredictionsInfo) -> Arrays:
+    """The columns of a predictions file by what they mean."""
+    if info.task == "multilabel":
+        decisions = frame[[f"decision_{name}" for name in info.classes]].to_numpy(bool)
+    else:
+        decisions = frame["decision"].to_numpy(object)[:, None] == np.array(info.classes, dtype=object)
+    return Arrays(
+        frame[[f"label_{name}" for name in info.classes]].to_numpy(np.float64),
+        frame[[f"prob_{name}" for name in info.classes]].to_numpy(np.float64),
+        decisions,
+        frame["patient"].to_numpy(object) if info.clustered else None,
+    )
+
+
+def subgroups(frame: pd.DataFrame, attributes: Sequence[str]) -> dict[str, list[str]]:
+    """The value of each attribute for each row, "" = unknown, age in bands; without what is never known."""
+    groups = {
+        name: [age_band(age) for age in frame[name]] if name == "age" else frame[name].astype(str).tolist()
+        for name in attributes
+    }
+    return {name: values for name, values in groups.items() if any(values)}
+
+
+def age_band(years: float) -> str:
+    """The band of an age in reports, "" where it is unknown.
+
+    >>> age_band(39.9), age_band(40.0), age_band(80.0), age_band(float("nan"))
+    ('0-39', '40-59', '80+', '')
+    """
+    for limit, band in ((40, "0-39"), (60, "40-59"), (80, "60-79"), (np.inf, "80+")):
+        if years < limit:
+            return band
+    return ""

@@ -1,0 +1,147 @@
+"""3D volumes before a bundle's networks: a sliding window over all of a volume.
+
+A volume that fits into one patch is answered as that patch is. Of a larger one, a class that is a finding (binary
+and multilabel tasks) is as likely as in the window where it is likeliest: one nodule suffices. Classes that
+exclude each other without one being a finding are averaged over all windows.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cadx.datasets import DatasetFolder, preview
+from cadx.loading.volumes import GridPatches, VolumePreprocessing, VolumeSource
+from cadx.models import Output
+from cadx.models.volume import VolumeConfig
+from cadx.predicting.subject import Said, Source, Subject
+from cadx.reading.volumes import read_volume
+from cadx.transforms import Cells
+from cadx.types import RawVolume, Task
+
+_WINDOWS_AT_ONCE = 8
+
+
+def slide_over(
+    network: Callable[[Tensor], Output],
+    volume: VolumeSource,
+    preprocessing: VolumePreprocessing,
+    task: Task,
+    positive: int | None,
+    cells: tuple[Cells, Cells, Cells],
+    device: torch.device,
+) -> Output:
+    """What a network says of a whole volume, from windows that overlap by half.
+
+    Args:
+        network: answers patches, N 1 D H W.
+        volume: the voxels.
+        preprocessing: size, spacing and intensities of the patches.
+        task: of the network.
+        positive: index of the class that a binary task looks for.
+        cells: where the network's attention lies in a patch.
+        device: where the network is.
+
+    Returns:
+        logits 1 K; attention 1 D H W over the volume's grid, summing to 1: where the windows look, each counting
+        by how likely it finds its finding; features 1 F, those of the window that decides, or the mean of all where
+        all of them do.
+    """
+    windows = GridPatches(volume, preprocessing)
+    answers: list[Output] = []
+    for start in range(0, len(windows), _WINDOWS_AT_ONCE):
+        stop = min(start + _WINDOWS_AT_ONCE, len(windows))
+        answers.append(network(torch.stack([windows[index] for index in range(start, stop)]).to(device)))
+    logits, attention, features = (torch.cat(parts).float() for parts in zip(*answers, strict=True))
+    if len(windows) == 1:
+        weights, pooled, seen = torch.ones(1), logits, features
+    elif task == "multilabel":
+        pooled = logits.max(0, keepdim=True).values
+        weights, seen = logits.max(1).values.sigmoid(), features[logits.max(1).values.argmax()][None]
+    elif positive is not None:
+        first = int((logits[:, positive] - logits[:, 1 - positive]).argmax())
+        pooled, seen = logits[first][None], features[first][None]
+        weights = logits.softmax(1)[:, positive]
+    else:
+        pooled = logits.log_softmax(1).logsumexp(0, keepdim=True)
+        weights, seen = torch.ones(len(windows)), features.mean(0, keepdim=True)
+    maps = _spread(attention, preprocessing.patch_px, cells).cpu()
+    weighted = (maps * weights.cpu().view(-1, 1, 1, 1))[:, None].numpy()
+    whole = torch.from_numpy(windows.assemble(weighted)).clamp_min(0)
+    return Output(pooled, whole / whole.sum().clamp_min(torch.finfo(torch.float32).tiny), seen)
+
+
+def _spread(maps: Tensor, size_px: Sequence[int], cells: Sequence[Cells]) -> Tensor:
+    """Maps, N d h w, over patches, N D H W: linear between the cells' centres, held beyond the outermost."""
+    for axis, (side_px, cell) in enumerate(zip(size_px, cells, strict=True), start=1):
+        last = maps.shape[axis] - 1
+        places = (torch.arange(side_px, device=maps.device) + 0.5 - cell.first_centre_px) / cell.stride_px
+        places = places.clamp(0, last)
+        below = places.long()
+        share = (places - below).view([-1 if axis == other else 1 for other in range(4)])
+        above = maps.index_select(axis, (below + 1).clamp(max=last))
+        maps = maps.index_select(axis, below) * (1 - share) + above * share
+    return maps
+
+
+class VolumeSubject(Subject):
+    """An item is a `VolumeSource`."""
+
+    kind = "volume"
+
+    def read(self, source: Source) -> RawVolume:
+        """The volume, from a NIfTI file, a DICOM series or a zip of one.
+
+        Raises:
+            ValueError: if it cannot be read.
+        """
+        if isinstance(source, RawVolume):
+            return source
+        assert isinstance(source, Path), "a volume is read from a file or a folder"
+        return read_volume(source)
+
+    def item(self, raw: RawVolume) -> VolumeSource:
+        """Its voxels as a source of blocks."""
+        depth_mm, height_mm, width_mm = map(float, raw.spacing_mm)
+        return VolumeSource.of_array(raw.voxels, (depth_mm, height_mm, width_mm))
+
+    def stored(self, folder: DatasetFolder, sample_id: str) -> VolumeSource:
+        """The sample's voxels, read block by block."""
+        return VolumeSource.of_folder(folder, sample_id)
+
+    def outputs(
+        self, networks: Sequence[nn.Module], items: Sequence[Any], device: torch.device
+    ) -> list[Said]:
+        """What each network says of the volumes, one by one."""
+        return [self._said([self._output(network, item, device) for item in items]) for network in networks]
+
+    def picture(self, raw: RawVolume) -> np.ndarray:
+        """Its middle slice, as `ingest` takes it."""
+        return preview("volume", raw.voxels)
+
+    def attention(self, raw: RawVolume, grid: np.ndarray) -> np.ndarray:
+        """The map over the raw volume, D H W."""
+        whole = F.interpolate(
+            torch.from_numpy(grid)[None, None], size=raw.voxels.shape, mode="trilinear", align_corners=False
+        )
+        attention: np.ndarray = whole[0, 0].numpy()
+        return attention / max(float(attention.max()), np.finfo(np.float32).tiny)
+
+    def _output(self, network: nn.Module, volume: VolumeSource, device: torch.device) -> Output:
+        manifest = self.manifest
+        assert isinstance(manifest.preprocessing, VolumePreprocessing)
+        positive = manifest.classes.index(manifest.positive) if manifest.positive else None
+        assert isinstance(manifest.model, VolumeConfig)
+        made, cells = manifest.preprocessing, manifest.model.cells
+        return slide_over(network, volume, made, manifest.task, positive, cells, device)
+
+    def _said(self, outputs: Sequence[Output]) -> Said:
+        return Said(
+            torch.cat([output.logits for output in outputs]),
+            [output.attention[0] for output in outputs],
+            torch.cat([output.features for output in outputs]),
+        )

@@ -1,0 +1,17 @@
+"""Training: one loop for every kind of sample and every family of models."""
+
+from cadx.training.loop import Fitted, discard_checkpoint, fit, learning_rate_factor, run_key
+from cadx.training.recipe import Recipe, SamplerName, TrainingConfig
+from cadx.training.workload import macro_auc
+
+__all__ = [
+    "Fitted",
+    "Recipe",
+    "SamplerName",
+    "TrainingConfig",
+    "discard_checkpoint",
+    "fit",
+    "learning_rate_factor",
+    "macro_auc",
+    "run_key",
+]

@@ -1,0 +1,108 @@
+"""Training classifiers of volumes on random patches, validated on whole volumes."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cadx.loading.volumes import Patch, Patch3DDataset, VolumePreprocessing, VolumeSource
+from cadx.models import Output
+from cadx.models.volume import VolumeConfig
+from cadx.predicting.volumes import slide_over
+from cadx.training.workload import ClassifierWorkload, Draw, Forward, Setting
+
+
+class _PatchBatch(NamedTuple):
+    images: Tensor  # N 1 D H W
+    targets: Tensor  # N K
+    items: list[int]
+
+
+class VolumeWorkload(ClassifierWorkload):
+    """Random patches: a batch is (images N 1 D H W, labels N K, items).
+
+    In a binary task a patch of a volume with a mask is labelled by what the mask marks in it. Else it has its
+    volume's labels.
+    """
+
+    kinds = ("volume",)
+    takes = "volumes"
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        config = self.config
+        assert isinstance(config.preprocessing, VolumePreprocessing)
+        assert isinstance(config.model, VolumeConfig)
+        self._cells = config.model.cells
+        if not config.augmentation.is_identity:
+            raise ValueError("train.augmentation: is for images in 2D; leave it out for volumes")
+        self.preprocessing = config.preprocessing
+        self.size = f"preprocessing.patch_px (now {config.preprocessing.patch_px})"
+        self.train: Patch3DDataset = Patch3DDataset(
+            self.folder,
+            setting.train,
+            config.preprocessing,
+            patches_per_volume=config.patches_per_sample,
+            positive_fraction=config.positive_fraction,
+            seed=setting.seed,
+        )
+        self.train.warm()
+        self.val = range(len(setting.val))
+        self.item_labels = np.repeat(self.train_labels, config.patches_per_sample, axis=0)
+        classes, positive = self.folder.info.classes, self.folder.info.positive
+        self._positive = None if positive is None else classes.index(positive)
+
+    def collate(self, patches: Sequence[Any]) -> Any:
+        """A batch of patches with the labels of each; of `val`, the volumes' numbers."""
+        if not isinstance(patches[0], Patch):
+            return list(patches)
+        return _PatchBatch(
+            torch.stack([patch.image for patch in patches]),
+            torch.stack([self._labels(patch) for patch in patches]),
+            [patch.item for patch in patches],
+        )
+
+    def _labels(self, patch: Patch) -> Tensor:
+        if self._positive is None or patch.is_positive.isnan():
+            return patch.labels
+        labels = torch.empty(2)
+        labels[self._positive] = patch.is_positive
+        labels[1 - self._positive] = 1 - patch.is_positive
+        return labels
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw this epoch's patches from now on."""
+        self.train.set_epoch(epoch)
+
+    def name(self, item: int) -> str:
+        """The volume of a patch."""
+        return self.setting.train[item // self.config.patches_per_sample]
+
+    def items(self, batch: _PatchBatch) -> list[int]:
+        """The items of a batch."""
+        return batch.items
+
+    def to_device(self, batch: _PatchBatch) -> _PatchBatch:
+        """The batch, where the network is."""
+        images, targets = (x.to(self.device, non_blocking=True) for x in (batch.images, batch.targets))
+        return _PatchBatch(images, targets, batch.items)
+
+    def targets(self, batch: _PatchBatch) -> Tensor:
+        """The labels of a batch, N K."""
+        return batch.targets
+
+    def forward(self, network: Forward, batch: _PatchBatch, draw: Draw) -> Output:
+        """What the network says of the patches."""
+        return network(batch.images)
+
+    def answers(self, network: Forward, batches: Iterable[list[int]]) -> dict[int, np.ndarray]:
+        """Each whole volume's logits, K."""
+        answers = {}
+        for number in (number for batch in batches for number in batch):
+            source = VolumeSource.of_folder(self.folder, self.setting.val[number])
+            made, task = self.preprocessing, self.folder.info.task
+            answer = slide_over(network, source, made, task, self._positive, self._cells, self.device)
+            answers[number] = answer.logits[0].cpu().numpy()
+        return answers

@@ -1,0 +1,397 @@
+"""Metrics of detections: against faster-coco-eval and MONAI, on repeated images, and on cases counted by hand."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.metrics import compute_froc_curve_data, compute_froc_score
+
+from cadx import detection, metrics
+from cadx.detection import (
+    AREAS_PX2,
+    DETECTION_METRICS,
+    FROC_RATES,
+    IOU_THRESHOLDS,
+    calculate_detection_metrics,
+    calculate_map,
+    froc_curve,
+    operating_point,
+)
+
+CLASSES = ("mass", "cluster")
+COLUMNS = ["sample_id", "class", "x0", "y0", "x1", "y1"]
+
+
+def lesions(*rows: tuple[Any, ...]) -> pd.DataFrame:
+    return pd.DataFrame(list(rows), columns=COLUMNS)
+
+
+def found(*rows: tuple[Any, ...]) -> pd.DataFrame:
+    return pd.DataFrame(list(rows), columns=[*COLUMNS, "score"])
+
+
+def draw(
+    seed: int, *, num_images: int = 12, num_scores: int | None = None, classes: Iterable[str] = CLASSES
+) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    """Detections, lesions and images: lesions of every size, found, missed, found twice, or taken for another class."""
+    rng = np.random.default_rng(seed)
+    names = [f"i{number}" for number in range(num_images)]
+    truth, answers = [], []
+    for name in names:
+        for _ in range(rng.integers(0, 4)):
+            x0, y0 = rng.integers(0, 200, 2).tolist()
+            width, height = (2 ** rng.uniform(2, 7.5, 2)).astype(int).tolist()
+            kind = str(rng.choice(list(classes)))
+            truth.append((name, kind, x0, y0, x0 + width, y0 + height))
+            for _ in range(rng.integers(0, 4)):
+                left, top, right, bottom = (rng.normal(0, 0.12, 4) * (width, height, width, height)).round()
+                box = (x0 + left, y0 + top, max(x0 + width + right, x0 + left + 1))
+                answers.append((name, kind, *box, max(y0 + height + bottom, y0 + top + 1)))
+                if rng.random() < 0.2:
+                    answers.append((name, str(rng.choice(list(classes))), *answers[-1][2:]))
+        for _ in range(rng.integers(0, 3)):
+            x0, y0 = rng.integers(0, 300, 2).tolist()
+            answers.append((name, str(rng.choice(list(classes))), x0, y0, x0 + 20, y0 + rng.integers(5, 120)))
+    scores = rng.permutation(len(answers)) / max(len(answers), 1)
+    if num_scores:
+        scores = (scores * num_scores).round() / num_scores
+    rows = [(*answer, score) for answer, score in zip(answers, scores.tolist(), strict=True)]
+    return found(*rows), lesions(*truth), names
+
+
+def repeated(frame: pd.DataFrame, counts: dict[str, int]) -> pd.DataFrame:
+    """Each image's rows as often as it is drawn, under names of their own."""
+    parts = [
+        frame[frame["sample_id"] == name].assign(sample_id=f"{name}-{copy}")
+        for name, count in counts.items()
+        for copy in range(count)
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def own_precisions(
+    answers: pd.DataFrame, truth: pd.DataFrame, names: list[str], weights: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Class -> R A T by our own accumulation; of the set itself unless images are weighted."""
+    data = detection._read(answers, truth, names, CLASSES, None, 100)
+    drawn = np.ones((1, len(names)), np.uint8) if weights is None else weights
+    matches = detection._match(data, IOU_THRESHOLDS, tuple(AREAS_PX2.values()))
+    return {
+        name: detection._ap_replicates(part, data, drawn) for name, part in zip(CLASSES, matches, strict=True)
+    }
+
+
+def reference_precisions(
+    answers: pd.DataFrame, truth: pd.DataFrame, names: list[str]
+) -> dict[str, np.ndarray]:
+    """Class -> A T by faster-coco-eval; NaN where there is no lesion."""
+    data = detection._read(answers, truth, names, CLASSES, None, 100)
+    precision = detection._coco_precision(data, IOU_THRESHOLDS, 100)
+    values = np.where(precision > -1, precision, np.nan).mean(axis=1)
+    return {name: values[:, column].T for column, name in enumerate(CLASSES)}
+
+
+# --- Average precision --------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([None, 4, 40]))
+def test_average_precision_is_coco_s_at_every_iou_threshold_and_area(
+    seed: int, num_scores: int | None
+) -> None:
+    drawn = draw(seed, num_scores=num_scores)
+    ours, expected = own_precisions(*drawn), reference_precisions(*drawn)
+    for name in CLASSES:
+        np.testing.assert_allclose(ours[name][0], expected[name], rtol=0, atol=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6))
+def test_a_resample_is_worth_what_coco_gives_for_the_images_repeated(seed: int) -> None:
+    answers, truth, names = draw(seed)
+    counts = np.random.default_rng(seed).integers(0, 4, (1, len(names))).astype(np.uint8)
+    counts[0, 0] = 1
+    ours = own_precisions(answers, truth, names, counts)
+    copies = dict(zip(names, counts[0].tolist(), strict=True))
+    expected = reference_precisions(
+        repeated(answers, copies),
+        repeated(truth, copies),
+        [f"{name}-{copy}" for name, count in copies.items() for copy in range(count)],
+    )
+    for name in CLASSES:
+        np.testing.assert_allclose(ours[name][0], expected[name], rtol=0, atol=1e-6)
+
+
+def test_average_precision_counted_by_hand() -> None:
+    """Of two lesions one is found first, then a false positive: precision 1 up to recall 0.5, 51 recalls of 101."""
+    truth = lesions(("a", "mass", 0, 0, 10, 10), ("b", "mass", 0, 0, 10, 10))
+    answers = found(("a", "mass", 0, 0, 10, 10, 0.9), ("a", "mass", 50, 50, 60, 60, 0.8))
+    values = calculate_map(answers, truth, ["a", "b"], classes=["mass"])
+    assert values["mass"]["ap"] == pytest.approx(51 / 101)
+    # A lesion of 10 x 10 is small; of the other sizes there is none.
+    assert values["mass"]["ap_small"] == values["mass"]["ap"]
+    assert values["mass"]["ap_medium"] is None
+
+
+def test_a_lesion_is_matched_once() -> None:
+    """The sketch matched a lesion as often as a detection met it: all three detections of one were right."""
+    truth = lesions(("a", "mass", 0, 0, 10, 10), ("b", "mass", 0, 0, 10, 10))
+    answers = found(*(("a", "mass", 0, 0, 10, 10, score) for score in (0.9, 0.8, 0.7)))
+    scores = calculate_detection_metrics(answers, truth, ["a", "b"], classes=["mass"], resamples=0)
+    assert scores.metrics["lesion_sensitivity"].value == 0.5
+    assert scores.metrics["lesion_ppv"].value == pytest.approx(1 / 3)
+    assert scores.metrics["false_positives_per_image"].value == 1
+    assert scores.metrics["ap50"].value == pytest.approx(51 / 101)
+
+
+def test_boxes_of_another_image_or_class_are_no_hit() -> None:
+    """The sketch threw the boxes of all images and classes into one list, where they matched each other."""
+    truth = lesions(("a", "mass", 0, 0, 10, 10))
+    elsewhere = found(("b", "mass", 0, 0, 10, 10, 0.9), ("a", "cluster", 0, 0, 10, 10, 0.8))
+    scores = calculate_detection_metrics(elsewhere, truth, ["a", "b"], classes=CLASSES, resamples=0)
+    assert scores.metrics["ap"].value == 0
+    assert scores.metrics["lesion_sensitivity"].value == 0
+    assert scores.metrics["false_positives_per_image"].value == 1
+
+
+def test_an_image_without_boxes_counts_its_false_positives() -> None:
+    truth = lesions(("a", "mass", 0, 0, 10, 10))
+    answers = found(("a", "mass", 0, 0, 10, 10, 0.6), ("b", "mass", 0, 0, 10, 10, 0.9))
+    alone = calculate_map(answers[answers["sample_id"] == "a"], truth, ["a"], classes=["mass"])
+    both = calculate_map(answers, truth, ["a", "b"], classes=["mass"])
+    assert (alone["mass"]["ap"], both["mass"]["ap"]) == (1, 0.5)
+
+
+def test_what_has_no_lesions_is_none_and_never_minus_one() -> None:
+    truth = lesions(("a", "mass", 0, 0, 10, 10))
+    answers = found(("a", "mass", 0, 0, 10, 10, 0.9), ("a", "cluster", 0, 0, 9, 9, 0.9))
+    values = calculate_map(answers, truth, ["a", "b"], classes=CLASSES)
+    assert set(values["cluster"].values()) == {None}
+    assert values[""]["ap"] == 1  # the mean is over the classes that have lesions
+    scores = calculate_detection_metrics(answers, truth, ["a", "b"], classes=CLASSES, resamples=20)
+    estimate = scores.by_class["cluster"]["ap"]
+    assert (estimate.value, estimate.low, estimate.n) == (None, None, 0)
+    assert "no lesion" in estimate.method
+    assert "that is large" in scores.metrics["ap_large"].method
+    assert "1 undefined" in scores.metrics["ap"].method
+    assert scores.by_class["cluster"]["froc"].value is None
+    assert scores.by_class["cluster"]["image_auc"].value is None
+
+
+def test_neither_detections_nor_lesions_is_no_error() -> None:
+    nothing = calculate_detection_metrics(found(), lesions(), ["a", "b"], classes=CLASSES)
+    assert {name for name, estimate in nothing.metrics.items() if estimate.value is not None} == {
+        "false_positives_per_image"
+    }
+    blind = calculate_detection_metrics(
+        found(), lesions(("a", "mass", 0, 0, 9, 9)), ["a", "b"], classes=CLASSES
+    )
+    for name in ("ap", "froc", "lesion_sensitivity"):
+        assert blind.metrics[name].value == 0
+
+
+@pytest.mark.parametrize("max_detections", [1, 2, 7, 300])
+def test_any_number_of_detections_counts_as_asked(max_detections: int) -> None:
+    """Another maximum than 1, 10 and 100 gives -1 in pycocotools and what wraps it (torchmetrics#2560)."""
+    truth = lesions(("a", "mass", 0, 0, 10, 10))
+    rows = [("a", "mass", 100, 100, 110, 110, 0.9)] * 4 + [("a", "mass", 0, 0, 10, 10, 0.5)]
+    value = calculate_map(found(*rows), truth, ["a"], classes=["mass"], max_detections=max_detections)
+    assert value["mass"]["ap"] == pytest.approx(0.2 if max_detections >= 5 else 0)
+
+
+def test_the_maximum_holds_for_each_class_of_each_image() -> None:
+    answers, truth, names = draw(3)
+    limited = calculate_map(answers, truth, names, classes=CLASSES, max_detections=1)
+    best = (
+        answers.sort_values("score", ascending=False, kind="stable").groupby(["sample_id", "class"]).head(1)
+    )
+    assert limited == calculate_map(best, truth, names, classes=CLASSES)
+
+
+# --- FROC and operating points ------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6))
+def test_froc_is_monai_s_where_no_scores_are_tied(seed: int) -> None:
+    answers, truth, names = draw(seed)
+    # Never to be found: else MONAI leaves out the lowest threshold.
+    truth = pd.concat([truth, lesions((names[0], "mass", 900, 900, 910, 910))], ignore_index=True)
+    data = detection._read(answers, truth, names, CLASSES, None, 100)
+    pool = detection._pool(data, detection._match(data, (0.5,), (AREAS_PX2["all"],)))
+    missed = np.zeros(pool.num_lesions - int(pool.hit.sum()))
+    per_image, sensitivity = compute_froc_curve_data(
+        pool.score[~pool.hit] + 0.1,
+        np.concatenate([pool.score[pool.hit] + 0.1, missed]),
+        pool.num_lesions,
+        len(names),
+    )
+    expected = compute_froc_score(per_image, sensitivity, FROC_RATES)
+    scores = calculate_detection_metrics(answers, truth, names, classes=CLASSES, resamples=0)
+    assert scores.metrics["froc"].value == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_resample_s_froc_is_that_of_the_images_repeated() -> None:
+    answers, truth, names = draw(11, num_images=20, num_scores=30)
+    counts = np.random.default_rng(0).integers(0, 4, len(names))
+    data = detection._read(answers, truth, names, CLASSES, None, 100)
+    pool = detection._pool(data, detection._match(data, (0.5,), (AREAS_PX2["all"],)))
+    ours = detection._sensitivities(data, pool, counts[None].astype(float))[0]
+    copies = dict(zip(names, counts.tolist(), strict=True))
+    curve = froc_curve(
+        repeated(answers, copies),
+        repeated(truth, copies),
+        [f"{name}-{copy}" for name, count in copies.items() for copy in range(count)],
+        classes=CLASSES,
+    )
+    expected = [curve.sensitivity[curve.false_positives_per_image <= rate].max() for rate in FROC_RATES]
+    np.testing.assert_allclose(ours, expected, atol=1e-12)
+    assert 0 < ours[0] < ours[-1]
+
+
+def test_the_operating_point_is_the_highest_threshold_that_finds_enough() -> None:
+    truth = lesions(*(("a", "mass", 20 * i, 0, 20 * i + 10, 10) for i in range(4)))
+    answers = found(
+        *(("a", "mass", 20 * i, 0, 20 * i + 10, 10, score) for i, score in enumerate((0.9, 0.7, 0.5, 0.2))),
+        ("b", "mass", 0, 0, 5, 5, 0.8),
+        ("b", "mass", 0, 0, 5, 5, 0.4),
+    )
+    point = operating_point(answers, truth, ["a", "b"], classes=["mass"], sensitivity=0.75)
+    assert point == (pytest.approx(0.45), 0.75, 0.5, True)
+    scores = calculate_detection_metrics(
+        answers, truth, ["a", "b"], classes=["mass"], score_threshold=point.threshold, resamples=0
+    )
+    assert scores.metrics["lesion_sensitivity"].value == point.sensitivity
+    assert scores.metrics["false_positives_per_image"].value == point.false_positives_per_image
+
+
+def test_an_operating_point_out_of_reach_says_so() -> None:
+    truth = lesions(("a", "mass", 0, 0, 10, 10), ("a", "mass", 50, 50, 60, 60))
+    half = found(("a", "mass", 0, 0, 10, 10, 0.9), ("a", "mass", 80, 80, 90, 90, 0.1))
+    assert operating_point(half, truth, ["a"], classes=["mass"]) == (0.5, 0.5, 0.0, False)
+    blind = operating_point(found(), truth, ["a"], classes=["mass"])
+    assert (blind.sensitivity, blind.reached) == (0, False)
+    assert 1 < blind.threshold < 1.001
+    with pytest.raises(ValueError, match="no lesion to choose"):
+        operating_point(half, lesions(), ["a"], classes=["mass"])
+
+
+# --- Intervals ----------------------------------------------------------------------------------------
+
+
+def test_closed_forms_are_those_of_the_metrics_of_cases() -> None:
+    answers, truth, names = draw(5, num_images=30)
+    patients = np.arange(30) // 3
+    scores = calculate_detection_metrics(answers, truth, names, classes=CLASSES, patients=patients)
+    highest = answers.groupby("sample_id")["score"].max().reindex(names).fillna(0)
+    holds = pd.Index(names).isin(truth["sample_id"])
+    assert scores.metrics["image_auc"] == metrics.auc(holds, highest, patients)
+    assert scores.metrics["lesion_sensitivity"].method == "Wilson, effective n over patients"
+    assert scores.metrics["lesion_sensitivity"].n == scores.n_lesions == len(truth)
+
+
+def test_images_of_a_patient_are_drawn_together() -> None:
+    """Each patient's images ten times over are no more evidence: the interval stays as wide."""
+    answers, truth, names = draw(21, num_images=30)
+    once = calculate_detection_metrics(answers, truth, names, classes=CLASSES, resamples=300)
+    copies = dict.fromkeys(names, 10)
+    many = [f"{name}-{copy}" for name in names for copy in range(10)]
+    big = calculate_detection_metrics(
+        repeated(answers, copies),
+        repeated(truth, copies),
+        many,
+        classes=CLASSES,
+        patients=np.repeat(np.arange(30), 10),
+        resamples=300,
+    )
+    for name in ("ap", "ap50", "froc", "false_positives_per_image"):
+        a, b = once.metrics[name], big.metrics[name]
+        assert (a.value, a.low, a.high) == pytest.approx((b.value, b.low, b.high), abs=1e-9)
+    assert (once.clustered, big.clustered, big.n_patients) == (False, True, 30)
+
+
+def test_every_metric_has_an_interval_around_it_and_the_same_again() -> None:
+    answers, truth, names = draw(8, num_images=120)
+    scores = calculate_detection_metrics(answers, truth, names, classes=CLASSES, resamples=200, seed=3)
+    assert list(scores.metrics) == list(DETECTION_METRICS)
+    for estimates in (scores.metrics, *scores.by_class.values()):
+        for name, estimate in estimates.items():
+            assert estimate.value is not None, name
+            assert estimate.low is not None
+            assert estimate.high is not None
+            assert 0 <= estimate.low <= estimate.value <= estimate.high
+            assert estimate.high > estimate.low, name
+    again = calculate_detection_metrics(answers, truth, names, classes=CLASSES, resamples=200, seed=3)
+    assert again == scores
+    values = calculate_map(answers, truth, names, classes=CLASSES)
+    assert scores.metrics["ap75"].value == values[""]["ap75"]
+
+
+def test_perfection_on_few_patients_is_no_certainty() -> None:
+    truth = lesions(*((f"i{i}", "mass", 0, 0, 10, 10) for i in range(8)))
+    scores = calculate_detection_metrics(
+        truth.assign(score=0.9), truth, [f"i{i}" for i in range(10)], classes=["mass"]
+    )
+    for name in ("ap", "froc", "sensitivity_at_0.125_fp"):
+        assert scores.metrics[name].value == 1
+        assert scores.metrics[name].low == pytest.approx(float(metrics.wilson(8, 8)[0]))
+    false = scores.metrics["false_positives_per_image"]
+    assert (false.value, false.high) == (0, pytest.approx(-math.log(0.025) / 10))
+
+
+def test_the_interval_covers_as_often_as_it_says() -> None:
+    """Two lesions a patient, both found or both missed, at chance 0.7: 95 % of 200 sets of 40 patients."""
+    rng, covered = np.random.default_rng(0), 0
+    names = [f"i{i}" for i in range(80)]
+    truth = lesions(*((name, "mass", 0, 0, 10, 10) for name in names))
+    weights = metrics._resample(40, 300, 0)
+    for _ in range(200):
+        hits = truth[np.repeat(rng.random(40) < 0.7, 2)].assign(score=0.9)
+        false = truth[rng.random(80) < 0.5].assign(score=0.5, x0=50, x1=60)
+        data = detection._read(
+            pd.concat([hits, false]), truth, names, ["mass"], np.repeat(np.arange(40), 2), 100
+        )
+        pool = detection._pool(data, detection._match(data, (0.5,), (AREAS_PX2["all"],)))
+        estimate = detection._froc(data, pool, weights)["froc"]
+        assert estimate.low is not None
+        assert estimate.high is not None
+        covered += estimate.low <= 0.7 <= estimate.high
+    assert 0.9 <= covered / 200 <= 0.985
+
+
+# --- Input --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sample_id": "z"}, "detections: row 0 is of a sample that is not among sample_ids"),
+        ({"class": "cyst"}, "detections: row 0 is of a class that is none of mass, cluster"),
+        ({"x1": 0}, "detections: row 0 has no area"),
+        ({"y0": math.nan}, "detections: row 0 has no area"),
+        ({"score": 1.5}, "detections: row 0 has a score that is not within 0..1"),
+    ],
+)
+def test_a_wrong_row_is_refused_in_one_line(change: dict[str, Any], message: str) -> None:
+    answers = found(("a", "mass", 0, 0, 10, 10, 0.5)).assign(**change)
+    with pytest.raises(ValueError, match=message):
+        calculate_map(answers, lesions(), ["a"], classes=CLASSES)
+
+
+def test_impossible_arguments_are_refused() -> None:
+    with pytest.raises(ValueError, match="ground_truths: no column 'x0'"):
+        calculate_map(found(), lesions().drop(columns="x0"), ["a"], classes=CLASSES)
+    for names in ([], ["a", "a"]):
+        with pytest.raises(ValueError, match="sample_ids"):
+            calculate_map(found(), lesions(), names, classes=CLASSES)
+    with pytest.raises(ValueError, match="max_detections"):
+        calculate_map(found(), lesions(), ["a"], classes=CLASSES, max_detections=0)
+    with pytest.raises(ValueError, match="iou_threshold"):
+        froc_curve(found(), lesions(), ["a"], classes=CLASSES, iou_threshold=0)
+    with pytest.raises(ValueError, match="patients"):
+        calculate_detection_metrics(found(), lesions(), ["a"], classes=CLASSES, patients=["p", "q"])

@@ -1,0 +1,181 @@
+"""What holds for every family of models: a new one is tested here by standing in the union.
+
+Each is trained by the one trainer on a few samples of its kind until it knows them, written as a bundle, and asked by
+the one Predictor.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from cadx.bundle import Bundle, Manifest, Provenance, write_bundle
+from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
+from cadx.detection import calculate_map
+from cadx.files import digest_bytes
+from cadx.models import ModelConfig
+from cadx.predicting import Predictor
+from cadx.predicting.boxes import detection_table
+from cadx.training import TrainingConfig, fit
+
+FAMILIES = {config.model_fields["family"].default: config for config in get_args(get_args(ModelConfig)[0])}
+NUM_SAMPLES = 8
+SMALL: dict[str, dict[str, Any]] = {
+    "resnet": {"width": 0.125, "stem": "small"},
+    "densenet": {"growth_rate": 8, "block_config": (1, 1, 1, 1), "stem": "small"},
+    "convnext": {"width": 0.125, "stem": "small"},
+    "resnet3d": {"depth": 10, "width": 0.125, "stem": "small"},
+    "densenet3d": {"growth_rate": 8, "block_config": (1, 1, 1, 1), "stem": "small"},
+    "mil": {"hidden_dim": 32, "attention_dim": 16, "dropout": 0.0},
+    "faster_rcnn": {"width": 0.125, "fpn_channels": 32, "anchor_sizes_px": [[8], [16]], "head_dim": 64},
+    "retinanet": {
+        "width": 0.125,
+        "fpn_channels": 32,
+        "anchor_sizes_px": [[8, 11], [16, 22]],
+        "num_head_convs": 1,
+    },
+    "yolo": {"width": 0.25, "strides": (4, 8)},
+}
+"""Changes that make a family small; one that is not named here is tested as it is."""
+RECIPES: dict[str, dict[str, Any]] = {
+    "images": {"preprocessing": {"height_px": 32, "width_px": 32, "mean": 0.2}},
+    "volumes": {"preprocessing": {"patch_px": (16, 16, 16), "window_hu": (0, 200)}, "positive_fraction": 1.0},
+    "bags": {"preprocessing": {"channels": 12}, "epochs": 120},
+    "boxes": {"preprocessing": {"height_px": 64, "width_px": 64, "mean": 0.2}, "epochs": 80},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _add(writer: DatasetWriter, takes: str, number: int) -> None:
+    """One sample; the odd ones are sick: a bright square or cube, or an instance that stands out."""
+    rng = np.random.default_rng(number)
+    sick = number % 2 == 1
+    extra: dict[str, Any] = {}
+    if takes == "volumes":
+        array = rng.integers(0, 60, (16, 20, 20)).astype(np.int16)
+        mask = np.zeros(array.shape, np.uint8)
+        if sick:
+            mask[5:11, 6:12, 7:13] = 1
+            array[mask == 1] += 120
+        extra = {"mask": mask, "spacing_mm": (1.0, 1.0, 1.0)}
+    elif takes == "bags":
+        array = rng.normal(size=(5 + number, 12)).astype(np.float32)
+        array[0, 3] += 6 * sick
+    else:
+        side = 64 if takes == "boxes" else 32
+        array = rng.integers(0, 60, (side, side)).astype(np.uint8)
+        top, left = (4 + 5 * number % 40, 40 - 4 * number) if takes == "boxes" else (8, 8)
+        if sick:
+            array[top : top + 14, left : left + 12] += 150
+            if takes == "boxes":
+                extra = {"boxes": [("sick", left, top, left + 12, top + 14)]}
+    writer.add(
+        sample_id=f"s{number}",
+        pixels=array,
+        labels={"sick" if sick else "well": 1} if takes != "boxes" else {"sick": float(sick)},
+        patient=f"p{number}",
+        sha256=digest_bytes(array.tobytes()),
+        statistics={"mean": float(number)},
+        **extra,
+    )
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, DatasetFolder]:
+    folders = {}
+    kinds = {"images": "image", "volumes": "volume", "bags": "features", "boxes": "image"}
+    for takes, kind in kinds.items():
+        path = tmp_path_factory.mktemp(takes) / "dataset"
+        with DatasetWriter(
+            path,
+            name=takes,
+            kind=kind,
+            task="detection" if takes == "boxes" else "binary",
+            classes=("sick",) if takes == "boxes" else ("well", "sick"),
+            positive=None if takes == "boxes" else "sick",
+            modality="noise",
+            clustered=False,
+            source=SourceInfo(title=takes, licence="CC0-1.0", citation="none"),
+        ) as writer:
+            for number in range(NUM_SAMPLES):
+                _add(writer, takes, number)
+        folders[takes] = DatasetFolder(path)
+    return folders
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_learns_a_batch_by_heart_and_a_bundle_answers_as_training_did(
+    family: str, datasets: dict[str, DatasetFolder], tmp_path: Path
+) -> None:
+    settings = {"family": family} | SMALL.get(family, {})
+    takes = FAMILIES[family].takes
+    folder = datasets[takes]
+    config = TrainingConfig.model_validate(
+        {
+            "model": settings,
+            "epochs": 40,
+            "batch_size": NUM_SAMPLES,
+            "learning_rate": 3e-3,
+            "ema_decay": None,
+            "warmup_epochs": 2,
+            "patches_per_sample": 1,
+        }
+        | RECIPES[takes]
+    )
+    ids = folder.samples["sample_id"].tolist()
+    # Every sample in both: what is asked here is whether it can learn at all.
+    splits = pd.DataFrame({"sample_id": ids * 2, "split": ["train"] * len(ids) + ["val"] * len(ids)})
+    fitted = fit(config, folder, splits, seed=0, checkpoints=tmp_path / "run" / "member")
+    best = fitted.history[fitted.best_epoch - 1]
+    assert best["val_ap50" if takes == "boxes" else "val_auc"] >= 0.99
+    assert fitted.history[-1]["train_loss"] < 0.5 * fitted.history[0]["train_loss"]
+
+    path = tmp_path / "bundle"
+    digest = digest_bytes(b"")
+    info = folder.info
+    manifest = Manifest(
+        experiment="families",
+        seed=0,
+        task=info.task,
+        classes=info.classes,
+        positive=info.positive,
+        modality=info.modality,
+        model=config.model,
+        preprocessing=config.preprocessing,
+        clustered=False,
+        source=info.source,
+        provenance=Provenance(
+            dataset=digest, splits=digest, parameters=digest, code=digest, seed=0, versions={}
+        ),
+    )
+    write_bundle(path, manifest, [fitted.state_dict], folder.samples)
+    bundle = Bundle(path)
+    assert bundle.manifest.model == config.model
+    assert json.loads((path / "bundle.json").read_text())["model"]["family"] == family
+    predictor = Predictor(bundle, uncalibrated_ok=True)
+    if takes == "boxes":
+        found = detection_table(
+            dict(zip(ids, predictor.detect(folder.pixels(name) for name in ids), strict=True)), info.classes
+        )
+        score = calculate_map(found, folder.boxes, ids, classes=info.classes)[""]["ap50"]
+        assert score == pytest.approx(best["val_ap50"])
+        return
+    logits, features = predictor.logits(predictor.stored(folder, ids))
+    margin = logits[:, 1] - logits[:, 0]
+    is_sick = folder.labels(ids)[:, 1] == 1
+    assert margin[is_sick].min() > margin[~is_sick].max()
+    assert np.isfinite(features).all()
+    one_by_one = np.concatenate([predictor.logits(predictor.stored(folder, [name]))[0] for name in ids])
+    assert np.allclose(one_by_one, logits, atol=1e-5), "an answer must not depend on its batch"
