@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 _PACKAGES = (
-    "torch", "torchvision", "accelerate", "pydicom", "python-gdcm", "great-expectations", "evidently",
+    "torch", "torchvision", "monai", "accelerate", "pydicom", "python-gdcm", "great-expectations", "evidently",
     "torchserve", "dvc", "kfp",
 )  # fmt: skip
 _PORTS = {8080: "inference", 8081: "management", 8082: "metrics", 8083: "gRPC", 8084: "gRPC"}

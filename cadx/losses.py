@@ -1,6 +1,6 @@
-"""Losses for imbalanced classes: weighted cross-entropy and focal loss.
+"""Losses for imbalanced classes: weighted cross-entropy, focal loss, and the focal loss of detectors.
 
-Each takes logits N K and targets N K (0..1, NaN = unlabelled) and returns a scalar. Softmax losses take a
+Those of classifiers take logits N K and targets N K (0..1, NaN = unlabelled) and return a scalar. Softmax losses take a
 row with any NaN as unlabelled; multilabel (sigmoid) losses mask label by label. A batch without a label
 gives 0, still attached to the graph.
 """

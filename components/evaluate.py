@@ -420,7 +420,11 @@ def _mistakes(
     with_attention = folder.info.kind == "image"
     page.text(
         "Each picture shows the "
-        + ("image, and the same with the attention that the prediction pools by" if with_attention else "sample")
+        + (
+            "image, and the same with the attention that the prediction pools by"
+            if with_attention
+            else "sample"
+        )
         + "; below it stands the calibrated probability of the class."
     )
     for heading, mistakes in _mistakes_by_kind(info, rows, sample_ids).items():

@@ -96,7 +96,7 @@ def train(
     """Train a network, keep the epoch that did best on val, and write it as a bundle.
 
     A run that was killed goes on at its last checkpoint when it is started again with the same data,
-    parameters, seed and code. `torchrun --nproc-per-node N -m cadx train ...` shares each batch among N processes,
+    parameters, seed and code. `torchrun --nproc-per-node N -m -- cadx train ...` shares each batch among N processes,
     of which the first writes; on several machines `checkpoints` lies on a disk that all of them see.
 
     Raises:

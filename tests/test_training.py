@@ -391,55 +391,57 @@ def test_a_batch_in_parts_is_the_whole_batch(binary: DatasetFolder, tmp_path: Pa
 
 
 _PROCESS = """
-import sys, torch
+import json, sys, torch
 from pathlib import Path
 import pandas as pd
 from cadx.datasets import DatasetFolder
 from cadx.training import TrainingConfig, fit
 torch.set_num_threads(1)
-folder, splits, config, out = sys.argv[1:]
-fitted = fit(
-    TrainingConfig.model_validate_json(config), DatasetFolder(Path(folder)), pd.read_parquet(splits),
-    seed=0, checkpoints=Path(out) / "member",
-)
-torch.save({"weights": fitted.state_dict, "history": fitted.history}, f"{out}/{torch.distributed.get_rank()}.pt")
+folder, splits, configs, out = sys.argv[1:]
+for name, config in json.loads(configs).items():
+    fitted = fit(
+        TrainingConfig.model_validate(config), DatasetFolder(Path(folder)), pd.read_parquet(splits),
+        seed=0, checkpoints=Path(out) / name / "member",
+    )
+    kept = {"weights": fitted.state_dict, "history": fitted.history}
+    torch.save(kept, f"{out}/{name}/{torch.distributed.get_rank()}.pt")
 """
 
 
-@pytest.mark.parametrize(("norm", "accumulation"), [("group", 1), ("group", 2), ("frozen_batch", 1)])
-def test_two_processes_are_one_with_the_same_batch(
-    binary: DatasetFolder, tmp_path: Path, norm: str, accumulation: int
-) -> None:
-    model = ResNetConfig(width=0.125, norm="group")
-    if norm == "frozen_batch":
-        torch.manual_seed(0)
-        pretrained = tmp_path / "weights.pt"
-        torch.save(ResNetConfig(width=0.125).build(2, 1).backbone.state_dict(), pretrained)
-        model = ResNetConfig(width=0.125, norm="frozen_batch", pretrained=pretrained)
-    config = _config(
-        model=model, loss=LossConfig(weights="balanced"), augmentation=Augmentation(horizontal_flip=True)
-    )
-    one = fit(config, binary, _splits(binary), seed=0, checkpoints=tmp_path / "one" / "member")
+def test_two_processes_are_one_with_the_same_batch(binary: DatasetFolder, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    pretrained = tmp_path / "weights.pt"
+    torch.save(ResNetConfig(width=0.125).build(2, 1).backbone.state_dict(), pretrained)
+    shared = {"loss": LossConfig(weights="balanced"), "augmentation": Augmentation(horizontal_flip=True)}
+    group = _config(model=ResNetConfig(width=0.125, norm="group"), **shared)
+    frozen = ResNetConfig(width=0.125, norm="frozen_batch", pretrained=pretrained)
+    configs = {
+        "group": group,
+        "in_parts": group.model_copy(update={"accumulation": 2}),
+        "frozen_batch": _config(model=frozen, **shared),
+    }
     _splits(binary).to_parquet(tmp_path / "splits.parquet")
     (tmp_path / "process.py").write_text(_PROCESS)
-    parted = config.model_copy(update={"accumulation": accumulation})
-    (tmp_path / "two").mkdir()
-    arguments = [binary.path, tmp_path / "splits.parquet", parted.model_dump_json(), tmp_path / "two"]
+    given = json.dumps({name: config.model_dump(mode="json") for name, config in configs.items()})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [tmp_path / "process.py", binary.path, tmp_path / "splits.parquet", given, tmp_path]
     subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        + [str(argument) for argument in (tmp_path / "process.py", *arguments)],
+        [str(part) for part in command],
         check=True,
         capture_output=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=200,
+        timeout=250,
     )
-    first, second = (torch.load(tmp_path / "two" / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    for name, tensor in first["weights"].items():
-        assert torch.equal(tensor, second["weights"][name]), "the processes must not drift apart"
-        assert torch.allclose(tensor.float(), one.state_dict[name].float(), atol=1e-4), name
-    for mine, theirs in zip(one.history, first["history"], strict=True):
-        assert theirs["train_loss"] == pytest.approx(mine["train_loss"], rel=1e-4)
-        assert theirs["val_loss"] == pytest.approx(mine["val_loss"], rel=1e-4)
+    for name, config in configs.items():
+        alone = config.model_copy(update={"accumulation": 1})
+        one = fit(alone, binary, _splits(binary), seed=0, checkpoints=tmp_path / "one" / name)
+        first, second = (torch.load(tmp_path / name / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+        for key, tensor in first["weights"].items():
+            assert torch.equal(tensor, second["weights"][key]), "the processes must not drift apart"
+            assert torch.allclose(tensor.float(), one.state_dict[key].float(), atol=1e-4), (name, key)
+        for mine, theirs in zip(one.history, first["history"], strict=True):
+            assert theirs["train_loss"] == pytest.approx(mine["train_loss"], rel=1e-4)
+            assert theirs["val_loss"] == pytest.approx(mine["val_loss"], rel=1e-4)
 
 
 def test_recomputed_activations_give_the_same_weights(binary: DatasetFolder, tmp_path: Path) -> None:

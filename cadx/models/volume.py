@@ -215,3 +215,10 @@ class MemoryEfficient3DNet(Medical3DResNet):
     def __init__(self, num_classes: int = 2, channels: int = 1, config: ResNet3DConfig | None = None) -> None:
         super().__init__(num_classes, channels, config)
         enable_checkpointing(self)
+
+
+def create_medical_3d_resnet(
+    model_depth: Literal[10, 18, 34, 50] = 18, num_classes: int = 2, channels: int = 1
+) -> Medical3DResNet:
+    """A 3D ResNet of so many layers with random weights: the source text's name for `ResNet3DConfig.build`."""
+    return ResNet3DConfig(depth=model_depth).build(num_classes, channels)

@@ -4,6 +4,9 @@ from cadx.training.loop import Fitted, discard_checkpoint, fit, learning_rate_fa
 from cadx.training.recipe import Recipe, SamplerName, TrainingConfig
 from cadx.training.workload import macro_auc
 
+train_medical_detector = fit
+"""The source text's name: a detector has the same trainer as every other family."""
+
 __all__ = [
     "Fitted",
     "Recipe",
@@ -14,4 +17,5 @@ __all__ = [
     "learning_rate_factor",
     "macro_auc",
     "run_key",
+    "train_medical_detector",
 ]

@@ -38,6 +38,11 @@ class VolumeWorkload(ClassifierWorkload):
         self._cells = config.model.cells
         if not config.augmentation.is_identity:
             raise ValueError("train.augmentation: is for images in 2D; leave it out for volumes")
+        if config.precision == "bf16" and setting.device.type == "cpu":
+            # torch 2.13: of maps of two slices, the weight gradient of a 3 x 3 x 3 convolution is noise of any size.
+            raise ValueError(
+                "train.precision bf16: gradients of 3D convolutions are wrong in it on a CPU; use auto or fp32"
+            )
         self.preprocessing = config.preprocessing
         self.size = f"preprocessing.patch_px (now {config.preprocessing.patch_px})"
         self.train: Patch3DDataset = Patch3DDataset(
