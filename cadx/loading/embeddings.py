@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cadx.files import canonical_json, digest_bytes, replacing
-from cadx.loading.slides import Bag, MILDataset, _Bags
+from cadx.loading.slides import Bag, BagDataset, MILDataset
 from cadx.types import Digest
 
 _LOG = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ def read_embeddings(path: Path) -> np.ndarray:
     return records
 
 
-class EmbeddingBagDataset(_Bags):
+class EmbeddingBagDataset(BagDataset):
     """Bags of embedded tiles: (T E float32, positions T 2 in um, K, number), from the files of a cache.
 
     A file is mapped when its bag is asked for and let go with it: no bag stays in memory, none is kept open.

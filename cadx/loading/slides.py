@@ -65,19 +65,20 @@ def collate_bags(bags: Sequence[Bag]) -> BagBatch:
     [[True, False, False], [True, True, True]]
     """
     longest = max(len(bag.instances) for bag in bags)
-    instances = torch.zeros(len(bags), longest, *bags[0].instances.shape[1:])
+    instances = torch.empty(len(bags), longest, *bags[0].instances.shape[1:])
     positions_um = torch.full((len(bags), longest, 2), math.nan, dtype=torch.float64)
     mask = torch.zeros(len(bags), longest, dtype=torch.bool)
     for row, bag in enumerate(bags):
         number = len(bag.instances)
         instances[row, :number] = bag.instances
+        instances[row, number:] = 0
         positions_um[row, :number] = bag.positions_um
         mask[row, :number] = True
     targets = torch.stack([bag.target for bag in bags])
     return BagBatch(instances, mask, positions_um, targets, torch.tensor([bag.sample for bag in bags]))
 
 
-class _Bags(Dataset[Bag]):
+class BagDataset(Dataset[Bag]):
     """The samples of a dataset as bags, of which an epoch sees at most so many instances each."""
 
     def __init__(
@@ -123,7 +124,7 @@ class _Bags(Dataset[Bag]):
         return torch.from_numpy(self.labels[index])
 
 
-class FeatureBagDataset(_Bags):
+class FeatureBagDataset(BagDataset):
     """Bags of feature vectors: a dataset of kind features, (T E float32, positions NaN, K, number)."""
 
     def __init__(
@@ -155,7 +156,7 @@ class FeatureBagDataset(_Bags):
         return Bag(instances, positions_um, self._target(index), index)
 
 
-class MILDataset(_Bags):
+class MILDataset(BagDataset):
     """Bags of tiles from slides: (T C H W float32, positions T 2 in um, K, number).
 
     A tile is `tile_px` pixels of `mpp` um on a side, whatever the slide's own resolution and levels. Tiles lie on a

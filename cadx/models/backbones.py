@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlparse
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torchvision.models import WeightsEnum, convnext, densenet, get_model_weight
 from torchvision.ops import FrozenBatchNorm2d
 
 from cadx.files import digest_path
+from cadx.models.weights import read_state_dict
 
 if TYPE_CHECKING:  # radiograph.py imports this module when it builds
     from cadx.models.interface import ImageNorm, PretrainedOrigin
@@ -259,7 +259,7 @@ def _frozen(batch_norm: nn.BatchNorm2d) -> nn.Module:
 
 
 def _load_pretrained(backbone: nn.Module, path: Path, stem: str) -> None:
-    weights = _read_state_dict(path)
+    weights = read_state_dict(path)
     wanted = backbone.state_dict()
     # torchvision's published DenseNets were saved before module names lost their inner dots.
     old_name = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
@@ -278,14 +278,3 @@ def _load_pretrained(backbone: nn.Module, path: Path, stem: str) -> None:
                 " set family, depth, width and stem as the weights were trained"
             )
     backbone.load_state_dict({name: weights[name] for name in wanted})
-
-
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: tensor for name, tensor in loaded.items() if isinstance(tensor, Tensor)}
-    except Exception as error:  # each reader has its own zoo of errors for a broken file
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"pretrained {path}: no state dict of tensors ({reason})") from None

@@ -8,13 +8,13 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from monai.networks.nets import densenet, resnet
 from torch import Tensor, nn
 
 from cadx.models.volume import STEM_PX
+from cadx.models.weights import read_state_dict
 
 if TYPE_CHECKING:
     from cadx.models.volume import DenseNet3DConfig, ResNet3DConfig, Stem, VolumeConfig
@@ -234,7 +234,7 @@ def _finish(
 
 def _load_pretrained(backbone: nn.Module, path: Path, stem_names: tuple[str, str]) -> None:
     # MedicalNet's files were saved from a network in a DataParallel.
-    weights = {name.removeprefix("module."): tensor for name, tensor in _read_state_dict(path).items()}
+    weights = {name.removeprefix("module."): tensor for name, tensor in read_state_dict(path).items()}
     ours = backbone.state_dict()
     places: dict[str, list[str]] = {}  # MONAI's name -> ours, several for the parts of the stem
     for name in ours:
@@ -258,17 +258,3 @@ def _load_pretrained(backbone: nn.Module, path: Path, stem_names: tuple[str, str
             )
         ours.update(zip(names, tensor.chunk(len(names)), strict=True))
     backbone.load_state_dict(ours)
-
-
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-        loaded = loaded.get("state_dict", loaded)
-        return {name: tensor for name, tensor in loaded.items() if isinstance(tensor, Tensor)}
-    except FileNotFoundError:
-        raise ValueError(f"pretrained {path}: no such file; give a local state dict, or null") from None
-    except Exception as error:  # each reader has its own zoo of errors for a broken file
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"pretrained {path}: no state dict of tensors ({reason})") from None
