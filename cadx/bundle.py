@@ -91,6 +91,7 @@ class Provenance(Config):
         code: digest of the sources that the training step is made of.
         seed: of the training.
         versions: of what computes (`versions`).
+        folds: of a cross-validation, each of which all networks but one were trained on; None without one.
         pretrained: where the weights come from that training started from; None: from random ones.
     """
 
@@ -100,6 +101,7 @@ class Provenance(Config):
     code: Digest
     seed: int
     versions: dict[str, str]
+    folds: int | None = None
     pretrained: PretrainedOrigin | None = None
 
 
@@ -259,7 +261,9 @@ class Bundle:
 
     @property
     def is_complete(self) -> bool:
-        """Whether `calibrate` has set the temperature and the operating point."""
+        """Whether `calibrate` has set the temperature and the operating point; a detector needs neither."""
+        if self.manifest.task == "detection":
+            return True
         return self.manifest.temperature is not None and self.manifest.operating_point is not None
 
     def networks(self) -> list[nn.Module]:

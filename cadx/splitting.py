@@ -126,6 +126,8 @@ def cross_validation(
         ValueError: if a class has too few patients for one in every fold.
     """
     joined = splits["split"].isin(("train", "val"))
+    if joined.sum() < num_folds:
+        raise ValueError(f"folds {num_folds}: train and val have {joined.sum()} samples; lower it")
     learned = samples.set_index("sample_id", drop=False).loc[splits.loc[joined, "sample_id"]]
     number = _equal_folds(learned.reset_index(drop=True), num_folds, seed=seed, labels=labels).to_numpy()
     folds = []

@@ -41,6 +41,8 @@ def calibrate(*, dataset: In, splits: In, trained: In, bundle: Out, params: Cali
     opened = Bundle(trained)
     manifest = opened.manifest
     task, classes, positive = manifest.task, manifest.classes, manifest.positive
+    if task == "detection":
+        raise ValueError(f"{trained}: answers with boxes; there is nothing to calibrate, use it as it is")
     if folder.info.classes != classes:
         raise ValueError(
             f"{dataset}: classes {folder.info.classes}, but {trained} was trained on {classes}; train again"

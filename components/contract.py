@@ -147,7 +147,7 @@ def step(function: Callable[P, None]) -> Callable[P, None]:
         alarm: Alarm | None = None
         with ExitStack() as stack:
             # Of the processes that `torchrun` starts, the first one's outputs are the step's.
-            is_first = int(os.environ.get("RANK", "0")) == 0
+            is_first = is_first_process()
             aside = Path() if is_first else Path(stack.enter_context(TemporaryDirectory()))
             for name in declared.outputs:
                 target = Path(arguments[name]) if is_first else aside / name
@@ -164,6 +164,11 @@ def step(function: Callable[P, None]) -> Callable[P, None]:
     run.__signature__ = _command_signature(signature)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in _command_signature(signature).parameters.values()}
     return run
+
+
+def is_first_process() -> bool:
+    """Whether this process is the only one, or the first of those that `torchrun` started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1 or int(os.environ.get("RANK", "0")) == 0
 
 
 def read_params(source: str | Params, step_name: str, cls: type[Section]) -> Section:

@@ -98,6 +98,10 @@ def evaluate(
     folder = DatasetFolder(dataset)
     predictor = Predictor(bundle)
     manifest = predictor.bundle.manifest
+    if manifest.task == "detection":
+        raise ValueError(
+            f"{bundle}: answers with boxes, which this step cannot score yet; cadx.detection can"
+        )
     if folder.info.classes != manifest.classes:
         raise ValueError(
             f"{dataset}: classes {folder.info.classes}, but {bundle} was trained on {manifest.classes}; "
@@ -212,6 +216,11 @@ def _provenance_warnings(manifest: Manifest, dataset: Digest, splits: Digest, sp
         yield "The bundle was trained with other splits: samples scored here may have been trained on."
     if split == "calibration":
         yield "The operating point and the temperature were chosen on this very split: its numbers flatter."
+    elif split == "val" and manifest.provenance.folds:
+        yield (
+            f"All of the {manifest.provenance.folds} networks but one were trained on each sample of this split: its"
+            " numbers say nothing. The folds' own scores stand in training.jsonl; the test split is the judge."
+        )
     elif split == "val":
         yield "Training stopped by this split: its numbers flatter a little; the test split is the judge."
 

@@ -28,7 +28,7 @@ from cadx.models import pretrained_origin
 from cadx.splitting import cross_validation
 from cadx.training import Fitted, Recipe, SamplerName, TrainingConfig, discard_checkpoint, fit
 from cadx.types import Config
-from components.contract import In, Keep, Out, Params, code_digest, explain, step
+from components.contract import In, Keep, Out, Params, code_digest, explain, is_first_process, step
 
 _MEASURED = {"seconds", "peak_memory_mb"}
 _BETWEEN_MEMBERS = 1_000_003  # far more than anybody's seeds: no two members of two runs share one
@@ -120,6 +120,7 @@ def train(
         {"member": number} | record for number, fitted in enumerate(members) for record in fitted.history
     ]
     info = folder.info
+    learned = ("train", "val") if config.folds else ("train",)
     manifest = Manifest(
         experiment=experiment,
         seed=seed,
@@ -129,6 +130,7 @@ def train(
         modality=info.modality,
         model=config.model,
         preprocessing=config.preprocessing,
+        requires_spacing=info.kind in ("volume", "slide"),
         clustered=info.clustered,
         source=info.source,
         assumptions=info.assumptions,
@@ -139,6 +141,7 @@ def train(
             code=code,
             seed=seed,
             versions=versions(),
+            folds=config.folds,
             pretrained=pretrained_origin(getattr(config.model, "encoder", None) or config.model),
         ),
     )
@@ -146,7 +149,7 @@ def train(
         trained,
         manifest,
         [fitted.state_dict for fitted in members],
-        folder.samples.iloc[folder.rows(frame.loc[frame["split"] == "train", "sample_id"].tolist())],
+        folder.samples.iloc[folder.rows(frame.loc[frame["split"].isin(learned), "sample_id"].tolist())],
         history=[{k: v for k, v in record.items() if k not in _MEASURED} for record in history],
         averaged=config.ema_decay is not None,
     )
@@ -158,9 +161,10 @@ def train(
     records = [_header(experiment, seed, config, members[0]), *history, *best]
     lines = (json.dumps(plain(record), allow_nan=False) + "\n" for record in records)
     log.write_text("".join(lines), encoding="utf-8")
-    for place in places:
-        discard_checkpoint(place)
-    _remove_empty(places)
+    if is_first_process():
+        for place in places:
+            discard_checkpoint(place)
+        _remove_empty(places)
 
 
 def _folds(

@@ -130,7 +130,7 @@ def test_a_file_and_its_dataset_give_one_answer(tmp_path: Path) -> None:
     assert np.array_equal(features, same_features)
     raw = predictor.subject.read(files[1])
     grid = predictor._forward(read[1:2]).attention[0]
-    attention = predictor.subject.attention(raw, grid)
+    attention = predictor.subject.attention(raw, read[1], grid)
     assert attention.shape == raw.voxels.shape
     assert attention.max() == 1
     resnet = ResNetConfig(width=0.125)
@@ -196,10 +196,11 @@ def test_a_slide_is_learned_and_answered_from_its_file(
     margin = logits[:, 1] - logits[:, 0]
     assert margin[[1, 3]].min() > margin[[0, 2]].max()
     raw = predictor.subject.read(slides.slide_path("s1"))
-    from_file, same_features = predictor.logits([predictor.subject.item(raw)])
+    tiles = predictor.subject.item(raw)
+    from_file, same_features = predictor.logits([tiles])
     assert np.allclose(from_file[0], logits[1], atol=1e-6)
     assert np.allclose(same_features[0], features[1], atol=1e-6)
-    heat = predictor.subject.attention(raw, predictor._forward([predictor.subject.item(raw)]).attention[0])
+    heat = predictor.subject.attention(raw, tiles, predictor._forward([tiles]).attention[0])
     assert heat.shape == raw.summary.thumbnail.shape[:2]
     assert np.nanmax(heat) == pytest.approx(1)
     assert np.isnan(heat[0, 0]), "there is no tile on glass"

@@ -191,7 +191,8 @@ def test_two_processes_write_one_bundle(inputs: Path, tmp_path: Path) -> None:
     )
     assert [record["epoch"] for record in Bundle(tmp_path / "trained").history()] == [1]
     assert len((tmp_path / "training.jsonl").read_text().splitlines()) == 3
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["trained", "training.jsonl"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoints", "trained", "training.jsonl"]
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_same_inputs_give_the_same_bundle_bytes(inputs: Path, uninterrupted: Path, tmp_path: Path) -> None:

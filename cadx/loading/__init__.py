@@ -35,13 +35,18 @@ def input_text(made: "Input") -> str:
     return text
 
 
-_FORMS = {"patch_px": "volume", "tile_px": "slide", "height_px": "image"}
+_FORMS = {
+    "volume": {"patch_px", "spacing_mm", "window_hu"},
+    "slide": {"tile_px", "mpp", "minimum_tissue"},
+}
 
 
 def _form(value: Any) -> str:
-    """Which input a record describes: told by the one field that it cannot lack."""
-    fields = value if isinstance(value, Mapping) else getattr(type(value), "model_fields", {})
-    return next((form for name, form in _FORMS.items() if name in fields), "features")
+    """Which input a record describes: told by the fields that no other has; else it is an image."""
+    fields = set(value if isinstance(value, Mapping) else getattr(type(value), "model_fields", {}))
+    if fields == {"channels"}:
+        return "features"
+    return next((form for form, own in _FORMS.items() if fields & own), "image")
 
 
 Input = Annotated[

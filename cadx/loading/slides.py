@@ -256,40 +256,75 @@ class MILDataset(BagDataset):
         Raises:
             ValueError: as in `__getitem__`.
         """
-        positions_um = self.positions_um(index)
-        tiles: list[torch.Tensor] = []
-        places: list[int] = []
-        for place, tile in self._read(index, positions_um):
-            tiles.append(self.preprocessing.apply(tile))
-            places.append(place)
-            if len(tiles) == batch_size:
-                yield torch.stack(tiles), torch.from_numpy(positions_um[places])
-                tiles, places = [], []
-        if tiles:
-            yield torch.stack(tiles), torch.from_numpy(positions_um[places])
+        tiles = self._read(index, self.positions_um(index))
+        return _batches(tiles, self.positions_um(index), self.preprocessing, batch_size)
 
     def _read(self, index: int, positions_um: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """(place in `positions_um`, tile); damaged tiles are left out, but not all of them."""
-        sample_id = self.sample_ids[index]
-        damaged: list[str] = []
-        try:
-            yield from self._open(index).tiles(
-                positions_um,
-                self.tile_px,
-                self.mpp,
-                threads=self.threads,
-                on_damage=lambda _, reason: damaged.append(reason),
-            )
-        except ValueError as error:
-            raise ValueError(f"sample {sample_id!r}: {error}") from None
-        if len(damaged) == len(positions_um):
-            raise ValueError(f"sample {sample_id!r}: none of its tiles can be read: {damaged[0]}")
-        if damaged:
-            number = f"{len(damaged)} of {len(positions_um)}"
-            _LOG.warning("sample %r: %s tiles left out: %s", sample_id, number, damaged[0])
+        """(place in `positions_um`, tile)."""
+        slide, where = self._open(index), f"sample {self.sample_ids[index]!r}"
+        return _readable(slide, positions_um, self.tile_px, self.mpp, where, threads=self.threads)
 
     def _open(self, index: int) -> Slide:
-        return self._pool.open(self.folder.slide_path(self.sample_ids[index]), self._slide_mpp[index])
+        sample_id = self.sample_ids[index]
+        try:
+            return self._pool.open(self.folder.slide_path(sample_id), self._slide_mpp[index])
+        except ValueError as error:
+            raise ValueError(f"sample {sample_id!r}: {error}") from None
+
+
+def stream_tiles(
+    slide: Slide, positions_um: np.ndarray, preprocessing: TilePreprocessing, batch_size: int, where: str
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """An open slide's tiles at `positions_um`, batch by batch: (B C H W float32, positions B 2 in um).
+
+    Args:
+        slide: open.
+        positions_um: N 2, (x, y) of the tiles' top left corners.
+        preprocessing: of the tiles.
+        batch_size: B, at most.
+        where: names the slide in messages.
+
+    Raises:
+        ValueError: if none of the tiles can be read. Where some cannot, they are left out and a warning is logged.
+    """
+    tiles = _readable(slide, positions_um, preprocessing.tile_px, preprocessing.mpp, where)
+    return _batches(tiles, positions_um, preprocessing, batch_size)
+
+
+def _readable(
+    slide: Slide, positions_um: np.ndarray, tile_px: int, mpp: float, where: str, *, threads: int = 1
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(place in `positions_um`, tile); damaged tiles are left out, but not all of them."""
+    damaged: list[str] = []
+    try:
+        yield from slide.tiles(
+            positions_um, tile_px, mpp, threads=threads, on_damage=lambda _, reason: damaged.append(reason)
+        )
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if len(damaged) == len(positions_um):
+        raise ValueError(f"{where}: none of its tiles can be read: {damaged[0]}")
+    if damaged:
+        number = f"{len(damaged)} of {len(positions_um)}"
+        _LOG.warning("%s: %s tiles left out: %s", where, number, damaged[0])
+
+
+def _batches(
+    tiles: Iterator[tuple[int, np.ndarray]],
+    positions_um: np.ndarray,
+    preprocessing: Preprocessing,
+    batch_size: int,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    group: list[torch.Tensor] = []
+    places: list[int] = []
+    for place, tile in tiles:
+        group.append(preprocessing.apply(tile))
+        places.append(place)
+        if len(group) == batch_size:
+            yield torch.stack(group), torch.from_numpy(positions_um[places])
+            group, places = [], []
+    if group:
+        yield torch.stack(group), torch.from_numpy(positions_um[places])
 
 
 def tissue_cells(

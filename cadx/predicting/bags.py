@@ -1,6 +1,7 @@
 """Slides and bags of features before a bundle's networks."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cadx.datasets import DatasetFolder, preview
-from cadx.loading.slides import MILDataset, TilePreprocessing, tissue_cells
+from cadx.loading.slides import MILDataset, TilePreprocessing, stream_tiles, tissue_cells
 from cadx.models import Output
 from cadx.predicting.subject import Said, Source, Subject
 from cadx.reading.slides import SlideSummary, open_slide, summarise_slide
@@ -19,6 +20,19 @@ _TILES_AT_ONCE = 64
 
 TileStream = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
 """From a batch size to a slide's tiles, batch by batch: (B C H W float32, positions B 2 in um)."""
+
+
+class SlideTiles:
+    """A slide's tiles, streamed, and where those lay that the last answer saw.
+
+    Attributes:
+        stream: the tiles; those that cannot be read are left out.
+        seen_um: T 2, the (x, y) of the tiles that `pool_tiles` was given last.
+    """
+
+    def __init__(self, stream: TileStream) -> None:
+        self.stream = stream
+        self.seen_um = torch.empty(0, 2)
 
 
 class RawSlide(NamedTuple):
@@ -92,7 +106,7 @@ def _said(outputs: Sequence[Output]) -> Said:
 
 
 class SlideSubject(Subject):
-    """An item is a `TileStream`; attention is a weight per tile, in the order of the stream."""
+    """An item is `SlideTiles`; attention is a weight per tile, in the order of the stream."""
 
     kind = "slide"
 
@@ -102,10 +116,11 @@ class SlideSubject(Subject):
         Raises:
             ValueError: if it cannot be read, or its um per pixel are unknown.
         """
-        assert isinstance(source, Path), "a slide is read from its file"
+        if not isinstance(source, Path):
+            raise ValueError("slide: give the path of its file")
         return RawSlide(source, summarise_slide(source))
 
-    def item(self, raw: RawSlide) -> TileStream:
+    def item(self, raw: RawSlide) -> SlideTiles:
         """The tiles with enough tissue."""
         made, summary = self._preprocessing, raw.summary
         spacing_um = (summary.spacing_mm[0] * 1000, summary.spacing_mm[1] * 1000)
@@ -115,60 +130,46 @@ class SlideSubject(Subject):
 
         def stream(batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
             with open_slide(raw.path) as slide:
-                tiles = slide.tiles(positions_um, made.tile_px, made.mpp)
-                group: list[tuple[int, Tensor]] = []
-                for place, tile in tiles:
-                    group.append((place, made.apply(tile)))
-                    if len(group) == batch_size:
-                        yield _stacked(group, positions_um)
-                        group = []
-                if group:
-                    yield _stacked(group, positions_um)
+                yield from stream_tiles(slide, positions_um, made, batch_size, "slide")
 
-        return stream
+        return SlideTiles(stream)
 
-    def stored(self, folder: DatasetFolder, sample_id: str) -> TileStream:
+    def stored(self, folder: DatasetFolder, sample_id: str) -> SlideTiles:
         """The tiles of a dataset's slide."""
         dataset = tile_dataset(folder, [sample_id], self._preprocessing)
-        return lambda batch_size: dataset.stream(0, batch_size)
+        return SlideTiles(partial(dataset.stream, 0))
 
     def outputs(
-        self, networks: Sequence[nn.Module], items: Sequence[TileStream], device: torch.device
+        self, networks: Sequence[nn.Module], items: Sequence[SlideTiles], device: torch.device
     ) -> list[Said]:
         """What each network says of the slides, one by one."""
-        return [
-            _said([pool_tiles(network.encode, network, item, device)[0] for item in items])  # type: ignore[arg-type]
-            for network in networks
-        ]
+        return [_said([self._output(network, item, device) for item in items]) for network in networks]
 
     def picture(self, raw: RawSlide) -> np.ndarray:
         """Its thumbnail."""
         return raw.summary.thumbnail
 
-    def attention(self, raw: RawSlide, grid: np.ndarray) -> np.ndarray:
+    def attention(self, raw: RawSlide, item: SlideTiles, grid: np.ndarray) -> np.ndarray:
         """The tiles' weights over the thumbnail, H W; NaN where there is no tile."""
         made, summary = self._preprocessing, raw.summary
         spacing_um = (summary.spacing_mm[0] * 1000, summary.spacing_mm[1] * 1000)
-        tile_um = made.tile_px * made.mpp
-        cells = tissue_cells(summary.tissue, spacing_um, tile_um, made.minimum_tissue, "slide")
         shape = (summary.thumbnail.shape[0], summary.thumbnail.shape[1])
         return tile_map(
             grid / grid.max(),
-            cells[:, ::-1] * tile_um,
-            tile_um=tile_um,
+            item.seen_um.numpy(),
+            tile_um=made.tile_px * made.mpp,
             spacing_um=spacing_um,
             shape=shape,
         )
+
+    def _output(self, network: nn.Module, item: SlideTiles, device: torch.device) -> Output:
+        output, item.seen_um = pool_tiles(network.encode, network, item.stream, device)  # type: ignore[arg-type]
+        return output
 
     @property
     def _preprocessing(self) -> TilePreprocessing:
         assert isinstance(self.manifest.preprocessing, TilePreprocessing)
         return self.manifest.preprocessing
-
-
-def _stacked(group: Sequence[tuple[int, Tensor]], positions_um: np.ndarray) -> tuple[Tensor, Tensor]:
-    places = [place for place, _ in group]
-    return torch.stack([tile for _, tile in group]), torch.from_numpy(positions_um[places])
 
 
 class FeatureSubject(Subject):
@@ -183,6 +184,8 @@ class FeatureSubject(Subject):
             ValueError: if it has another width than the model was trained on, or numbers that are none.
         """
         wanted = self.manifest.preprocessing.channels
+        if not isinstance(source, np.ndarray):
+            raise ValueError(f"bag: give an array of T x {wanted} numbers")
         bag = np.asarray(source, np.float32)
         if bag.ndim != 2 or not len(bag) or bag.shape[1] != wanted or not np.isfinite(bag).all():
             raise ValueError(f"bag: shape is {bag.shape}; give T x {wanted} finite numbers, T at least 1")
@@ -210,6 +213,6 @@ class FeatureSubject(Subject):
         """The features as a picture, as `ingest` takes it."""
         return preview("features", raw)
 
-    def attention(self, raw: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    def attention(self, raw: np.ndarray, item: np.ndarray, grid: np.ndarray) -> np.ndarray:
         """The instances' weights, T."""
         return grid / grid.max()

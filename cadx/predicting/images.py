@@ -25,7 +25,8 @@ class ImageSubject(Subject):
         """The image."""
         if isinstance(source, RawImage):
             return source
-        assert isinstance(source, (bytes, Path)), "an image is read from a file or its bytes"
+        if not isinstance(source, (bytes, Path)):
+            raise ValueError("image: give the path of a file, its bytes, or a RawImage")
         return read_image(source)
 
     def item(self, raw: RawImage) -> np.ndarray:
@@ -48,7 +49,7 @@ class ImageSubject(Subject):
         """Its pixels."""
         return raw.pixels
 
-    def attention(self, raw: RawImage, grid: np.ndarray) -> np.ndarray:
+    def attention(self, raw: RawImage, item: np.ndarray, grid: np.ndarray) -> np.ndarray:
         """The map over the raw image, H W."""
         height_px, width_px = raw.pixels.shape[:2]
         assert isinstance(self.manifest.model, RadiographConfig)

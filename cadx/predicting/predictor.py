@@ -113,14 +113,14 @@ class Predictor:
         Raises:
             ValueError: as `predict`, for the first at fault.
         """
-        if self.bundle.manifest.task == "detection":
-            raise ValueError(f"{self.bundle.path}: answers with boxes; use `Predictor.detect`")
+        self._require_labels()
         answers: list[Prediction] = []
         for group in _groups(sources, self.subject.batch_size):
             raws = [self.subject.read(source) for source in group]
             for raw in raws:
                 self.subject.require_spacing(raw)
-            batch = self._forward([self.subject.item(raw) for raw in raws])
+            items = [self.subject.item(raw) for raw in raws]
+            batch = self._forward(items)
             probabilities = self._calibrated(batch.logits)
             called = self.decide(probabilities)
             for i, raw in enumerate(raws):
@@ -129,7 +129,9 @@ class Predictor:
                     Prediction(
                         probabilities=dict(zip(self._classes, probabilities[i].tolist(), strict=True)),
                         decision=self.decision(called[i]),
-                        attention=self.subject.attention(raw, batch.attention[i]) if attention else None,
+                        attention=self.subject.attention(raw, items[i], batch.attention[i])
+                        if attention
+                        else None,
                         embedding=batch.features[i],
                         statistics=statistics,
                         warnings=(*getattr(raw, "assumptions", ()), *self._unusual(statistics)),
@@ -151,6 +153,7 @@ class Predictor:
 
         Of images, an item is its raw pixels.
         """
+        self._require_labels()
         batches = [self._forward(group) for group in _groups(items, self.subject.batch_size)]
         if not batches:
             return np.empty((0, len(self._classes))), np.empty((0, 0), np.float32)
@@ -167,7 +170,8 @@ class Predictor:
             raise ValueError(f"{self.bundle.path}: answers with {manifest.task} labels and not with boxes")
         for group in _groups(images, _IMAGES_WITH_BOXES):
             with self._exactly():
-                yield from detectors_answer(self._networks, group, manifest.preprocessing, self._device)
+                found = detectors_answer(self._networks, group, manifest.preprocessing, self._device)
+            yield from found
 
     def probabilities(self, items: Iterable[Any]) -> np.ndarray:
         """Calibrated probabilities, N K float64, of `stored` samples; they are streamed."""
@@ -209,6 +213,12 @@ class Predictor:
             features = torch.cat([one.features for one in said], dim=1).float().cpu()
         assert torch.isfinite(logits).all(), "a network gave a logit that is no number"
         return Answers(pool_logits(logits, self.bundle.manifest.task).numpy(), attention, features.numpy())
+
+    def _require_labels(self) -> None:
+        if self.bundle.manifest.task == "detection":
+            raise ValueError(
+                f"{self.bundle.path}: answers with boxes, not with classes; use `Predictor.detect`"
+            )
 
     @contextmanager
     def _exactly(self) -> Iterator[None]:

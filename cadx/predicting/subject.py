@@ -65,7 +65,7 @@ class Subject(ABC):
         """
         if self.manifest.requires_spacing and getattr(raw, "spacing_mm", None) is None:
             raise ValueError(
-                "image: no pixel spacing, which this model needs; send a DICOM file with PixelSpacing"
+                f"{self.kind}: no pixel spacing, which this model needs; send a DICOM file with PixelSpacing"
             )
 
     @abstractmethod
@@ -95,5 +95,5 @@ class Subject(ABC):
         """The raw sample as one picture, H W or H W 3: what image statistics are taken of."""
 
     @abstractmethod
-    def attention(self, raw: Any, grid: np.ndarray) -> np.ndarray:
-        """A network's attention in the raw sample's coordinates, float32, its maximum 1."""
+    def attention(self, raw: Any, item: Any, grid: np.ndarray) -> np.ndarray:
+        """A network's attention in the raw sample's coordinates, float32, its maximum 1; `item` has been answered."""

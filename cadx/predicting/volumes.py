@@ -34,6 +34,8 @@ def slide_over(
     positive: int | None,
     cells: tuple[Cells, Cells, Cells],
     device: torch.device,
+    *,
+    with_attention: bool = True,
 ) -> Output:
     """What a network says of a whole volume, from windows that overlap by half.
 
@@ -45,6 +47,7 @@ def slide_over(
         positive: index of the class that a binary task looks for.
         cells: where the network's attention lies in a patch.
         device: where the network is.
+        with_attention: False leaves the attention empty, which saves time and memory.
 
     Returns:
         logits 1 K; attention 1 D H W over the volume's grid, summing to 1: where the windows look, each counting
@@ -69,9 +72,14 @@ def slide_over(
     else:
         pooled = logits.log_softmax(1).logsumexp(0, keepdim=True)
         weights, seen = torch.ones(len(windows)), features.mean(0, keepdim=True)
-    maps = _spread(attention, preprocessing.patch_px, cells).cpu()
-    weighted = (maps * weights.cpu().view(-1, 1, 1, 1))[:, None].numpy()
-    whole = torch.from_numpy(windows.assemble(weighted)).clamp_min(0)
+    if not with_attention:
+        return Output(pooled, attention[:0], seen)
+    # One window at a time: all of them at full size would be many times the volume.
+    maps = (
+        weight * _spread(one[None], preprocessing.patch_px, cells).numpy()
+        for one, weight in zip(attention.cpu(), weights.tolist(), strict=True)
+    )
+    whole = torch.from_numpy(windows.assemble(maps)).clamp_min(0)
     return Output(pooled, whole / whole.sum().clamp_min(torch.finfo(torch.float32).tiny), seen)
 
 
@@ -101,7 +109,8 @@ class VolumeSubject(Subject):
         """
         if isinstance(source, RawVolume):
             return source
-        assert isinstance(source, Path), "a volume is read from a file or a folder"
+        if not isinstance(source, Path):
+            raise ValueError("volume: give the path of a file or a folder, or what `read_volume` gives")
         return read_volume(source)
 
     def item(self, raw: RawVolume) -> VolumeSource:
@@ -123,7 +132,7 @@ class VolumeSubject(Subject):
         """Its middle slice, as `ingest` takes it."""
         return preview("volume", raw.voxels)
 
-    def attention(self, raw: RawVolume, grid: np.ndarray) -> np.ndarray:
+    def attention(self, raw: RawVolume, item: VolumeSource, grid: np.ndarray) -> np.ndarray:
         """The map over the raw volume, D H W."""
         whole = F.interpolate(
             torch.from_numpy(grid)[None, None], size=raw.voxels.shape, mode="trilinear", align_corners=False

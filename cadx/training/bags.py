@@ -23,6 +23,7 @@ class BagWorkload(ClassifierWorkload):
     """Bags of unequal size: a batch is a `BagBatch`."""
 
     takes = "bags"
+    val_batch_size = 1
     train: FeatureBagDataset | MILDataset | EmbeddingBagDataset
 
     def __init__(self, setting: Setting) -> None:
@@ -31,7 +32,16 @@ class BagWorkload(ClassifierWorkload):
             raise ValueError("train.augmentation: is for images in 2D; leave it out for bags")
         assert isinstance(self.config.model, MILConfig)
         self.model = self.config.model
-        self.size = f"max_instances (now {self.config.max_instances or 'all'})"
+        negative, info = self.model.negative_class, self.folder.info
+        if negative is not None and (
+            info.task == "multilabel"
+            or negative >= len(info.classes)
+            or info.classes[negative] == info.positive
+        ):
+            raise ValueError(
+                f"train.model.negative_class {negative}: must be the number of the class that means nothing was found,"
+                f" among {', '.join(info.classes)}, counted from 0; null for a multilabel task"
+            )
 
     def build(self) -> nn.Module:
         """The network."""
@@ -100,6 +110,8 @@ class FeatureWorkload(BagWorkload):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         assert isinstance(self.config.preprocessing, FeaturePreprocessing)
+        if self.model.encoder is not None:
+            raise ValueError("train.model.encoder: features are encoded already; set it to null")
         self.train = FeatureBagDataset(
             self.folder, setting.train, max_instances=self.config.max_instances, seed=setting.seed
         )
@@ -129,7 +141,9 @@ class SlideWorkload(BagWorkload):
         made = self.config.preprocessing
         assert isinstance(made, TilePreprocessing)
         if self.model.encoder is None:
-            raise ValueError("train.model.encoder: slides need one; give it, at least as {depth: 18}")
+            raise ValueError(
+                "train.model.encoder: slides need one; give {frozen: false}, or {pretrained: ...} with weights"
+            )
         self._frozen = self.model.encoder.frozen
         limit = None if self._frozen else self.config.max_instances
         self._train_tiles = tile_dataset(self.folder, setting.train, made, max_tiles=limit, seed=setting.seed)

@@ -31,9 +31,10 @@ class BoxWorkload(Workload):
         config, preprocessing = self.config, self.config.preprocessing
         assert isinstance(preprocessing, Preprocessing)
         self.preprocessing = preprocessing
-        self.size = (
-            f"preprocessing.height_px and width_px (now {preprocessing.height_px} x {preprocessing.width_px})"
-        )
+        if config.augmentation.rotation_degrees:
+            raise ValueError(
+                "train.augmentation.rotation_degrees: boxes stay tight without it only; set it to 0"
+            )
         tiles = preprocessing.fit == "tile"
         if config.mining_epochs is not None and not tiles:
             raise ValueError(
@@ -61,7 +62,7 @@ class BoxWorkload(Workload):
         for name, number in {"train": sum(self.train_counts.values()), "val": len(self._val_boxes)}.items():
             if not number:
                 raise ValueError(f"splits: no box in {name}; split again, or give {name} a larger share")
-        # An image is drawn for the rarest of the classes that it shows, else as background.
+        # With a balanced sampler an image is drawn for each of the classes that it shows, else as background.
         shown = boxes.drop_duplicates(["sample_id", "class"]).groupby("sample_id")["class"].agg(set)
         classes = self.folder.info.classes
         rows = np.array([[name in shown.get(sample, ()) for name in classes] for sample in setting.train])
@@ -90,8 +91,9 @@ class BoxWorkload(Workload):
         return BoxBatch(images, targets, batch.items)
 
     def weights(self, batch: BoxBatch) -> dict[str, Tensor]:
-        """Every loss weighs as its number of images."""
-        return {"boxes": torch.tensor(float(len(batch.targets)), device=self.device)}
+        """The number of lesions, at least 1: by about that number detectors divide their losses."""
+        num_lesions = sum(len(target.labels) for target in batch.targets)
+        return {"boxes": torch.tensor(float(max(1, num_lesions)), device=self.device)}
 
     def losses(self, network: Forward, batch: BoxBatch, draw: Draw) -> dict[str, Tensor]:
         """The detector's losses on the augmented images, added up."""
@@ -141,12 +143,16 @@ class BoxWorkload(Workload):
             found.add(sample_id, mine_false_positives(answer, torch.from_numpy(corners)))
         return found.state_dict()
 
-    def take_up(self, found: Any) -> None:
+    def take_up(self, found: Sequence[Any]) -> None:
         """Show what was mined, in the epochs that follow."""
-        if self.mined is not None and found is not None:
-            newer = MinedNegatives()
-            newer.load_state_dict(found)
-            self.mined.merge(newer, decay=0.5)
+        if self.mined is None or found[0] is None:
+            return
+        everywhere = MinedNegatives()
+        for state in found:
+            one = MinedNegatives()
+            one.load_state_dict(state)
+            everywhere.merge(one)
+        self.mined.merge(everywhere, decay=0.5)
 
     def state_dict(self) -> dict[str, Any]:
         """What was mined."""

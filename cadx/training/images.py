@@ -24,9 +24,6 @@ class ImageWorkload(ClassifierWorkload):
         preprocessing = self.config.preprocessing
         assert isinstance(preprocessing, Preprocessing)
         self.preprocessing = preprocessing
-        self.size = (
-            f"preprocessing.height_px and width_px (now {preprocessing.height_px} x {preprocessing.width_px})"
-        )
         self.train, self.val = (
             ImageDataset(setting.folder, sample_ids, preprocessing, setting.config.cache_mb)
             for sample_ids in (setting.train, setting.val)

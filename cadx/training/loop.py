@@ -6,9 +6,10 @@ the weights of one that was not, bit for bit on a CPU with the same number of th
 of loader workers.
 
 A batch may be shared out: in parts that follow each other (`accumulation`), and among processes that `torchrun`
-starts. Each part's losses are weighted as if the batch were whole, so that the weights are the same within the
-noise of float32. Batch normalisation is the exception: it sees its own part alone, in each process; use `norm:
-group`, or frozen statistics, where parts are small.
+starts. Each part's losses are weighted as if the batch were whole, so that a classifier's weights are the same within
+the noise of float32; a detector divides by what it assigns to the lesions of a part, so that its are the same but
+about. Batch normalisation is the exception: it sees its own part alone, in each process; use `norm: group`, or frozen
+statistics, where parts are small.
 """
 
 import copy
@@ -33,7 +34,7 @@ from torch.utils.data import DataLoader, Sampler
 from cadx.bundle import versions
 from cadx.datasets import DatasetFolder
 from cadx.files import canonical_json, digest_bytes, digest_path, replacing
-from cadx.loading import FeaturePreprocessing, TilePreprocessing, VolumePreprocessing
+from cadx.loading import FeaturePreprocessing, TilePreprocessing, VolumePreprocessing, input_text
 from cadx.models import pretrained_origin
 from cadx.models.checkpointing import enable_checkpointing
 from cadx.sampling import BalancedSampler, EpochSampler
@@ -44,6 +45,7 @@ from cadx.training.images import ImageWorkload
 from cadx.training.recipe import WITHOUT_EFFECT, TrainingConfig
 from cadx.training.volumes import VolumeWorkload
 from cadx.training.workload import Draw, Forward, Setting, Workload
+from cadx.transforms import Preprocessing
 from cadx.types import Digest
 
 CHECKPOINT = "checkpoint.pt"
@@ -125,16 +127,15 @@ def fit(
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng())
         stack.enter_context(_deterministic(config.deterministic))
-        run = _Run(config, folder, splits, seed, checkpoints, code)
         try:
-            return run.fit(on_epoch)
+            return _Run(config, folder, splits, seed, checkpoints, code).fit(on_epoch)
         except (torch.cuda.OutOfMemoryError, RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
             raise ValueError(
-                f"out of {'GPU ' if run.device.type == 'cuda' else ''}memory: set train.checkpointing: true, raise"
+                f"out of {'GPU ' if torch.cuda.is_available() else ''}memory: set train.checkpointing: true, raise"
                 f" train.accumulation (now {config.accumulation}), lower train.batch_size (now {config.batch_size})"
-                f" or {run.workload.size}, or set train.precision: bf16"
+                f" or the input's size (now {input_text(config.preprocessing)}), or set train.precision: bf16"
             ) from None
 
 
@@ -256,6 +257,7 @@ class _Run:
         code: Digest | None,
     ) -> None:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
 
         self.config, self.seed = config, seed
         self.checkpoint = checkpoints / CHECKPOINT
@@ -263,6 +265,7 @@ class _Run:
         use_cuda = torch.cuda.is_available()
         self.precision = _resolve_precision(config.precision, use_cuda)
         names = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+        AcceleratorState._reset_state()  # else the first run of a process decides the precision of all
         self.accelerator = Accelerator(mixed_precision=names[self.precision], cpu=not use_cuda)
         self.device = self.accelerator.device
         self.rank, self.num_processes = self.accelerator.process_index, self.accelerator.num_processes
@@ -275,6 +278,13 @@ class _Run:
             raise ValueError(
                 f"train.monitor {self.monitor}: not for a task of {folder.info.task}; use {known}"
             )
+        self.batches = _Batches(
+            self.workload.sampler(),
+            config.batch_size,
+            accumulation=config.accumulation,
+            rank=self.rank,
+            num_processes=self.num_processes,
+        )
         torch.manual_seed(seed)
         self.network = self.workload.build()
         self.network.to(self.device, memory_format=self.workload.memory_format)  # type: ignore[call-overload]
@@ -293,13 +303,6 @@ class _Run:
         self.best: dict[str, Tensor] = {}
         self.progress = _Progress()
 
-        self.batches = _Batches(
-            self.workload.sampler(),
-            config.batch_size,
-            accumulation=config.accumulation,
-            rank=self.rank,
-            num_processes=self.num_processes,
-        )
         workers: dict[str, Any] = {
             "collate_fn": self.workload.collate,
             "num_workers": config.num_workers,
@@ -309,7 +312,9 @@ class _Run:
         }
         self.train_loader = DataLoader(self.workload.train, batch_sampler=self.batches, **workers)
         mine = range(self.rank, len(self.workload.val), self.num_processes)
-        size = max(1, config.batch_size // (config.accumulation * self.num_processes))
+        size = self.workload.val_batch_size or max(
+            1, config.batch_size // (config.accumulation * self.num_processes)
+        )
         self.val_loader: DataLoader[Any] = DataLoader(
             self.workload.val,
             batch_sampler=[list(mine[start : start + size]) for start in range(0, len(mine), size)],
@@ -400,14 +405,18 @@ class _Run:
     @torch.no_grad()
     def _mine(self) -> None:
         """Let the workload learn from the epoch what it shows in those that follow."""
+        if self.num_processes > 1:
+            # Statistics are each process's own: the first one's are validated and kept.
+            for module in (self.network, *([self.averaged] if self.averaged is not None else [])):
+                for buffer in module.buffers():
+                    torch.distributed.broadcast(buffer, src=0)
         network = Forward(self.evaluated.eval(), self.accelerator.autocast)
         found = self.workload.finish_epoch(network, self.progress.epoch, self.rank, self.num_processes)
         everywhere = [found]
         if self.num_processes > 1:
             everywhere = [None] * self.num_processes
             torch.distributed.all_gather_object(everywhere, found)
-        for one in everywhere:
-            self.workload.take_up(one)
+        self.workload.take_up(everywhere)
 
     def _train_step(self, parts: list[Any]) -> Tensor:
         """One step of the optimizer, in as many parts; the loss before it, still on the device."""
@@ -576,7 +585,7 @@ def workload_for(setting: Setting) -> Workload:
         ValueError: if the recipe's preprocessing is for another kind of sample, or the splits cannot serve.
     """
     info, config = setting.folder.info, setting.config
-    if info.task == "detection":
+    if info.task == "detection" and type(config.preprocessing) is Preprocessing:
         workload: type[Workload] = BoxWorkload
     elif isinstance(config.preprocessing, VolumePreprocessing):
         workload = VolumeWorkload
@@ -586,7 +595,7 @@ def workload_for(setting: Setting) -> Workload:
         workload = FeatureWorkload
     else:
         workload = ImageWorkload
-    if info.kind not in workload.kinds:
+    if info.kind not in workload.kinds or (info.task == "detection" and workload is not BoxWorkload):
         raise ValueError(
             f"train.preprocessing: not for samples of kind {info.kind}; give height_px and width_px for images,"
             " patch_px for volumes, tile_px for slides, channels alone for features"

@@ -24,7 +24,8 @@ class VolumeWorkload(ClassifierWorkload):
     """Random patches: a batch is (images N 1 D H W, labels N K, items).
 
     In a binary task a patch of a volume with a mask is labelled by what the mask marks in it. Else it has its
-    volume's labels.
+    volume's labels. The weights of the loss and the balanced sampler count volumes: `positive_fraction` is what
+    balances patches.
     """
 
     kinds = ("volume",)
@@ -44,7 +45,6 @@ class VolumeWorkload(ClassifierWorkload):
                 "train.precision bf16: gradients of 3D convolutions are wrong in it on a CPU; use auto or fp32"
             )
         self.preprocessing = config.preprocessing
-        self.size = f"preprocessing.patch_px (now {config.preprocessing.patch_px})"
         self.train: Patch3DDataset = Patch3DDataset(
             self.folder,
             setting.train,
@@ -108,6 +108,15 @@ class VolumeWorkload(ClassifierWorkload):
         for number in (number for batch in batches for number in batch):
             source = VolumeSource.of_folder(self.folder, self.setting.val[number])
             made, task = self.preprocessing, self.folder.info.task
-            answer = slide_over(network, source, made, task, self._positive, self._cells, self.device)
+            answer = slide_over(
+                network,
+                source,
+                made,
+                task,
+                self._positive,
+                self._cells,
+                self.device,
+                with_attention=False,
+            )
             answers[number] = answer.logits[0].cpu().numpy()
         return answers

@@ -93,25 +93,30 @@ class Workload(ABC):
         kinds: of which samples (`cadx.types.Kind`).
         takes: which families of models suit it (`takes` of their configurations).
         monitors: what the best epoch may be chosen by; the first is the default.
-        size: the field of the recipe that a smaller input is asked for by, with its value, in words.
         train: items with their targets.
         val: samples, in order.
         item_labels: N K of the items, for the sampler.
         train_counts: class -> how often it is labelled present in train.
+        val_batch_size: samples of val at once; None for as many as in training.
     """
 
     kinds: ClassVar[tuple[str, ...]]
     takes: ClassVar[str]
     monitors: ClassVar[tuple[str, ...]] = ("auc", "loss")
-    size: str
     train: Any
     val: Any
     item_labels: np.ndarray
     train_counts: dict[str, int]
+    val_batch_size: int | None = None
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.config, self.folder, self.device = setting.config, setting.folder, setting.device
+        for name, takes in {"max_instances": "bags", "mining_epochs": "boxes"}.items():
+            if getattr(self.config, name) is not None and self.takes != takes:
+                raise ValueError(f"train.{name}: is for {takes} alone; leave it out")
+        if getattr(self.config.preprocessing, "fit", None) == "tile" and self.takes != "boxes":
+            raise ValueError("train.preprocessing.fit tile: is for boxes; use pad or stretch")
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -139,8 +144,8 @@ class Workload(ABC):
         """What this process learns from the epoch for those that follow: plain values, None for nothing."""
         return None
 
-    def take_up(self, found: Any) -> None:  # noqa: B027
-        """Use in later epochs what one process's `finish_epoch` found; called for each process in turn."""
+    def take_up(self, found: Sequence[Any]) -> None:  # noqa: B027
+        """Use in later epochs what `finish_epoch` found, in each process."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold of it: plain values."""

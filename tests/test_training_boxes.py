@@ -1,0 +1,151 @@
+"""Training detectors: what is mined is shown again, whatever the number of processes and kills."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
+from cadx.files import digest_bytes
+from cadx.models import Detections
+from cadx.training import TrainingConfig, fit
+from cadx.training.boxes import BoxWorkload
+from cadx.training.workload import Forward, Setting
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> DatasetFolder:
+    """Four images of noise with one bright lesion each, and a dimmer square that is none."""
+    path = tmp_path_factory.mktemp("boxes") / "dataset"
+    with DatasetWriter(
+        path,
+        name="boxes",
+        task="detection",
+        classes=("lesion",),
+        positive=None,
+        modality="noise",
+        clustered=False,
+        source=SourceInfo(title="boxes", licence="CC0-1.0", citation="none"),
+    ) as writer:
+        for number in range(4):
+            pixels = np.random.default_rng(number).integers(0, 60, (96, 128)).astype(np.uint8)
+            pixels[10:22, 12:24] += 150
+            pixels[60:72, 80:92] += 80
+            writer.add(
+                sample_id=f"s{number}",
+                pixels=pixels,
+                labels={"lesion": 1},
+                boxes=[("lesion", 12, 10, 24, 22)],
+                patient=f"p{number}",
+                sha256=digest_bytes(pixels.tobytes()),
+                statistics={"mean": float(number)},
+            )
+    return DatasetFolder(path)
+
+
+def _config(**changes: Any) -> TrainingConfig:
+    fields = {
+        "model": {"family": "yolo", "width": 0.25, "strides": (4, 8)},
+        "preprocessing": {"height_px": 64, "width_px": 64, "fit": "tile", "mean": 0.2},
+        "patches_per_sample": 2,
+        "mining_epochs": 1,
+        "epochs": 3,
+        "batch_size": 4,
+        "ema_decay": 0.5,
+    }
+    return TrainingConfig.model_validate(fields | changes)
+
+
+def _splits(folder: DatasetFolder) -> pd.DataFrame:
+    ids = folder.samples["sample_id"].tolist()
+    return pd.DataFrame({"sample_id": ids * 2, "split": ["train"] * 4 + ["val"] * 4})
+
+
+def _workload(folder: DatasetFolder, scratch: Path, **changes: Any) -> BoxWorkload:
+    ids = folder.samples["sample_id"].tolist()
+    return BoxWorkload(Setting(_config(**changes), folder, ids, ids, 0, CPU, scratch))
+
+
+def _squares(images: torch.Tensor) -> list[Detections]:
+    """A detector that takes every bright square of 12 px for a lesion, the brighter the surer."""
+    answers = []
+    for image in images[:, 0]:
+        means = torch.nn.functional.avg_pool2d(image[None, None], 12, 1)[0, 0]
+        peaks = (means == torch.nn.functional.max_pool2d(means[None, None], 23, 1, 11)[0, 0]) & (means > 0.5)
+        corners = torch.nonzero(peaks).flip(1).float()
+        boxes = torch.cat([corners, corners + 12], 1)
+        scores = (means[peaks] / 2).clamp(0, 1)
+        answers.append(Detections(boxes, torch.zeros(len(boxes), dtype=torch.int64), scores))
+    return answers
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+def test_what_is_mined_does_not_depend_on_the_number_of_processes(
+    folder: DatasetFolder, tmp_path: Path, num_processes: int
+) -> None:
+    forward = Forward(_squares, torch.no_grad)  # type: ignore[arg-type]
+    alone = _workload(folder, tmp_path)
+    shared = _workload(folder, tmp_path)
+    for epoch in (0, 1):
+        alone.take_up([alone.finish_epoch(forward, epoch, 0, 1)])
+        found: Sequence[Any] = [
+            shared.finish_epoch(forward, epoch, rank, num_processes) for rank in range(num_processes)
+        ]
+        shared.take_up(found)
+    assert alone.state_dict() == shared.state_dict()
+    mined = alone.state_dict()["boxes"]
+    assert sorted(mined) == [f"s{number}" for number in range(4)]
+    for boxes in mined.values():
+        assert [box[:4] for box in boxes] == [[80, 60, 92, 72]], "the square that is none, and no lesion"
+    resumed = _workload(folder, tmp_path)
+    resumed.load_state_dict(alone.state_dict())
+    assert resumed.state_dict() == alone.state_dict()
+
+
+class _Killed(Exception):
+    pass
+
+
+def test_a_run_that_mines_goes_on_where_it_was_killed(folder: DatasetFolder, tmp_path: Path) -> None:
+    whole = fit(_config(), folder, _splits(folder), seed=0, checkpoints=tmp_path / "whole" / "m")
+
+    def kill(record: dict[str, Any]) -> None:
+        if record["epoch"] == 2:
+            raise _Killed
+
+    run = {"seed": 0, "checkpoints": tmp_path / "killed" / "m"}
+    with pytest.raises(_Killed):
+        fit(_config(), folder, _splits(folder), **run, on_epoch=kill)
+    resumed = fit(_config(), folder, _splits(folder), **run)
+    assert all(torch.equal(tensor, resumed.state_dict[name]) for name, tensor in whole.state_dict.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preprocessing": {"height_px": 64, "width_px": 64}}, "mining_epochs: is for tiles"),
+        ({"preprocessing": {"patch_px": (8, 8, 8)}}, "preprocessing: not for samples of kind image"),
+        (
+            {"preprocessing": {"tile_px": 64, "height_px": 64, "width_px": 64}},
+            "preprocessing: not for samples of kind image",
+        ),
+        (
+            {"augmentation": {"rotation_degrees": 5}},
+            "augmentation.rotation_degrees: boxes stay tight without it",
+        ),
+        ({"max_instances": 5}, "max_instances: is for bags alone"),
+        ({"monitor": "auc"}, "monitor auc: not for a task of detection; use ap50"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_boxes_is_refused_in_one_line(
+    folder: DatasetFolder, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^train.{message}[^\\n]*$"):
+        fit(_config(**changes), folder, _splits(folder), seed=0, checkpoints=tmp_path / "m")
