@@ -18,11 +18,13 @@ import torch
 from cadx import metrics
 from cadx.bundle import Manifest, Provenance, parameters_digest, versions, write_bundle
 from cadx.datasets import DatasetFolder, write_splits
+from cadx.detection import calculate_map
 from cadx.files import digest_path
 from cadx.loading import TilePreprocessing
 from cadx.loading.slides import tissue_fractions
 from cadx.predicting import Predictor
 from cadx.predicting.bags import pool_tiles
+from cadx.predicting.boxes import detection_table
 from cadx.splitting import assign_splits
 from cadx.training import TrainingConfig, fit
 from components.contract import code_digest
@@ -146,7 +148,8 @@ def auc_of_attention(predictor: Predictor, folder: DatasetFolder, ids: list[str]
         if mask is None:
             continue
         with torch.inference_mode():
-            output, positions_um = pool_tiles(network.encode, network, tiles, torch.device("cpu"))  # type: ignore[arg-type]
+            encode: Any = network.encode
+            output, positions_um = pool_tiles(encode, network, tiles.stream, torch.device("cpu"))
         row = folder.samples.iloc[int(folder.rows([name])[0])]
         spacing_um = (1000 * float(row["spacing_row_mm"]), 1000 * float(row["spacing_column_mm"]))
         columns, rows = (positions_um.numpy() / tile_um).round().astype(int).T
@@ -155,6 +158,16 @@ def auc_of_attention(predictor: Predictor, folder: DatasetFolder, ids: list[str]
         if is_tumour.any() and not is_tumour.all():
             aucs.append(_auc(is_tumour, output.attention[0].numpy()))
     return float(np.mean(aucs))
+
+
+def ap50_of_boxes(predictor: Predictor, folder: DatasetFolder, ids: list[str]) -> float:
+    """The average precision at an IoU of .5, mean over classes."""
+    answers = predictor.detect(folder.pixels(name) for name in ids)
+    found = detection_table(dict(zip(ids, answers, strict=True)), folder.info.classes)
+    boxes = folder.boxes[folder.boxes["sample_id"].isin(ids)]
+    value = calculate_map(found, boxes, ids, classes=folder.info.classes)[""]["ap50"]
+    assert value is not None, "a lesion is needed"
+    return value
 
 
 def _auc(labels: np.ndarray, scores: Sequence[float] | np.ndarray) -> float:
@@ -200,6 +213,31 @@ SPECIMENS = {
             "slide": (auc_of_samples, "AUC", 0.95),
             "slide_attention": (auc_of_attention, "AUC of tiles within a slide", 0.9),
         },
+    ),
+    "yolo": Specimen(
+        source="phantom-lesion",
+        fractions={"train": 0.7, "val": 0.2, "calibration": 0.05, "test": 0.05},
+        recipe={
+            # Specks of a pixel or two need channels where the map is fine, not a coarser scale.
+            "model": {"family": "yolo", "width": 0.5, "depth": 1.0, "strides": (4,), "focal_gamma": 1.0},
+            "preprocessing": {"height_px": 128, "width_px": 128, "fit": "tile", "mean": 0.3, "std": 0.25},
+            "augmentation": {
+                "horizontal_flip": True,
+                "scale_fraction": 0.15,
+                "contrast": 0.15,
+                "brightness": 0.1,
+            },
+            "sampler": "balanced",
+            "patches_per_sample": 16,
+            "positive_fraction": 0.8,
+            "epochs": 9,
+            "batch_size": 16,
+            "learning_rate": 3e-3,
+            "warmup_epochs": 0.1,
+            "ema_decay": 0.995,
+            "grad_clip": 10,
+        },
+        goals={"lesion": (ap50_of_boxes, "AP50", 0.8)},
     ),
 }
 """By family. An accuracy is measured on test."""
