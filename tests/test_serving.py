@@ -470,7 +470,7 @@ def test_a_fault_of_our_own_is_told_by_kind_and_place_alone(
     assert reply.status == 500
     assert "RuntimeError" in reply.content["error"]
     told = capsys.readouterr().err
-    assert "predicting.py" in told
+    assert "predictor.py" in told
     assert "stack expects" not in told, "the text of a library's error may quote the file"
 
 

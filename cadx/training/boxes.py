@@ -140,7 +140,7 @@ class BoxWorkload(Workload):
             corners = (
                 np.empty((0, 4)) if rows is None else rows[["x0", "y0", "x1", "y1"]].to_numpy(np.float64)
             )
-            found.add(sample_id, mine_false_positives(answer, torch.from_numpy(corners)))
+            found.add(sample_id, mine_false_positives(answer, torch.tensor(corners)))
         return found.state_dict()
 
     def take_up(self, found: Sequence[Any]) -> None:
