@@ -182,10 +182,9 @@ SPECIMENS = {
         fractions={"train": 0.58, "val": 0.12, "test": 0.3},
         recipe={
             "model": {"family": "resnet3d", "depth": 10, "width": 0.25, "stem": "small"},
-            # The window keeps calcified granulomas brighter than nodules.
-            "preprocessing": {"patch_px": (16, 16, 16), "spacing_mm": (2, 2, 2), "window_hu": (-1000, 600)},
+            "preprocessing": {"patch_px": (16, 16, 16), "spacing_mm": (2, 2, 2), "window_hu": (-1000, 200)},
             "patches_per_sample": 24,
-            "epochs": 8,
+            "epochs": 6,
             "batch_size": 32,
             "learning_rate": 2e-3,
             "ema_decay": 0.98,
@@ -204,7 +203,7 @@ SPECIMENS = {
             },
             "preprocessing": {"channels": 3, "height_px": 64, "width_px": 64, "tile_px": 64, "mpp": 1.0},
             "max_instances": 48,
-            "epochs": 40,
+            "epochs": 30,
             "batch_size": 4,
             "ema_decay": 0.98,
             "monitor": "loss",
