@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks._claim import claim
 from cadx.models.checkpointing import enable_checkpointing
 from cadx.models.volume import ResNet3DConfig
 
@@ -35,17 +36,12 @@ def claims() -> Iterator[dict[str, Any]]:
         _step(network, volumes)  # the first step of a process makes what the later ones reuse
     tensors = [_tensors(network, volumes) for network in (ours, peer)]
     equal = sum(torch.equal(a, b) for a, b in zip(*tensors, strict=True))
-    yield _claim("same", equal, len(tensors[1]), "equal tensors", equal / len(tensors[1]), 1.0)
+    yield claim("checkpointing.same", equal, len(tensors[1]), "equal tensors")
     ours_mb, peer_mb = _peak_mb(ours, volumes), _peak_mb(peer, volumes)
-    yield _claim("memory", ours_mb, peer_mb, "MB", peer_mb / ours_mb, 1 / MAX_MEMORY)
+    yield claim("checkpointing.memory", ours_mb, peer_mb, "MB", ratio=peer_mb / ours_mb, goal=1 / MAX_MEMORY)
     seconds = [(_seconds(ours, volumes), _seconds(peer, volumes)) for _ in range(ROUNDS)]
     ours_s, peer_s = (min(arm) for arm in zip(*seconds, strict=True))
-    yield _claim("time", ours_s, peer_s, "s/step", peer_s / ours_s, 1 / MAX_TIME)
-
-
-def _claim(name: str, ours: float, peer: float, unit: str, ratio: float, goal: float) -> dict[str, Any]:
-    numbers = {"ours": ours, "peer": peer, "unit": unit, "ratio": ratio, "goal": goal}
-    return {"claim": f"checkpointing.{name}", **numbers, "holds": ratio >= goal}
+    yield claim("checkpointing.time", ours_s, peer_s, "s/step", ratio=peer_s / ours_s, goal=1 / MAX_TIME)
 
 
 def _network(*, checkpointed: bool) -> nn.Module:

@@ -15,20 +15,18 @@ import numpy as np
 import pandas as pd
 import torch
 
+from benchmarks._claim import claim
 from cadx import metrics
-from cadx.bundle import Manifest, Provenance, parameters_digest, versions, write_bundle
 from cadx.datasets import DatasetFolder, write_splits
 from cadx.detection import calculate_map
-from cadx.files import digest_path
 from cadx.loading import TilePreprocessing
 from cadx.loading.slides import tissue_fractions
 from cadx.predicting import Predictor
 from cadx.predicting.bags import pool_tiles
 from cadx.predicting.boxes import detection_table
 from cadx.splitting import assign_splits
-from cadx.training import TrainingConfig, fit
-from components.contract import code_digest
 from components.ingest import IngestParams, ingest
+from components.train import TrainParams, train
 
 CATALOG = Path(__file__).parents[1] / "data" / "catalog.yaml"
 CORE_MINUTES = 20.0
@@ -45,7 +43,7 @@ class Specimen(NamedTuple):
     Attributes:
         source: the catalogue's entry.
         fractions: split -> share of the samples.
-        recipe: a `TrainingConfig`.
+        recipe: `TrainParams`; loss and sampler are the plain ones where it names none.
         goals: claim -> (how test samples are scored, its unit, what the score must reach).
     """
 
@@ -60,27 +58,15 @@ def claims() -> Iterator[dict[str, Any]]:
         with TemporaryDirectory(prefix="cadx-families-") as temporary:
             root = Path(temporary)
             folder, splits = _ingest(specimen, root)
-            minutes = _train(specimen, folder, splits, root)
+            minutes = _train(specimen, root)
             predictor = Predictor(root / "bundle", uncalibrated_ok=True)
             test = splits.loc[splits["split"] == "test", "sample_id"].tolist()
-            for claim, (score, unit, goal) in specimen.goals.items():
+            for what, (score, unit, goal) in specimen.goals.items():
                 ours = score(predictor, folder, test)
-                yield _claim(f"families.{claim}", ours, goal, unit, ours / goal)
-            yield _claim(
-                f"families.{name}_training", minutes, CORE_MINUTES, "core-min", CORE_MINUTES / minutes
+                yield claim(f"families.{what}", ours, goal, unit)
+            yield claim(
+                f"families.{name}_training", minutes, CORE_MINUTES, "core-min", ratio=CORE_MINUTES / minutes
             )
-
-
-def _claim(claim: str, ours: float, peer: float, unit: str, ratio: float) -> dict[str, Any]:
-    return {
-        "claim": claim,
-        "ours": ours,
-        "peer": peer,
-        "unit": unit,
-        "ratio": ratio,
-        "goal": 1.0,
-        "holds": ratio >= 1.0,
-    }
 
 
 def _ingest(specimen: Specimen, root: Path) -> tuple[DatasetFolder, pd.DataFrame]:
@@ -95,38 +81,23 @@ def _ingest(specimen: Specimen, root: Path) -> tuple[DatasetFolder, pd.DataFrame
     return folder, splits
 
 
-def _train(specimen: Specimen, folder: DatasetFolder, splits: pd.DataFrame, root: Path) -> float:
+def _train(specimen: Specimen, root: Path) -> float:
     """Train and write `root`/bundle; minutes of one core that the training took."""
-    config, info = TrainingConfig.model_validate(specimen.recipe), folder.info
+    imbalance = root / "imbalance.json"
+    imbalance.touch()  # the recipe leaves nothing to it
     started = time.process_time()
-    fitted = fit(config, folder, splits, seed=SEED, checkpoints=root / "run" / "member")
-    minutes = (time.process_time() - started) / 60
-    manifest = Manifest(
+    train(
+        dataset=root / "dataset",
+        splits=root / "splits.parquet",
+        imbalance=imbalance,
+        checkpoints=root / "checkpoints",
+        trained=root / "bundle",
+        log=root / "training.jsonl",
         experiment="families",
         seed=SEED,
-        task=info.task,
-        classes=info.classes,
-        positive=info.positive,
-        modality=info.modality,
-        model=config.model,
-        preprocessing=config.preprocessing,
-        clustered=info.clustered,
-        source=info.source,
-        assumptions=info.assumptions,
-        provenance=Provenance(
-            dataset=digest_path(folder.path / "dataset.json"),
-            splits=digest_path(root / "splits.parquet"),
-            parameters=parameters_digest(config),
-            code=code_digest("train"),
-            seed=SEED,
-            versions=versions(),
-        ),
+        params=TrainParams.model_validate({"loss": {}, "sampler": "natural", **specimen.recipe}),
     )
-    train = splits.loc[splits["split"] == "train", "sample_id"].tolist()
-    reference = folder.samples.iloc[folder.rows(train)]
-    averaged = config.ema_decay is not None
-    write_bundle(root / "bundle", manifest, [fitted.state_dict], reference, averaged=averaged)
-    return minutes
+    return (time.process_time() - started) / 60
 
 
 def auc_of_samples(predictor: Predictor, folder: DatasetFolder, ids: list[str]) -> float:

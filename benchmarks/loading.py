@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks._claim import claim
 from benchmarks.step import epoch_seconds, write_noise
 from cadx.models import ResNetConfig
 from cadx.training import TrainingConfig
@@ -45,12 +46,4 @@ def claims() -> Iterator[dict[str, Any]]:
                 seconds[arm].append(epoch_seconds(config, dataset, splits, checkpoints))
     # The best of each arm: what else runs on the machine only ever slows one down.
     ours, peer = (NUM_IMAGES / min(seconds[arm]) for arm in ("ours", "peer"))
-    yield {
-        "claim": "loading.images",
-        "ours": ours,
-        "peer": peer,
-        "unit": "images/s",
-        "ratio": ours / peer,
-        "goal": GOAL,
-        "holds": ours / peer >= GOAL,
-    }
+    yield claim("loading.images", ours, peer, "images/s", goal=GOAL)

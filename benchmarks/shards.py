@@ -20,6 +20,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from benchmarks._claim import claim
+
 Images = dict[str, npt.NDArray[np.uint8]]
 Read = Callable[[str], npt.NDArray[np.uint8]]
 
@@ -35,16 +37,14 @@ def claims() -> Iterator[dict[str, Any]]:
     for name, side_px, num_images, num_reads in _SETS:
         times_us = measure(side_px, num_images, num_reads)
         for peer, goal in _GOALS.items():
-            ratio = times_us[peer] / times_us["safetensors"]
-            yield {
-                "claim": f"shards.random_read_{name}_vs_{peer}",
-                "ours": times_us["safetensors"],
-                "peer": times_us[peer],
-                "unit": "us/image",
-                "ratio": ratio,
-                "goal": goal,
-                "holds": ratio >= goal,
-            }
+            yield claim(
+                f"shards.random_read_{name}_vs_{peer}",
+                times_us["safetensors"],
+                times_us[peer],
+                "us/image",
+                ratio=times_us[peer] / times_us["safetensors"],
+                goal=goal,
+            )
 
 
 def measure(side_px: int, num_images: int, num_reads: int) -> dict[str, float]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks._claim import claim
 from cadx.metrics import score
 
 RESAMPLES = 1000
@@ -56,15 +57,8 @@ def _speed() -> dict[str, Any]:
         drawn = np.concatenate([rows[i] for i in rng.integers(0, _PATIENTS, _PATIENTS)])
         _scikit_learn(y[drawn], p[drawn], calls[drawn])
     peer = (time.perf_counter() - start) * RESAMPLES / _PEER_RESAMPLES
-    return {
-        "claim": "statistics.clustered_bootstrap",
-        "ours": ours,
-        "peer": peer,
-        "unit": f"s (peer: scikit-learn in a loop, {_PEER_RESAMPLES} of {RESAMPLES} resamples extrapolated)",
-        "ratio": peer / ours,
-        "goal": 20.0,
-        "holds": peer / ours >= 20.0,
-    }
+    unit = f"s (peer: scikit-learn in a loop, {_PEER_RESAMPLES} of {RESAMPLES} resamples extrapolated)"
+    return claim("statistics.clustered_bootstrap", ours, peer, unit, ratio=peer / ours, goal=20.0)
 
 
 def _scikit_learn(y: NDArray[Any], p: NDArray[Any], calls: NDArray[Any]) -> None:
@@ -115,12 +109,5 @@ def _coverage() -> dict[str, Any]:
         held["peer"] += bool(low <= _SENSITIVITY <= high)
     ours, peer = (abs(held[arm] / _SETS - 0.95) for arm in ("ours", "peer"))
     ratio = peer / max(ours, 1 / _SETS)
-    return {
-        "claim": "statistics.coverage_over_seeds",
-        "ours": ours,
-        "peer": peer,
-        "unit": "distance of the coverage from .95 (peer: percentile bootstrap)",
-        "ratio": ratio,
-        "goal": 1.5,
-        "holds": ratio >= 1.5,
-    }
+    unit = "distance of the coverage from .95 (peer: percentile bootstrap)"
+    return claim("statistics.coverage_over_seeds", ours, peer, unit, ratio=ratio, goal=1.5)

@@ -31,7 +31,7 @@ from cadx.searching import (
     number_text,
 )
 from cadx.searching import search as search_recipes
-from cadx.training import Fitted, TrainingConfig, fit
+from cadx.training import Fitted, TrainingConfig, fit, monitored
 from components.contract import In, Keep, Out, Params, code_digest, explain, read_params, step
 from components.train import TrainParams
 
@@ -87,7 +87,7 @@ def search(
     def train(config: TrainingConfig, checkpoints: Path, on_epoch: OnEpoch) -> Fitted:
         return fit(config, folder, frame, seed=seed, checkpoints=checkpoints, code=code, on_epoch=on_epoch)
 
-    monitor = base.monitor or ("ap50" if folder.info.task == "detection" else "auc")
+    monitor = monitored(base, folder.info.task)
     found = search_recipes(
         params,
         plain,

@@ -142,7 +142,7 @@ def train(
             seed=seed,
             versions=versions(),
             folds=config.folds,
-            pretrained=pretrained_origin(getattr(config.model, "encoder", None) or config.model),
+            pretrained=pretrained_origin(config.model),
         ),
     )
     write_bundle(

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from cadx.bundle import Bundle, Manifest, Provenance, write_bundle
+from cadx.bundle import Bundle
 from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
 from cadx.detection import calculate_map
 from cadx.files import digest_bytes
@@ -22,6 +22,7 @@ from cadx.models import ModelConfig
 from cadx.predicting import Predictor
 from cadx.predicting.boxes import detection_table
 from cadx.training import TrainingConfig, fit
+from tests.test_predicting_kinds import write_trained
 
 FAMILIES = {config.model_fields["family"].default: config for config in get_args(get_args(ModelConfig)[0])}
 NUM_SAMPLES = 8
@@ -142,34 +143,16 @@ def test_it_learns_a_batch_by_heart_and_a_bundle_answers_as_training_did(
     assert best["val_ap50" if takes == "boxes" else "val_auc"] >= 0.99
     assert fitted.history[-1]["train_loss"] < 0.5 * fitted.history[0]["train_loss"]
 
-    path = tmp_path / "bundle"
-    digest = digest_bytes(b"")
-    info = folder.info
-    manifest = Manifest(
-        experiment="families",
-        seed=0,
-        task=info.task,
-        classes=info.classes,
-        positive=info.positive,
-        modality=info.modality,
-        model=config.model,
-        preprocessing=config.preprocessing,
-        clustered=False,
-        source=info.source,
-        provenance=Provenance(
-            dataset=digest, splits=digest, parameters=digest, code=digest, seed=0, versions={}
-        ),
-    )
-    write_bundle(path, manifest, [fitted.state_dict], folder.samples)
-    bundle = Bundle(path)
+    path = write_trained(tmp_path / "bundle", folder, config, fitted.state_dict)
+    bundle, classes = Bundle(path), folder.info.classes
     assert bundle.manifest.model == config.model
     assert json.loads((path / "bundle.json").read_text())["model"]["family"] == family
     predictor = Predictor(bundle, uncalibrated_ok=True)
     if takes == "boxes":
         found = detection_table(
-            dict(zip(ids, predictor.detect(folder.pixels(name) for name in ids), strict=True)), info.classes
+            dict(zip(ids, predictor.detect(folder.pixels(name) for name in ids), strict=True)), classes
         )
-        score = calculate_map(found, folder.boxes, ids, classes=info.classes)[""]["ap50"]
+        score = calculate_map(found, folder.boxes, ids, classes=classes)[""]["ap50"]
         assert score == pytest.approx(best["val_ap50"])
         return
     logits, features = predictor.logits(predictor.stored(folder, ids))

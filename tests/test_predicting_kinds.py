@@ -24,7 +24,7 @@ CELLS = (Cells(8, 0.5), Cells(8, 0.5), Cells(8, 0.5))
 CPU = torch.device("cpu")
 
 
-def _bundle(
+def write_trained(
     path: Path, folder: DatasetFolder, config: TrainingConfig, state: dict[str, torch.Tensor]
 ) -> Path:
     info, digest = folder.info, digest_bytes(b"")
@@ -122,7 +122,7 @@ def test_a_file_and_its_dataset_give_one_answer(tmp_path: Path) -> None:
     )
     torch.manual_seed(0)
     state = config.model.build(2, 1).state_dict()
-    predictor = Predictor(_bundle(tmp_path / "bundle", folder, config, state), uncalibrated_ok=True)
+    predictor = Predictor(write_trained(tmp_path / "bundle", folder, config, state), uncalibrated_ok=True)
     stored, features = predictor.logits(predictor.stored(folder, ["s0", "s1"]))
     read = [predictor.subject.item(predictor.subject.read(file)) for file in files[:2]]
     from_files, same_features = predictor.logits(read)
@@ -137,7 +137,7 @@ def test_a_file_and_its_dataset_give_one_answer(tmp_path: Path) -> None:
     images = config.model_copy(
         update={"preprocessing": Preprocessing(height_px=8, width_px=8), "model": resnet}
     )
-    other = _bundle(tmp_path / "other", folder, images, resnet.build(2, 1).state_dict())
+    other = write_trained(tmp_path / "other", folder, images, resnet.build(2, 1).state_dict())
     of_images = Predictor(other, uncalibrated_ok=True)
     with pytest.raises(ValueError, match=r"its samples are of kind volume, this model's image"):
         of_images.stored(folder, ["s0"])
@@ -190,7 +190,7 @@ def test_a_slide_is_learned_and_answered_from_its_file(
         fit(longer, slides, splits, seed=0, checkpoints=tmp_path / "run" / "another")
         assert {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*.npy")} == before
 
-    bundle = _bundle(tmp_path / "bundle", slides, config, fitted.state_dict)
+    bundle = write_trained(tmp_path / "bundle", slides, config, fitted.state_dict)
     predictor = Predictor(bundle, uncalibrated_ok=True)
     logits, features = predictor.logits(predictor.stored(slides, ids))
     margin = logits[:, 1] - logits[:, 0]

@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
-from torch.utils.data import Dataset
 
 from cadx import transforms
 from cadx.datasets import DatasetFolder
+from cadx.loading.epochs import EpochDataset
 from cadx.loading.images import ImageDataset
 from cadx.models.interface import Detections
 from cadx.transforms import FLAT, Augmentation, Placement, Preprocessing
@@ -196,7 +196,7 @@ def collate_boxes(items: Sequence[BoxItem]) -> BoxBatch:
     )
 
 
-class BoxDataset(Dataset[BoxItem]):
+class BoxDataset(EpochDataset[BoxItem]):
     """Images with boxes, whole or in random crops; item i is of image i // crops_per_image.
 
     Whole images are fitted by the preprocessing. Crops keep the image's own scale, or have a spacing of their own:
@@ -261,6 +261,7 @@ class BoxDataset(Dataset[BoxItem]):
             raise ValueError("crops_per_image, spacing_mm and mined are for crops; set crop_px")
         if crop_px is not None and min(crop_px) < 1:
             raise ValueError(f"crop_px {crop_px} must be two numbers of at least 1")
+        super().__init__()
         self.sample_ids = tuple(sample_ids)
         self.preprocessing = preprocessing
         self.seed = seed
@@ -278,12 +279,6 @@ class BoxDataset(Dataset[BoxItem]):
         self._whole = ImageDataset(folder, self.sample_ids, preprocessing, cache_mb) if not crop_px else None
         self._regions_px = _region_sizes(folder, rows, crop_px, spacing_mm) if crop_px else []
         self._moments: dict[int, Moments] = {}
-        # In shared memory: workers that outlive an epoch see the next one.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw the crops of this epoch from now on, in loader workers too; call it between epochs."""
-        self._epoch.fill_(epoch)
 
     def warm(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Read once what is kept of whole images: before loader workers fork, so that they share it.
@@ -324,7 +319,7 @@ class BoxDataset(Dataset[BoxItem]):
         if self.crop_px is None:
             return View.of_image(self.preprocessing, image_px)
         region_px = self._regions_px[number]
-        epoch = int(self._epoch)
+        epoch = self.epoch
         rng = np.random.default_rng((self.seed, epoch, index))
         kind, boxes = rng.random(), self._boxes[number]
         shown: Sequence[float] | None = None

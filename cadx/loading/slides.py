@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from pydantic import Field
-from torch.utils.data import Dataset
 
 from cadx.datasets import DatasetFolder
+from cadx.loading.epochs import EpochDataset
 from cadx.reading.slides import CACHE_BYTES, MAX_UPSAMPLING, Slide, SlidePool
 from cadx.transforms import Preprocessing
 from cadx.types import Kind
@@ -78,7 +78,7 @@ def collate_bags(bags: Sequence[Bag]) -> BagBatch:
     return BagBatch(instances, mask, positions_um, targets, torch.tensor([bag.sample for bag in bags]))
 
 
-class BagDataset(Dataset[Bag]):
+class BagDataset(EpochDataset[Bag]):
     """The samples of a dataset as bags, of which an epoch sees at most so many instances each."""
 
     def __init__(
@@ -94,17 +94,12 @@ class BagDataset(Dataset[Bag]):
             raise ValueError(f"{folder.path}: samples of kind {folder.info.kind}; {kind} is needed here")
         if max_instances is not None and max_instances < 1:
             raise ValueError(f"at most {max_instances} instances in a bag; give 1 or more, or none for all")
+        super().__init__()
         self.folder = folder
         self.sample_ids = tuple(sample_ids)
         self.labels = folder.labels(self.sample_ids)
         self.max_instances = max_instances
         self.seed = seed
-        # In shared memory, so that loader workers which live on see the next epoch too.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, whose draw of instances is a pure function of (seed, epoch, sample)."""
-        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         """The number of bags."""
@@ -116,7 +111,7 @@ class BagDataset(Dataset[Bag]):
             return np.arange(num_instances)
         # By name: the draw does not depend on which other samples there are.
         word = int.from_bytes(hashlib.sha256(self.sample_ids[index].encode()).digest()[:8], "little")
-        state = np.random.SeedSequence((self.seed, int(self._epoch), word))
+        state = np.random.SeedSequence((self.seed, self.epoch, word))
         generator = np.random.Generator(np.random.Philox(state))
         return np.sort(generator.permutation(num_instances)[: self.max_instances])
 

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from torch.utils.data import Dataset
 
 from cadx.datasets import DatasetFolder
+from cadx.loading.epochs import EpochDataset
 from cadx.types import Config
 
 Triple = tuple[int, int, int]
@@ -293,7 +294,7 @@ class Patch(NamedTuple):
     item: int
 
 
-class Patch3DDataset(Dataset[Patch]):
+class Patch3DDataset(EpochDataset[Patch]):
     """Random patches of volumes, a fixed number of each an epoch; item i is of volume i // patches_per_volume.
 
     The share `positive_fraction` is centred on a voxel of the mask, where there is one; the rest lies anywhere
@@ -325,6 +326,7 @@ class Patch3DDataset(Dataset[Patch]):
         """
         if patches_per_volume < 1 or not 0 <= positive_fraction <= 1:
             raise ValueError("patches_per_volume must be at least 1, and positive_fraction within 0 to 1")
+        super().__init__()
         self.sample_ids = tuple(sample_ids)
         self.preprocessing = preprocessing
         self.patches_per_volume = patches_per_volume
@@ -339,12 +341,6 @@ class Patch3DDataset(Dataset[Patch]):
         ]
         self._centres: dict[int, np.ndarray] = {}
         self._moments: dict[int, Moments] = {}
-        # In shared memory: workers that outlive an epoch see the next one.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw the patches of this epoch from now on, in loader workers too; call it between epochs."""
-        self._epoch.fill_(epoch)
 
     def warm(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Read once what is needed of whole volumes: before loader workers fork, so that they share it.
@@ -380,7 +376,7 @@ class Patch3DDataset(Dataset[Patch]):
     def start_px(self, index: int) -> Triple:
         """Where the patch of this index starts on its volume's grid, in the current epoch; below 0: outside."""
         number = self._number(index)
-        rng = np.random.default_rng((self.seed, int(self._epoch), index))
+        rng = np.random.default_rng((self.seed, self.epoch, index))
         grid_px, patch_px = self.preprocessing.grid_px(self._volumes[number]), self.preprocessing.patch_px
         wants_positive = rng.random() < self.positive_fraction
         centres = self._mask_centres(number) if wants_positive else ()

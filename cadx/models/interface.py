@@ -66,13 +66,14 @@ class PretrainedOrigin(Config):
 
 
 def pretrained_origin(config: Config) -> PretrainedOrigin | None:
-    """The origin of the weights that `config.pretrained` names; None if it names none, or is no field.
+    """The origin of the weights that `config.pretrained`, or its encoder's, names; None if it names none.
 
     Weights that are named as torchvision's are downloaded if they are not yet in the user's cache.
 
     Raises:
         ValueError: if there is no such file, or torchvision knows no such weights or cannot be reached.
     """
+    config = getattr(config, "encoder", None) or config
     pretrained: str | Path | None = getattr(config, "pretrained", None)
     if pretrained is None:
         return None

@@ -4,13 +4,13 @@ The attention map that is shown is the very set of weights by which the predicti
 starts uniform, so that training starts from average pooling.
 """
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from cadx.models.interface import ImageNorm, Output, Pretrained
+from cadx.models.head import AttentionPoolingClassifier, Pooling
+from cadx.models.interface import ImageNorm, Pretrained
 from cadx.transforms import Cells
 from cadx.types import Config
 
@@ -18,22 +18,7 @@ if TYPE_CHECKING:
     from cadx.models.backbones import ConvNeXtBackbone
 
 Stem = Literal["standard", "small"]
-Pooling = Literal["attention", "average"]
 _Depth = Annotated[int, Field(ge=1)]
-
-
-class Backbone(Protocol):
-    """What `MedicalClassificationModel` asks of a module that extracts features."""
-
-    feature_dim: int
-
-    def extract_features(self, images: Tensor) -> Tensor:
-        """The feature map, N F h w, of `images`, N C H W."""
-        ...
-
-    def stages(self) -> list[nn.Module]:
-        """Its blocks in order, each called once with the one tensor that the block before it gave."""
-        ...
 
 
 class RadiographConfig(Config):
@@ -172,56 +157,14 @@ class ConvNeXtConfig(RadiographConfig):
         return ConvNeXtMedical(num_classes, channels, self)
 
 
-class MedicalClassificationModel(nn.Module):
-    """A classifier over any backbone; its attention map is the weights by which the prediction pools.
+class MedicalClassificationModel(AttentionPoolingClassifier):
+    """`AttentionPoolingClassifier` of images, N C H W.
 
-    The pooled features are sum_p a_p f_p over positions p, with a = softmax of a 1x1 convolution of the
-    feature map f. Of the chapter's result, `predictions` is the softmax (or, for multilabel, the sigmoid) of
+    Of the chapter's result, `predictions` is the softmax (or, for multilabel, the sigmoid) of
     `Output.logits`, `attention_maps` is `Output.attention`, and `features` is `Output.features`.
-
-    Source: Ilse et al. 2018, "Attention-based Deep Multiple Instance Learning", eq. 7, with positions as
-    instances and a linear score in place of its two-layer one.
-
-    Args:
-        backbone: a module with `feature_dim` and `extract_features` (see `Backbone`).
-        num_classes: K.
-        dropout: share of pooled features that are dropped in training.
-        pooling: "average" keeps every position's weight equal.
     """
 
-    def __init__(
-        self, backbone: Backbone, num_classes: int, *, dropout: float = 0.0, pooling: Pooling = "attention"
-    ) -> None:
-        super().__init__()
-        feature_dim = backbone.feature_dim
-        self.backbone: Backbone = backbone
-        self.attention: nn.Conv2d | None = None
-        if pooling == "attention":
-            # Without a bias: softmax does not see one. Zero: training starts from average pooling.
-            self.attention = nn.Conv2d(feature_dim, 1, 1, bias=False)
-            nn.init.zeros_(self.attention.weight)
-        self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(feature_dim, num_classes)
-
-    def forward(self, images: Tensor) -> Output:
-        """Logits, attention and features (all float32) of `images`, N C H W."""
-        feature_map = self.backbone.extract_features(images)
-        if self.attention is None:
-            scores = torch.zeros_like(feature_map[:, :1])
-        else:
-            scores = self.attention(feature_map)
-        # Pooling stays in float32 under mixed precision: bfloat16 has 8 bits for a sum over all positions.
-        attention = scores.float().flatten(1).softmax(1).view_as(scores)
-        features = self._finish((feature_map * attention).sum((2, 3)))
-        return Output(self.classifier(self.dropout(features)).float(), attention.squeeze(1), features)
-
-    def stages(self) -> list[nn.Module]:
-        """The backbone's blocks in order: what gradient checkpointing may recompute one by one."""
-        return self.backbone.stages()
-
-    def _finish(self, pooled: Tensor) -> Tensor:
-        """What the classifier sees of the pooled features, N F."""
-        return pooled
+    convolution = nn.Conv2d
 
 
 class MedicalResNet(MedicalClassificationModel):

@@ -5,19 +5,18 @@ its features, and starts uniform.
 """
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Protocol
+from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from cadx.models.checkpointing import enable_checkpointing
-from cadx.models.interface import Norm, Output
+from cadx.models.head import AttentionPoolingClassifier, Pooling
+from cadx.models.interface import Norm
 from cadx.transforms import Cells
 from cadx.types import Config
 
 Stem = Literal["standard", "thick_slices", "small"]
-Pooling = Literal["attention", "average"]
 
 STEM_PX: dict[Stem, tuple[int, int, int]] = {
     "standard": (4, 4, 4),
@@ -25,20 +24,6 @@ STEM_PX: dict[Stem, tuple[int, int, int]] = {
     "small": (1, 1, 1),
 }
 """By how many voxels of the input, along D, H, W, a stem moves from one place of its output to the next."""
-
-
-class VolumeBackbone(Protocol):
-    """What `MedicalVolumeModel` asks of a module that extracts features."""
-
-    feature_dim: int
-
-    def extract_features(self, volumes: Tensor) -> Tensor:
-        """The feature map, N F d h w, of `volumes`, N C D H W."""
-        ...
-
-    def stages(self) -> list[nn.Module]:
-        """The blocks in order: the segments of gradient checkpointing."""
-        ...
 
 
 class VolumeConfig(Config):
@@ -115,60 +100,10 @@ class DenseNet3DConfig(VolumeConfig):
         return Medical3DDenseNet(num_classes, channels, self)
 
 
-class MedicalVolumeModel(nn.Module):
-    """A classifier over any 3D backbone; its attention map is the weights by which the prediction pools.
+class MedicalVolumeModel(AttentionPoolingClassifier):
+    """`AttentionPoolingClassifier` of volumes, N C D H W."""
 
-    The pooled features are sum_p a_p f_p over positions p, with a = softmax of a 1x1x1 convolution of the
-    feature map f.
-
-    Source: Ilse et al. 2018, "Attention-based Deep Multiple Instance Learning", eq. 7, with positions as
-    instances and a linear score in place of its two-layer one.
-
-    Args:
-        backbone: a module with `feature_dim`, `extract_features` and `stages` (see `VolumeBackbone`).
-        num_classes: K.
-        dropout: share of pooled features that are dropped in training.
-        pooling: "average" keeps every position's weight equal.
-    """
-
-    def __init__(
-        self,
-        backbone: VolumeBackbone,
-        num_classes: int,
-        *,
-        dropout: float = 0.0,
-        pooling: Pooling = "attention",
-    ) -> None:
-        super().__init__()
-        feature_dim = backbone.feature_dim
-        self.backbone: VolumeBackbone = backbone
-        self.attention: nn.Conv3d | None = None
-        if pooling == "attention":
-            # Without a bias: softmax does not see one. Zero: training starts from average pooling.
-            self.attention = nn.Conv3d(feature_dim, 1, 1, bias=False)
-            nn.init.zeros_(self.attention.weight)
-        self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(feature_dim, num_classes)
-
-    def forward(self, volumes: Tensor) -> Output:
-        """Logits, attention and features (all float32) of `volumes`, N C D H W.
-
-        Raises:
-            ValueError: if the volumes are smaller than the backbone's strides need.
-        """
-        feature_map = self.backbone.extract_features(volumes)
-        if self.attention is None:
-            scores = torch.zeros_like(feature_map[:, :1])
-        else:
-            scores = self.attention(feature_map)
-        # Pooling stays in float32 under mixed precision: bfloat16 has 8 bits for a sum over all positions.
-        attention = scores.float().flatten(1).softmax(1).view_as(scores)
-        features = (feature_map * attention).sum((2, 3, 4))
-        return Output(self.classifier(self.dropout(features)).float(), attention.squeeze(1), features)
-
-    def stages(self) -> list[nn.Module]:
-        """The backbone's blocks in order: the segments of gradient checkpointing."""
-        return self.backbone.stages()
+    convolution = nn.Conv3d
 
 
 class Medical3DResNet(MedicalVolumeModel):

@@ -103,7 +103,7 @@ _RESNETS: dict[int, tuple[type[resnet.ResNetBlock | resnet.ResNetBottleneck], li
 
 
 class ResNet3DBackbone(nn.Module):
-    """A 3D ResNet without its head: a `VolumeBackbone`."""
+    """A 3D ResNet without its head: a `Backbone`."""
 
     def __init__(self, channels: int, config: "ResNet3DConfig") -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class ResNet3DBackbone(nn.Module):
 
 
 class DenseNet3DBackbone(nn.Module):
-    """A 3D DenseNet without its head: a `VolumeBackbone`."""
+    """A 3D DenseNet without its head: a `Backbone`."""
 
     def __init__(self, channels: int, config: "DenseNet3DConfig") -> None:
         super().__init__()

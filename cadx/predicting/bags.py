@@ -97,14 +97,6 @@ def pool_tiles(
     return pool(instances, mask), torch.cat(positions)
 
 
-def _said(outputs: Sequence[Output]) -> Said:
-    return Said(
-        torch.cat([output.logits for output in outputs]),
-        [output.attention[0] for output in outputs],
-        torch.cat([output.features for output in outputs]),
-    )
-
-
 class SlideSubject(Subject):
     """An item is `SlideTiles`; attention is a weight per tile, in the order of the stream."""
 
@@ -140,10 +132,15 @@ class SlideSubject(Subject):
         return SlideTiles(partial(dataset.stream, 0))
 
     def outputs(
-        self, networks: Sequence[nn.Module], items: Sequence[SlideTiles], device: torch.device
+        self,
+        networks: Sequence[nn.Module],
+        items: Sequence[SlideTiles],
+        device: torch.device,
+        *,
+        attention: bool,
     ) -> list[Said]:
         """What each network says of the slides, one by one."""
-        return [_said([self._output(network, item, device) for item in items]) for network in networks]
+        return [Said.of([self._output(network, item, device) for item in items]) for network in networks]
 
     def picture(self, raw: RawSlide) -> np.ndarray:
         """Its thumbnail."""
@@ -200,12 +197,19 @@ class FeatureSubject(Subject):
         return self.read(folder.pixels(sample_id))
 
     def outputs(
-        self, networks: Sequence[nn.Module], items: Sequence[np.ndarray], device: torch.device
+        self,
+        networks: Sequence[nn.Module],
+        items: Sequence[np.ndarray],
+        device: torch.device,
+        *,
+        attention: bool,
     ) -> list[Said]:
         """What each network says of the bags, one by one."""
         bags = [torch.from_numpy(item)[None].to(device) for item in items]
         return [
-            _said([network(bag, torch.ones(bag.shape[:2], dtype=torch.bool, device=device)) for bag in bags])
+            Said.of(
+                [network(bag, torch.ones(bag.shape[:2], dtype=torch.bool, device=device)) for bag in bags]
+            )
             for network in networks
         ]
 

@@ -38,7 +38,12 @@ class ImageSubject(Subject):
         return folder.pixels(sample_id)
 
     def outputs(
-        self, networks: Sequence[nn.Module], items: Sequence[np.ndarray], device: torch.device
+        self,
+        networks: Sequence[nn.Module],
+        items: Sequence[np.ndarray],
+        device: torch.device,
+        *,
+        attention: bool,
     ) -> list[Said]:
         """What each network says of the images, as one batch."""
         inputs = torch.stack([self._preprocessing.apply(pixels) for pixels in items]).to(device)

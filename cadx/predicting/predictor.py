@@ -49,7 +49,7 @@ class Answers(NamedTuple):
 
     Attributes:
         logits: N K float64, pooled over the members.
-        attention: N maps, each the mean of the members'.
+        attention: N maps, each the mean of the members'; none where they were not asked for.
         features: N F float32, the members' side by side.
     """
 
@@ -120,11 +120,11 @@ class Predictor:
             for raw in raws:
                 self.subject.require_spacing(raw)
             items = [self.subject.item(raw) for raw in raws]
-            batch = self._forward(items)
+            batch = self._forward(items, attention=attention)
             probabilities = self._calibrated(batch.logits)
             called = self.decide(probabilities)
             for i, raw in enumerate(raws):
-                statistics = image_statistics(self.subject.picture(raw)) if self._ranges else {}
+                statistics = image_statistics(self.subject.picture(raw))
                 answers.append(
                     Prediction(
                         probabilities=dict(zip(self._classes, probabilities[i].tolist(), strict=True)),
@@ -154,7 +154,7 @@ class Predictor:
         Of images, an item is its raw pixels.
         """
         self._require_labels()
-        batches = [self._forward(group) for group in _groups(items, self.subject.batch_size)]
+        batches = [self._forward(group, attention=False) for group in _groups(items, self.subject.batch_size)]
         if not batches:
             return np.empty((0, len(self._classes))), np.empty((0, 0), np.float32)
         return np.concatenate([b.logits for b in batches]), np.concatenate([b.features for b in batches])
@@ -202,17 +202,17 @@ class Predictor:
     def _classes(self) -> tuple[str, ...]:
         return self.bundle.manifest.classes
 
-    def _forward(self, items: Sequence[Any]) -> Answers:
+    def _forward(self, items: Sequence[Any], *, attention: bool = True) -> Answers:
         with self._exactly():
-            said = self.subject.outputs(self._networks, items, self._device)
+            said = self.subject.outputs(self._networks, items, self._device, attention=attention)
             logits = torch.stack([one.logits for one in said]).double().cpu()
-            attention = [
-                torch.stack(maps).mean(0).cpu().numpy()
-                for maps in zip(*(one.attention for one in said), strict=True)
+            maps = [
+                torch.stack(members).mean(0).cpu().numpy()
+                for members in zip(*(one.attention for one in said), strict=True)
             ]
             features = torch.cat([one.features for one in said], dim=1).float().cpu()
         assert torch.isfinite(logits).all(), "a network gave a logit that is no number"
-        return Answers(pool_logits(logits, self.bundle.manifest.task).numpy(), attention, features.numpy())
+        return Answers(pool_logits(logits, self.bundle.manifest.task).numpy(), maps, features.numpy())
 
     def _require_labels(self) -> None:
         if self.bundle.manifest.task == "detection":

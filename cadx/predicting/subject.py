@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cadx.bundle import Manifest
 from cadx.datasets import DatasetFolder
+from cadx.models import Output
 from cadx.types import RawImage, RawVolume
 
 Source = Path | bytes | RawImage | RawVolume | np.ndarray
@@ -22,13 +23,22 @@ class Said(NamedTuple):
 
     Attributes:
         logits: N K.
-        attention: N maps, over the network's own grid.
+        attention: N maps, over the network's own grid; none where they were not asked for.
         features: N F.
     """
 
     logits: Tensor
     attention: Sequence[Tensor]
     features: Tensor
+
+    @classmethod
+    def of(cls, outputs: Sequence[Output]) -> Self:
+        """What one network says of samples that it was asked about one by one."""
+        return cls(
+            torch.cat([output.logits for output in outputs]),
+            [one for output in outputs for one in output.attention],
+            torch.cat([output.features for output in outputs]),
+        )
 
 
 class Subject(ABC):
@@ -86,9 +96,9 @@ class Subject(ABC):
 
     @abstractmethod
     def outputs(
-        self, networks: Sequence[nn.Module], items: Sequence[Any], device: torch.device
+        self, networks: Sequence[nn.Module], items: Sequence[Any], device: torch.device, *, attention: bool
     ) -> list[Said]:
-        """What each network says of the items."""
+        """What each network says of the items; without `attention` its maps may be left out."""
 
     @abstractmethod
     def picture(self, raw: Any) -> np.ndarray:

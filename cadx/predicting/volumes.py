@@ -123,10 +123,13 @@ class VolumeSubject(Subject):
         return VolumeSource.of_folder(folder, sample_id)
 
     def outputs(
-        self, networks: Sequence[nn.Module], items: Sequence[Any], device: torch.device
+        self, networks: Sequence[nn.Module], items: Sequence[Any], device: torch.device, *, attention: bool
     ) -> list[Said]:
         """What each network says of the volumes, one by one."""
-        return [self._said([self._output(network, item, device) for item in items]) for network in networks]
+        return [
+            Said.of([self._output(network, item, device, attention=attention) for item in items])
+            for network in networks
+        ]
 
     def picture(self, raw: RawVolume) -> np.ndarray:
         """Its middle slice, as `ingest` takes it."""
@@ -140,17 +143,14 @@ class VolumeSubject(Subject):
         attention: np.ndarray = whole[0, 0].numpy()
         return attention / max(float(attention.max()), np.finfo(np.float32).tiny)
 
-    def _output(self, network: nn.Module, volume: VolumeSource, device: torch.device) -> Output:
+    def _output(
+        self, network: nn.Module, volume: VolumeSource, device: torch.device, *, attention: bool
+    ) -> Output:
         manifest = self.manifest
         assert isinstance(manifest.preprocessing, VolumePreprocessing)
         positive = manifest.classes.index(manifest.positive) if manifest.positive else None
         assert isinstance(manifest.model, VolumeConfig)
         made, cells = manifest.preprocessing, manifest.model.cells
-        return slide_over(network, volume, made, manifest.task, positive, cells, device)
-
-    def _said(self, outputs: Sequence[Output]) -> Said:
-        return Said(
-            torch.cat([output.logits for output in outputs]),
-            [output.attention[0] for output in outputs],
-            torch.cat([output.features for output in outputs]),
+        return slide_over(
+            network, volume, made, manifest.task, positive, cells, device, with_attention=attention
         )

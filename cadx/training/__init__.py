@@ -1,7 +1,7 @@
 """Training: one loop for every kind of sample and every family of models."""
 
 from cadx.training.loop import Fitted, discard_checkpoint, fit, learning_rate_factor, run_key
-from cadx.training.recipe import Recipe, SamplerName, TrainingConfig
+from cadx.training.recipe import Recipe, SamplerName, TrainingConfig, monitored
 from cadx.training.workload import macro_auc
 
 train_medical_detector = fit
@@ -16,6 +16,7 @@ __all__ = [
     "fit",
     "learning_rate_factor",
     "macro_auc",
+    "monitored",
     "run_key",
     "train_medical_detector",
 ]

@@ -48,10 +48,6 @@ class BagWorkload(ClassifierWorkload):
         self._network = super().build()
         return self._network
 
-    def set_epoch(self, epoch: int) -> None:
-        """Draw this epoch's instances from now on."""
-        self.train.set_epoch(epoch)
-
     def collate(self, items: Sequence[Any]) -> Any:
         """A batch of bags; of slides in `val`, their numbers."""
         return collate_bags(items) if isinstance(items[0], Bag) else list(items)

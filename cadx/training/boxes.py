@@ -72,10 +72,6 @@ class BoxWorkload(Workload):
         """A batch of images with boxes; of `val`, the images' numbers."""
         return collate_boxes(items) if isinstance(items[0], BoxItem) else list(items)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Draw this epoch's crops from now on."""
-        self.train.set_epoch(epoch)
-
     def name(self, item: int) -> str:
         """The image of an item."""
         return self.setting.train[item // self._crops_per_image]

@@ -42,7 +42,7 @@ from cadx.training.bags import FeatureWorkload, SlideWorkload
 from cadx.training.boxes import BoxWorkload
 from cadx.training.display import EPOCHS, Curves, Display
 from cadx.training.images import ImageWorkload
-from cadx.training.recipe import WITHOUT_EFFECT, TrainingConfig
+from cadx.training.recipe import WITHOUT_EFFECT, TrainingConfig, monitored
 from cadx.training.volumes import VolumeWorkload
 from cadx.training.workload import Draw, Forward, Setting, Workload
 from cadx.transforms import Preprocessing
@@ -129,7 +129,7 @@ def fit(
         stack.enter_context(_deterministic(config.deterministic))
         try:
             return _Run(config, folder, splits, seed, checkpoints, code).fit(on_epoch)
-        except (torch.cuda.OutOfMemoryError, RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
             raise ValueError(
@@ -158,7 +158,7 @@ def run_key(
     code: Digest | None = None,
 ) -> Digest:
     """The digest of all that decides a run's weights: a checkpoint of another is not gone on from."""
-    origin = pretrained_origin(getattr(config.model, "encoder", None) or config.model)
+    origin = pretrained_origin(config.model)
     return digest_bytes(
         canonical_json(
             {
@@ -272,7 +272,7 @@ class _Run:
 
         setting = Setting.of(config, folder, splits, seed, self.device, checkpoints.parent)
         self.workload = workload_for(setting)
-        self.monitor = config.monitor or self.workload.monitors[0]
+        self.monitor = monitored(config, folder.info.task)
         if self.monitor not in self.workload.monitors:
             known = " or ".join(self.workload.monitors)
             raise ValueError(

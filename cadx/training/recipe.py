@@ -8,7 +8,7 @@ from cadx.loading import Input
 from cadx.losses import LossConfig
 from cadx.models import ModelConfig
 from cadx.transforms import Augmentation
-from cadx.types import Config
+from cadx.types import Config, Task
 
 SamplerName = Literal["natural", "balanced"]
 Monitor = Literal["auc", "ap50", "loss"]
@@ -102,3 +102,8 @@ class TrainingConfig(Recipe):
 
     loss: LossConfig = LossConfig()
     sampler: SamplerName = "natural"
+
+
+def monitored(config: Recipe, task: Task) -> Monitor:
+    """What the best epoch is chosen by: as asked for, else what fits the task."""
+    return config.monitor or ("ap50" if task == "detection" else "auc")

@@ -77,10 +77,6 @@ class VolumeWorkload(ClassifierWorkload):
         labels[1 - self._positive] = 1 - patch.is_positive
         return labels
 
-    def set_epoch(self, epoch: int) -> None:
-        """Draw this epoch's patches from now on."""
-        self.train.set_epoch(epoch)
-
     def name(self, item: int) -> str:
         """The volume of a patch."""
         return self.setting.train[item // self.config.patches_per_sample]

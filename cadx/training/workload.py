@@ -14,10 +14,11 @@ from torch.utils.data import default_collate
 
 from cadx import metrics
 from cadx.datasets import DatasetFolder
+from cadx.loading.epochs import EpochDataset
 from cadx.losses import count_labels
 from cadx.models import Output
 from cadx.sampling import BalancedSampler, EpochSampler
-from cadx.training.recipe import TrainingConfig
+from cadx.training.recipe import TrainingConfig, monitored
 
 
 class Forward:
@@ -92,7 +93,7 @@ class Workload(ABC):
     Attributes:
         kinds: of which samples (`cadx.types.Kind`).
         takes: which families of models suit it (`takes` of their configurations).
-        monitors: what the best epoch may be chosen by; the first is the default.
+        monitors: what the best epoch may be chosen by.
         train: items with their targets.
         val: samples, in order.
         item_labels: N K of the items, for the sampler.
@@ -137,8 +138,10 @@ class Workload(ABC):
         """A batch of what `train` or `val` gives one by one."""
         return default_collate([*items])
 
-    def set_epoch(self, epoch: int) -> None:  # noqa: B027
-        """Draw this epoch's items from now on. Nothing to do where items are the same in every epoch."""
+    def set_epoch(self, epoch: int) -> None:
+        """Draw this epoch's items from now on, where they are not the same in every epoch."""
+        if isinstance(self.train, EpochDataset):
+            self.train.set_epoch(epoch)
 
     def finish_epoch(self, network: Forward, epoch: int, rank: int, num_processes: int) -> Any:
         """What this process learns from the epoch for those that follow: plain values, None for nothing."""
@@ -197,7 +200,7 @@ class ClassifierWorkload(Workload):
         if not _has_both(counts).any():
             classes = ", ".join(info.classes)
             raise ValueError(f"splits: train has samples of fewer than two outcomes ({classes}); split again")
-        if self.config.monitor in (None, "auc") and not _has_both(count_labels(self.val_labels)).any():
+        if monitored(self.config, info.task) == "auc" and not _has_both(count_labels(self.val_labels)).any():
             raise ValueError(
                 "splits: monitor auc needs both classes in val; use monitor: loss, or a larger val"
             )
