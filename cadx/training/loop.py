@@ -426,8 +426,6 @@ class _Run:
             group["lr"] = self._learning_rate(total_step)
         parts = [workload.to_device(part) for part in parts]
         shares = self._shares(parts)
-        # Here and not after the step: gradients freed just before they are made anew reuse their memory.
-        self.optimizer.zero_grad()
         loss: Tensor | None = None
         for number, part in enumerate(parts):
             self._seed_step(total_step, number)
@@ -439,6 +437,9 @@ class _Run:
                 if shares is not None:
                     losses = {name: value * shares[number][name] for name, value in losses.items()}
                 total: Tensor = sum(losses.values())  # type: ignore[assignment]
+                if number == 0:
+                    # Here and no earlier: gradients freed just before they are made anew reuse their memory.
+                    self.optimizer.zero_grad()
                 self.accelerator.backward(total)
             loss = total.detach() if loss is None else loss + total.detach()
         if config.grad_clip:
