@@ -6,6 +6,12 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := $(abspath $(VENV))/bin
 LOCK := requirements/all.txt
+# Images: any Debian or Ubuntu with Python and venv is a base; the client must know BuildKit.
+DOCKER ?= docker
+BASE_IMAGE ?= python:3.11-slim
+IMAGES ?= steps training serving serving-cuda
+BUILD_FLAGS ?=
+comma := ,
 
 export PATH := $(BIN):$(PATH)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -18,7 +24,7 @@ export GX_ANALYTICS_ENABLED := false
 repro = dvc repro $(if $(word 2,$(2)),summarise@$(1)) $(foreach seed,$(2),package@$(1)-$(seed))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-all reproduce check bench evidence lock clean
+.PHONY: help setup run test test-all reproduce check bench evidence lock clean images base-image kubeflow-local
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -49,7 +55,7 @@ test: setup  ## every fast test
 	python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu and not container and not browser"
 
 test-all: setup  ## the slow, container and browser tests
-	python -m pytest -m "slow or container or browser"
+	python -m pytest -rs -m "slow or container or browser"
 
 check: setup  ## style, types, layers, contract, dependency audit
 	ruff check .
@@ -58,6 +64,22 @@ check: setup  ## style, types, layers, contract, dependency audit
 	lint-imports
 	python -m pytest tests/test_contract.py
 	python .ci/audit.py
+
+images:  ## container images and their sizes: make images BASE_IMAGE=python:3.11-slim@sha256:... IMAGES="steps serving"
+	@for image in $(IMAGES); do \
+		DOCKER_BUILDKIT=1 $(DOCKER) build --quiet --build-arg BASE_IMAGE=$(BASE_IMAGE) --target $$image --tag cadx/$$image \
+			$(if $(SSL_CERT_FILE),--secret id=certificates$(comma)src=$(SSL_CERT_FILE)) $(BUILD_FLAGS) . >/dev/null || exit 1; \
+	done
+	@$(DOCKER) images --filter reference='cadx/*' --format 'table {{.Repository}}\t{{.Size}}\t{{.ID}}'
+
+base-image:  ## a base image where no registry is reached: then make images BASE_IMAGE=cadx-base
+	PYTHON=$(PYTHON) DOCKER=$(DOCKER) .ci/base-image cadx-base
+
+kubeflow-local: EXPERIMENT ?= phantom-xray-pilot
+kubeflow-local: setup  ## one experiment's Kubeflow pipeline in containers here, held against dvc repro's bytes
+	$(MAKE) images IMAGES=steps
+	$(call repro,$(EXPERIMENT),0 1 2)
+	@cadx run-local $(EXPERIMENT)
 
 bench: setup  ## every benchmark, as a table
 	python -m benchmarks
@@ -69,6 +91,11 @@ evidence: setup  ## recompute every committed result: all experiments and seeds
 lock: setup  ## pin the dependencies anew, hashed and without addresses
 	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-annotate --no-header --quiet --upgrade --output-file $(LOCK)
+	for image in "steps" "serving --extra serving"; do set -- $$image; \
+		uv pip compile pyproject.toml --extra search --extra tracking --extra registry $${@:2} --constraint $(LOCK) --universal \
+			--python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header --quiet \
+			--output-file requirements/$$1.txt || exit 1; \
+	done
 	uv pip compile - <<< "$$(grep -o '^uv==[0-9.]*' $(LOCK))" --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-annotate --no-header --quiet --output-file requirements/uv.txt
 

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 from cyclopts import App, Group, Parameter
 
@@ -21,11 +21,25 @@ _TELEMETRY_OFF = {
     "DVC_NO_ANALYTICS": "1",
     "GX_ANALYTICS_ENABLED": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 """Hospitals' networks are closed: no dependency may call home."""
 
 
 _EXAMPLES = {
+    "choose": (
+        "cadx choose --all-metrics data/reports/phantom-xray/0/metrics.json data/reports/phantom-xray/1/metrics.json "
+        "--all-decision data/reports/phantom-xray/0/decision.json data/reports/phantom-xray/1/decision.json "
+        "--all-archive data/work/phantom-xray/0/model.mar data/work/phantom-xray/1/model.mar --all-predictions "
+        "data/reports/phantom-xray/0/predictions.parquet data/reports/phantom-xray/1/predictions.parquet "
+        "--choice chosen/choice.json --report chosen/choice.html --metrics chosen/metrics.json "
+        "--decision chosen/decision.json --archive chosen/model.mar --predictions chosen/predictions.parquet "
+        "--params params.yaml:phantom-xray"
+    ),
+    "predict": (
+        "cadx predict --bundle data/work/phantom-xray/0/bundle --images inbox --predictions answers.parquet "
+        "--unreadable unreadable.jsonl --params params.yaml:phantom-xray"
+    ),
     "search": (
         "cadx search --recipe params.yaml --dataset data/work/phantom-xray/dataset "
         "--splits data/work/phantom-xray/splits.parquet --imbalance data/work/phantom-xray/imbalance.json "
@@ -42,10 +56,13 @@ _EXAMPLES = {
     ),
     "monitor": (
         "cadx monitor --request-log data/serving/request_log --bundle data/work/phantom-xray/0/bundle "
-        "--drift data/serving/drift.json --report data/serving/drift.html --params params.yaml:phantom-xray"
+        "--requests data/serving/requests --drift data/serving/drift.json --report data/serving/drift.html "
+        "--evidently data/serving/evidently.html --prometheus data/serving/cadx.prom "
+        "--params params.yaml:phantom-xray"
     ),
 }
 """Of the steps that are no stages; `deploy` and `monitor` with a server that `cadx serve` runs."""
+_REGISTRY = "sqlite:///data/registry/mlflow.db"
 _COMMAND_NAMES = {"compile_pipeline": "compile"}  # a built-in function's name
 
 
@@ -73,8 +90,27 @@ def command_line(tokens: Sequence[str] = ()) -> App:
             sort_key=number,
             help_epilogue=_example(step.name) if asked else None,
         )
-    for command in (show, results, new, serve, rehearse, compile_pipeline, doctor, dataset_form):
+    for command in (
+        show,
+        results,
+        new,
+        serve,
+        rollback,
+        rehearse,
+        compile_pipeline,
+        run_local,
+        submit,
+        schedule,
+        status,
+        logs,
+        verify,
+        sign,
+        compare,
+        doctor,
+        dataset_form,
+    ):
         app.command(command, name=_COMMAND_NAMES.get(command.__name__), group=others)
+    app.command(_champion(others))
     return app
 
 
@@ -183,8 +219,21 @@ def new(folder: Path, /, *, name: str = "", positive: str = "") -> None:
     print(f"    make reproduce EXPERIMENT={name}")
 
 
-def serve(folder: Path = Path("data/serving"), /, *, port: int = 8080) -> None:
-    """Run TorchServe on loopback until Ctrl-C, with tokens on; `cadx deploy` puts models into it.
+def serve(
+    folder: Path = Path("data/serving"),
+    /,
+    *,
+    port: int = 8080,
+    host: str = "127.0.0.1",
+    certificate: Path | None = None,
+    private_key: Path | None = None,
+    behind_proxy: bool = False,
+    token_minutes: int = 60,
+    demo: bool = False,
+) -> None:
+    """Run TorchServe until Ctrl-C, on loopback and with tokens on; `cadx deploy` puts models into it.
+
+    Slides are read under the folder that the environment variable CADX_SLIDE_ROOT names.
 
     Example: `cadx serve`, then `cadx deploy --help` shows how a model gets there.
 
@@ -194,11 +243,65 @@ def serve(folder: Path = Path("data/serving"), /, *, port: int = 8080) -> None:
         Where it keeps its model store, logs, tokens and the request log.
     port
         Of inference; management, metrics and gRPC take the four after it.
+    host
+        Where inference listens, such as 0.0.0.0; all else stays on loopback.
+    certificate
+        PEM file, with its chain: inference then speaks https.
+    private_key
+        Of the certificate, PEM, PKCS #8.
+    behind_proxy
+        TLS ends before the server: it may listen beyond loopback without.
+    token_minutes
+        How long a token lasts; new ones come at half of that.
+    demo
+        Put a model of each kind into service whose answers have the right form and mean nothing.
     """
-    from serving.server import Ports
+    from serving.demo import register_demos
+    from serving.server import Ports, Tls, TorchServe
     from serving.server import serve as run_server
 
-    run_server(folder, Ports.starting_at(port))
+    if (certificate is None) != (private_key is None):
+        raise ValueError("TLS needs both: give --certificate and --private-key")
+    tls = Tls(certificate, private_key) if certificate and private_key else None
+    run_server(
+        TorchServe(
+            folder,
+            Ports.starting_at(port),
+            console=True,
+            host=host,
+            tls=tls,
+            behind_proxy=behind_proxy,
+            token_minutes=token_minutes,
+        ),
+        register_demos if demo else None,
+    )
+
+
+def rollback(
+    name: str,
+    /,
+    *,
+    folder: Path = Path("data/serving"),
+    management: str = "http://127.0.0.1:8081",
+) -> None:
+    """Let the version of a model answer that was live before the present one.
+
+    Example: `cadx rollback phantom-xray`, on the machine of the server.
+
+    Parameters
+    ----------
+    name
+        The model's name in the server's addresses.
+    folder
+        Of the server, as for `cadx serve`.
+    management
+        The server's management address.
+    """
+    from serving.management import Management
+
+    server = Management(management, key_file=folder / "key_file.json")
+    left, back = server.roll_back(name, folder / "model_store")
+    print(f"{name}: version {back} answers again, in the place of {left}")
 
 
 def rehearse(
@@ -238,7 +341,11 @@ def compile_pipeline(
     *,
     image: str,
     output: Path = Path("pipeline.yaml"),
+    pipeline: Literal["training", "families", "monitoring", "evaluation", "inference"] = "training",
+    against: tuple[str, ...] = (),
     params: Path = Path("params.yaml"),
+    resources: Path | None = None,
+    picture: Path | None = None,
 ) -> None:
     """Compile an experiment to a Kubeflow pipeline: the commands of dvc.yaml, in containers.
 
@@ -252,13 +359,372 @@ def compile_pipeline(
         The container image of every step, best as NAME@sha256:DIGEST: Kubeflow's cache knows images by name.
     output
         The compiled pipeline, YAML.
+    pipeline
+        Training; families: several experiments on the same data, the best of them deployed; monitoring, which trains
+        again on drift; evaluation of a bundle at another site; or inference over a folder of files.
+    against
+        For families: the experiments beside the first.
     params
         The parameter file.
+    resources
+        Where each step runs; pipelines/resources.yaml by default.
+    picture
+        Also draw the compiled pipeline, as an SVG file.
     """
-    from pipelines import compile_experiment
+    from pipelines import RESOURCES, compile_experiment, draw_pipeline
 
-    compile_experiment(experiment, output, params=params, image=image)
+    compile_experiment(
+        experiment,
+        output,
+        params=params,
+        image=image,
+        pipeline=pipeline,
+        against=against,
+        resources=resources or RESOURCES,
+    )
     print(f"wrote {output}")
+    if picture:
+        draw_pipeline(output, picture)
+        print(f"wrote {picture}")
+
+
+_Settings = Annotated[
+    tuple[str, ...],
+    Parameter(
+        name="--set",
+        consume_multiple=False,
+        help="parameter=value or step.field=value, as in train.epochs=3.",
+    ),
+]
+_Endpoint = Annotated[
+    str, Parameter(help="Address of KFP's API, such as http://localhost:8888; else KF_PIPELINES_ENDPOINT.")
+]
+_Namespace = Annotated[str, Parameter(help="Your profile's, where several users share a cluster.")]
+
+
+def submit(
+    pipeline: Path,
+    /,
+    *,
+    settings: _Settings = (),
+    name: str = "",
+    experiment: str = "cadx",
+    endpoint: _Endpoint = "",
+    namespace: _Namespace = "",
+) -> None:
+    """Start a run of a compiled pipeline on Kubeflow; a wrong parameter is refused before anything is sent.
+
+    Tokens come from the environment: docs/kubeflow.md.
+
+    Example: `cadx submit pipeline.yaml --set train.epochs=3 --endpoint http://localhost:8888`.
+
+    Parameters
+    ----------
+    pipeline
+        What `cadx compile` wrote.
+    name
+        The run's; the file's by default.
+    experiment
+        Under which Kubeflow lists it.
+    """
+    from pipelines import require_kfp
+
+    require_kfp()
+    from pipelines import cluster
+
+    arguments = cluster.checked_arguments(pipeline, settings)
+    connection = cluster.connect(endpoint, namespace)
+    run_id = cluster.submit(
+        connection, pipeline, name=name or pipeline.stem, experiment=experiment, arguments=arguments
+    )
+    print(f"run {run_id}: {connection.host}/#/runs/details/{run_id}")
+    print(f"    cadx status {run_id} --follow")
+
+
+def schedule(
+    pipeline: Path,
+    /,
+    *,
+    cron: str = "",
+    interval_s: int = 0,
+    settings: _Settings = (),
+    name: str = "",
+    experiment: str = "cadx",
+    endpoint: _Endpoint = "",
+    namespace: _Namespace = "",
+) -> None:
+    """Start a compiled pipeline again and again on Kubeflow.
+
+    Example: `cadx schedule monitoring.yaml --cron "0 6 * * *" --set bundle_uri=s3://models/phantom-xray/bundle`.
+
+    Parameters
+    ----------
+    pipeline
+        What `cadx compile` wrote.
+    cron
+        Minute, hour, day, month, weekday; UTC.
+    interval_s
+        Seconds between two starts, instead.
+    name
+        The schedule's; the file's by default.
+    experiment
+        Under which Kubeflow lists its runs.
+    """
+    from pipelines import require_kfp
+
+    require_kfp()
+    from pipelines import cluster
+
+    arguments = cluster.checked_arguments(pipeline, settings)
+    connection = cluster.connect(endpoint, namespace)
+    identity = cluster.schedule(
+        connection,
+        pipeline,
+        name=name or pipeline.stem,
+        experiment=experiment,
+        arguments=arguments,
+        cron=cron,
+        interval_s=interval_s,
+    )
+    print(f"schedule {identity}: {connection.host}/#/recurringrun/details/{identity}")
+
+
+def status(
+    run_id: str, /, *, follow: bool = False, endpoint: _Endpoint = "", namespace: _Namespace = ""
+) -> None:
+    """Show how the tasks of a run stand; exit status 1 if it failed.
+
+    Example: `cadx status 0b3c... --follow`.
+
+    Parameters
+    ----------
+    run_id
+        What `cadx submit` printed.
+    follow
+        Go on until the run has ended, a line for each change.
+    """
+    from pipelines import require_kfp
+
+    require_kfp()
+    from pipelines import cluster
+
+    cluster.status(cluster.connect(endpoint, namespace), run_id, print, follow=follow)
+
+
+def logs(run_id: str, /, *, task: str = "", endpoint: _Endpoint = "", namespace: _Namespace = "") -> None:
+    """Print what the tasks of a run have said.
+
+    Example: `cadx logs 0b3c... --task "train (seed 0)"`.
+
+    Parameters
+    ----------
+    run_id
+        What `cadx submit` printed.
+    task
+        One task, by its name on Kubeflow's pages; all of them otherwise.
+    """
+    from pipelines import require_kfp
+
+    require_kfp()
+    from pipelines import cluster
+
+    for line in cluster.logs(cluster.connect(endpoint, namespace), run_id, task=task):
+        print(line)
+
+
+def run_local(
+    experiment: str,
+    /,
+    *,
+    image: str = "cadx/steps",
+    params: Path = Path("params.yaml"),
+    folder: Path = Path("data/work/kubeflow"),
+) -> None:
+    """Run an experiment's Kubeflow pipeline in containers on this machine; exit with 1 if its bytes are not DVC's.
+
+    Example: `cadx run-local phantom-xray-pilot`, after `make images` and `make reproduce`.
+
+    Parameters
+    ----------
+    experiment
+        A section of params.yaml that dvc.yaml names too.
+    image
+        Of every step, on the Docker engine that DOCKER_HOST names.
+    params
+        The parameter file.
+    folder
+        Where runs go, each with a folder per task.
+    """
+    from pipelines import require_kfp
+
+    require_kfp()
+    from pipelines.local import report_comparison, run_in_containers
+
+    run = run_in_containers(experiment, image=image, params=params, folder=folder)
+    sys.exit(0 if report_comparison(run, experiment) else 1)
+
+
+def verify(
+    target: str,
+    /,
+    *,
+    work: Path = Path("data/work"),
+    reports: Path = Path("data/reports"),
+    dataset: Path | None = None,
+    splits: Path | None = None,
+    validation: Path | None = None,
+    imbalance: Path | None = None,
+    predictions: Path | None = None,
+    metrics: Path | None = None,
+    review: Path | None = None,
+    decision: Path | None = None,
+    archive: Path | None = None,
+    deployment: Path | None = None,
+    signature: Path | None = None,
+    public_key: Path | None = None,
+    params: Path | None = None,
+    endpoint: str = "",
+    key_file: Path | None = None,
+) -> None:
+    """Follow a model's chain of digests from the data to the endpoint, and name every file that was changed.
+
+    Files are looked for where the stages leave them; name those that lie elsewhere. Exits with 1 if a link is broken.
+
+    Example: `cadx verify phantom-xray --public-key key.pub`.
+
+    Parameters
+    ----------
+    target
+        An experiment, a bundle folder, or an archive.
+    work
+        Where the steps keep data sets and bundles.
+    reports
+        Where the steps write what people read.
+    signature
+        Of the bundle; the file `bundle.sig` beside it by default.
+    public_key
+        The signer's, PEM: without it the signature is not checked.
+    endpoint
+        The inference address of a running server, such as http://127.0.0.1:8080: which bundle answers there?
+    key_file
+        The server's tokens.
+    """
+    from pipelines.verification import verify as follow
+
+    given = {
+        name: value for name, value in locals().items() if name not in ("target", "work", "reports", "follow")
+    }
+    sys.exit(0 if follow(target, work=work, reports=reports, **given) else 1)
+
+
+def sign(
+    target: Path, /, *, key: Path, output: Path | None = None, reviewer: str = "", statement: str = ""
+) -> None:
+    """Sign a bundle or an archive; or, as a reviewer, the metrics of a model that may go into service.
+
+    A bundle's signature stands beside it. A reviewer's is the folder that `cadx gate --review` takes; the gate asks
+    for it where its section names `reviewers`.
+
+    Example: `cadx sign data/work/phantom-xray/0/bundle --key key.pem`.
+
+    Parameters
+    ----------
+    target
+        A bundle folder or an archive; with --reviewer a metrics.json.
+    key
+        The private key, PEM, P-256, P-384 or P-521: `openssl ecparam -name prime256v1 -genkey -noout -out key.pem`.
+    output
+        The signature file, TARGET.sig by default; with --reviewer the folder, `review` beside the metrics by default.
+    reviewer
+        The name under which the gate knows the reviewer's public key.
+    statement
+        What the reviewer wants to say.
+    """
+    from cadx.gating import read_metrics
+    from cadx.signing import Review, signature_of, write_review
+    from cadx.signing import sign as write_signature
+
+    if not reviewer:
+        written = output or signature_of(target)
+        write_signature(target, key, written)
+    else:
+        from cadx.files import digest_path
+
+        written = output or target.parent / "review"
+        record = read_metrics(target)
+        review = Review(
+            bundle=record.bundle, metrics=digest_path(target), reviewer=reviewer, statement=statement
+        )
+        write_review(written, review, key)
+    print(f"wrote {written}")
+
+
+def compare(a: Path, b: Path, /, *, output: Path = Path("compare.html")) -> None:
+    """Set two models side by side on the same patients: paired differences, tests, and a page with a figure.
+
+    Example: `cadx compare data/reports/phantom-xray/0 data/reports/phantom-xray/1`.
+
+    Parameters
+    ----------
+    a
+        A predictions file, or the folder of reports that holds one.
+    b
+        Another, of the same images.
+    output
+        The page.
+    """
+    from cadx.comparing import compare_files
+
+    compare_files(a, b, output)
+
+
+def _champion(group: Group) -> App:
+    """The commands of the registry of champions."""
+    app = App(
+        name="champion",
+        help="Show, promote and export the champion of an experiment, in a registry of MLflow.\n\n"
+        "Example: `cadx champion promote phantom-xray --seed 0`, then `cadx champion show`.",
+        default_parameter=Parameter(negative=()),
+        group=group,
+    )
+
+    @app.command
+    def show(experiment: str = "", /, *, registry: str = _REGISTRY) -> None:
+        """Show the champion and its history, of an experiment or of all."""
+        from cadx.registry import Registry, show_history
+
+        show_history(Registry(registry), experiment)
+
+    @app.command
+    def promote(
+        experiment: str,
+        /,
+        *,
+        seed: int = 0,
+        reports: Path = Path("data/reports"),
+        registry: str = _REGISTRY,
+    ) -> None:
+        """Make the bundle of a seed the champion, if the gate let it through."""
+        from cadx.registry import Registry
+
+        told = reports / experiment / str(seed)
+        made = Registry(registry).promote(
+            experiment,
+            decision=told / "decision.json",
+            metrics=told / "metrics.json",
+            predictions=told / "predictions.parquet",
+        )
+        print(f"{experiment}: version {made.version} is the champion, bundle {made.bundle}")
+
+    @app.command
+    def export(experiment: str, /, *, output: Path, registry: str = _REGISTRY) -> None:
+        """Write the champion's predictions, which `cadx gate --champion` compares a challenger with."""
+        from cadx.registry import Registry
+
+        made = Registry(registry).export(experiment, output)
+        print(f"wrote {output}: version {made.version}, bundle {made.bundle}")
+
+    return app
 
 
 def doctor() -> None:

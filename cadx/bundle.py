@@ -2,9 +2,10 @@
 
     bundle.json               the Manifest, canonical JSON; its SHA-256 is the bundle's digest
     weights/<n>.safetensors   one file per ensemble member
-    reference.parquet         image statistics (`stat_*`) of the training split, one row a sample
+    reference.parquet         image statistics (`stat_*`), site and scanner of the training split, one row a sample
     heldout.parquet           what the final bundle answers on the calibration split, one row a sample
     history.json              one record per training epoch
+    sbom.json                 the bill of materials, CycloneDX: the weights and the libraries that made them
 
 `train` writes it, `calibrate` completes it under another path, nothing changes it afterwards: bundle.json
 holds the digest of every other file, and opening a bundle checks them all.
@@ -36,13 +37,15 @@ from torch import Tensor, nn
 from cadx.datasets import SourceInfo
 from cadx.files import canonical_json, digest_bytes, digest_path, replacing, write_json
 from cadx.loading import Input
+from cadx.materials import bill_of_materials
 from cadx.models import ModelConfig, PretrainedOrigin
-from cadx.types import Config, Digest, Estimate, Split, Task
+from cadx.types import Config, Conformal, Digest, Estimate, Knots, Split, Task
 
 MANIFEST = "bundle.json"
 REFERENCE = "reference.parquet"
 HELDOUT = "heldout.parquet"
 HISTORY = "history.json"
+SBOM = "sbom.json"
 REFERENCE_DECIMALS = 6
 """Of image statistics and probabilities in the references. Round what is compared with them: where a
 network answers 1e-9 on every image, all requests would lie above a reference of zeros."""
@@ -61,24 +64,28 @@ class OperatingPoint(Config):
     """How probabilities become a decision, chosen once on `split` and frozen.
 
     Binary and multilabel: a class is called when its probability >= its threshold. Multiclass: the most
-    probable class, `thresholds` is empty and there is no target.
+    probable class, `thresholds` is empty and there is no target. Detection: a box is called when its score >= its
+    class's threshold.
 
     Attributes:
         target_metric: what the thresholds were chosen to reach; None for multiclass.
-        target_value: the declared clinical target of it, in 0..1.
+        target_value: the declared clinical target of it.
         thresholds: class -> probability; for binary the positive class alone.
         split: where they were chosen.
         n: labelled samples there.
         achieved: class -> metric -> value with its interval, on the same samples the thresholds were
             chosen on, hence optimistic: what holds elsewhere is what `evaluate` reports.
+        resampled: class -> thresholds that resamples of the patients there would have led to: the operating point's
+            own uncertainty. `evaluate` counts it.
     """
 
-    target_metric: Literal["sensitivity"] | None = None
-    target_value: float | None = Field(default=None, gt=0, le=1)
+    target_metric: Literal["sensitivity", "false_positives_per_image"] | None = None
+    target_value: float | None = Field(default=None, gt=0)
     thresholds: dict[str, float] = Field(default_factory=dict)
     split: Split
     n: int
     achieved: dict[str, dict[str, Estimate]] = Field(default_factory=dict)
+    resampled: dict[str, tuple[float, ...]] = Field(default_factory=dict)
 
 
 class Provenance(Config):
@@ -89,6 +96,7 @@ class Provenance(Config):
         splits: digest of the splits file.
         parameters: digest of the training parameters (`parameters_digest`).
         code: digest of the sources that the training step is made of.
+        sources: digest of each of them, by path in the checkout: so that a changed one can be named.
         seed: of the training.
         versions: of what computes (`versions`).
         folds: of a cross-validation, each of which all networks but one were trained on; None without one.
@@ -99,6 +107,7 @@ class Provenance(Config):
     splits: Digest
     parameters: Digest
     code: Digest
+    sources: dict[str, Digest] = Field(default_factory=dict)
     seed: int
     versions: dict[str, str]
     folds: int | None = None
@@ -108,18 +117,23 @@ class Provenance(Config):
 class Manifest(Config):
     """What bundle.json says.
 
-    `weights`, `reference` and `history` are filled in by `write_bundle`; `temperature`,
-    `bias`, `operating_point` and `heldout` by `Bundle.complete`.
+    `weights`, `reference`, `history` and `sbom` are filled in by `write_bundle`; `temperature`,
+    `bias`, `isotonic`, `prevalence`, `operating_point`, `conformal` and `heldout` by `Bundle.complete`.
 
     Attributes:
-        schema_version: of this form. 1 had no `heldout`; such bundles answer as ever, but cannot be watched.
+        schema_version: of this form. 1 had no `heldout`; such bundles answer as ever, but cannot be watched. 2 had
+            neither `isotonic`, `prevalence` nor `conformal`; such bundles answer without prediction sets.
         positive: the class that binary metrics speak of; None for other tasks.
         requires_spacing: an image without a known pixel spacing is refused.
+        isotonic: class -> curve that follows temperature and bias; empty for none.
+        prevalence: class -> share of the labelled samples of the calibration split.
+        conformal: how prediction sets are made; None for none.
         assumptions: what was taken as given of the data, in words.
+        sbom: digest of the bill of materials; None in bundles of earlier versions.
         clustered: patients may have several images; False means that each image counts as a patient.
     """
 
-    schema_version: Literal[1, 2] = 2
+    schema_version: Literal[1, 2, 3] = 3
     experiment: str
     seed: int
     task: Task
@@ -131,7 +145,10 @@ class Manifest(Config):
     weights: tuple[WeightFile, ...] = ()
     temperature: float | None = Field(default=None, gt=0)
     bias: tuple[float, ...] = ()
+    isotonic: dict[str, Knots] = Field(default_factory=dict)
+    prevalence: dict[str, float] = Field(default_factory=dict)
     operating_point: OperatingPoint | None = None
+    conformal: Conformal | None = None
     requires_spacing: bool = False
     clustered: bool
     source: SourceInfo
@@ -140,6 +157,7 @@ class Manifest(Config):
     reference: Digest | None = None
     heldout: Digest | None = None
     history: Digest | None = None
+    sbom: Digest | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -149,6 +167,15 @@ class Manifest(Config):
             raise ValueError(f"bias has {len(self.bias)} values for {len(self.classes)} classes")
         if self.operating_point and (unknown := set(self.operating_point.thresholds) - set(self.classes)):
             raise ValueError(f"operating_point.thresholds names unknown classes {sorted(unknown)}")
+        curved = {self.positive} if self.task == "binary" else set(self.classes)
+        if self.isotonic and set(self.isotonic) != curved:
+            raise ValueError(
+                f"isotonic has curves of {sorted(self.isotonic)}, and needs one of each class called"
+            )
+        if self.conformal and set(self.conformal.quantiles) != set(self.classes):
+            raise ValueError(
+                f"conformal has quantiles of {sorted(self.conformal.quantiles)}, and needs one a class"
+            )
         return self
 
     @property
@@ -158,21 +185,26 @@ class Manifest(Config):
         assert self.reference is not None, "write_bundle fills this in"
         assert self.history is not None, "write_bundle fills this in"
         files = {w.file: w.digest for w in self.weights} | {REFERENCE: self.reference, HISTORY: self.history}
-        return files | ({HELDOUT: self.heldout} if self.heldout else {})
+        optional = {HELDOUT: self.heldout, SBOM: self.sbom}
+        return files | {name: digest for name, digest in optional.items() if digest}
 
     @property
     def heldout_columns(self) -> list[str]:
         """The columns of heldout.parquet, in order: those of predictions.parquet that name nobody."""
-        return [*answer_columns(self.task, self.classes), "site", "scanner", "embedding"]
+        own = "num_boxes" if self.task == "detection" else "embedding"
+        return [*answer_columns(self.task, self.classes), "site", "scanner", own]
 
 
 def answer_columns(task: Task, classes: Sequence[str]) -> list[str]:
     """The columns that hold a model's answers, in any table: probabilities, then what it calls.
 
+    Of boxes, an image's probability of a class is the highest score of its boxes of that class.
+
     >>> answer_columns("binary", ["normal", "opacity"])
     ['prob_normal', 'prob_opacity', 'decision']
     """
-    decisions = [f"decision_{name}" for name in classes] if task == "multilabel" else ["decision"]
+    several = task in ("multilabel", "detection")
+    decisions = [f"decision_{name}" for name in classes] if several else ["decision"]
     return [*(f"prob_{name}" for name in classes), *decisions]
 
 
@@ -189,9 +221,9 @@ def write_bundle(
 
     Args:
         path: the folder to make.
-        manifest: the description; its `weights`, `reference` and `history` are replaced.
+        manifest: the description; its `weights`, `reference`, `history` and `sbom` are replaced.
         state_dicts: one per ensemble member.
-        reference: the training split's rows of samples.parquet; its `stat_*` columns are kept.
+        reference: the training split's rows of samples.parquet; `stat_*`, `site` and `scanner` are kept.
         history: one record per epoch. Without clock times or memory, which differ from run to run.
         averaged: the weights are an exponential moving average.
     """
@@ -206,8 +238,10 @@ def write_bundle(
             (folder / file).write_bytes(safetensors_bytes(tensors))
             weights.append(WeightFile(file=file, digest=digest_path(folder / file), averaged=averaged))
         statistics = reference.filter(like="stat_").astype(np.float64).round(REFERENCE_DECIMALS)
+        statistics = statistics.join(reference[[name for name in ("site", "scanner") if name in reference]])
         pq.write_table(pa.Table.from_pandas(statistics, preserve_index=False), folder / REFERENCE)
         write_json(folder / HISTORY, list(history))
+        write_json(folder / SBOM, bill_of_materials(manifest.experiment, {w.file: w.digest for w in weights}))
         complete = manifest.model_copy(
             update={
                 # The weights stand here: opening must not ask for what training started from.
@@ -215,6 +249,7 @@ def write_bundle(
                 "weights": tuple(weights),
                 "reference": digest_path(folder / REFERENCE),
                 "history": digest_path(folder / HISTORY),
+                "sbom": digest_path(folder / SBOM),
             }
         )
         write_json(folder / MANIFEST, complete.model_dump(mode="json"))
@@ -226,6 +261,28 @@ def _self_contained(model: ModelConfig) -> ModelConfig:
     if (encoder := getattr(model, "encoder", None)) is not None:
         changes["encoder"] = encoder.model_copy(update={"pretrained": None})
     return model.model_copy(update=changes)
+
+
+def read_manifest(path: Path) -> tuple[Manifest, Digest]:
+    """What bundle.json in the folder `path` says, and the bundle's digest; no other file is looked at.
+
+    Raises:
+        ValueError: if it is not there, or does not hold a manifest.
+    """
+    try:
+        text = (path / MANIFEST).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(
+            f"{path}: no {MANIFEST} there; give a folder that `train` or `calibrate` wrote"
+        ) from None
+    try:
+        return Manifest.model_validate_json(text), digest_bytes(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise ValueError(
+            f"{path / MANIFEST}: no manifest of this version: {field}: {first['msg']}; train again"
+        ) from None
 
 
 class Bundle:
@@ -242,29 +299,14 @@ class Bundle:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        try:
-            text = (self.path / MANIFEST).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            raise ValueError(
-                f"{self.path}: no {MANIFEST} there; give a folder that `train` or `calibrate` wrote"
-            ) from None
-        self.digest = digest_bytes(text)
-        try:
-            self.manifest = Manifest.model_validate_json(text)
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            field = ".".join(str(part) for part in first["loc"])
-            raise ValueError(
-                f"{self.path / MANIFEST}: no manifest of this version: {field}: {first['msg']}; train again"
-            ) from None
+        self.manifest, self.digest = read_manifest(self.path)
         self._verify()
 
     @property
     def is_complete(self) -> bool:
-        """Whether `calibrate` has set the temperature and the operating point; a detector needs neither."""
-        if self.manifest.task == "detection":
-            return True
-        return self.manifest.temperature is not None and self.manifest.operating_point is not None
+        """Whether `calibrate` has set the operating point, and the temperature, of which a detector has none."""
+        has_temperature = self.manifest.temperature is not None or self.manifest.task == "detection"
+        return has_temperature and self.manifest.operating_point is not None
 
     def networks(self) -> list[nn.Module]:
         """The ensemble's members in eval mode, on the CPU."""
@@ -280,14 +322,17 @@ class Bundle:
         return members
 
     def reference(self) -> pd.DataFrame:
-        """Image statistics of the training split: columns `stat_*`, one row a sample."""
+        """Image statistics of the training split: `stat_*`, `site`, `scanner` ("" = unknown), one row a sample.
+
+        Bundles of earlier versions have no `site` and `scanner` here.
+        """
         return pd.read_parquet(self.path / REFERENCE)
 
     def heldout(self) -> pd.DataFrame:
         """What this bundle answers on the calibration split, one row a sample; no column names a sample.
 
-        Columns: `prob_<class>`, `decision` (a class name) or for multilabel `decision_<class>` (bool), `site`
-        and `scanner` ("" = unknown), `embedding` (F float32 each).
+        Columns: `prob_<class>`, `decision` (a class name) or for multilabel and boxes `decision_<class>` (bool), `site`
+        and `scanner` ("" = unknown), `embedding` (F float32 each) or of boxes `num_boxes` (called).
 
         Raises:
             ValueError: if the bundle holds none.
@@ -308,18 +353,24 @@ class Bundle:
         self,
         path: Path,
         *,
-        temperature: float,
+        temperature: float | None,
         bias: Sequence[float] = (),
+        isotonic: Mapping[str, Knots] | None = None,
+        prevalence: Mapping[str, float] | None = None,
         operating_point: OperatingPoint,
+        conformal: Conformal | None = None,
         heldout: pd.DataFrame | None = None,
     ) -> None:
         """Write the final bundle at `path`: this one with its temperature and operating point set.
 
         Args:
             path: the folder to make.
-            temperature: by which logits are divided.
+            temperature: by which logits are divided; None for boxes, whose scores stay as they are.
             bias: of each class, or none.
+            isotonic: the curve of each class that follows, or none.
+            prevalence: share of each class on the calibration split.
             operating_point: how probabilities become a decision.
+            conformal: how prediction sets are made, or none.
             heldout: what the final bundle answers on the calibration split: the columns that `heldout()`
                 gives back, others are left out. Without it the bundle answers, but cannot be watched.
 
@@ -333,8 +384,11 @@ class Bundle:
         fields = self.manifest.model_dump() | {
             "temperature": temperature,
             "bias": tuple(bias),
+            "isotonic": {name: knots.model_dump() for name, knots in (isotonic or {}).items()},
+            "prevalence": dict(prevalence or {}),
             "operating_point": operating_point.model_dump(),
-            "schema_version": 2,
+            "conformal": conformal.model_dump() if conformal else None,
+            "schema_version": 3,
         }
         with replacing(path) as folder:
             for name in self.manifest.files:
@@ -370,6 +424,8 @@ def _write_heldout(path: Path, frame: pd.DataFrame) -> None:
             columns[name] = pa.array(list(rounded), pa.list_(pa.float32()))
         elif str(name).startswith("prob_"):
             columns[str(name)] = pa.array(values.to_numpy(np.float64).round(REFERENCE_DECIMALS))
+        elif name == "num_boxes":
+            columns[name] = pa.array(values.to_numpy(np.int64))
         else:
             is_flag = str(name).startswith("decision_")
             columns[str(name)] = pa.array(values.to_list(), pa.bool_() if is_flag else pa.string())

@@ -5,12 +5,14 @@ of 1 a float32 probability has long been 1.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, special
 
-from cadx.types import Task
+from cadx.metrics.estimates import patient_codes, resample
+from cadx.types import Knots, Task
 
 FloatArray = NDArray[np.float64]
 
@@ -132,6 +134,161 @@ def apply(logits: ArrayLike, temperature: float, task: Task, bias: ArrayLike = (
         special.expit(scaled) if task == "multilabel" else special.softmax(scaled, axis=-1)
     )
     return probabilities
+
+
+def fit_isotonic(
+    probabilities: ArrayLike, labels: ArrayLike, task: Task, classes: Sequence[str], positive: str | None
+) -> dict[str, Knots]:
+    """The rising curve of each class that fits its observed shares best: of the positive class in binary tasks.
+
+    It bends where a temperature cannot, and wants more data: some hundred cases of each class.
+
+    Args:
+        probabilities: N K, of `apply`.
+        labels: N K of 0 and 1, NaN = unlabelled.
+        task: in multiclass tasks each class is fitted against the rest, and the results brought to a sum of 1.
+        classes: K names.
+        positive: the positive class of a binary task.
+
+    Raises:
+        ValueError: if a class has no labelled case.
+
+    Source: Zadrozny and Elkan 2002, KDD, "Transforming classifier scores into accurate multiclass probability
+    estimates". Where it says 0 or 1 of n cases, 1 / (n + 2) or its complement is put instead (Laplace's rule): no data
+    proves a probability of 0.
+
+    >>> knots = fit_isotonic([[0.9, 0.1], [0.2, 0.8]], [[1, 0], [0, 1]], "binary", ["well", "sick"], "sick")
+    >>> knots["sick"].calibrated
+    (0.25, 0.75)
+    """
+    from sklearn.isotonic import IsotonicRegression
+
+    p, y = np.asarray(probabilities, dtype=np.float64), np.asarray(labels, dtype=np.float64)
+    knots = {}
+    for column, name in enumerate(classes):
+        if task == "binary" and name != positive:
+            continue
+        known = ~np.isnan(y[:, column])
+        if not known.any():
+            raise ValueError(f"labels: no labelled case of class {name!r} to fit a curve on")
+        end = 1 / (known.sum() + 2)
+        fit = IsotonicRegression(y_min=end, y_max=1 - end).fit(p[known, column], y[known, column])
+        knots[name] = Knots(probability=fit.X_thresholds_.tolist(), calibrated=fit.y_thresholds_.tolist())
+    return knots
+
+
+def apply_isotonic(
+    probabilities: ArrayLike, knots: Mapping[str, Knots], task: Task, classes: Sequence[str]
+) -> FloatArray:
+    """Probabilities ... K after the curves of `fit_isotonic`; unless multilabel they sum to 1 again.
+
+    >>> knots = {"sick": Knots(probability=[0.2, 0.4], calibrated=[0.1, 0.9])}
+    >>> apply_isotonic([[0.7, 0.3]], knots, "binary", ["well", "sick"]).round(3).tolist()
+    [[0.5, 0.5]]
+    """
+    p = np.array(probabilities, dtype=np.float64)
+    for column, name in enumerate(classes):
+        if name in knots:
+            p[..., column] = np.interp(p[..., column], knots[name].probability, knots[name].calibrated)
+    if task == "binary":
+        (positive,) = (list(classes).index(name) for name in knots)
+        p[..., 1 - positive] = 1 - p[..., positive]
+    elif task == "multiclass":
+        p /= p.sum(axis=-1, keepdims=True)
+    return p
+
+
+def at_prevalence(
+    probabilities: ArrayLike,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    task: Task,
+    classes: Sequence[str],
+) -> FloatArray:
+    """Probabilities ... K for a population in which the classes have other shares; what they look like stays.
+
+    A classifier that was calibrated where a tenth is ill says too much where a hundredth is.
+
+    Args:
+        probabilities: calibrated where the classes have the shares `before`.
+        before: class -> share of cases, above 0 and below 1.
+        after: class -> share, of all classes, which sum to 1, or of some in multilabel tasks.
+        task: in multilabel tasks each class stands alone, against its absence.
+        classes: K names.
+
+    Raises:
+        ValueError: if a class is unknown, or a share is not between 0 and 1.
+
+    Source: Saerens, Latinne and Decaestecker 2002, Neural Comput 14:21, eq. 2.4.
+
+    >>> even, rare = {"well": 0.5, "ill": 0.5}, {"well": 0.9, "ill": 0.1}
+    >>> at_prevalence([[0.5, 0.5]], even, rare, "binary", ["well", "ill"]).tolist()
+    [[0.9, 0.1]]
+    """
+    p = np.array(probabilities, dtype=np.float64)
+    for name, share in after.items():
+        if name not in classes or name not in before:
+            raise ValueError(f"prevalence: no class {name!r}; the classes are {', '.join(classes)}")
+        if not (0 < share < 1 and 0 < before[name] < 1):
+            raise ValueError(
+                f"prevalence of {name!r}: {share:g} for {before[name]:g}; both must lie between 0 and 1"
+            )
+    if task != "multilabel":
+        weighted: FloatArray = p * np.array([after[name] / before[name] for name in classes])
+        return weighted / weighted.sum(axis=-1, keepdims=True)
+    for name, share in after.items():
+        column = list(classes).index(name)
+        p[..., column] = shifted(p[..., column], before[name], share)
+    return p
+
+
+def shifted(probability: ArrayLike, before: float, after: float) -> FloatArray:
+    """One class's probability, or its threshold, where its share is `after` instead of `before`.
+
+    >>> float(shifted(0.5, 0.5, 0.1).round(6))
+    0.1
+    """
+    p = np.asarray(probability, dtype=np.float64)
+    ill, well = p * after / before, (1 - p) * (1 - after) / (1 - before)
+    return np.asarray(ill / (ill + well), dtype=np.float64)
+
+
+def resampled_thresholds(
+    scores: ArrayLike,
+    labels: ArrayLike,
+    patients: ArrayLike | None = None,
+    *,
+    sensitivity: float = 0.95,
+    resamples: int = 200,
+    seed: int = 0,
+) -> FloatArray:
+    """The thresholds that resamples of the patients would have chosen; resamples without positives are left out.
+
+    Their spread says how much of the operating point is the luck of the calibration split.
+
+    Args:
+        scores: N probabilities.
+        labels: N of 0 and 1, NaN = unlabelled, left out.
+        patients: N, anything that tells patients apart; None = all differ.
+        sensitivity: as in `operating_threshold`.
+        resamples: of patients.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: as `operating_threshold`.
+
+    >>> resampled_thresholds([0.1, 0.4, 0.6, 0.9], [0, 1, 0, 1], resamples=3).shape
+    (3,)
+    """
+    operating_threshold(scores, labels, sensitivity=sensitivity)  # refuses what it cannot use
+    p, y = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.float64)
+    code = patient_codes(patients, np.ones(p.size, dtype=bool))
+    found = []
+    for weights in resample(int(code.max()) + 1, resamples, seed):
+        rows = np.repeat(np.arange(p.size), weights[code])
+        if (y[rows] == 1).any():
+            found.append(operating_threshold(p[rows], y[rows], sensitivity=sensitivity))
+    return np.array(found)
 
 
 def operating_threshold(scores: ArrayLike, labels: ArrayLike, *, sensitivity: float = 0.95) -> float:

@@ -142,6 +142,18 @@ class SourceInfo(Config):
     note: str = ""
 
 
+class LeftOut(Config):
+    """A sample of the source that could not be taken.
+
+    Attributes:
+        place: where it stands in the source, without naming it.
+        reason: why it could not be taken.
+    """
+
+    place: str
+    reason: str
+
+
 class DatasetInfo(Config):
     """What a dataset folder is: the content of dataset.json."""
 
@@ -155,6 +167,9 @@ class DatasetInfo(Config):
     clustered: bool = Field(description="false where the source has no patients, one is made up per image")
     source: SourceInfo = Field(description="title, address, digest, licence, citation, note")
     assumptions: tuple[str, ...] = Field(default=(), description="what was taken as given")
+    left_out: tuple[LeftOut, ...] = Field(
+        default=(), description="what could not be read and was left out by declaration: place, reason"
+    )
     num_samples: int = Field(default=0, ge=0, description="rows of samples.parquet")
     num_patients: int = Field(default=0, ge=0, description="different pseudonyms")
     files: dict[str, Digest] = Field(default_factory=dict, description="digest of every other file")
@@ -221,6 +236,7 @@ class DatasetWriter:
         self._assumptions: dict[str, None] = {}
         self._names: dict[str, tuple[str, ...]] = {}
         self._slides: dict[str, Digest] = {}
+        self._left_out: list[LeftOut] = []
         self._shard: dict[str, np.ndarray] = {}
         self._shard_bytes = 0
         self._num_shards = 0
@@ -236,6 +252,10 @@ class DatasetWriter:
         """Write what is left, the tables and dataset.json, unless the block raised."""
         if kind is None:
             self._finish()
+
+    def leave_out(self, place: str, reason: str) -> None:
+        """Record a sample of the source that cannot be taken: it is named, not lost."""
+        self._left_out.append(LeftOut(place=place, reason=reason))
 
     def add(
         self,
@@ -452,6 +472,7 @@ class DatasetWriter:
         info = self._info.model_copy(
             update={
                 "assumptions": tuple(self._assumptions),
+                "left_out": tuple(self._left_out),
                 "num_samples": len(self._sample_ids),
                 "num_patients": len(set(self._samples["patient"])),
                 "files": {name: digest_path(self.path / name) for name in names} | self._slides,

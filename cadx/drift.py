@@ -1,22 +1,20 @@
 """What an image looks like in nine numbers, and how far the answered images have moved from a reference.
 
-Drift is asked of each quantity by itself, by a two-sample test; the correction for asking many times is the
-caller's threshold.
+Drift is asked of each quantity by itself, by a two-sample test, over all requests and at each site and scanner.
+What so many tests find by chance is kept down together, by Holm's correction.
 
 Source: Rabanser, Günnemann and Lipton 2019, NeurIPS, "Failing Loudly", sections 3.1 and 3.2: univariate
-Kolmogorov-Smirnov tests with Bonferroni's correction, on principal components and on a classifier's scores,
-find most shifts that larger machinery finds. We add the image statistics, which say what has changed.
+Kolmogorov-Smirnov tests of a classifier's scores, and the maximum mean discrepancy of its embeddings, find most
+shifts that larger machinery finds. We add the image statistics, which say what has changed.
 """
 
-import json
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from scipy import stats
-
-from cadx.types import Digest
 
 STATISTICS = (
     "mean",
@@ -31,7 +29,15 @@ STATISTICS = (
 )
 """Names of the statistics, in the order in which tables hold them."""
 
+REFERENCE_ROWS = 1000
+"""Reference embeddings that are used at most: memory and time grow with their square."""
+
 _DARK, _BRIGHT = 0.02, 0.98
+_MIN_PERMUTATIONS = 999
+_ENOUGH_EXCEEDING = 20
+_AT_ONCE = 100
+
+FloatArray = NDArray[np.float64]
 
 
 def image_statistics(pixels: np.ndarray) -> dict[str, float]:
@@ -102,13 +108,6 @@ class Difference(NamedTuple):
     p_value: float
     effect: float
 
-    def is_drift(self, threshold: float, minimum_effect: float) -> bool:
-        """Whether it is both: no chance (p < threshold), and large enough to matter.
-
-        The p-value alone would alarm over nothing once there are thousands of requests.
-        """
-        return self.p_value < threshold and self.effect >= minimum_effect
-
 
 def compare_numbers(reference: np.ndarray, current: np.ndarray) -> Difference:
     """Two-sample Kolmogorov-Smirnov test of N and M finite numbers.
@@ -138,136 +137,323 @@ def compare_shares(reference: np.ndarray, current: np.ndarray) -> Difference:
     )
 
 
-def embedding_summary(
-    reference: np.ndarray, embeddings: np.ndarray, components: int = 4
-) -> dict[str, np.ndarray]:
-    """Where embeddings lie among reference embeddings: a few numbers for each of M rows of F.
+def compare_means(reference: np.ndarray, current: np.ndarray, *, level: float = 0.01) -> Difference:
+    """Permutation test of the means of N and M numbers in 0..1; the effect is their difference.
 
-    `embedding_1` and so on are projections on the first principal axes of the reference, the longest first,
-    fewer where it varies in fewer directions; `embedding_residual` is the distance from the subspace that
-    these axes span, where what the reference never showed ends up. All are centred on the reference's mean
-    and in its standard deviations. An axis points to where its largest entry is positive.
-
-    Compare embeddings with others that the axes were not fitted to: axes turn towards the rows that they are
-    fitted to, which therefore lie nearer to the subspace than any later row.
-
-    Source: Jackson and Mudholkar 1979, Technometrics 21, "Control Procedures for Residuals Associated With
-    Principal Component Analysis", for watching the residual beside the projections.
+    Of calibrated probabilities this is the test for a changed prevalence: where only the share of the ill
+    changes, the likelihood's slope in that share is a linear function of the mean probability.
 
     Args:
-        reference: N F, at least one row.
-        embeddings: M F.
-        components: axes at most.
+        reference: N.
+        current: M.
+        level: the smallest level at which p will be judged: it decides how many permutations are drawn.
 
-    >>> reference = np.array([[-1.0, 0, 0], [1, 0, 0], [-3, 0, 0], [3, 0, 0]])
-    >>> summary = embedding_summary(reference, np.array([[5.0, 0, 0], [0, 7, 0]]))
-    >>> {name: values.round(3).tolist() for name, values in summary.items()}
-    {'embedding_1': [2.236, 0.0], 'embedding_residual': [0.0, 7.0]}
+    Source: the likelihood of Saerens, Latinne and Decaestecker 2002, Neural Computation 14:21, and its slope at
+    the reference's prevalence.
+
+    >>> compare_means(np.zeros(40), np.ones(40)).effect
+    1.0
     """
-    fitted = np.asarray(reference, np.float64)
-    centre = fitted.mean(axis=0)
-    _, lengths, axes = np.linalg.svd(fitted - centre, full_matrices=False)
-    # What is left of float32 rounding is no direction.
-    count = min(components, int((lengths > 1e-5 * max(lengths[0], 1e-12)).sum()))
-    axes = axes[:count]
-    largest = np.abs(axes).argmax(axis=1)
-    axes = axes * np.sign(axes[np.arange(count), largest])[:, None]
-
-    def coordinates(rows: np.ndarray) -> np.ndarray:
-        centred = np.asarray(rows, np.float64) - centre
-        projected = centred @ axes.T
-        residual = np.linalg.norm(centred - projected @ axes, axis=1)
-        return np.column_stack([projected, residual])
-
-    own = coordinates(fitted)
-    spread = own.std(axis=0)
-    # A quantity that never varied stays in its own units.
-    values = (coordinates(embeddings) - own.mean(axis=0)) / np.where(spread > 1e-9, spread, 1.0)
-    names = [*(f"embedding_{k}" for k in range(1, count + 1)), "embedding_residual"]
-    return dict(zip(names, values.T, strict=True))
+    values = np.concatenate([reference, current])
+    p_value = _permutation_test(
+        lambda weights: np.abs(weights @ (values - values.mean())), len(reference), len(current), level
+    )
+    return Difference(p_value, abs(float(current.mean() - reference.mean())))
 
 
-class RequestLog(NamedTuple):
-    """The answered requests of one bundle, and what was left out.
+def median_bandwidth(reference: np.ndarray) -> float:
+    """The median distance between two of N reference embeddings, N F; 1 where most are equal.
+
+    >>> median_bandwidth(np.array([[0.0], [1.0], [4.0]]))
+    3.0
+    """
+    distances = np.sqrt(_squared_distances(_at_most(reference, REFERENCE_ROWS)))
+    median = float(np.median(distances[np.triu_indices(len(distances), k=1)])) if len(distances) > 1 else 0.0
+    return median if median > 1e-6 else 1.0
+
+
+def compare_embeddings(
+    reference: np.ndarray, current: np.ndarray, bandwidth: float, *, level: float = 0.01
+) -> Difference:
+    """Permutation test of the maximum mean discrepancy (MMD) between N F and M F embeddings.
+
+    It asks whether any smooth function has another mean here than there, so it sees a change of shape as
+    well as a shift, in all directions at once. The kernel is Gaussian. The effect is sqrt(MMD^2 / 2) by the
+    unbiased estimate, 0 where that is negative: 1 where the two share nothing.
+
+    Args:
+        reference: N F, of which `REFERENCE_ROWS` at most are used.
+        current: M F.
+        bandwidth: of the kernel, from the reference alone (`median_bandwidth`), so that it does not follow
+            what it should notice.
+        level: as in `compare_means`.
+
+    Source: Gretton et al. 2012, JMLR 13, "A Kernel Two-Sample Test", eq. 3 (unbiased), eq. 5 (biased, which is
+    what is permuted), section 8 (median heuristic).
+    """
+    known = _at_most(reference, REFERENCE_ROWS)
+    n, m = len(known), len(current)
+    kernel = np.exp(_squared_distances(np.concatenate([known, current])) / (-2 * bandwidth**2))
+    p_value = _permutation_test(lambda weights: np.einsum("bi,bi->b", weights @ kernel, weights), n, m, level)
+    within = [
+        (block.sum() - len(block)) / (len(block) * (len(block) - 1))
+        for block in (kernel[:n, :n], kernel[n:, n:])
+    ]
+    discrepancy = float(sum(within) - 2 * kernel[:n, n:].mean())
+    return Difference(p_value, float(np.sqrt(max(discrepancy, 0.0) / 2)))
+
+
+def _at_most(rows: np.ndarray, number: int) -> np.ndarray:
+    """`number` of the rows, always the same ones, where there are more."""
+    if len(rows) <= number:
+        return rows
+    return rows[np.random.default_rng(0).permutation(len(rows))[:number]]
+
+
+def _squared_distances(rows: np.ndarray) -> np.ndarray:
+    """N N float32 squared distances between N F rows."""
+    # Centred, since what the rows share would cost digits.
+    centred = (rows - rows.mean(axis=0)).astype(np.float32)
+    squares = (centred**2).sum(axis=1)
+    return np.maximum(squares[:, None] + squares[None, :] - 2 * centred @ centred.T, 0)
+
+
+def _permutation_test(statistic: Callable[[np.ndarray], np.ndarray], n: int, m: int, level: float) -> float:
+    """The p-value of a statistic of n + m rows under exchange of rows, the first n being the reference.
+
+    Args:
+        statistic: takes B N+M float32 weights, 1/n for the rows taken as reference and -1/m for the others, and
+            gives B values; the larger the further apart.
+        n: rows of the reference.
+        m: later rows.
+        level: as many permutations are drawn as bring p down to half of it; fewer where p is plainly large.
+
+    Source: Phipson and Smyth 2010, Stat Appl Genet Mol Biol 9:39, for counting the sample itself; Besag and
+    Clifford 1991, Biometrika 78:301, for stopping once enough permutations have exceeded it.
+    """
+    own = np.concatenate([np.full(n, 1 / n), np.full(m, -1 / m)]).astype(np.float32)
+    # What only rounding tells from the sample's own value counts as equal.
+    least = float(statistic(own[None])[0]) * (1 - 1e-5) - 1e-12
+    rng = np.random.default_rng(0)
+    wanted, drawn, exceeding = max(_MIN_PERMUTATIONS, int(np.ceil(2 / level))), 0, 0
+    while drawn < wanted:
+        exceeds = statistic(rng.permuted(np.tile(own, (_AT_ONCE, 1)), axis=1)) >= least
+        if exceeding + exceeds.sum() >= _ENOUGH_EXCEEDING:
+            last = int(np.flatnonzero(exceeds)[_ENOUGH_EXCEEDING - exceeding - 1])
+            return _ENOUGH_EXCEEDING / (drawn + last + 1)
+        exceeding += int(exceeds.sum())
+        drawn += _AT_ONCE
+    return (exceeding + 1) / (drawn + 1)
+
+
+# --- Many questions -----------------------------------------------------------------------------------
+
+
+def holm(p_values: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """Adjusted p-values: rejecting those below alpha makes a false rejection in at most a share alpha of trials.
+
+    Under any dependence between the tests, which matters here: the statistics of one image depend on each other, and
+    an image counts at its site as well as over all. A correction of the false discovery rate (Benjamini and
+    Hochberg) bounds the share of false ones among those found; but one false finding is a false alarm already.
+
+    Args:
+        p_values: of the tests.
+        weights: their shares of alpha, positive, of sum 1: what a test should be able to afford.
+
+    Source: Holm 1979, Scand J Stat 6:65, which has the weights too.
+
+    >>> holm([0.01, 0.04], [0.5, 0.5])
+    [0.02, 0.04]
+    """
+    p, share = np.asarray(p_values, np.float64), np.asarray(weights, np.float64)
+    order = np.argsort(p / share, kind="stable")
+    # The share of those not yet rejected, from the largest backwards.
+    remaining = np.cumsum(share[order][::-1])[::-1]
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] / share[order] * remaining), 1)
+    return [float(value) for value in adjusted]
+
+
+class Finding(NamedTuple):
+    """The verdict on one quantity in one slice of the requests.
 
     Attributes:
-        requests: one row a request, by time: `prediction_id`, `time` (UTC), `site`, `scanner`,
-            `stat_<name>`, `prob_<class>`, `decision` (a class name) or for multilabel `decision_<class>`
-            (bool), `embedding` (F float32 each), `num_warnings`.
-        torn: lines cut short, as a worker leaves one that is killed while it writes.
-        other_bundles: lines of other bundles.
-        duplicates: lines with a prediction_id that came before.
+        slice: "all", or "site ..." or "scanner ...".
+        group: statistics, embedding, scores, prevalence or decisions.
+        name: of the quantity: `stat_<name>`, `embedding`, `prob_<class>`, `prevalence_<class>` (mean
+            probability), `decision_<class>` (share called) or `num_boxes`.
+        p_value: of its test.
+        adjusted_p: the same after Holm's correction over all tests of the watch.
+        effect: distance between the distributions, 0 to 1.
+        drifted: adjusted_p below alpha and the effect at least the smallest that matters.
+        reference_mean: None for embeddings, which have no scale.
+        current_mean: likewise.
+        n_reference: rows compared with.
+        n: requests.
     """
 
-    requests: pd.DataFrame
-    torn: int
-    other_bundles: int
-    duplicates: int
+    slice: str
+    group: str
+    name: str
+    p_value: float
+    adjusted_p: float
+    effect: float
+    drifted: bool
+    reference_mean: float | None
+    current_mean: float | None
+    n_reference: int
+    n: int
 
 
-def read_request_log(folder: Path, bundle: Digest) -> RequestLog:
-    """The requests that `bundle` answered, from the JSON lines in `folder`/*.jsonl, one file a worker.
+class _Question(NamedTuple):
+    slice: str
+    group: str
+    name: str
+    reference: np.ndarray
+    current: np.ndarray
 
-    Raises:
-        ValueError: if there is no such request, or a line is whole but not of this form.
+
+def compare_requests(
+    reference: pd.DataFrame,
+    heldout: pd.DataFrame,
+    requests: pd.DataFrame,
+    classes: Sequence[str],
+    *,
+    alpha: float,
+    minimum_effect: float,
+    minimum_n: int,
+) -> list[Finding]:
+    """Every quantity of the requests against the reference, over all of them and by site and scanner.
+
+    Half of alpha goes to the tests over all requests, the other half in equal parts to the sites and scanners that
+    have `minimum_n` requests and reference rows. Each group has an equal part of a slice, each test of its group:
+    nine statistics do not outvote the one question whether more patients are ill. A scanner that is all of its
+    site is not asked again.
+
+    Args:
+        reference: `stat_*` of the training split; with `site` and `scanner` they are compared by these too.
+        heldout: the bundle's answers on the calibration split, with `site`, `scanner` and `embedding`.
+        requests: as `request_log.read_requests` gives them; numbers rounded as the references are.
+        classes: whose scores and calls are watched.
+        alpha: share of windows that may hold a false finding.
+        minimum_effect: the smallest distance that matters.
+        minimum_n: rows that a slice needs.
     """
-    rows: dict[str, dict[str, Any]] = {}
-    torn, other_bundles, duplicates = 0, 0, 0
-    for file in sorted(folder.glob("*.jsonl")):
-        for number, text in enumerate(file.read_bytes().split(b"\n"), start=1):
-            if not text.strip():
-                continue
-            try:
-                line = json.loads(text)
-            except ValueError:  # no JSON, or no UTF-8
-                torn += 1
-                continue
-            if not isinstance(line, dict) or line.get("schema_version") != 1:
-                raise ValueError(
-                    f"{file}: line {number} is no request of schema_version 1; move the file away"
-                )
-            if line.get("bundle") != bundle:
-                other_bundles += 1
-            elif line.get("prediction_id") in rows:
-                duplicates += 1
-            else:
-                try:
-                    rows[line["prediction_id"]] = _request(line)
-                except KeyError as error:
-                    raise ValueError(f"{file}: line {number} has no {error}; move the file away") from None
-                except (TypeError, ValueError, AttributeError) as error:
-                    raise ValueError(
-                        f"{file}: line {number} is not of the log's form ({type(error).__name__}); "
-                        "move the file away"
-                    ) from None
-    if not rows:
-        raise ValueError(
-            f"{folder}: no request that {bundle} answered ({other_bundles} lines of other bundles, "
-            f"{torn} cut short); give the folder that CADX_REQUEST_LOG names, and the bundle that is served"
+    bandwidth = median_bandwidth(np.stack(heldout["embedding"].to_list())) if "embedding" in heldout else 1.0
+    questions = [
+        question
+        for place, parts in _slices(reference, heldout, requests, minimum_n)
+        for question in _questions(place, *parts, classes)
+    ]
+    weights = _weights(questions)
+    differences = [
+        _answer(question, bandwidth, alpha * weight)
+        for question, weight in zip(questions, weights, strict=True)
+    ]
+    adjusted = holm([difference.p_value for difference in differences], weights)
+    return [
+        Finding(
+            slice=question.slice,
+            group=question.group,
+            name=question.name,
+            p_value=difference.p_value,
+            adjusted_p=adjusted_p,
+            effect=difference.effect,
+            drifted=adjusted_p < alpha and difference.effect >= minimum_effect,
+            reference_mean=None if question.group == "embedding" else float(question.reference.mean()),
+            current_mean=None if question.group == "embedding" else float(question.current.mean()),
+            n_reference=len(question.reference),
+            n=len(question.current),
         )
-    requests = pd.DataFrame(list(rows.values())).sort_values(["time", "prediction_id"], ignore_index=True)
-    return RequestLog(requests, torn, other_bundles, duplicates)
+        for question, difference, adjusted_p in zip(questions, differences, adjusted, strict=True)
+    ]
 
 
-def _request(line: dict[str, Any]) -> dict[str, Any]:
-    """One line as a row; floats are checked to be finite, since no test would survive a NaN."""
-    decision = line["decision"]
-    row = {
-        "prediction_id": str(line["prediction_id"]),
-        "time": pd.Timestamp(line["time"]).tz_convert("UTC"),
-        "site": line["site"],
-        "scanner": line["scanner"],
-        **{f"stat_{name}": float(line["statistics"][name]) for name in STATISTICS},
-        **{f"prob_{name}": float(value) for name, value in line["probabilities"].items()},
-        **(
-            {"decision": decision}
-            if isinstance(decision, str)
-            else {f"decision_{name}": name in decision for name in line["probabilities"]}
-        ),
-        "embedding": np.asarray(line["embedding"], np.float32),
-        "num_warnings": len(line["warnings"]),
-    }
-    numbers = [value for value in row.values() if isinstance(value, float)]
-    if not (np.isfinite(numbers).all() and np.isfinite(row["embedding"]).all()):
-        raise ValueError("a number is not finite")
-    return row
+def unknown_places(heldout: pd.DataFrame, requests: pd.DataFrame) -> dict[str, dict[str, int]]:
+    """Requests from sites and scanners of which the reference holds nothing: "site" and "scanner" -> name -> number.
+
+    None are unknown where the reference names no site or scanner at all.
+    """
+    unknown = {}
+    for kind in ("site", "scanner"):
+        known = set(heldout[kind]) - {""}
+        named = requests.loc[requests[kind] != "", kind] if known else requests[kind].iloc[:0]
+        unknown[kind] = {str(name): int(n) for name, n in named[~named.isin(known)].value_counts().items()}
+    return unknown
+
+
+Parts = tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]
+
+
+def _slices(
+    reference: pd.DataFrame, heldout: pd.DataFrame, requests: pd.DataFrame, minimum_n: int
+) -> Iterator[tuple[str, Parts]]:
+    """All requests, then those of each site and scanner with enough of them and of the reference."""
+    yield "all", (reference, heldout, requests)
+    seen = [np.ones(len(requests), bool)]
+    for kind in ("site", "scanner"):
+        for name in sorted(set(requests[kind]) - {""}):
+            here = (requests[kind] == name).to_numpy()
+            before = heldout[heldout[kind] == name]
+            if min(here.sum(), len(before)) < minimum_n or any((here == other).all() for other in seen):
+                continue
+            seen.append(here)
+            trained_on = reference[reference[kind] == name] if kind in reference else reference.iloc[:0]
+            yield f"{kind} {name}", (trained_on, before, requests[here])
+
+
+def _questions(
+    place: str, reference: pd.DataFrame, heldout: pd.DataFrame, requests: pd.DataFrame, classes: Sequence[str]
+) -> Iterator[_Question]:
+    def question(group: str, name: str, before: pd.Series, later: pd.Series) -> _Question:
+        return _Question(place, group, name, before.to_numpy(), later.to_numpy())
+
+    for name in reference.filter(like="stat_") if len(reference) else ():
+        if reference[name].notna().all() and requests[name].notna().all():
+            yield question("statistics", str(name), reference[name], requests[name])
+    if "embedding" in heldout and requests["embedding"].map(len).all():
+        yield _Question(
+            place,
+            "embedding",
+            "embedding",
+            *(np.stack(side["embedding"].to_list()) for side in (heldout, requests)),
+        )
+    for name in classes:
+        column = f"prob_{name}"
+        if column in heldout:
+            yield question("scores", column, heldout[column], requests[column])
+            if "num_boxes" not in requests:  # a box's score is no probability
+                yield question("prevalence", f"prevalence_{name}", heldout[column], requests[column])
+            yield question(
+                "decisions", f"decision_{name}", *(called(side, name) for side in (heldout, requests))
+            )
+    if "num_boxes" in heldout:
+        yield question("decisions", "num_boxes", heldout["num_boxes"], requests["num_boxes"])
+
+
+def called(answers: pd.DataFrame, name: str) -> pd.Series:
+    """Whether the class was called, of each row."""
+    return answers["decision"] == name if "decision" in answers else answers[f"decision_{name}"]
+
+
+def _weights(questions: Sequence[_Question]) -> list[float]:
+    """Shares of alpha: by slice, in it by group, in that by test."""
+    places = {question.slice for question in questions}
+    groups = {(question.slice, question.group) for question in questions}
+    shares = []
+    for question in questions:
+        of_slice = 1.0 if len(places) == 1 else 0.5 if question.slice == "all" else 0.5 / (len(places) - 1)
+        of_group = sum(place == question.slice for place, _ in groups)
+        of_test = sum((one.slice, one.group) == (question.slice, question.group) for one in questions)
+        shares.append(of_slice / of_group / of_test)
+    return shares
+
+
+def _answer(question: _Question, bandwidth: float, level: float) -> Difference:
+    if question.group == "embedding":
+        return compare_embeddings(question.reference, question.current, bandwidth, level=level)
+    if question.group == "prevalence":
+        return compare_means(question.reference, question.current, level=level)
+    if question.current.dtype == bool:
+        return compare_shares(question.reference, question.current)
+    return compare_numbers(question.reference, question.current)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cadx.metrics import Subgroup
+from cadx.metrics import Difference, Subgroup
 from cadx.types import Config, Digest, Estimate
 
 
@@ -30,6 +30,8 @@ class Decision(Config):
     Attributes:
         bundle: digest of the bundle that it is about.
         metrics: digest of the metrics file that it rests on.
+        champion: the bundle that it was compared with; None where there was none.
+        reviewer: who signed for it; None where nobody was asked.
         reasons: why not; empty where `promote`.
     """
 
@@ -42,6 +44,8 @@ class Decision(Config):
     checks: tuple[Check, ...]
     bundle: Digest
     metrics: Digest
+    champion: Digest | None = None
+    reviewer: str | None = None
 
 
 class MetricsFile(BaseModel):
@@ -56,6 +60,7 @@ class MetricsFile(BaseModel):
     bundle: Digest
     dataset: Digest
     splits: Digest
+    predictions: Digest | None = None
     n: int
     n_patients: int
     clustered: bool
@@ -114,6 +119,30 @@ def ceiling(what: str, estimate: Estimate | None, bound: float) -> Check:
     end = estimate.high if estimate else None
     passed = end is not None and end <= bound
     return _bounded(what, estimate, bound, passed, f"up to {_text(end)}", f"the ceiling of {bound:g}")
+
+
+def not_inferior(what: str, difference: Difference, margin: float) -> Check:
+    """Whether a paired difference, this model less the champion, stays above -`margin` at its lower end.
+
+    >>> found = Difference(value=0.01, low=-0.03, high=0.05, p=0.6, n=99, method="DeLong, paired")
+    >>> not_inferior("AUC", found, 0.02).reason
+    "AUC less the champion's is +0.010, its 95 % interval reaches down to -0.030: beyond the margin of 0.02"
+    """
+    what = f"{what} less the champion's"
+    if difference.value is None or difference.low is None or difference.high is None:
+        reason = f"{what} has no interval ({difference.method}), but a margin of {margin:g} is asked"
+        return Check(what=what, passed=False, bound=-margin, reason=reason)
+    passed = difference.low > -margin
+    return Check(
+        what=what,
+        passed=passed,
+        bound=-margin,
+        value=difference.value,
+        low=difference.low,
+        high=difference.high,
+        reason=f"{what} is {difference.value:+.3f}, its 95 % interval reaches down to {difference.low:+.3f}: "
+        f"{'within' if passed else 'beyond'} the margin of {margin:g}",
+    )
 
 
 def _bounded(

@@ -226,6 +226,22 @@ def cut(
     return splits.where(~inside, parts.reindex(splits.index))
 
 
+def patients_in_several_splits(samples: pd.DataFrame, splits: pd.DataFrame) -> int:
+    """How many patients have samples in more than one split: patients that leak.
+
+    Args:
+        samples: columns sample_id and patient.
+        splits: columns sample_id and split; `excluded` is no split.
+
+    >>> samples = pd.DataFrame({"sample_id": ["a", "b", "c"], "patient": ["p", "p", "q"]})
+    >>> patients_in_several_splits(samples, samples.assign(split=["train", "test", "test"]))
+    1
+    """
+    assigned = splits.loc[splits["split"] != "excluded", ["sample_id", "split"]]
+    joined = samples[["sample_id", "patient"]].merge(assigned, on="sample_id")
+    return int((joined[["patient", "split"]].drop_duplicates()["patient"].value_counts() > 1).sum())
+
+
 def _divide_rest(
     rest: pd.DataFrame, fractions: Mapping[str, float], *, seed: int, labels: Sequence[str]
 ) -> pd.Series:

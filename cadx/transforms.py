@@ -216,7 +216,10 @@ class _Draws(NamedTuple):
 
 
 class Augmentation(Config):
-    """Random changes that keep an X-ray's label; every field is the largest change, 0 means none."""
+    """Random changes that keep a label; every field is the largest change, 0 means none.
+
+    Of a volume each axial slice is changed, all alike: mirrored between left and right, turned about the body's axis.
+    """
 
     horizontal_flip: bool = Field(default=False, description="mirror half of the images")
     rotation_degrees: float = Field(default=0.0, ge=0, le=180)
@@ -243,7 +246,7 @@ class Augmentation(Config):
         """The augmented batch, N C H W, on the batch's device; the batch itself if nothing is to be done.
 
         Args:
-            batch: N C H W float32, preprocessed.
+            batch: N C H W float32, preprocessed; C may be slices.
             seed: of the run, 0 or more.
             epoch: 0 or more.
             samples: N sample indices: with seed and epoch they alone decide the draws.

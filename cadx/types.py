@@ -12,9 +12,9 @@ are D H W in the file's own scale (HU for CT), uint8, uint16, int16 or float32.
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NewType
+from typing import TYPE_CHECKING, Any, Literal, NewType, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 if TYPE_CHECKING:  # the command line starts without NumPy
     import numpy as np
@@ -55,6 +55,42 @@ class Estimate(Config):
     high: float | None
     n: int
     method: str
+
+
+class Knots(Config):
+    """A rising curve through points, straight between them and level beyond: what isotonic calibration fits.
+
+    Attributes:
+        probability: before, rising.
+        calibrated: after, never falling, within 0..1.
+    """
+
+    probability: tuple[float, ...] = Field(min_length=1)
+    calibrated: tuple[float, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        before, after = self.probability, self.calibrated
+        rising = list(before) == sorted(before) and list(after) == sorted(after)
+        if len(before) != len(after) or not rising or not 0 <= after[0] <= after[-1] <= 1:
+            raise ValueError("give as many of both, rising, calibrated ones within 0..1")
+        return self
+
+
+class Conformal(Config):
+    """How prediction sets are made: a class is possible where 1 - its probability <= its quantile.
+
+    Attributes:
+        coverage: the declared share of cases whose set holds the truth.
+        quantiles: class -> quantile; 1 where the calibration split is too small to rule the class out ever.
+        absent: multilabel: class -> quantile of its absence, which is possible where the probability <= it.
+        patients: class -> patients that its quantile rests on.
+    """
+
+    coverage: float = Field(gt=0, lt=1)
+    quantiles: dict[str, float]
+    absent: dict[str, float] = Field(default_factory=dict)
+    patients: dict[str, int] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,6 +153,9 @@ class Prediction:
         attention: H W float32, 0..1, in the coordinates of the raw image; None unless asked for.
         embedding: F float32, the features that the classifier sees.
         statistics: image statistics of the raw pixels (`drift.image_statistics`).
+        prediction_set: the classes that cannot be ruled out, which hold the truth as often as the bundle declares
+            (`cadx.conformal`); None where the bundle has none.
+        refer: a person should look at it: the set does not say what `decision` says, and nothing else.
         warnings: why this answer deserves care, in words (an assumption, an unusual input).
     """
 
@@ -126,6 +165,8 @@ class Prediction:
     embedding: "np.ndarray"
     statistics: dict[str, float]
     warnings: tuple[str, ...] = ()
+    prediction_set: tuple[str, ...] | None = None
+    refer: bool = False
 
 
 def check_pixels(pixels: "np.ndarray") -> None:

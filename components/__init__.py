@@ -14,6 +14,8 @@ STEPS = (
     Step("summarise"),
     Step("gate"),
     Step("package"),
+    Step("choose", reproducible=False),
     Step("deploy", reproducible=False),
     Step("monitor", reproducible=False),
+    Step("predict", reproducible=False),
 )

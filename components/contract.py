@@ -46,6 +46,8 @@ In = Annotated[Path, Role("in")]
 """A file or folder that must exist: a dependency."""
 Ins = Annotated[tuple[Path, ...], Role("in"), Parameter(consume_multiple=True)]
 """Several of them, one per seed."""
+MaybeIn = Annotated[Path | None, Role("in")]
+"""One that may be left out; where it is given it must exist, and is a dependency."""
 Out = Annotated[Path, Role("out")]
 """A file or folder that the step makes, whole or not at all: an output."""
 Keep = Annotated[Path, Role("keep")]
@@ -250,9 +252,9 @@ def _role(annotation: Any) -> Role | None:
     return next((item for item in get_args(annotation)[1:] if isinstance(item, Role)), None)
 
 
-def _require(value: Path | tuple[Path, ...], name: str) -> None:
+def _require(value: Path | tuple[Path, ...] | None, name: str) -> None:
     for path in value if isinstance(value, tuple) else (value,):
-        if not path.exists():
+        if path is not None and not path.exists():
             raise ValueError(
                 f"--{name.replace('_', '-')} {path}: no such file or folder; run the step that makes it first"
             )
@@ -289,21 +291,23 @@ def _read_executor_input(text: str) -> dict[str, Any]:
 def report_outputs(asked: Mapping[str, Any], made: Mapping[str, Path]) -> None:
     """Tell Kubeflow what a step made: its artifacts with the numbers to show, and parameters to branch on.
 
-    What Kubeflow asks for beyond the step's own outputs is the field of that name in a JSON file among them:
-    `promote` stands in decision.json, `confusion` in metrics.json.
+    What Kubeflow asks for beyond the step's own outputs is the field of that name in a JSON file among them, at its
+    top or one level below: `promote` in decision.json, `retrain` in drift.json, `confusion` and `roc` in metrics.json.
 
     Args:
         asked: the outputs of Kubeflow's executor input.
         made: the step's outputs, by name.
     """
     contents = {name: _read_fields(path) for name, path in made.items()}
-    fields = {name: value for content in contents.values() for name, value in content.items()}
+    below = [value for content in contents.values() for value in content.values() if isinstance(value, dict)]
+    fields = {name: value for part in (*below, *contents.values()) for name, value in part.items()}
     artifacts = {}
     for name, listed in asked.get("artifacts", {}).items():
         artifact = listed["artifacts"][0]
-        content = contents[name] if name in made else fields[name]
+        content = contents[name] if name in made else fields.get(name)
         artifacts[name] = {"artifacts": [{**artifact, "metadata": _shown(artifact, content)}]}
-    values = {name: fields[name] for name in asked.get("parameters", {})}
+    # What is undecided (null) is no: Kubeflow's parameters know no null.
+    values = {name: bool(fields[name]) for name in asked.get("parameters", {})}
     write_json(Path(asked["outputFile"]), {"artifacts": artifacts, "parameterValues": values})
 
 
@@ -320,9 +324,11 @@ def _read_fields(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _shown(artifact: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
+def _shown(artifact: Mapping[str, Any], content: Mapping[str, Any] | None) -> dict[str, Any]:
     """An artifact's metadata in the form that Kubeflow's pages draw; it refuses NaN and null."""
     kind = artifact["type"]["schemaTitle"]
+    if content is None:
+        return {}
     if kind == "system.Metrics":
         ends = {"": "value", "_low": "low", "_high": "high"}
         numbers = {
@@ -331,6 +337,14 @@ def _shown(artifact: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str,
             for suffix, end in ends.items()
         }
         return {name: number for name, number in plain(numbers).items() if number is not None}
+    if kind == "system.ClassificationMetrics" and "sensitivity" in content:
+        names = {
+            "confidenceThreshold": "threshold",
+            "recall": "sensitivity",
+            "falsePositiveRate": "false_positive_rate",
+        }
+        points = zip(*(content[name] for name in names.values()), strict=True)
+        return {"confidenceMetrics": [dict(zip(names, point, strict=True)) for point in points]}
     if kind == "system.ClassificationMetrics":
         rows = content["at_operating_point"]
         if isinstance(rows[0][0], list):  # multilabel: a table per class, which no page draws
@@ -357,9 +371,14 @@ def code_dependencies(step_name: str) -> tuple[str, ...]:
     return tuple(sorted(path.relative_to(ROOT).as_posix() for path in sources))
 
 
+def source_digests(step_name: str) -> dict[str, Digest]:
+    """The SHA-256 of each of a step's `code_dependencies`, by its path in the checkout."""
+    return {name: digest_path(ROOT / name) for name in code_dependencies(step_name)}
+
+
 def code_digest(step_name: str) -> Digest:
     """The SHA-256 over a step's `code_dependencies`: relative names and bytes."""
-    listing = (f"{name} {digest_path(ROOT / name)}\n" for name in code_dependencies(step_name))
+    listing = (f"{name} {digest}\n" for name, digest in source_digests(step_name).items())
     return digest_bytes("".join(listing).encode())
 
 

@@ -1,9 +1,11 @@
 """Put an archive into service, if its answers through the endpoint are those of the evaluation."""
 
+import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -11,19 +13,31 @@ import pandas as pd
 from pydantic import Field
 
 from cadx.datasets import DatasetFolder
-from cadx.files import digest_path, replacing, write_json
+from cadx.files import digest_bytes, digest_path, replacing, write_json
 from cadx.gating import Decision, read_decision
+from cadx.loading.volumes import VolumeSource
 from cadx.predicting import PredictionsInfo, read_predictions
 from cadx.reading.images import encode_png
 from cadx.types import Digest
 from components.contract import In, Keep, Out, Params, step
 from serving.archive import Release, read_release
-from serving.client import Answer, Client
-from serving.management import Management
+from serving.client import AnyAnswer, Client, DetectionAnswer, SlideAnswer
+from serving.kinds import encode_nifti
+from serving.management import (
+    RESPONSE_TIMEOUT_S,
+    Deployed,
+    Management,
+    read_deployed,
+    write_deployed,
+)
 
 TRIAL = "-trial"
 """Ends the name under which a model's first version is compared."""
 STORE_DIGITS = 12
+GOLDEN_FOLDER = "golden"
+"""In the model store: where the server finds the slides of a comparison."""
+MOST_GOLDEN = {"volume": 16, "slide": 4}
+RESPONSE_TIMEOUTS_S = {"image": RESPONSE_TIMEOUT_S, "volume": 300, "slide": 1800}
 
 
 class NotPromoted(ValueError):
@@ -34,12 +48,27 @@ class DeployParams(Params):
     """How a model is served, and how closely the endpoint must agree with the evaluation."""
 
     golden_samples: int = Field(
-        default=64, ge=1, description="evaluated images sent through the endpoint before it goes live"
+        default=64,
+        ge=1,
+        description="evaluated samples sent through the endpoint before it goes live; at most 16 volumes, 4 slides",
     )
-    tolerance: float = Field(default=1e-5, gt=0, description="largest difference of a probability")
+    tolerance: float = Field(
+        default=1e-5, gt=0, description="largest difference of a probability or a box's score"
+    )
     workers: int = Field(default=1, ge=1, description="processes that answer")
-    batch_size: int = Field(default=1, ge=1, description="requests answered together")
-    max_batch_delay_ms: int = Field(default=10, ge=0, description="how long a batch waits to fill")
+    batch_size: int = Field(
+        default=8, ge=1, description="images answered together; volumes and slides are answered one by one"
+    )
+    max_batch_delay_ms: int = Field(
+        default=1,
+        ge=0,
+        description="how long an image waits for others: those that queue up meanwhile need no more",
+    )
+    response_timeout_s: int | None = Field(
+        default=None,
+        ge=1,
+        description="after which a worker is started anew; null: 60, volumes 300, slides 1800",
+    )
 
 
 @step
@@ -59,8 +88,9 @@ def deploy(
     """Register an archive at TorchServe, compare its answers with the evaluation, then make it the default.
 
     A model that has no version in service yet is compared under another name, so that nobody is answered by
-    it before. The version that was the default stays loaded: deploying its archive again is the way back. If
-    the answers differ, or anything else fails, what was registered is taken away and the old version goes on.
+    it before. The version that was the default stays loaded, and `cadx rollback` goes back to it; older ones are
+    taken out. If the answers differ, or anything else fails, what was registered is taken away and the old version
+    goes on.
 
     Raises:
         NotPromoted: if the gate refused this bundle.
@@ -72,29 +102,32 @@ def deploy(
     frame, info = read_predictions(predictions)
     if info.bundle != release.bundle:
         raise ValueError(f"{predictions}: answers of another bundle than the archive's; evaluate that one")
-    golden = frame.iloc[golden_rows(frame, info, params.golden_samples)]
     folder = DatasetFolder(dataset)
-    images = [encode_png(folder.pixels(sample_id)) for sample_id in golden["sample_id"]]
+    kind = folder.info.kind
+    most = min(params.golden_samples, MOST_GOLDEN.get(kind, params.golden_samples))
+    golden = frame.iloc[golden_rows(frame, info, most)]
 
     server = Management(management, key_file=key_file)
     archive_digest = digest_path(archive)
-    stored = _store(archive, archive_digest, release, model_store)
+    entry = Deployed(
+        version=release.version,
+        archive=_store(archive, archive_digest, release, model_store),
+        workers=params.workers,
+        batch_size=params.batch_size if kind == "image" else 1,
+        max_batch_delay_ms=params.max_batch_delay_ms,
+        response_timeout_s=params.response_timeout_s or RESPONSE_TIMEOUTS_S[kind],
+    )
     previous = server.default_version(release.name)
     versions = {one.version: one for one in server.versions(release.name)}
     loaded = versions.get(release.version)
 
     def register(name: str) -> None:
-        server.register(
-            stored,
-            name=name,
-            workers=params.workers,
-            batch_size=params.batch_size,
-            max_batch_delay_ms=params.max_batch_delay_ms,
-        )
+        server.register(name=name, **entry.model_dump(exclude={"version"}))
 
     def compare(name: str) -> float:
         client = Client(inference, name, key_file=key_file)
-        answers = [client.predict(image, version=release.version, golden=True) for image in images]
+        with _asking(client, folder, release.version, model_store) as ask:
+            answers = [ask(sample_id) for sample_id in golden["sample_id"]]
         return _largest_difference(golden, info, answers, params.tolerance)
 
     if previous is None:
@@ -105,7 +138,7 @@ def deploy(
         server.unregister(trial, release.version)
         with _taken_away_on_failure(server, release.name, release.version):
             register(release.name)
-    elif loaded and loaded.archive == stored and loaded.ready_workers:
+    elif loaded and loaded.archive == entry.archive and loaded.ready_workers:
         difference = compare(release.name)
     else:
         if loaded:  # from other bytes, or without a worker that answers
@@ -117,6 +150,11 @@ def deploy(
             register(release.name)
             difference = compare(release.name)
     server.set_default(release.name, release.version)
+    earlier = [one for one in read_deployed(model_store, release.name) if one.version != release.version]
+    write_deployed(model_store, release.name, [*earlier, entry])
+    kept = {release.version, previous, *(one.version for one in earlier[-1:])}
+    for version in versions.keys() - kept:
+        server.unregister(release.name, version)
     write_json(
         deployment,
         {
@@ -132,6 +170,43 @@ def deploy(
             "tolerance": params.tolerance,
         },
     )
+
+
+@contextmanager
+def _asking(
+    client: Client, folder: DatasetFolder, version: str, model_store: Path
+) -> Iterator[Callable[[str], AnyAnswer]]:
+    """How to ask the endpoint about a sample of the dataset, as a clinic would about its file."""
+    if folder.info.kind == "volume":
+        yield lambda sample_id: client.predict_volume(
+            encode_nifti(
+                folder.pixels(sample_id), None, VolumeSource.of_folder(folder, sample_id).spacing_mm
+            ),
+            version=version,
+            golden=True,
+        )
+    elif folder.info.kind == "slide":
+        # Where the server may read them; links cost nothing where the file system knows them.
+        with TemporaryDirectory(dir=model_store, prefix=GOLDEN_FOLDER) as shown:
+
+            def ask(sample_id: str) -> SlideAnswer:
+                slide = folder.slide_path(sample_id)
+                path = Path(shown) / f"{digest_bytes(sample_id.encode())[7:]}{slide.suffix}"
+                try:
+                    path.hardlink_to(slide.resolve())
+                except OSError:
+                    shutil.copyfile(slide, path)
+                return client.predict_slide(f"{path.parent.name}/{path.name}", version=version, golden=True)
+
+            yield ask
+    elif folder.info.task == "detection":
+        yield lambda sample_id: client.detect(
+            encode_png(folder.pixels(sample_id)), version=version, golden=True
+        )
+    else:
+        yield lambda sample_id: client.predict(
+            encode_png(folder.pixels(sample_id)), version=version, golden=True
+        )
 
 
 def _require_promotion(release: Release, decided: Decision, archive: Path, decision: Path) -> None:
@@ -185,7 +260,10 @@ def golden_rows(frame: pd.DataFrame, info: PredictionsInfo, number: int) -> list
 
 
 def _largest_difference(
-    golden: pd.DataFrame, info: PredictionsInfo, answers: Sequence[Answer], tolerance: float
+    golden: pd.DataFrame,
+    info: PredictionsInfo,
+    answers: Sequence[AnyAnswer],
+    tolerance: float,
 ) -> float:
     """The largest difference of a probability between evaluation and endpoint.
 
@@ -199,11 +277,14 @@ def _largest_difference(
                 f"the endpoint answers from bundle {answer.model.bundle}, deployed was {info.bundle}; "
                 "is another server listening there?"
             )
-        gaps = [abs(answer.probabilities[name] - row[f"prob_{name}"]) for name in info.classes]
+        said = _said(answer, info)
+        gaps = [abs(said[name] - row[f"prob_{name}"]) for name in info.classes]
+        if isinstance(answer, DetectionAnswer):
+            gaps += _box_gaps(row["boxes"], answer, info)
         # Each for itself, and not `>`: a NaN is no agreement.
         if not (all(gap <= tolerance for gap in gaps) and _decides_alike(row, info, answer)):
             raise ValueError(
-                f"sample {row['sample_id']}: the endpoint answers {answer.probabilities} ({answer.decision}), the "
+                f"sample {row['sample_id']}: the endpoint answers {said} ({answer.decision}), the "
                 f"evaluation says otherwise by up to {max(gaps):.2g} (tolerance {tolerance:g}); not put into service. "
                 "Does the server run the code and versions that the model was evaluated with?"
             )
@@ -211,7 +292,39 @@ def _largest_difference(
     return largest
 
 
-def _decides_alike(row: Mapping[Any, Any], info: PredictionsInfo, answer: Answer) -> bool:
-    if info.task == "multilabel":
+def _said(answer: AnyAnswer, info: PredictionsInfo) -> dict[str, float]:
+    """Class -> probability; of a detector the best score, as a predictions file has it."""
+    if not isinstance(answer, DetectionAnswer):
+        return answer.probabilities
+    return {
+        name: max((box.score for box in answer.boxes if box.class_ == name), default=0.0)
+        for name in info.classes
+    }
+
+
+def _box_gaps(
+    evaluated: Sequence[Mapping[str, Any]], answer: DetectionAnswer, info: PredictionsInfo
+) -> list[float]:
+    """How far the called boxes lie apart, as a share of their coordinates; NaN where there are more or fewer.
+
+    Those that are not called may come and go with the last digit of a score.
+    """
+    ours = sorted((box.class_, box.box_xyxy) for box in answer.boxes if box.called)
+    theirs = sorted(
+        (box["class"], (box["x0"], box["y0"], box["x1"], box["y1"]))
+        for box in evaluated
+        if box["score"] >= info.thresholds[box["class"]]
+    )
+    if [name for name, _ in ours] != [name for name, _ in theirs]:
+        return [math.nan]
+    return [
+        abs(a - b) / max(abs(b), 1.0)
+        for (_, one), (_, other) in zip(ours, theirs, strict=True)
+        for a, b in zip(one, other, strict=True)
+    ]
+
+
+def _decides_alike(row: Mapping[Any, Any], info: PredictionsInfo, answer: AnyAnswer) -> bool:
+    if info.task in ("multilabel", "detection"):
         return tuple(answer.decision) == tuple(name for name in info.classes if row[f"decision_{name}"])
     return bool(answer.decision == row["decision"])

@@ -4,19 +4,33 @@ A bound is held against the end of the 95 % interval that argues against the mod
 itself: what was seen in a few patients is no promise for the next ones.
 """
 
+import json
 import math
 from collections.abc import Iterator, Mapping
-from typing import Literal, Self
+from pathlib import Path
+from typing import Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from cadx import detection
+from cadx import metrics as classification
 from cadx.bundle import Bundle
+from cadx.comparing import ComparedMetric, Scored, compare_metrics, read_scored
+from cadx.datasets import DatasetFolder, read_splits
 from cadx.explaining import title
 from cadx.files import digest_path, write_json
-from cadx.gating import Check, Decision, MetricsFile, ceiling, floor, read_metrics
-from cadx.metrics import METRICS, Subgroup
-from cadx.types import Estimate
-from components.contract import In, Out, Params, step
+from cadx.gating import Check, Decision, MetricsFile, ceiling, floor, not_inferior, read_metrics
+from cadx.metrics import Subgroup
+from cadx.signing import objection, read_review
+from cadx.splitting import patients_in_several_splits
+from cadx.types import Digest, Estimate
+from components.contract import In, MaybeIn, Out, Params, step
+
+METRICS = {**classification.METRICS, **detection.METRICS}
+"""Every metric that a bound may be set on."""
+
+_UNKNOWN = Estimate(value=None, low=None, high=None, n=0, method="not among the subgroup's metrics")
+_LEAKS = ("duplicate_across_splits", "near_duplicate_across_splits")
 
 
 class GateParams(Params):
@@ -28,9 +42,22 @@ class GateParams(Params):
     at_most: dict[str, float] = Field(
         default={}, description="metric -> what its upper end must not exceed, such as brier"
     )
-    subgroup_at_least: dict[Literal["auc", "sensitivity", "specificity"], float] = Field(
+    subgroup_at_least: dict[str, float] = Field(
         default={},
         description="metric -> what its lower end must reach in each subgroup that is large enough to judge",
+    )
+    margins: dict[ComparedMetric, float] = Field(
+        default={},
+        description="metric -> how much worse than the champion it may be on the same patients, at the lower end of "
+        "the paired difference; without a champion nothing is compared",
+    )
+    clean_data: bool = Field(
+        default=False,
+        description="dataset, splits and validation must be given, without a leak between splits",
+    )
+    reviewers: dict[str, str] = Field(
+        default={},
+        description="name -> public key (PEM) of who may sign off; where any stands, one of them must have",
     )
     other_dataset: bool = Field(
         default=False, description="it is scored on another dataset than its own, with none of its patients"
@@ -49,6 +76,14 @@ class GateParams(Params):
                 raise ValueError(f"{name}: {bound} is no bound")
         return bounds
 
+    @field_validator("margins")
+    @classmethod
+    def _allows(cls, margins: dict[str, float]) -> dict[str, float]:
+        for name, margin in margins.items():
+            if not 0 <= margin < 1:
+                raise ValueError(f"{name}: {margin} is no margin; give a share of 1, such as 0.02")
+        return margins
+
     @model_validator(mode="after")
     def _asks(self) -> Self:
         if not (self.at_least or self.at_most):
@@ -57,13 +92,27 @@ class GateParams(Params):
 
 
 @step
-def gate(*, metrics: In, bundle: In, decision: Out, params: GateParams) -> None:
+def gate(
+    *,
+    metrics: In,
+    bundle: In,
+    decision: Out,
+    predictions: MaybeIn = None,
+    champion: MaybeIn = None,
+    dataset: MaybeIn = None,
+    splits: MaybeIn = None,
+    validation: MaybeIn = None,
+    review: MaybeIn = None,
+    params: GateParams,
+) -> None:
     """Decide whether a model may be served, by declared bounds on the worse ends of its intervals.
 
-    A refusal is a result, not an error: the decision is written either way, with every reason.
+    A refusal is a result, not an error: the decision is written either way, with every reason. What else is given is
+    judged too: `champion`, the predictions of the model in service (`cadx champion export`), against `predictions`;
+    `dataset`, `splits` and `validation` for leaks; `review`, what a reviewer signed (`cadx sign --reviewer`).
 
     Raises:
-        ValueError: if the metrics are not those of this bundle.
+        ValueError: if the metrics or the predictions are not those of this bundle, or a file is of another form.
     """
     opened = Bundle(bundle)
     record = read_metrics(metrics)
@@ -71,7 +120,18 @@ def gate(*, metrics: In, bundle: In, decision: Out, params: GateParams) -> None:
         raise ValueError(
             f"{metrics}: numbers of another bundle than {bundle}; run `cadx evaluate` on this one first"
         )
-    checks = tuple(_checks(record, opened, params))
+    checks = [*_checks(record, opened, params)]
+    if params.clean_data or (dataset and splits):
+        checks.append(_no_leak(dataset, splits, record))
+    if params.clean_data or validation:
+        checks.append(_validated(validation, splits, record))
+    rival = read_scored(champion) if champion else None
+    if rival and params.margins:
+        if predictions is None:
+            raise ValueError("--champion without --predictions: give this model's, on the same patients")
+        checks += _against(rival, predictions, opened.digest, params.margins)
+    if params.reviewers:
+        checks.append(_signed_off(review, record, digest_path(metrics), params.reviewers))
     write_json(
         decision,
         Decision(
@@ -80,9 +140,11 @@ def gate(*, metrics: In, bundle: In, decision: Out, params: GateParams) -> None:
             split=record.split,
             promote=all(check.passed for check in checks),
             reasons=tuple(check.reason for check in checks if not check.passed),
-            checks=checks,
+            checks=tuple(checks),
             bundle=opened.digest,
             metrics=digest_path(metrics),
+            champion=rival.info.bundle if rival else None,
+            reviewer=read_review(review).reviewer if review and params.reviewers else None,
         ).model_dump(mode="json"),
     )
 
@@ -123,6 +185,95 @@ def _kept_apart(record: MetricsFile, bundle: Bundle, other_dataset: bool) -> Che
     return Check(what=what, passed=passed, reason=said if passed else fix)
 
 
+def _no_leak(dataset: Path | None, splits: Path | None, record: MetricsFile) -> Check:
+    """Whether each patient stands in one split; a dataset that is not the scored one says nothing of it."""
+    what = "no patient in two splits"
+    if dataset is None or splits is None:
+        reason = "clean_data is asked, but dataset and splits were not given to look for leaks"
+        return Check(what=what, passed=False, reason=reason)
+    if (digest_path(dataset / "dataset.json"), digest_path(splits)) != (record.dataset, record.splits):
+        reason = f"{dataset} and {splits} are not those that were scored: evaluate again"
+        return Check(what=what, passed=False, reason=reason)
+    shared = patients_in_several_splits(DatasetFolder(dataset).samples, read_splits(splits))
+    reason = (
+        f"{shared} patients stand in more than one split: training has seen them; split again, by patient"
+    )
+    return Check(what=what, passed=not shared, reason=reason if shared else what)
+
+
+def _validated(validation: Path | None, splits: Path | None, record: MetricsFile) -> Check:
+    """Whether validation judged this dataset, and left no copy of a training image in another split."""
+    what = "validated without a leak"
+    if validation is None:
+        reason = "clean_data is asked, but no validation was given"
+        return Check(what=what, passed=False, reason=reason)
+    try:
+        content = json.loads(validation.read_text(encoding="utf-8"))
+        judged, rules = content["dataset"], content["rules"]
+        quarantined = {entry["sample_id"] for entry in content["quarantined"]}
+        leaks = [rule["message"] for rule in rules if rule["name"] in _LEAKS and _is_open(rule)]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{validation}: not a validation; run `cadx validate` again") from None
+    reason = ""
+    if judged != record.dataset:
+        reason = f"{validation} judged another dataset than was scored; run `cadx validate` on this one"
+    elif leaks:
+        reason = f"validation found leaks that were left in: {'; '.join(leaks)}"
+    elif splits is not None:
+        assigned = read_splits(splits)
+        used = assigned["sample_id"].isin(list(quarantined)) & (assigned["split"] != "excluded")
+        if used.any():
+            reason = (
+                f"{used.sum()} images stand in a split that validation has put in quarantine; split again"
+            )
+    return Check(what=what, passed=not reason, reason=reason or what)
+
+
+def _is_open(rule: Mapping[str, object]) -> bool:
+    """Whether a rule failed and its images were not kept out."""
+    return not rule["passed"] and rule["severity"] != "quarantine"
+
+
+def _against(
+    champion: Scored, predictions: Path, bundle: Digest, margins: Mapping[ComparedMetric, float]
+) -> list[Check]:
+    """A check for each margin, on the patients that both models were asked about."""
+    challenger = read_scored(predictions)
+    if challenger.info.bundle != bundle:
+        raise ValueError(f"{predictions}: answers of another bundle than the one that is judged; evaluate it")
+    what = "not inferior to the champion"
+    if champion.info.bundle == bundle:
+        return [Check(what=what, passed=True, reason="it is the champion itself")]
+    try:
+        found = compare_metrics(challenger, champion, list(margins))
+    except ValueError as error:
+        return [Check(what=what, passed=False, reason=f"cannot be compared with the champion: {error}")]
+    return [
+        not_inferior(
+            " of ".join(filter(None, (title(one.metric), one.of))), one.difference, margins[one.metric]
+        )
+        for one in found
+    ]
+
+
+def _signed_off(
+    review: Path | None, record: MetricsFile, metrics: Digest, reviewers: Mapping[str, str]
+) -> Check:
+    """Whether a known reviewer has signed for this bundle and these numbers."""
+    what = "signed off by a reviewer"
+    if review is None:
+        reason = f"no reviewer has signed off; asked for is one of {', '.join(reviewers)}"
+        return Check(what=what, passed=False, reason=reason)
+    signed = read_review(review)
+    wrong = objection(review, reviewers)
+    if not wrong and signed.bundle != record.bundle:
+        wrong = "signed for another bundle"
+    if not wrong and signed.metrics != metrics:
+        wrong = "signed for other numbers than these"
+    reason = f"the sign-off does not count: {wrong}" if wrong else f"signed off by {signed.reviewer}"
+    return Check(what=what, passed=not wrong, reason=reason)
+
+
 def _subgroup_floors(
     name: str, bound: float, by_subgroup: Mapping[str, Mapping[str, Subgroup]]
 ) -> Iterator[Check]:
@@ -130,7 +281,7 @@ def _subgroup_floors(
     judged = 0
     for attribute, groups in by_subgroup.items():
         for value, group in groups.items():
-            estimate: Estimate = getattr(group, name)
+            estimate = group.metrics.get(name) or getattr(group, name, None) or _UNKNOWN
             what = f"{title(name)} in {attribute} {value}"
             if estimate.low is None:
                 reason = f"{what} was not judged: {estimate.method}"

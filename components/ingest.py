@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -54,6 +54,11 @@ class IngestParams(Params):
     """Which set of the catalogue to read."""
 
     source: str = Field(min_length=1)  # its name in the catalogue
+    unreadable: Literal["stop", "leave_out"] = Field(
+        default="stop",
+        description="what a file that cannot be taken does: it stops the step, or is left out and listed with its "
+        "reason in dataset.json and in the report of `validate`",
+    )
 
 
 @step
@@ -98,7 +103,7 @@ def ingest(*, catalog: In, cache: Keep, dataset: Out, digest: str = "", params: 
             elif isinstance(layout, BagsEntry):
                 _add_bags(writer, name, layout, root, key)
             else:
-                _add_files(writer, name, layout, root, key)
+                _add_files(writer, name, layout, root, key, leave_out=params.unreadable == "leave_out")
 
 
 def _digest(name: str, root: Path) -> Digest:
@@ -265,7 +270,9 @@ class _Read:
     loaded: _Loaded | None = None
 
 
-def _add_files(writer: DatasetWriter, name: str, entry: FileEntry, root: Path, key: bytes) -> None:
+def _add_files(
+    writer: DatasetWriter, name: str, entry: FileEntry, root: Path, key: bytes, *, leave_out: bool
+) -> None:
     try:
         items = list_items(entry, root)
     except OSError as error:  # its text repeats a file's name
@@ -287,9 +294,11 @@ def _add_files(writer: DatasetWriter, name: str, entry: FileEntry, root: Path, k
                 patient = _patient(entry, key, sample_id, item.patient or read.loaded.patient or "", "")
             except ValueError as error:
                 problem = str(error)
-        if problem:
+        if problem and leave_out:
+            writer.leave_out(item.place, problem)
+        elif problem:
             problems.append(f"{item.place}: {problem}")
-        if problems or identified:
+        if problem or problems or identified:
             continue
         loaded = read.loaded
         assert loaded is not None
@@ -320,7 +329,7 @@ def _add_files(writer: DatasetWriter, name: str, entry: FileEntry, root: Path, k
     if problems:
         raise ValueError(
             f"{name}: {len(problems)} of {len(items)} {entry.kind}s cannot be taken: {_listed(problems)}; "
-            "repair them, or take them out of the source"
+            "repair them, take them out of the source, or set ingest.unreadable to leave_out"
         )
 
 

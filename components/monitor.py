@@ -1,318 +1,561 @@
-"""Do the images and the answers of a served model still look as they did? Evidently's drift tests.
+"""Do the images and the answers of a served model still look as they did, and are the answers still right?
 
-What is compared, a column each:
+What is compared, over all requests of the window and at each site and scanner with enough of them:
 
-    statistics   `stat_*`           image statistics, with the training split (reference.parquet)
-    embedding    `embedding_*`      `drift.embedding_summary`, with the calibration split (heldout.parquet)
-                                    of which one half, drawn at random, chooses the axes
-    scores       `prob_<class>`     of the positive class, or of each class, with the calibration split
-    decisions    `decision_<class>` whether it was called, likewise
+    statistics   `stat_*`               image statistics, with the training split (reference.parquet)
+    embedding    `embedding`            what the network makes of the image, with the calibration split
+                                        (heldout.parquet), in all directions at once
+    scores       `prob_<class>`         of the positive class, or of each class, with the calibration split
+    prevalence   `prevalence_<class>`   the mean of that probability: the share of the ill that the model expects
+    decisions    `decision_<class>`     whether it was called; of a detector also `num_boxes`
 
-A column has drifted where p < alpha / columns (Bonferroni: over all columns together, at most a share alpha
-of runs alarms without a cause) and the distance is at least `minimum_effect`. Numbers are compared by the
-Kolmogorov-Smirnov test, decisions by Fisher's. Evidently takes both as tests of its own making, because its
-chi-square test takes the reference's shares for the truth, its Fisher test wants samples of equal size,
-and none of its tests asks for a minimum effect.
+Something has drifted where p after Holm's correction over all of these is below alpha / 2 and the distance is at
+least `minimum_effect`. The other half of alpha is for what labels say: where some have come, the live sensitivity,
+specificity, AUC, calibration and coverage of the conformal sets are worked out, and an interval that excludes what was
+declared is an alarm too. `cadx/drift.py` and `cadx/outcomes.py` hold the tests and their sources.
 
-What it cannot tell: whether answers are right, which needs labels; a shift in one site among many; and
-drift in fewer requests than `minimum_n`. The tests take images as independent: where patients have several,
-or the requests of one day share a fault, p-values are too small, and alarms come more often than alpha.
-Each run is a test of its own: a hundred runs over other requests, without any drift, alarm about once at
-alpha 0.01.
+The tests are our own and not Evidently's, because its chi-square test takes the reference's shares for the truth, its
+Fisher test wants samples of equal size, and none of its tests asks for a minimum effect. Its page shows their verdicts.
+
+What it cannot tell: drift in fewer requests than `minimum_n`. The tests take images as independent: where patients have
+several, or the requests of one day share a fault, p-values are too small, and alarms come more often than alpha. Each
+window is a test of its own: windows that overlap share their false alarms, a hundred that do not hold about alpha.
 
 drift.json:
 
-    schema              1
+    schema              2
     experiment, seed    of the bundle
     bundle              digest of the bundle
     n                   requests compared
-    n_reference         group -> rows compared with
+    n_reference         rows compared with: training, calibration
     window              start, end: times of the first and the last request, UTC
     skipped             lines left out: torn, other_bundles, duplicates; older: requests before the window
     alpha, minimum_effect, minimum_n
-    columns             name, group, p_value, threshold, effect, drifted, reference_mean, current_mean
-    drifted             whether a column has; null: too few requests, neither alarm nor all-clear
+    columns             the findings: slice, group, name, p_value, adjusted_p, effect, drifted, reference_mean,
+                        current_mean, n_reference, n
+    unknown             requests of sites and scanners that the reference does not hold: by kind and name
+    n_labelled          requests with labels
+    outcomes            name, of, value, low, high, n, method, at_least, at_most, broken
+    drifted             whether anything has; null: too few requests, neither alarm nor all-clear
+    retrain             whether a pipeline should act: anything has drifted, or is no longer as declared
+    trigger             why: moved, what has drifted, as "slice: name"; broken, what is no longer as declared
     message             that in words
     share_with_warnings of the requests
+    share_referred      of the requests: those that the model leaves to a person
     assumptions         in words
+
+Beside it: the report, for whoever decides what to do; Evidently's page, quantity by quantity; and the figures in
+Prometheus' text form, a textfile for its node exporter.
 """
 
 import html
+import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
 from pydantic import Field
 
 from cadx.bundle import EMBEDDING_DECIMALS, REFERENCE_DECIMALS, Bundle, Manifest
-from cadx.drift import (
-    Difference,
-    RequestLog,
-    compare_numbers,
-    compare_shares,
-    embedding_summary,
-    read_request_log,
-)
-from cadx.files import write_json
-from cadx.reporting import Page
-from components.contract import Alarm, In, Out, Params, step
+from cadx.drift import Finding, called, compare_requests, unknown_places
+from cadx.files import plain, write_json
+from cadx.outcomes import COVERAGE, Outcome, live_outcomes
+from cadx.reporting import PALETTE, Page, panels
+from cadx.request_log import compact, read_labels, read_requests, short
+from components.contract import Alarm, In, Keep, MaybeIn, Out, Params, step
 
-NUM_NAMED = 4  # columns in the alarm's one line
+NUM_NAMED = 4  # findings in the alarm's one line, and drawn
 CALLED, NOT_CALLED = "called", "not called"
+WEBHOOK_TRIES = 4
+WEBHOOK_TIMEOUT_S = 5.0
 
 # A browser then refuses every request that Evidently's page might make; of its own accord it makes none.
 CONTENT_POLICY = (
     '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
     "script-src 'unsafe-inline'; style-src 'unsafe-inline'; font-src data:; img-src data: blob:\">"
 )
+STATISTICS_IN_WORDS = {
+    "mean": "mean brightness",
+    "std": "contrast (standard deviation)",
+    "p01": "brightness of the darkest hundredth",
+    "p50": "median brightness",
+    "p99": "brightness of the brightest hundredth",
+    "entropy_bits": "variety of grey levels (entropy, bits)",
+    "sharpness": "sharpness (neighbouring pixels' difference)",
+    "dark_fraction": "share of black pixels",
+    "bright_fraction": "share of white pixels",
+}
 
 
 class MonitorParams(Params):
     """When to alarm: at what is no chance, and large enough to matter."""
 
     alpha: float = Field(
-        default=0.01, gt=0, lt=1, description="share of runs that may alarm without a cause, over all columns"
+        default=0.05,
+        gt=0,
+        lt=1,
+        description="share of windows that may alarm without a cause, over all tests, sites and scanners; "
+        "half is for drift, half for what labels say",
     )
     minimum_effect: float = Field(
-        default=0.1,
+        default=0.03,
         ge=0,
         le=1,
-        description="distance between the distributions from which on it matters; "
-        "0.1 is a quarter of a standard deviation, or 10 percentage points of the decisions",
+        description="distance between the distributions from which on it matters; of shares and probabilities "
+        "it is a difference, 0.03 being 3 percentage points",
     )
-    minimum_n: int = Field(default=50, ge=2, description="requests that a verdict needs")
+    minimum_n: int = Field(
+        default=30, ge=2, description="requests that a verdict needs, over all and at a site"
+    )
     window: int | None = Field(
-        default=1000,
+        default=200,
         ge=2,
         description="compare the latest requests, so many; null: all, in which a new fault drowns",
     )
-
-
-class Column(NamedTuple):
-    """The verdict on one column; the means of a decision are shares of the images."""
-
-    name: str
-    group: str
-    p_value: float
-    threshold: float
-    effect: float
-    drifted: bool
-    reference_mean: float
-    current_mean: float
-
-
-class Compared(NamedTuple):
-    """Columns that share a reference: numbers rounded alike on both sides, decisions as bool."""
-
-    reference: pd.DataFrame
-    current: pd.DataFrame
+    labelled_window: int | None = Field(
+        default=1000, ge=2, description="of the requests with labels, the latest so many; null: all"
+    )
+    at_least: dict[Literal["sensitivity", "specificity", "ppv", "npv", "auc", "coverage"], float] = Field(
+        default_factory=dict,
+        description="declared values that labels are held against, beside the operating point's target and the "
+        "conformal sets' nominal coverage",
+    )
+    at_most: dict[Literal["calibration_intercept", "calibration_slope"], float] = Field(
+        default_factory=dict, description="likewise, from above"
+    )
 
 
 @step
-def monitor(*, request_log: In, bundle: In, drift: Out, report: Out, params: MonitorParams) -> None:
-    """Compare the requests that a bundle has answered with what it was made from.
+def monitor(
+    *,
+    request_log: In,
+    bundle: In,
+    requests: Keep,
+    drift: Out,
+    report: Out,
+    evidently: Out,
+    prometheus: Out,
+    labels: MaybeIn = None,
+    webhook: str = "",
+    params: MonitorParams,
+) -> None:
+    """Compare the requests that a bundle has answered with what it was made from, and with labels that have come.
 
     Raises:
-        Alarm: if anything has drifted; both outputs are written.
+        Alarm: if anything has drifted or is no longer as declared; all outputs are written.
         ValueError: if the log holds no request of this bundle, or the bundle no held-out answers.
     """
+    if webhook and urlsplit(webhook).scheme not in ("http", "https"):
+        raise ValueError("--webhook: not an http or https address; give the whole URL")
     opened = Bundle(bundle)
-    heldout = opened.heldout()
-    log = read_request_log(request_log, opened.digest)
-    requests = log.requests if params.window is None else log.requests.tail(params.window)
-    groups = _compared(opened.manifest, opened.reference(), heldout, requests)
-    record = _record(opened, log, requests, groups, params)
-    title = f"{opened.manifest.experiment}, seed {opened.manifest.seed}: drift"
-
-    if len(requests) < params.minimum_n:
-        message = (
-            f"too few requests for a verdict, {len(requests)} of {params.minimum_n}: "
-            "neither alarm nor all-clear"
+    manifest, heldout, reference = opened.manifest, opened.heldout(), opened.reference()
+    compacted = compact(request_log, requests)
+    answered = compacted.requests.get(short(opened.digest), 0)
+    others = sum(compacted.requests.values()) - answered
+    if not answered:
+        raise ValueError(
+            f"{request_log}: no request that {opened.digest} answered ({others} lines of other bundles, "
+            f"{compacted.torn} cut short); give the folder that CADX_REQUEST_LOG names, and the bundle that is served"
         )
-        write_json(drift, record | {"drifted": None, "message": message, "columns": []})
-        print(message)
-        page = Page(title, f"Bundle {opened.digest}")
-        page.callout("warn", message)
-        page.write(report)
-        return
-    columns, evidently_page = _evidently(groups, params)
-    moved = sorted((column for column in columns if column.drifted), key=lambda column: -column.effect)
-    message = _message(moved, len(columns))
-    listed = [column._asdict() for column in columns]
-    write_json(drift, record | {"drifted": bool(moved), "message": message, "columns": listed})
-    report.write_text(_headed(evidently_page, title, record | {"message": message}), encoding="utf-8")
-    if moved:
-        raise Alarm(f"{message}; look at the report")
-    print(message)
+    current = _rounded(read_requests(requests, opened.digest, last=params.window))
+    watched = [manifest.positive] if manifest.positive else list(manifest.classes)
+    findings: list[Finding] = []
+    if enough := len(current) >= params.minimum_n:
+        findings = compare_requests(
+            reference,
+            heldout,
+            current,
+            watched,
+            alpha=params.alpha / 2,
+            minimum_effect=params.minimum_effect,
+            minimum_n=params.minimum_n,
+        )
+    labelled = _labelled(requests, labels, opened, params.labelled_window)
+    outcomes = [] if labelled.empty else _outcomes(labelled, manifest, params)
 
-
-def _compared(
-    manifest: Manifest, reference: pd.DataFrame, heldout: pd.DataFrame, requests: pd.DataFrame
-) -> dict[str, Compared]:
-    """What is compared, by group."""
-    statistics = [name for name in reference if reference[name].notna().all()]
-    scored = [manifest.positive] if manifest.task == "binary" else list(manifest.classes)
-    probabilities = [f"prob_{name}" for name in scored]
-    # One half of the reference chooses the axes, the other is compared: see `embedding_summary`.
-    embeddings = np.stack(heldout["embedding"].to_list())
-    later = np.stack(requests["embedding"].to_list()).round(EMBEDDING_DECIMALS)
-    shuffled = np.random.default_rng(0).permutation(len(embeddings))
-    axes, others = embeddings[shuffled[::2]], embeddings[shuffled[1::2]]
-    return {
-        "statistics": Compared(reference[statistics], requests[statistics].round(REFERENCE_DECIMALS)),
-        "embedding": Compared(
-            pd.DataFrame(embedding_summary(axes, others)), pd.DataFrame(embedding_summary(axes, later))
-        ),
-        "scores": Compared(heldout[probabilities], requests[probabilities].round(REFERENCE_DECIMALS)),
-        "decisions": Compared(_called(heldout, scored), _called(requests, scored)),
+    moved = sorted((finding for finding in findings if finding.drifted), key=lambda finding: -finding.effect)
+    broken = [outcome for outcome in outcomes if outcome.broken]
+    skipped = {
+        "torn": compacted.torn,
+        "other_bundles": others,
+        "duplicates": compacted.duplicates,
+        "older": answered - len(current),
     }
-
-
-def _called(answers: pd.DataFrame, classes: Sequence[str | None]) -> pd.DataFrame:
-    if "decision" not in answers:
-        return answers[[f"decision_{name}" for name in classes]]
-    return pd.DataFrame({f"decision_{name}": answers["decision"] == name for name in classes})
-
-
-def _record(
-    bundle: Bundle,
-    log: RequestLog,
-    requests: pd.DataFrame,
-    groups: Mapping[str, Compared],
-    params: MonitorParams,
-) -> dict[str, Any]:
-    """Everything of drift.json but the verdict."""
-    manifest = bundle.manifest
-    assumptions = ["images were taken as independent of each other"]
-    if manifest.clustered:
-        assumptions.append("patients may have several images, which makes p-values somewhat too small")
-    return {
-        "schema": 1,
+    record: dict[str, Any] = {
+        "schema": 2,
         "experiment": manifest.experiment,
         "seed": manifest.seed,
-        "bundle": bundle.digest,
-        "n": len(requests),
-        "n_reference": {group: len(compared.reference) for group, compared in groups.items()},
+        "bundle": opened.digest,
+        "n": len(current),
+        "n_reference": {"training": len(reference), "calibration": len(heldout)},
         "window": {
             end: time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-            for end, time in (("start", requests["time"].iloc[0]), ("end", requests["time"].iloc[-1]))
+            for end, time in (("start", current["time"].iloc[0]), ("end", current["time"].iloc[-1]))
         },
-        "skipped": {
-            "torn": log.torn,
-            "other_bundles": log.other_bundles,
-            "duplicates": log.duplicates,
-            "older": len(log.requests) - len(requests),
-        },
+        "skipped": skipped,
         "alpha": params.alpha,
         "minimum_effect": params.minimum_effect,
         "minimum_n": params.minimum_n,
-        "share_with_warnings": float((requests["num_warnings"] > 0).mean()),
-        "assumptions": assumptions,
+        "columns": [finding._asdict() for finding in findings],
+        "unknown": unknown_places(heldout, current),
+        "n_labelled": len(labelled),
+        "outcomes": [_flat(outcome) for outcome in outcomes],
+        "drifted": bool(moved) if enough else None,
+        "retrain": bool(moved or broken),
+        "trigger": {
+            "moved": [f"{finding.slice}: {finding.name}" for finding in moved],
+            "broken": [_named(outcome) for outcome in broken],
+        },
+        "message": _message(moved, broken, findings, len(current), params.minimum_n),
+        "share_with_warnings": float((current["num_warnings"] > 0).mean()),
+        "share_referred": float(current["refer"].mean()),
+        "assumptions": _assumptions(manifest),
+    }
+    write_json(drift, record)
+    _page(record, moved, findings, outcomes, reference, heldout, current).write(report)
+    if enough:
+        title = f"{manifest.experiment}, seed {manifest.seed}: drift, quantity by quantity"
+        page = _evidently(findings, reference, heldout, current, params)
+        evidently.write_text(_headed(page, title, record), encoding="utf-8")
+    else:
+        empty = Page(f"{manifest.experiment}, seed {manifest.seed}: drift", f"Bundle {opened.digest}")
+        empty.callout("warn", record["message"])
+        empty.write(evidently)
+    _write_prometheus(prometheus, record, findings, outcomes)
+    if moved or broken:
+        if webhook:
+            told = ("schema", "experiment", "seed", "bundle", "n", "window", "retrain", "trigger", "message")
+            _post(webhook, {name: record[name] for name in told})
+        raise Alarm(f"{record['message']}; look at the report")
+    print(record["message"])
+
+
+def _rounded(requests: pd.DataFrame) -> pd.DataFrame:
+    """Numbers as rounded as those of the references."""
+    numbers = [name for name in map(str, requests) if name.startswith(("stat_", "prob_"))]
+    return requests.assign(
+        embedding=[np.round(embedding, EMBEDDING_DECIMALS) for embedding in requests["embedding"]],
+        **{name: requests[name].round(REFERENCE_DECIMALS) for name in numbers},
+    ).reset_index(drop=True)
+
+
+def _labelled(tables: Path, labels: Path | None, bundle: Bundle, last: int | None) -> pd.DataFrame:
+    """The latest requests whose labels have come, with these beside them."""
+    if labels is None:
+        return pd.DataFrame()
+    known = read_labels(labels, bundle.manifest.classes)
+    joined = read_requests(tables, bundle.digest, embeddings=False).merge(known, on="prediction_id")
+    if joined.empty:
+        raise ValueError(
+            f"{labels}: none of its {len(known)} prediction_ids is of a request that this bundle answered; "
+            "take them from the answers"
+        )
+    return joined if last is None else joined.tail(last)
+
+
+def _outcomes(labelled: pd.DataFrame, manifest: Manifest, params: MonitorParams) -> list[Outcome]:
+    """The live metrics, held against what the bundle and the parameters declare."""
+    point, conformal = manifest.operating_point, getattr(manifest, "conformal", None)
+    declared: dict[str, float] = {}
+    # Of boxes the target is a sensitivity per lesion; labels that come later are of whole images.
+    if point is not None and point.target_metric and point.target_value and manifest.task != "detection":
+        declared[point.target_metric] = point.target_value
+    if conformal is not None:
+        declared[COVERAGE] = conformal.coverage
+    return live_outcomes(
+        labelled,
+        task=manifest.task,
+        classes=manifest.classes,
+        positive=manifest.positive,
+        at_least=declared | {str(name): value for name, value in params.at_least.items()},
+        at_most={str(name): value for name, value in params.at_most.items()},
+        alpha=params.alpha / 2,
+    )
+
+
+def _assumptions(manifest: Manifest) -> list[str]:
+    assumptions = ["images were taken as independent of each other"]
+    if manifest.clustered:
+        assumptions.append("patients may have several images, which makes p-values somewhat too small")
+    return assumptions
+
+
+def _flat(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "name": outcome.name,
+        "of": outcome.of,
+        **outcome.estimate.model_dump(),
+        "at_least": outcome.at_least,
+        "at_most": outcome.at_most,
+        "broken": outcome.broken,
     }
 
 
-def _evidently(groups: Mapping[str, Compared], params: MonitorParams) -> tuple[list[Column], str]:
-    """Let Evidently test every column: the verdicts in order, and its page."""
+def _named(outcome: Outcome) -> str:
+    return f"{outcome.name} of {outcome.of}" if outcome.of else outcome.name
+
+
+def _message(
+    moved: Sequence[Finding], broken: Sequence[Outcome], findings: Sequence[Finding], n: int, minimum_n: int
+) -> str:
+    if not findings:
+        said = f"too few requests for a verdict, {n} of {minimum_n}: neither alarm nor all-clear"
+    elif not moved:
+        said = f"no drift in {len(findings)} comparisons"
+    else:
+        named = [
+            f"{'' if f.slice == 'all' else f'{f.slice}: '}{in_words(f.name)}"
+            + ("" if f.current_mean is None else f" {f.reference_mean:.3g} -> {f.current_mean:.3g}")
+            + f" (distance {f.effect:.2f})"
+            for f in moved[:NUM_NAMED]
+        ]
+        more = f" and {len(moved) - NUM_NAMED} more" if len(moved) > NUM_NAMED else ""
+        said = f"{len(moved)} of {len(findings)} comparisons drifted: {', '.join(named)}{more}"
+    for outcome in broken:
+        bound = (
+            f"at least {outcome.at_least:g}"
+            if outcome.at_least is not None
+            else f"at most {outcome.at_most:g}"
+        )
+        said += f"; {_named(outcome)} is {outcome.estimate.value:.3f}, declared {bound}"
+    return said
+
+
+# --- For people -----------------------------------------------------------------------------------------
+
+
+def _page(
+    record: Mapping[str, Any],
+    moved: Sequence[Finding],
+    findings: Sequence[Finding],
+    outcomes: Sequence[Outcome],
+    reference: pd.DataFrame,
+    heldout: pd.DataFrame,
+    current: pd.DataFrame,
+) -> Page:
+    """The summary, for somebody who has to decide what to do next."""
+    window = record["window"]
+    page = Page(f"{record['experiment']}, seed {record['seed']}: watch", f"Bundle {record['bundle']}")
+    calm = not record["retrain"] and record["drifted"] is not None
+    page.callout("ok" if calm else "warn", record["message"])
+    page.facts(
+        [
+            ("requests compared", record["n"]),
+            ("first request, UTC", window["start"][:16].replace("T", " ")),
+            ("last request, UTC", window["end"][:16].replace("T", " ")),
+            ("answered with a warning", f"{record['share_with_warnings']:.1%}"),
+            ("left to a person", f"{record['share_referred']:.1%}"),
+            ("labels so far", record["n_labelled"]),
+        ]
+    )
+    for kind, names in record["unknown"].items():
+        if names:
+            listed = ", ".join(f"{name} ({n})" for name, n in names.items())
+            page.callout("warn", f"Requests of a {kind} that the model was not calibrated on: {listed}.")
+
+    page.section("What has moved")
+    page.table(
+        [_row(finding) for finding in moved],
+        "The furthest first. Distance: 0 is alike, 1 is nothing in common. Chance: the probability of such a "
+        "difference without any change, allowing for the number of comparisons (p-value after Holm's correction).",
+        formats={"distance": ".2f", "chance": ".2g", "before": ".3g", "now": ".3g"},
+        empty="Nothing." if findings else "Not asked: too few requests.",
+    )
+    if drawn := [finding for finding in moved if finding.current_mean is not None][:NUM_NAMED]:
+        figure, axes = panels(7.2, 2.4 * ((len(drawn) + 1) // 2), columns=2, rows=(len(drawn) + 1) // 2)
+        for finding, axis in zip(drawn, axes, strict=False):
+            _draw(axis, finding, *_sides(finding, reference, heldout, current))
+        for axis in axes[len(drawn) :]:
+            axis.set_axis_off()
+        page.figure(figure, "Blue: the reference. Orange: these requests. Heights are shares of the images.")
+
+    page.section("Are the answers right?")
+    if outcomes:
+        page.table(
+            [
+                {
+                    "metric": _named(outcome).replace("_", " "),
+                    "value (95 % interval)": outcome.estimate,
+                    "cases": outcome.estimate.n,
+                    "declared": _declared(outcome),
+                    "holds": "" if not _declared(outcome) else "NO" if outcome.broken else "yes",
+                }
+                for outcome in outcomes
+            ],
+            f"Of the {record['n_labelled']} latest requests whose labels have come. A declared value counts as broken "
+            "where what was seen excludes it, allowing for the number of declared values.",
+        )
+    else:
+        page.text(
+            "Unknown: no labels were given. Drift says that something has changed, not that answers are wrong. "
+            "Collect what was found later, by prediction_id, and give it with --labels."
+        )
+
+    page.section("What was compared")
+    page.table(
+        [_row(finding) for finding in findings if finding.slice == "all"],
+        "All requests of the window. Before and now are means; what the network sees is compared as a whole: the "
+        "numbers in its last layer, which have no scale of their own.",
+        formats={"distance": ".2f", "chance": ".2g", "before": ".3g", "now": ".3g"},
+        empty="Nothing: too few requests.",
+    )
+    if local := [finding for finding in findings if finding.slice != "all"]:
+        with page.details(f"By site and scanner: {len(local)} comparisons"):
+            page.table(
+                [_row(finding) for finding in local],
+                f"Sites and scanners with at least {record['minimum_n']} requests.",
+                formats={"distance": ".2f", "chance": ".2g", "before": ".3g", "now": ".3g"},
+            )
+    skipped = ", ".join(f"{number} {what.replace('_', ' ')}" for what, number in record["skipped"].items())
+    page.text(
+        f"Image statistics are compared with the {record['n_reference']['training']} images that the model was trained "
+        f"on; answers with those on the {record['n_reference']['calibration']} calibration images. Of windows without "
+        f"any change, about {record['alpha'] / 2:.1%} raise this alarm by chance. Evidently's page shows the "
+        f"distribution of each quantity. Lines left out: {skipped}.\n\n"
+        f"Assumptions: {'; '.join(record['assumptions'])}."
+    )
+    return page
+
+
+def _row(finding: Finding) -> dict[str, Any]:
+    return {
+        "quantity": in_words(finding.name),
+        "where": finding.slice,
+        "before": finding.reference_mean,
+        "now": finding.current_mean,
+        "distance": finding.effect,
+        "chance": finding.adjusted_p,
+        "requests": finding.n,
+    }
+
+
+def in_words(name: str) -> str:
+    """A quantity's name for readers.
+
+    >>> in_words("stat_mean"), in_words("prevalence_opacity")
+    ('mean brightness', 'expected share of opacity (mean probability)')
+    """
+    kind, _, of = name.partition("_")
+    return {
+        "stat": STATISTICS_IN_WORDS.get(of, of),
+        "embedding": "what the network sees (embedding)",
+        "prob": f"distribution of the probability of {of}",
+        "prevalence": f"expected share of {of} (mean probability)",
+        "decision": f"share called {of}",
+        "num": "boxes called in an image",
+    }[kind]
+
+
+def _declared(outcome: Outcome) -> str:
+    bounds = (("at least", outcome.at_least), ("at most", outcome.at_most))
+    return ", ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+
+
+def _sides(
+    finding: Finding, reference: pd.DataFrame, heldout: pd.DataFrame, current: pd.DataFrame
+) -> tuple[pd.Series, pd.Series]:
+    """The two samples behind a finding."""
+    before = reference if finding.group == "statistics" else heldout
+    if finding.slice != "all":
+        kind, _, name = finding.slice.partition(" ")
+        before, current = before[before[kind] == name], current[current[kind] == name]
+    if finding.group == "decisions" and finding.name.startswith("decision_"):
+        of = finding.name.removeprefix("decision_")
+        return called(before, of), called(current, of)
+    column = finding.name.replace("prevalence_", "prob_", 1)
+    return before[column], current[column]
+
+
+def _draw(axis: Any, finding: Finding, before: pd.Series, now: pd.Series) -> None:
+    values = [side.to_numpy(np.float64) for side in (before, now)]
+    edges = np.histogram_bin_edges(np.concatenate(values), bins=24)
+    for side, colour in zip(values, PALETTE, strict=False):
+        axis.hist(side, edges, weights=np.full(len(side), 1 / len(side)), color=colour, alpha=0.55)
+    place = "" if finding.slice == "all" else f"\n{finding.slice}"
+    axis.set_title(in_words(finding.name) + place, fontsize=9)
+
+
+def _evidently(
+    findings: Sequence[Finding],
+    reference: pd.DataFrame,
+    heldout: pd.DataFrame,
+    current: pd.DataFrame,
+    params: MonitorParams,
+) -> str:
+    """Evidently's page with the verdicts on every quantity of all requests that is a column."""
     # 6 s.
     from evidently import DataDefinition, Dataset, Report
     from evidently.legacy.calculations.stattests import StatTest, register_stattest
     from evidently.legacy.core import ColumnType
     from evidently.presets import DataDriftPreset
 
-    found: dict[str, Difference] = {}
+    shown = {
+        finding.name: finding
+        for finding in findings
+        if finding.slice == "all" and finding.group in ("statistics", "scores", "decisions")
+    }
 
-    def deciding_by(compare: Callable[[np.ndarray, np.ndarray], Difference]) -> Callable[..., Any]:
-        def test(reference: pd.Series, current: pd.Series, _: Any, threshold: float) -> tuple[float, bool]:
-            difference = compare(reference.to_numpy(), current.to_numpy())
-            found[str(reference.name)] = difference
-            # The distance is the score, since Evidently lists the highest scores first.
-            return difference.effect, difference.is_drift(threshold, params.minimum_effect)
+    def verdict(reference: pd.Series, _: pd.Series, __: Any, ___: float) -> tuple[float, bool]:
+        # The distance is the score, since Evidently lists the highest scores first.
+        finding = shown[str(reference.name)]
+        return finding.effect, finding.drifted
 
-        return test
-
-    def shares(reference: np.ndarray, current: np.ndarray) -> Difference:
-        return compare_shares(reference == CALLED, current == CALLED)
-
-    names = [(group, str(name)) for group, compared in groups.items() for name in compared.reference]
-    threshold = params.alpha / len(names)
-    rule = f"p < {threshold:.2g} and distance of at least {params.minimum_effect:g}"
-    numbers_test = StatTest("cadx_numbers", f"Kolmogorov-Smirnov: {rule}", [ColumnType.Numerical])
-    shares_test = StatTest("cadx_shares", f"Fisher: {rule}", [ColumnType.Categorical])
-    register_stattest(numbers_test, deciding_by(compare_numbers))
-    register_stattest(shares_test, deciding_by(shares))
-
+    rule = f"p after Holm < {params.alpha / 2:g} and distance of at least {params.minimum_effect:g}"
+    tests = [
+        StatTest("cadx_numbers", f"Kolmogorov-Smirnov: {rule}", [ColumnType.Numerical]),
+        StatTest("cadx_shares", f"Fisher: {rule}", [ColumnType.Categorical]),
+    ]
+    for test in tests:
+        register_stattest(test, verdict)
     # Side by side in one table: the shorter references end in NaN, which Evidently drops column by column.
-    reference, current = (
-        pd.concat([_in_words(compared[side]).reset_index(drop=True) for compared in groups.values()], axis=1)
+    pairs = {name: _sides(finding, reference, heldout, current) for name, finding in shown.items()}
+    before, now = (
+        pd.concat(
+            {name: _in_words(pair[side]).reset_index(drop=True) for name, pair in pairs.items()}, axis=1
+        )
         for side in (0, 1)
     )
     definition = DataDefinition(
-        numerical_columns=[name for group, name in names if group != "decisions"],
-        categorical_columns=[name for group, name in names if group == "decisions"],
+        numerical_columns=[name for name, pair in pairs.items() if pair[0].dtype != bool],
+        categorical_columns=[name for name, pair in pairs.items() if pair[0].dtype == bool],
     )
     preset = DataDriftPreset(
-        columns=[name for _, name in names],
-        num_method=numbers_test.name,
-        cat_method=shares_test.name,
-        threshold=threshold,
-        drift_share=1 / len(names),  # one column is enough
+        columns=list(shown),
+        num_method=tests[0].name,
+        cat_method=tests[1].name,
+        threshold=params.minimum_effect,
+        drift_share=1 / len(shown),  # one column is enough
     )
     with warnings.catch_warnings(), np.errstate(invalid="ignore"):
         # It correlates columns on the way, also constant ones.
         warnings.simplefilter("ignore", RuntimeWarning)
         snapshot = Report([preset]).run(
-            Dataset.from_pandas(current, definition), Dataset.from_pandas(reference, definition)
+            Dataset.from_pandas(now, definition), Dataset.from_pandas(before, definition)
         )
-    columns = [
-        Column(
-            name=name,
-            group=group,
-            p_value=found[name].p_value,
-            threshold=threshold,
-            effect=found[name].effect,
-            drifted=found[name].is_drift(threshold, params.minimum_effect),
-            reference_mean=float(groups[group].reference[name].mean()),
-            current_mean=float(groups[group].current[name].mean()),
-        )
-        for group, name in names
-    ]
     counted = snapshot.dict()["metrics"][0]["value"]["count"]
-    assert counted == sum(column.drifted for column in columns), "the report would say something else"
-    return columns, snapshot.get_html_str(as_iframe=False)
+    assert counted == sum(finding.drifted for finding in shown.values()), "the page would say something else"
+    return snapshot.get_html_str(as_iframe=False)
 
 
-def _in_words(frame: pd.DataFrame) -> pd.DataFrame:
+def _in_words(values: pd.Series) -> pd.Series:
     """Decisions as text, which is what Evidently takes for a category."""
-    flags = frame.select_dtypes(bool)
-    return frame.assign(**{str(name): np.where(flags[name], CALLED, NOT_CALLED) for name in flags})
-
-
-def _message(moved: Sequence[Column], number: int) -> str:
-    if not moved:
-        return f"no drift in {number} columns"
-    named = [
-        f"{column.name} {column.reference_mean:.3g} -> {column.current_mean:.3g}"
-        f" (distance {column.effect:.2f})"
-        for column in moved[:NUM_NAMED]
-    ]
-    more = f" and {len(moved) - NUM_NAMED} more" if len(moved) > NUM_NAMED else ""
-    return f"{len(moved)} of {number} columns drifted: {', '.join(named)}{more}"
+    return values.map({True: CALLED, False: NOT_CALLED}) if values.dtype == bool else values
 
 
 def _headed(page: str, title: str, record: Mapping[str, Any]) -> str:
     """Evidently's page under a head that says of which model and requests it speaks, with its doors shut."""
-    window, skipped = record["window"], record["skipped"]
-    left_out = ", ".join(f"{number} {what.replace('_', ' ')}" for what, number in skipped.items())
+    window = record["window"]
     lines = [
         record["message"],
-        f"{record['n']} requests from {window['start']} to {window['end']}; left out: {left_out}. "
-        f"{record['share_with_warnings']:.1%} were answered with a warning.",
-        "Image statistics are compared with the training split, answers with the calibration split. "
-        "The drift score is the distance between the two distributions, 0 to 1; drift needs a small "
-        "p-value as well (drift.json holds them).",
-        f"Assumptions: {'; '.join(record['assumptions'])}.",
+        f"{record['n']} requests from {window['start']} to {window['end']}, all sites together. Reference: the images "
+        "that the model was trained on (stat_: image statistics), its answers on the calibration images (prob_: "
+        "probabilities, decision_: what was called).",
+        "The drift score is the distance between the two distributions, 0 to 1; drift needs a small p-value as well. "
+        "Sites, scanners, embeddings and labels stand in the report.",
         f"Bundle {record['bundle']}",
     ]
     head = f"<h1>{html.escape(title)}</h1>" + "".join(f"<p>{html.escape(line)}</p>" for line in lines)
@@ -323,3 +566,90 @@ def _headed(page: str, title: str, record: Mapping[str, Any]) -> str:
         assert mark in page, f"Evidently's page has no {mark}"
         page = page.replace(mark, mark + addition, 1)
     return page
+
+
+# --- For machines ---------------------------------------------------------------------------------------
+
+
+def _write_prometheus(
+    path: Path, record: Mapping[str, Any], findings: Sequence[Finding], outcomes: Sequence[Outcome]
+) -> None:
+    """The watch's figures in Prometheus' text form, as its node exporter reads them from a folder."""
+    from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
+
+    registry = CollectorRegistry()
+    model = {name: str(record[name]) for name in ("experiment", "seed")} | {"bundle": short(record["bundle"])}
+
+    def gauge(name: str, meaning: str, values: Sequence[tuple[Mapping[str, str], float]]) -> None:
+        labels = [*model, *(values[0][0] if values else ())]
+        made = Gauge(f"cadx_{name}", meaning, labels, registry=registry)
+        for own, value in values:
+            made.labels(**model, **own).set(value)
+
+    drifted = record["drifted"]
+    gauge("alarm", "1 if the watch has raised an alarm", [({}, float(record["retrain"]))])
+    gauge(
+        "drifted",
+        "1 drift, 0 none, NaN too few requests",
+        [({}, np.nan if drifted is None else float(drifted))],
+    )
+    gauge("window_requests", "Requests compared", [({}, record["n"])])
+    end = pd.Timestamp(record["window"]["end"]).timestamp()
+    gauge("window_end_timestamp_seconds", "Time of the last request compared", [({}, end)])
+    for name in ("share_with_warnings", "share_referred"):
+        gauge(name, f"{name.replace('_', ' ').capitalize()}, of the requests compared", [({}, record[name])])
+    gauge(
+        "lines_left_out",
+        "Lines of the request log that were not compared",
+        [({"reason": reason}, number) for reason, number in record["skipped"].items()],
+    )
+    places = [({"slice": finding.slice, "quantity": finding.name}, finding) for finding in findings]
+    gauge("drift_distance", "Distance from the reference, 0 to 1", [(of, f.effect) for of, f in places])
+    gauge("drift_p", "P-value after Holm's correction", [(of, f.adjusted_p) for of, f in places])
+    gauge("drift_found", "1 where the quantity has drifted", [(of, float(f.drifted)) for of, f in places])
+    gauge("labelled_requests", "Requests with labels", [({}, record["n_labelled"])])
+    gauge(
+        "outcome",
+        "Live metric with the ends of its 95 % interval",
+        [
+            ({"metric": outcome.name, "class": outcome.of, "bound": bound}, number)
+            for outcome in outcomes
+            for bound in ("value", "low", "high")
+            if (number := getattr(outcome.estimate, bound)) is not None
+        ],
+    )
+    gauge(
+        "outcome_broken",
+        "1 where the live interval excludes the declared value",
+        [({"metric": outcome.name, "class": outcome.of}, float(outcome.broken)) for outcome in outcomes],
+    )
+    write_to_textfile(str(path), registry)
+
+
+def _post(url: str, alert: Mapping[str, Any]) -> None:
+    """Send an alert; where nobody takes it, say so on stderr: the alarm itself stands."""
+    import urllib3
+
+    retries = urllib3.Retry(
+        total=WEBHOOK_TRIES - 1,
+        backoff_factor=0.2,
+        status_forcelist=(429, 500, 502, 503, 504),
+        allowed_methods={"POST"},
+        redirect=0,
+        raise_on_status=False,
+    )
+    try:
+        with urllib3.PoolManager() as pool:
+            reply = pool.request(
+                "POST", url, json=plain(dict(alert)), retries=retries, timeout=WEBHOOK_TIMEOUT_S
+            )
+        if reply.status < 300:
+            return
+        why = f"status {reply.status}"
+    except urllib3.exceptions.HTTPError as error:
+        why = type(getattr(error, "reason", None) or error).__name__
+    # By its host alone: the rest of such an address is often a secret.
+    print(
+        f"webhook at {urlsplit(url).hostname}: the alert was not taken ({why}); the alarm stands in the report",
+        file=sys.stderr,
+    )

@@ -6,13 +6,17 @@ from pathlib import Path
 
 from pydantic import Field
 
+from cadx import detection
+from cadx import metrics as classification
 from cadx.bundle import Bundle, Manifest
+from cadx.checklists import CLAIM, TRIPOD_AI, fill, missing
 from cadx.explaining import title
 from cadx.files import digest_path
 from cadx.gating import Decision, MetricsFile, read_decision, read_metrics
 from cadx.loading import input_text
-from cadx.metrics import METRICS, Subgroup
+from cadx.metrics import Subgroup
 from cadx.reporting import Page, estimate_text
+from cadx.types import Digest
 from components.contract import In, Out, Params, step
 from serving.archive import NAME_PATTERN, Release, Verdict, version_of, write_archive
 
@@ -45,17 +49,24 @@ def package(*, bundle: In, decision: In, metrics: In, archive: Out, card: Out, p
         raise ValueError(f"{decision}: about another bundle than {bundle}; run `cadx gate` on this one")
     if decided.metrics != digest_path(metrics):
         raise ValueError(f"{decision}: rests on other numbers than {metrics}; run `cadx gate` again")
-    manifest = opened.manifest
-    name = params.name or manifest.experiment
+    name = params.name or opened.manifest.experiment
     if not re.fullmatch(NAME_PATTERN, name):
         raise ValueError(
             f"experiment {name!r}: no name for an address; set package.name to one of a-z, 0-9, '-'"
         )
-    release = Release(
+    release = release_of(name, opened.manifest, opened.digest, decision)
+    write_archive(archive, bundle, release)
+    _card(release, opened, decided, read_metrics(metrics), params, archive).write(card)
+
+
+def release_of(name: str, manifest: Manifest, bundle: Digest, decision: Path) -> Release:
+    """What release.json says of a bundle by its digest, as the decision in a file lets it be released."""
+    decided = read_decision(decision)
+    return Release(
         name=name,
-        version=version_of(opened.digest),
-        bundle=opened.digest,
-        decision=Verdict(promote=decided.promote, reasons=decided.reasons),
+        version=version_of(bundle),
+        bundle=bundle,
+        decision=Verdict(promote=decided.promote, reasons=decided.reasons, digest=digest_path(decision)),
         metrics=decided.metrics,
         classes=manifest.classes,
         positive=manifest.positive,
@@ -63,8 +74,6 @@ def package(*, bundle: In, decision: In, metrics: In, archive: Out, card: Out, p
         experiment=manifest.experiment,
         seed=manifest.seed,
     )
-    write_archive(archive, bundle, release)
-    _card(release, opened, decided, read_metrics(metrics), params, archive).write(card)
 
 
 def _card(
@@ -77,8 +86,9 @@ def _card(
 ) -> Page:
     manifest = bundle.manifest
     metrics = record.metrics
+    meanings = detection.METRICS if manifest.task == "detection" else classification.METRICS
     page = Page(f"{release.name} {release.version}", "Model card")
-    shown = ("auc", "sensitivity", "specificity")
+    shown = ("ap50", "froc", "auc", "sensitivity", "specificity")
     page.facts([(title(name), metrics[name]) for name in shown if name in metrics])
     _verdict(page, decided)
     page.section("What it is for")
@@ -94,7 +104,7 @@ def _card(
     )
     page.table(
         [
-            {"metric": title(name), "value (95 % interval)": estimate, "what it says": METRICS[name].meaning}
+            {"metric": title(name), "value (95 % interval)": estimate, "what it says": meanings[name].meaning}
             for name, estimate in metrics.items()
         ]
     )
@@ -122,14 +132,92 @@ def _card(
                 "splits": manifest.provenance.splits,
                 "parameters": manifest.provenance.parameters,
                 "code of training": manifest.provenance.code,
+                "bill of materials": manifest.sbom or "none in this bundle",
             }.items()
         ],
-        "One chain, from the data to this file.",
+        "One chain, from the data to this file: `cadx verify` follows it.",
     )
     if (origin := manifest.provenance.pretrained) is not None:
         page.text(f"Training started from {origin.name}, {origin.digest}. Licence: {origin.licence}.")
     page.table([{"library": k, "version": v} for k, v in manifest.provenance.versions.items()])
+    page.section("What a paper on it must report")
+    page.text(
+        "Filled in from what the run knows by itself. What is missing has to be written by people; that it is filled "
+        "in here does not say that it suffices."
+    )
+    facts = _known(bundle, decided, record, params)
+    for name, checklist in (("CLAIM, 2024 update", CLAIM), ("TRIPOD+AI", TRIPOD_AI)):
+        answers = fill(checklist, facts)
+        open_items = missing(answers)
+        page.text(
+            f"{name}: {len(answers) - len(open_items)} of {len(answers)} items; missing: {', '.join(open_items)}."
+        )
+        with page.details(f"{name}, item by item"):
+            page.table(
+                [{"item": a.item.number, "asks": a.item.asks, "known": a.known or "missing"} for a in answers]
+            )
     return page
+
+
+def _known(bundle: Bundle, decided: Decision, record: MetricsFile, params: PackageParams) -> dict[str, str]:
+    """What the run knows, by the names that `cadx.checklists` asks for; nothing that it would have to guess."""
+    manifest, source, point = bundle.manifest, bundle.manifest.source, bundle.manifest.operating_point
+    classes, trained = ", ".join(manifest.classes), manifest.provenance
+    apart = trained.splits == record.splits and trained.dataset == record.dataset
+    epochs = max((entry.get("epoch", 0) for entry in bundle.history()), default=0)
+    patients = f" of {record.n_patients:,} patients" if record.clustered else ""
+    groups = [f"{attribute} ({len(values)})" for attribute, values in record.by_subgroup.items()]
+    members = len(manifest.weights)
+    origin = trained.pretrained
+    shown = [name for name in ("ap50", "froc", "auc", "sensitivity", "specificity") if name in record.metrics]
+    methods = dict.fromkeys(
+        estimate.method for estimate in record.metrics.values() if estimate.low is not None
+    )
+    facts = {
+        "subject": f"{manifest.task} model of {manifest.modality}: {classes}.",
+        "intended_use": params.intended_use,
+        "source": f"{source.title}; {source.licence}; {source.citation}.",
+        "modality": f"{manifest.modality}.",
+        "classes": f"Labels of the source: {classes}.",
+        "preprocessing": f"{input_text(manifest.preprocessing)}.",
+        "deidentification": "Ingest stops on identifiers; patients are known by pseudonyms alone.",
+        "missing": "Unlabelled images take no part in scoring; unknown site, age or sex is a subgroup of none.",
+        "splits": f"train, val, calibration and test; digest {trained.splits}.",
+        "sample": f"{record.n:,} images{patients} were scored, of the {record.split} split.",
+        "model": f"{manifest.model.family}.",
+        "software": ", ".join(f"{name} {version}" for name, version in trained.versions.items())
+        + "; sbom.json.",
+        "initialisation": f"Pretrained weights, {origin.name}." if origin else "Random weights.",
+        "training": f"{epochs} epochs, seed {manifest.seed}; parameters {trained.parameters}.",
+        "selection": "The epoch that did best on val.",
+        "ensemble": f"{members} networks, averaged." if members > 1 else "None: one network.",
+        "metrics": ", ".join(title(name) for name in record.metrics) + ".",
+        "intervals": f"95 % intervals: {'; '.join(methods)}.",
+        "evaluation": f"On the {record.split} split of the same source." if apart else "",
+        "external": "" if apart else "Scored on another dataset, or version of it, than it was trained on.",
+        "disjoint": "By patient." if manifest.clustered and apart else "",
+        "performance": "; ".join(f"{title(name)} {estimate_text(record.metrics[name])}" for name in shown)
+        + ".",
+        "subgroups": f"Scored apart: {', '.join(groups)}." if groups else "",
+        "characteristics": f"Known of each image: {', '.join(groups)}." if groups else "",
+        "failures": "The worst misses and false alarms stand in report.html.",
+        "explanation": ""
+        if manifest.task == "detection"
+        else "Each answer comes with attention, if asked for.",
+        "limitations": " ".join((*params.limits, *record.warnings, *manifest.assumptions)),
+        "poor_input": "Unreadable input is refused; an image outside of the training range gets a warning.",
+        "availability": f"Bundle {bundle.digest}, code of training {trained.code}.",
+        "gate": f"{'Passed' if decided.promote else 'Refused'} by {len(decided.checks)} declared checks.",
+    }
+    if manifest.temperature is not None:
+        facts["calibration"] = f"Temperature {manifest.temperature:.3f} and a bias per class, on calibration."
+    if point is not None:
+        chosen = f", chosen for {point.target_metric} {point.target_value:g}" if point.target_value else ""
+        facts["operating_point"] = f"Frozen on the {point.split} split{chosen}."
+        limits = ", ".join(f"{name} {value:.4f}" for name, value in point.thresholds.items())
+        what = "Boxes with a score" if manifest.task == "detection" else "A probability"
+        facts["outputs"] = f"{what} for each of {classes}; called from {limits or 'the largest on'}."
+    return facts
 
 
 def _verdict(page: Page, decided: Decision) -> None:

@@ -1,6 +1,6 @@
 """Join the seeds of an experiment: what the recipe reaches, not what one lucky run did."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,10 +8,12 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
+from cadx.evaluating import Detection, Settings
+from cadx.evaluating.evaluation import dump
 from cadx.explaining import draw_band, patient_band, roc_heights, show_subgroups, square, title
 from cadx.files import write_json
 from cadx.metrics import METRICS, Scores, roc, score, score_subgroups
-from cadx.predicting import Arrays, PredictionsInfo, arrays, read_predictions, subgroups
+from cadx.predicting import Arrays, PredictionsInfo, arrays, box_table, read_predictions, subgroups
 from cadx.reporting import MUTED, Page, panels
 from components.contract import Ins, Out, Params, step
 
@@ -36,43 +38,33 @@ def summarise(*, predictions: Ins, metrics: Out, report: Out, params: SummariseP
     Raises:
         ValueError: if the files are not of one experiment and split, or not of the same samples.
     """
-    frame, infos, rows = _read(predictions)
-    info = infos[0]
-    what: dict[str, Any] = {"task": info.task, "classes": info.classes, "positive": info.positive}
-    scores = score(*rows[:3], **what, patients=rows.patients, resamples=params.resamples)
-    by_subgroup = score_subgroups(
-        *rows[:3],
-        subgroups(frame, params.subgroups),
-        **what,
-        patients=rows.patients,
-        minimum_n=params.minimum_n,
+    read = _read(predictions)
+    frame, info = read[0]
+    settings = Settings(resamples=params.resamples, subgroups=params.subgroups, minimum_n=params.minimum_n)
+    joined = (
+        Detection(frame, info, settings, read[1:]) if info.task == "detection" else _Labels(read, settings)
     )
-    seeds = [one.seed for one in infos]
     write_json(
         metrics,
         {
             "schema": 1,
             "experiment": info.experiment,
-            "seeds": seeds,
+            "seeds": [one.seed for _, one in read],
             "split": info.split,
-            "bundles": [one.bundle for one in infos],
-            "n": scores.n,
-            "n_patients": scores.n_patients,
+            "bundles": [one.bundle for _, one in read],
+            "n": joined.n,
+            "n_patients": joined.n_patients,
             "clustered": info.clustered,
             "warnings": list(info.warnings),
-            "metrics": _dump(scores.metrics),
-            "by_seed": scores.by_seed,
-            "between_seed_sd": scores.between_seed_sd,
-            "by_class": {name: _dump(values) for name, values in scores.by_class.items()},
-            "by_subgroup": {attribute: _dump(groups) for attribute, groups in by_subgroup.items()},
-            "confusion": scores.confusion.model_dump(mode="json"),
+            **joined.record(),
         },
     )
-    plural = "seed" if len(seeds) == 1 else "seeds"
-    page = Page(f"{info.experiment}: {info.split} split", f"{len(seeds)} training {plural} joined")
-    _metrics(page, info, scores, seeds)
-    _curves(page, info, rows, seeds)
-    show_subgroups(page, by_subgroup, scores.metrics, note="Means over seeds.")
+    plural = "seed" if len(read) == 1 else "seeds"
+    page = Page(f"{info.experiment}: {info.split} split", f"{len(read)} training {plural} joined")
+    joined.show_answer(page)
+    for warning in info.warnings:
+        page.callout("warn", warning)
+    joined.show_numbers(page)
     page.section("Assumptions")
     for assumption in info.assumptions or (
         "The source says all that was needed: nothing was taken as given.",
@@ -81,8 +73,55 @@ def summarise(*, predictions: Ins, metrics: Out, report: Out, params: SummariseP
     page.write(report)
 
 
-def _read(paths: Sequence[Path]) -> tuple[pd.DataFrame, list[PredictionsInfo], Arrays]:
-    """The common columns, what each file is, labels N K, probabilities and decisions S N K, by seed."""
+class _Labels:
+    """Probabilities and calls of several seeds, joined."""
+
+    def __init__(self, read: Sequence[tuple[pd.DataFrame, PredictionsInfo]], settings: Settings) -> None:
+        frame, self.info = read[0]
+        self.seeds = [one.seed for _, one in read]
+        each = [arrays(rows, info) for rows, info in read]
+        self.rows = Arrays(
+            each[0].labels,
+            np.stack([one.probabilities for one in each]),
+            np.stack([one.decisions for one in each]),
+            each[0].patients,
+        )
+        what: dict[str, Any] = {
+            "task": self.info.task,
+            "classes": self.info.classes,
+            "positive": self.info.positive,
+            "patients": self.rows.patients,
+        }
+        self.scores = score(*self.rows[:3], **what, resamples=settings.resamples)
+        self.n, self.n_patients = self.scores.n, self.scores.n_patients
+        self.by_subgroup = score_subgroups(
+            *self.rows[:3], subgroups(frame, settings.subgroups), **what, minimum_n=settings.minimum_n
+        )
+
+    def record(self) -> dict[str, Any]:
+        """What metrics.json says beside the facts that every kind shares."""
+        return {
+            "metrics": dump(self.scores.metrics),
+            "by_seed": self.scores.by_seed,
+            "between_seed_sd": self.scores.between_seed_sd,
+            "by_class": {name: dump(values) for name, values in self.scores.by_class.items()},
+            "by_subgroup": {attribute: dump(groups) for attribute, groups in self.by_subgroup.items()},
+            "confusion": self.scores.confusion.model_dump(mode="json"),
+        }
+
+    def show_answer(self, page: Page) -> None:
+        """Add the headline."""
+        _answer(page, self.info, self.scores, self.seeds)
+
+    def show_numbers(self, page: Page) -> None:
+        """Add metrics, curves and subgroups."""
+        _metrics(page, self.scores, self.seeds)
+        _curves(page, self.info, self.rows, self.seeds)
+        show_subgroups(page, self.by_subgroup, self.scores.metrics, note="Means over seeds.")
+
+
+def _read(paths: Sequence[Path]) -> list[tuple[pd.DataFrame, PredictionsInfo]]:
+    """Each file's rows and what they are, by seed; of the same samples with the same truth."""
     read = sorted(((*read_predictions(path), path) for path in paths), key=lambda one: one[1].seed)
     first, info, first_path = read[0]
     shared = ["sample_id", "patient", *(f"label_{name}" for name in info.classes)]
@@ -99,28 +138,17 @@ def _read(paths: Sequence[Path]) -> tuple[pd.DataFrame, list[PredictionsInfo], A
             raise ValueError(
                 f"{path}: other samples than {first_path}; evaluate all seeds on the same splits"
             )
-        if not frame[shared].equals(first[shared]):
+        same = frame[shared].equals(first[shared])
+        if info.task == "detection":
+            same &= box_table(frame, "lesions").equals(box_table(first, "lesions"))
+        if not same:
             raise ValueError(
                 f"{path}: other labels or patients than {first_path}; evaluate all seeds on one dataset"
             )
-    each = [arrays(frame, one) for frame, one, _ in read]
-    return (
-        first,
-        [one for _, one, _ in read],
-        Arrays(
-            each[0].labels,
-            np.stack([one.probabilities for one in each]),
-            np.stack([one.decisions for one in each]),
-            each[0].patients,
-        ),
-    )
+    return [(frame, one) for frame, one, _ in read]
 
 
-def _dump(records: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: record.model_dump(mode="json") for name, record in records.items()}
-
-
-def _metrics(page: Page, info: PredictionsInfo, scores: Scores, seeds: Sequence[int]) -> None:
+def _answer(page: Page, info: PredictionsInfo, scores: Scores, seeds: Sequence[int]) -> None:
     shown = ("auc", "sensitivity", "specificity") if info.task == "binary" else ("auc", "accuracy", "f1")
     page.facts([(title(name), scores.metrics[name]) for name in shown if name in scores.metrics])
     about = f"the class {info.positive!r}" if info.positive else "the mean over classes"
@@ -129,8 +157,9 @@ def _metrics(page: Page, info: PredictionsInfo, scores: Scores, seeds: Sequence[
         f"{scores.n:,} labelled images{patients} of the {info.split} split, scored by {len(seeds)} bundles; "
         f"the numbers speak of {about}. In brackets: 95 % confidence intervals."
     )
-    for warning in info.warnings:
-        page.callout("warn", warning)
+
+
+def _metrics(page: Page, scores: Scores, seeds: Sequence[int]) -> None:
     page.section("Metrics")
     page.table(
         [

@@ -28,7 +28,17 @@ from cadx.models import pretrained_origin
 from cadx.splitting import cross_validation
 from cadx.training import Fitted, Recipe, SamplerName, TrainingConfig, discard_checkpoint, fit
 from cadx.types import Config
-from components.contract import In, Keep, Out, Params, code_digest, explain, is_first_process, step
+from components.contract import (
+    In,
+    Keep,
+    Out,
+    Params,
+    code_digest,
+    explain,
+    is_first_process,
+    source_digests,
+    step,
+)
 
 _MEASURED = {"seconds", "peak_memory_mb"}
 _BETWEEN_MEMBERS = 1_000_003  # far more than anybody's seeds: no two members of two runs share one
@@ -139,6 +149,7 @@ def train(
             splits=digest_path(splits),
             parameters=parameters_digest(config),
             code=code,
+            sources=source_digests("train"),
             seed=seed,
             versions=versions(),
             folds=config.folds,

@@ -26,6 +26,7 @@ validation.json:
     rules               name, severity, passed, count (of what is judged: samples, boxes, features or classes),
                         message, sample_ids (20 at most)
     quarantined         sample_id, reason; one entry per sample
+    left_out            place, reason; one entry per file of the source that `ingest` could not take and left out
     great_expectations  success, evaluated, successful, failed (expectation, column, rule)
     passed              true: no rule of severity stop failed (else there is no file)
 """
@@ -61,6 +62,7 @@ NUM_ROWS_SHOWN = 500
 class ValidateParams(Params):
     """A severity for each rule, and the limits of some of them."""
 
+    left_out: TableSeverity = "warn"  # a file that `ingest` could not take: its row is gone already
     label_values: Severity = "stop"  # a label is 0, 1 or missing
     one_hot: Severity = "stop"  # exactly one class per labelled sample, unless multilabel
     unlabelled: Severity = "warn"  # no label at all: takes no part in training or scoring
@@ -121,6 +123,8 @@ def validate(*, dataset: In, validation: Out, report: Out, params: ValidateParam
     limits = ("blank_std", "min_side_px", "min_slices", "near_distance_bits", "near_likeness")
     checked = checked_samples(folder, **{name: getattr(params, name) for name in limits})
     tables = [(_sample_rules(folder, checked, params), checked)]
+    if folder.info.left_out:
+        tables.append(([_left_out_rule(folder, params)], _left_out_table(folder)))
     if len(folder.boxes):
         boxes = box_problems(folder.boxes, folder.samples, folder.info.classes)
         tables.append((_box_rules(params), boxes))
@@ -159,6 +163,7 @@ def validate(*, dataset: In, validation: Out, report: Out, params: ValidateParam
             "quarantined": [
                 {"sample_id": sample_id, "reason": reason} for sample_id, reason in quarantined.items()
             ],
+            "left_out": [one.model_dump() for one in folder.info.left_out],
             "great_expectations": {
                 "success": not failed,
                 "evaluated": len(expectations),
@@ -517,6 +522,24 @@ def _count(number: int, noun: str, plural: str = "") -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
+def _left_out_rule(folder: DatasetFolder, params: ValidateParams) -> _Rule:
+    """The source gave a sample for each of its files."""
+    noun = NOUNS[folder.info.kind]
+    return _Rule(
+        "left_out",
+        params.left_out,
+        (_values("is_taken", [True]),),
+        lambda rows: f"{_count(len(rows), noun)} of the source could not be taken and stayed out",
+        "repair them at their source; the list below says what is wrong with each",
+    )
+
+
+def _left_out_table(folder: DatasetFolder) -> pd.DataFrame:
+    """A row per file of the source: whether it became a sample."""
+    taken = [True] * len(folder.samples) + [False] * len(folder.info.left_out)
+    return pd.DataFrame({"is_taken": taken})
+
+
 def _class_labels(folder: DatasetFolder, kept: pd.DataFrame) -> pd.DataFrame:
     """A column per class: 1 in the samples that have it; in a detection task, those that hold a box of it."""
     classes = list(folder.info.classes)
@@ -648,7 +671,8 @@ def _page(
         ]
     )
     for outcome in failed:
-        consequence = {"quarantine": "Kept out of every split.", "warn": "Kept."}[outcome.rule.severity]
+        kept_out = outcome.rule.severity == "quarantine" or outcome.rule.name == "left_out"
+        consequence = "Kept out of every split." if kept_out else "Kept."
         page.callout("warn", f"{outcome.message}. {consequence} To remedy: {outcome.rule.fix}.")
     if not failed:
         page.callout("ok", "Every rule passed: nothing is kept out.")
@@ -728,6 +752,15 @@ def _page(
         ]
         with page.details(_shown(len(rows), noun, NUM_ROWS_SHOWN)):
             page.table(rows[:NUM_ROWS_SHOWN])
+    if info.left_out:
+        page.section(f"{noun.capitalize()}s that could not be taken")
+        page.table(
+            [
+                {"place in the source": one.place, "reason": one.reason}
+                for one in info.left_out[:NUM_ROWS_SHOWN]
+            ],
+            _shown(len(info.left_out), noun, NUM_ROWS_SHOWN),
+        )
     return page
 
 

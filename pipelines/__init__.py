@@ -1,10 +1,26 @@
 """Steps composed: for Kubeflow, and for one machine. The only package that imports kfp."""
 
 from pathlib import Path
+from typing import Literal
+
+Pipeline = Literal["training", "families", "monitoring", "evaluation", "inference"]
+"""What can be compiled: one module each."""
+
+RESOURCES = Path(__file__).parent / "resources.yaml"
+"""Where each step runs, unless another file is given."""
 
 
-def compile_experiment(experiment: str, output: Path, *, params: Path, image: str) -> None:
-    """Write an experiment's training pipeline as Kubeflow Pipelines reads it: `pipelines.training`.
+def compile_experiment(
+    experiment: str,
+    output: Path,
+    *,
+    params: Path,
+    image: str,
+    pipeline: Pipeline = "training",
+    against: tuple[str, ...] = (),
+    resources: Path = RESOURCES,
+) -> None:
+    """Write a pipeline of an experiment as Kubeflow Pipelines reads it.
 
     Args:
         experiment: a section of `params` that dvc.yaml names too.
@@ -12,14 +28,47 @@ def compile_experiment(experiment: str, output: Path, *, params: Path, image: st
         params: the parameter file: its values become the defaults of a run.
         image: the image whose `cadx` runs every step. Kubeflow's cache compares images by name only: give
             NAME@sha256:DIGEST, or results of an older image may be taken for this one's.
+        pipeline: which of them.
+        against: for `families`, the experiments that it is compared with.
+        resources: where each step runs.
 
     Raises:
         ValueError: if the experiment, a parameter or a name cannot serve, or kfp is not installed.
     """
+    require_kfp()
+    from pipelines import compiling
+
+    compiling.compile_experiment(
+        experiment,
+        output,
+        params=params,
+        image=image,
+        pipeline=pipeline,
+        against=against,
+        resources=resources,
+    )
+
+
+def draw_pipeline(pipeline: Path, picture: Path) -> None:
+    """Draw a compiled pipeline as an SVG file: `pipelines.picture`.
+
+    Raises:
+        ValueError: if the file is no compiled pipeline.
+    """
+    from pipelines.picture import draw
+
+    draw(pipeline, picture)
+
+
+def require_kfp() -> None:
+    """Refuse to go on without kfp, in a line.
+
+    Raises:
+        ValueError: if it is not installed.
+    """
     try:
-        from pipelines import training
+        import kfp  # noqa: F401
     except ModuleNotFoundError as error:
         if error.name != "kfp":
             raise
         raise ValueError("kfp is not installed: it is the extra 'kubeflow'; run `make setup`") from None
-    training.compile_experiment(experiment, output, params=params, image=image)

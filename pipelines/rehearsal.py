@@ -65,6 +65,12 @@ def rehearse(experiment: str, *, work: Path, reports: Path, params: Path, reques
         say(f"[bold]refused[/]  no seed of {experiment} was let through by the gate: nothing is served")
         return
     served = promoted[0]
+    info = DatasetFolder(work / experiment / "dataset").info
+    if info.kind != "image" or info.task == "detection":
+        raise ValueError(
+            f"{experiment}: a rehearsal asks about single images with labels, not about {info.kind}s of a {info.task}"
+            " task; use `cadx serve` and `cadx deploy`"
+        )
     with stops_on_signals(), TorchServe(work / experiment / "torchserve", free_ports()) as server:
         say(f"[bold]serve[/]    TorchServe at {server.inference}, tokens on")
 
@@ -167,6 +173,15 @@ def _watch(request_log: Path, bundle: Path, drift: Path, params: MonitorParams) 
     """Monitor the latest requests, into `drift`.json and .html; what was found."""
     record, report = drift.with_suffix(".json"), drift.with_suffix(".html")
     with suppress(Alarm), redirect_stdout(io.StringIO()):  # its message stands in the record
-        monitor(request_log=request_log, bundle=bundle, drift=record, report=report, params=params)
+        monitor(
+            request_log=request_log,
+            bundle=bundle,
+            requests=drift.parent / "requests",
+            drift=record,
+            report=report,
+            evidently=drift.with_name(f"{drift.name}_evidently.html"),
+            prometheus=drift.with_suffix(".prom"),
+            params=params,
+        )
     found = json.loads(record.read_text(encoding="utf-8"))
     return {"drifted": found["drifted"], "said": found["message"]}

@@ -12,18 +12,21 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
+from torch import nn
 
 from cadx.drift import STATISTICS
 from cadx.predicting import Predictor
-from cadx.reading.images import encode_png, read_image
-from cadx.types import Prediction, RawImage
+from cadx.reading.images import encode_png
 from serving.archive import BUNDLE, RELEASE, parse_release
+from serving.client import SCHEMA_VERSION
 
 REQUEST_LOG = "CADX_REQUEST_LOG"
 """Environment variable: the folder of the request log; without it none is kept."""
@@ -31,7 +34,7 @@ EMBEDDING_DECIMALS = 5
 
 
 class Request(NamedTuple):
-    """What was sent: a file's bytes, None where they did not come as the body; and twice "true" or "false".
+    """What was sent: the bytes of its body, None where they did not come as that; and twice "true" or "false".
 
     `golden` says that it comes from a deployment and not from a clinic.
     """
@@ -46,6 +49,24 @@ class Reply(NamedTuple):
 
     status: int
     content: dict[str, Any]
+
+
+class Outcome(NamedTuple):
+    """What the model says of one sample.
+
+    Attributes:
+        answer: fields of the answer, `decision` among them.
+        kept: what the request log keeps beside those fields that every line has.
+        statistics: image statistics, for the log.
+        embedding: F float32, for the log; empty where the model gives none.
+        warnings: why the answer deserves care.
+    """
+
+    answer: dict[str, Any]
+    kept: dict[str, Any]
+    statistics: dict[str, float]
+    embedding: np.ndarray
+    warnings: tuple[str, ...]
 
 
 class RequestLog:
@@ -92,97 +113,137 @@ class RequestLog:
             os.close(file)
 
 
-class Answerer:
-    """Answers requests from an unpacked archive.
+class Answerer(ABC):
+    """Answers requests of one kind from an unpacked archive.
 
     Args:
         folder: where the archive was unpacked.
         device: a torch device.
         log: where answers are recorded; None keeps no record.
 
+    Attributes:
+        kind: of the requests, as answers name it.
+
     Raises:
         ValueError: if the bundle is damaged, incomplete, or another than release.json names.
     """
+
+    kind: ClassVar[str]
 
     def __init__(self, folder: Path, *, device: str = "cpu", log: RequestLog | None = None) -> None:
         self.release = parse_release((folder / RELEASE).read_bytes(), RELEASE)
         self._predictor = Predictor(folder / BUNDLE, device)
         if (digest := self._predictor.bundle.digest) != self.release.bundle:
             raise ValueError(f"{BUNDLE}: its digest is {digest}, but {RELEASE} names {self.release.bundle}")
+        operating_point = self._predictor.bundle.manifest.operating_point
+        if operating_point is None:
+            raise ValueError(f"{BUNDLE}: no operating point yet; run `cadx calibrate` first")
+        self._operating_point = operating_point
+        decision = self.release.decision
+        self._objections = () if decision.promote else (f"not released: {'; '.join(decision.reasons)}",)
         self._log = log
+        self._networks_clock = _NetworksClock(self._predictor.networks)
+        # Decoders let go of the interpreter: files of a batch are decoded side by side.
+        self._threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode")
+
+    @abstractmethod
+    def read(self, body: bytes, *, golden: bool) -> Any:
+        """The raw sample that a request's body holds, or names.
+
+        Raises:
+            ValueError: in one line that repeats nothing of it.
+        """
+
+    @abstractmethod
+    def predict(self, raws: Sequence[Any], *, attention: bool) -> list[Outcome]:
+        """What the model says of raw samples.
+
+        Raises:
+            ValueError: for the first that it refuses.
+        """
+
+    @abstractmethod
+    def attributes(self, raw: Any) -> Mapping[str, Any]:
+        """What the file says of site and scanner."""
 
     def answer(self, requests: Sequence[Request]) -> list[Reply]:
         """The reply to each request of a batch.
 
-        Status 400 is for what was sent, 500 for what went wrong here.
+        Status 400 is for what was sent, 413 for what is too large for this machine, 500 for what went wrong here.
         """
-        replies: dict[int, Reply] = {}
-        images: dict[int, RawImage] = {}
-        decode_ms: dict[int, float] = {}
-        for i, request in enumerate(requests):
-            started = time.perf_counter()
-            try:
-                images[i] = _read(request)
-            except Exception as error:
-                replies[i] = _refusal(error)
-            decode_ms[i] = _ms_since(started)
+        started = time.perf_counter()
+        several: Callable[..., Iterable[tuple[Any, float]]] = self._threads.map if len(requests) > 1 else map
+        decoded = list(several(self._decode, requests))
+        raws = {i: raw for i, (raw, _) in enumerate(decoded) if not isinstance(raw, Exception)}
+        replies = {i: _refusal(raw) for i, (raw, _) in enumerate(decoded) if i not in raws}
         # Apart, since laying attention over an image takes its time and few ask for it.
         for attention in (False, True):
-            group = [i for i in images if (requests[i].attention == "true") is attention]
-            started = time.perf_counter()
-            predicted = self._predict([images[i] for i in group], attention)
-            predict_ms = _ms_since(started)
-            for i, prediction in zip(group, predicted, strict=True):
-                if isinstance(prediction, Exception):
-                    replies[i] = _refusal(prediction)
+            group = [i for i in raws if (requests[i].attention == "true") is attention]
+            begun, infer_before_ms = time.perf_counter(), self._networks_clock.ms
+            outcomes = self._predict([raws[i] for i in group], attention)
+            infer_ms = self._networks_clock.ms - infer_before_ms
+            preprocess_ms = _ms_since(begun) - infer_ms
+            for i, outcome in zip(group, outcomes, strict=True):
+                if isinstance(outcome, Exception):
+                    replies[i] = _refusal(outcome)
                     continue
+                timing_ms = {"decode": decoded[i][1], "preprocess": preprocess_ms, "infer": infer_ms}
+                timing_ms["total"] = _ms_since(started)
                 try:
-                    replies[i] = self._reply(requests[i], images[i], prediction, decode_ms[i], predict_ms)
+                    replies[i] = self._reply(requests[i], raws[i], outcome, timing_ms)
                 except Exception as error:
                     replies[i] = _fault(error)
         return [replies[i] for i in range(len(requests))]
 
-    def _predict(self, images: list[RawImage], attention: bool) -> list[Prediction | Exception]:
-        """A prediction for each image, or why there is none."""
+    def _decode(self, request: Request) -> tuple[Any, float]:
+        """The raw sample, or why there is none; and how long that took, in ms."""
+        started = time.perf_counter()
         try:
-            return [*self._predictor.predict_many(images, attention=attention)]
+            for name, value in (("attention", request.attention), ("golden", request.golden)):
+                if value not in ("true", "false"):
+                    raise ValueError(
+                        f"{name} is neither true nor false; send the header as `{name.title()}: true`"
+                    )
+            if request.body is None:
+                raise ValueError(
+                    f"no {self.kind} in the body; send it with Content-Type: application/octet-stream"
+                )
+            raw: Any = self.read(request.body, golden=request.golden == "true")
         except Exception as error:
-            if len(images) == 1:
+            raw = error
+        return raw, _ms_since(started)
+
+    def _predict(self, raws: list[Any], attention: bool) -> Sequence[Outcome | Exception]:
+        """What the model says of each sample, or why it does not."""
+        if not raws:
+            return []
+        try:
+            return self.predict(raws, attention=attention)
+        except Exception as error:
+            if len(raws) == 1:
                 return [error]
             # One of them spoilt it for all: each on its own.
-            return [outcome for image in images for outcome in self._predict([image], attention)]
+            return [outcome for raw in raws for outcome in self._predict([raw], attention)]
 
-    def _reply(
-        self, request: Request, image: RawImage, prediction: Prediction, decode_ms: float, predict_ms: float
-    ) -> Reply:
-        started = time.perf_counter()
-        operating_point = self._predictor.bundle.manifest.operating_point
-        assert operating_point is not None, "Predictor takes complete bundles only"
-        release = self.release
+    def _reply(self, request: Request, raw: Any, outcome: Outcome, timing_ms: dict[str, float]) -> Reply:
+        release, point = self.release, self._operating_point
         answer: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": self.kind,
             "prediction_id": uuid.uuid4().hex,
             "model": {"name": release.name, "version": release.version, "bundle": release.bundle},
-            "probabilities": prediction.probabilities,
-            "decision": prediction.decision,
+            **outcome.answer,
             "operating_point": {
-                "thresholds": operating_point.thresholds,
-                "target_metric": operating_point.target_metric,
-                "target_value": operating_point.target_value,
+                "thresholds": point.thresholds,
+                "target_metric": point.target_metric,
+                "target_value": point.target_value,
             },
-            "warnings": [*prediction.warnings],
-        }
-        if prediction.attention is not None:
-            levels = np.rint(prediction.attention * 255).astype(np.uint8)
-            answer["attention_png"] = base64.b64encode(encode_png(levels)).decode()
-        answer["timing_ms"] = {
-            "decode": round(decode_ms, 1),
-            "predict": round(predict_ms, 1),
-            "total": round(decode_ms + predict_ms + _ms_since(started), 1),
+            "warnings": [*self._objections, *outcome.warnings],
+            "timing_ms": {name: round(value, 1) for name, value in timing_ms.items()},
         }
         if self._log:
             try:
-                record = self._record(answer, image, prediction)
-                self._log.append(record, golden=request.golden == "true")
+                self._log.append(self._record(answer, raw, outcome), golden=request.golden == "true")
             except OSError as error:
                 # An answer in the clinic's hand is worth more than its record; the gap is told on both sides.
                 reason = error.strerror or str(error)
@@ -192,7 +253,8 @@ class Answerer:
                 print(f"{self._log.path}: an answer is not in the request log ({reason})", file=sys.stderr)
         return Reply(200, answer)
 
-    def _record(self, answer: dict[str, Any], image: RawImage, prediction: Prediction) -> dict[str, Any]:
+    def _record(self, answer: Mapping[str, Any], raw: Any, outcome: Outcome) -> dict[str, Any]:
+        attributes = self.attributes(raw)
         return {
             "schema_version": 1,
             "prediction_id": answer["prediction_id"],
@@ -200,30 +262,52 @@ class Answerer:
             "model": self.release.name,
             "version": self.release.version,
             "bundle": self.release.bundle,
-            "site": image.attributes.get("site", ""),
-            "scanner": image.attributes.get("scanner", ""),
-            "statistics": {name: prediction.statistics[name] for name in STATISTICS},
-            "embedding": [round(value, EMBEDDING_DECIMALS) for value in prediction.embedding.tolist()],
-            "probabilities": prediction.probabilities,
-            "decision": prediction.decision,
+            "site": attributes.get("site", ""),
+            "scanner": attributes.get("scanner", ""),
+            "statistics": {name: outcome.statistics[name] for name in STATISTICS},
+            "embedding": [round(value, EMBEDDING_DECIMALS) for value in outcome.embedding.tolist()],
+            "decision": answer["decision"],
+            **outcome.kept,
             "warnings": answer["warnings"],
             "timing_ms": answer["timing_ms"],
         }
 
 
-def _read(request: Request) -> RawImage:
-    if request.body is None:
-        raise ValueError(
-            "no image in the body; send the file's bytes with Content-Type: application/octet-stream"
-        )
-    for name, value in (("attention", request.attention), ("golden", request.golden)):
-        if value not in ("true", "false"):
-            raise ValueError(f"{name} is neither true nor false; send the header as `{name.title()}: true`")
-    return read_image(request.body)
+class _NetworksClock:
+    """How long the networks have been at work, in ms since the start.
+
+    It counts a network, and the parts right below it: a bag's encoder is asked by itself.
+    """
+
+    def __init__(self, networks: Iterable[nn.Module]) -> None:
+        self.ms = 0.0
+        self._depth = 0
+        self._started = 0.0
+        for network in networks:
+            for part in (network, *network.children()):
+                part.register_forward_pre_hook(self._enter)
+                part.register_forward_hook(self._leave, always_call=True)
+
+    def _enter(self, *_: Any) -> None:
+        if self._depth == 0:
+            self._started = time.perf_counter()
+        self._depth += 1
+
+    def _leave(self, *_: Any) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self.ms += _ms_since(self._started)
+
+
+def png_text(pixels: np.ndarray) -> str:
+    """A picture, H W or H W 3 uint8, as base64 of a PNG file."""
+    return base64.b64encode(encode_png(pixels)).decode()
 
 
 def _refusal(error: Exception) -> Reply:
     """The reply where reading or predicting failed; both refuse what was sent by ValueError."""
+    if isinstance(error, MemoryError):
+        return Reply(413, {"error": "too large for the memory of this server; send a smaller one"})
     return Reply(400, {"error": str(error)}) if isinstance(error, ValueError) else _fault(error)
 
 
@@ -232,7 +316,7 @@ def _fault(error: Exception) -> Reply:
     # By kind and place: the error's own text may repeat what the file says.
     what = type(error).__name__
     print(f"{what}\n{''.join(traceback.format_tb(error.__traceback__))}", file=sys.stderr, flush=True)
-    return Reply(500, {"error": f"the image could not be answered ({what}); the server's log says where"})
+    return Reply(500, {"error": f"it could not be answered ({what}); the server's log says where"})
 
 
 def _ms_since(started: float) -> float:

@@ -2,7 +2,7 @@
 
     MAR-INF/MANIFEST.json    what TorchServe reads
     release.json             the Release
-    <noun>_handler.py        the class that TorchServe calls, for models of `cadx/models/<noun>.py`
+    <kind>_handler.py        the class that TorchServe calls: radiograph, volume, slide or detection
     bundle/...               the bundle folder
 
 The same bundle and release give the same bytes, wherever and whenever they are packed.
@@ -12,12 +12,15 @@ import inspect
 import json
 import zipfile
 from pathlib import Path
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from cadx.files import canonical_json, replacing
 from cadx.types import Config, Digest, Task
+
+if TYPE_CHECKING:
+    from cadx.bundle import Manifest
 
 MANIFEST = "MAR-INF/MANIFEST.json"
 RELEASE = "release.json"
@@ -30,10 +33,11 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # the first date that a zip archive can hold
 
 
 class Verdict(Config):
-    """What the gate decided of the bundle, and why."""
+    """What the gate decided of the bundle, and why; `digest` is that of its decision.json."""
 
     promote: bool
     reasons: tuple[str, ...] = ()
+    digest: Digest | None = None
 
 
 class Release(Config):
@@ -79,8 +83,8 @@ def write_archive(path: Path, bundle: Path, release: Release) -> None:
     """Write the archive of a bundle, whole or not at all.
 
     Raises:
-        ValueError: if the bundle is damaged, incomplete, another than the release says, or of a family
-            for which there is no handler.
+        ValueError: if the bundle is damaged, incomplete, another than the release says, or takes what no
+            endpoint does.
     """
     # Here, since it imports torch, which readers of an archive do without.
     from cadx.bundle import MANIFEST as BUNDLE_MANIFEST
@@ -89,10 +93,10 @@ def write_archive(path: Path, bundle: Path, release: Release) -> None:
     opened = Bundle(bundle)
     if opened.digest != release.bundle:
         raise ValueError(f"{bundle}: its digest is {opened.digest}, the release is of {release.bundle}")
-    if not opened.is_complete:
+    # A detector is complete without an operating point, but no box could be called.
+    if not opened.is_complete or opened.manifest.operating_point is None:
         raise ValueError(f"{bundle}: no temperature and operating point yet; run `cadx calibrate` first")
-    noun = type(opened.manifest.model).__module__.rpartition(".")[2]
-    handler = f"{noun}_handler.py"
+    handler, source = _handler(opened.manifest, bundle)
     manifest = {
         "runtime": "python",
         "model": {"modelName": release.name, "modelVersion": release.version, "handler": handler},
@@ -103,7 +107,7 @@ def write_archive(path: Path, bundle: Path, release: Release) -> None:
     members = {
         MANIFEST: canonical_json(manifest).encode(),
         RELEASE: canonical_json(release.model_dump(mode="json")).encode(),
-        handler: _handler_source(noun, bundle).encode(),
+        handler: source.encode(),
     }
     for file in (BUNDLE_MANIFEST, *opened.manifest.files):
         members[f"{BUNDLE}/{file}"] = (bundle / file).read_bytes()
@@ -115,15 +119,24 @@ def write_archive(path: Path, bundle: Path, release: Release) -> None:
             archive.writestr(member, members[name], zipfile.ZIP_STORED)
 
 
-def _handler_source(noun: str, bundle: Path) -> str:
-    """The source of the handler for the models of `cadx/models/<noun>.py`."""
+def _handler(manifest: "Manifest", bundle: Path) -> tuple[str, str]:
+    """File name and source of the handler of a bundle's endpoint."""
     # Imported, though only its text is needed: so it shows what an archive depends on.
-    from serving import radiograph_handler
+    from cadx.predicting import subject_of
+    from serving import detection_handler, radiograph_handler, slide_handler, volume_handler
 
-    handlers = {"radiograph": radiograph_handler}
-    if noun not in handlers:
-        raise ValueError(f"{bundle}: no handler for a {noun} model; add serving/{noun}_handler.py")
-    return inspect.getsource(handlers[noun])
+    kind = "detection" if manifest.task == "detection" else subject_of(manifest).kind
+    handlers = {
+        "image": radiograph_handler,
+        "volume": volume_handler,
+        "slide": slide_handler,
+        "detection": detection_handler,
+    }
+    if kind not in handlers:
+        raise ValueError(
+            f"{bundle}: no endpoint takes {kind}; ask such a model with `cadx.predicting.Predictor`"
+        )
+    return f"{handlers[kind].__name__.rpartition('.')[2]}.py", inspect.getsource(handlers[kind])
 
 
 def read_release(path: Path) -> Release:

@@ -1,25 +1,35 @@
-"""Ask a running server about images, from any program; needs neither torch nor the models.
+"""Ask a running server about images, volumes and slides, from any program; needs neither torch nor the models.
 
 For example
 
     client = Client("http://127.0.0.1:8080", "phantom-xray", key_file=Path("served/key_file.json"))
     answer = client.predict(Path("image.dcm"))
     print(answer.decision, answer.probabilities, answer.warnings)
+
+The records below are the form of an answer: docs/answer.schema.json is made from them (`python -m serving.schema`).
 """
 
+import io
 import json
 import time
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
 from urllib.parse import quote
 
 import urllib3
-from pydantic import Base64Bytes, BaseModel, ConfigDict, ValidationError
+from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, ValidationError
 
+SCHEMA_VERSION = 1
+"""Of an answer's form. A new field leaves it; one that goes, or means something else, raises it."""
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 90.0
+VOLUME_TIMEOUT_S = 330.0
+SLIDE_TIMEOUT_S = 1830.0
+"""Like the others somewhat longer than the server itself gives an answer (`components.deploy`)."""
 MAX_CONNECTIONS = 32
 _RETRIES = {
     # An image may be asked about twice without harm. 503 is a full queue, 507 a worker that is starting anew,
@@ -74,33 +84,127 @@ class Model(_Record):
 
 
 class OperatingPoint(_Record):
-    """Where a probability becomes a decision: class -> threshold, and what it was chosen to reach."""
+    """Where a probability, or a box's score, becomes a decision: class -> threshold; what it was chosen to reach."""
 
     thresholds: dict[str, float]
     target_metric: str | None
     target_value: float | None
 
 
-class Answer(_Record):
-    """What the server says of one image.
+class Timing(_Record):
+    """Milliseconds in the worker.
 
     Attributes:
-        prediction_id: the name of this answer in the server's request log.
-        probabilities: class -> calibrated probability in 0..1.
-        decision: the class, or for a multilabel model the classes, at the operating point.
-        warnings: why this answer deserves care, in words.
-        timing_ms: decode, predict and total, in the server.
-        attention_png: where the model looked, a gray PNG in the image's own size; None unless asked for.
+        decode: of this request: reading the file; of a slide, its thumbnail and tissue.
+        preprocess: of the batch that it was answered in: preparing the networks' input, and image statistics.
+        infer: of the batch: the networks.
+        total: from the worker's receipt to the answer. Waiting in the queue comes before: see the server's /metrics.
     """
 
-    prediction_id: str
+    decode: float
+    preprocess: float
+    infer: float
+    total: float
+
+
+class _Answer(_Record):
+    schema_version: Literal[1] = Field(description="of this form")
+    prediction_id: str = Field(description="the name of this answer in the server's request log")
     model: Model
-    probabilities: dict[str, float]
-    decision: str | tuple[str, ...]
     operating_point: OperatingPoint
-    warnings: tuple[str, ...]
-    timing_ms: dict[str, float]
-    attention_png: Base64Bytes | None = None
+    warnings: tuple[str, ...] = Field(description="why this answer deserves care, in words; empty is good")
+    timing_ms: Timing
+
+
+class _Labelled(_Answer):
+    probabilities: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
+        description="class -> calibrated probability"
+    )
+    decision: str | tuple[str, ...] = Field(
+        description="the class, or for a multilabel model the classes, at the operating point"
+    )
+    prediction_set: tuple[str, ...] | None = Field(
+        description="the classes that cannot be excluded at the model's nominal coverage; null where it has none",
+    )
+    refer: bool = Field(description="the model abstains: let a person decide")
+
+
+class Answer(_Labelled):
+    """What the server says of one image."""
+
+    kind: Literal["radiograph"]
+    attention_png: Base64Bytes | None = Field(
+        default=None,
+        description="where the model looked: a gray PNG in the image's own size; only if asked for",
+    )
+
+
+class VolumeAttention(_Record):
+    """Where the model looked in a volume."""
+
+    slice: int = Field(description="the axial slice with most attention, counted from the most inferior, 0")
+    slice_png: Base64Bytes = Field(
+        description="that slice with the attention laid over it; anterior above, the patient's right on the left"
+    )
+    nifti: Base64Bytes | None = Field(
+        description="the map as .nii.gz, 0..255, in the volume's own place: lay it over the original in any viewer; "
+        "null where it is too large to be sent"
+    )
+
+
+class VolumeAnswer(_Labelled):
+    """What the server says of one volume."""
+
+    kind: Literal["volume"]
+    attention: VolumeAttention | None = Field(default=None, description="only if asked for")
+
+
+class Tile(_Record):
+    """A tile of a slide: its top left corner and side in pixels of the scanned resolution, and its attention."""
+
+    x_px: int
+    y_px: int
+    side_px: int
+    weight: float = Field(description="share of the slide's attention, 0..1")
+
+
+class SlideAttention(_Record):
+    """Where the model looked on a slide."""
+
+    thumbnail_png: Base64Bytes = Field(description="the slide's thumbnail with the attention laid over it")
+    num_tiles: int = Field(description="tiles with tissue that the answer rests on")
+    tiles: tuple[Tile, ...] = Field(description="those with most attention, by falling weight")
+
+
+class SlideAnswer(_Labelled):
+    """What the server says of one slide."""
+
+    kind: Literal["slide"]
+    attention: SlideAttention | None = Field(default=None, description="only if asked for")
+
+
+class Box(_Record):
+    """One finding."""
+
+    class_: str = Field(alias="class")
+    score: Annotated[float, Field(ge=0, le=1)]
+    box_xyxy: tuple[float, float, float, float] = Field(
+        description="x0, y0, x1, y1 in stored pixels, 0-based, half-open"
+    )
+    called: bool = Field(description="its score reaches the class's threshold")
+
+
+class DetectionAnswer(_Answer):
+    """What a detector says of one image."""
+
+    kind: Literal["detection"]
+    boxes: tuple[Box, ...] = Field(description="by falling score; those below the threshold too")
+    decision: tuple[str, ...] = Field(description="the classes of which a box is called")
+
+
+AnyAnswer = Annotated[Answer | VolumeAnswer | SlideAnswer | DetectionAnswer, Field(discriminator="kind")]
+Token = str | Callable[[], str]
+_AnswerT = TypeVar("_AnswerT", bound=_Answer)
 
 
 class Client:
@@ -109,14 +213,21 @@ class Client:
     Args:
         address: the server's inference address, such as http://127.0.0.1:8080.
         model: the model's name there.
-        token: the inference token; or else
+        token: the inference token, or a function that fetches the present one; or else
         key_file: where the server keeps its tokens. It is read again whenever a token has ended.
+        ca_file: certificates that are trusted at an https address; None for those of this machine.
     """
 
     def __init__(
-        self, address: str, model: str, *, token: str | None = None, key_file: Path | None = None
+        self,
+        address: str,
+        model: str,
+        *,
+        token: Token | None = None,
+        key_file: Path | None = None,
+        ca_file: Path | None = None,
     ) -> None:
-        self._endpoint = Endpoint(address, "inference", token=token, key_file=key_file)
+        self._endpoint = Endpoint(address, "inference", token=token, key_file=key_file, ca_file=ca_file)
         self._model = model
 
     def predict(
@@ -136,22 +247,44 @@ class Client:
             ConnectionError: if the server cannot be reached.
             OSError: if the file cannot be read.
         """
-        data = image.read_bytes() if isinstance(image, Path) else image
-        path = f"/predictions/{quote(self._model, safe='')}"
-        if version is not None:
-            path += f"/{quote(version, safe='')}"
-        headers = {"Content-Type": "application/octet-stream"}
-        if attention:
-            headers["Attention"] = "true"
-        if golden:
-            headers["Golden"] = "true"
-        content = self._endpoint.request("POST", path, body=data, headers=headers)
-        try:
-            return Answer.model_validate_json(content)
-        except ValidationError:
-            raise Refused(
-                self._endpoint.address, 200, "an answer of another form; is it this server?"
-            ) from None
+        return self._ask(Answer, _content(image), attention, version, golden, READ_TIMEOUT_S)
+
+    def predict_volume(
+        self,
+        volume: bytes | Path,
+        *,
+        attention: bool = False,
+        version: str | None = None,
+        golden: bool = False,
+    ) -> VolumeAnswer:
+        """The answer for one volume: a NIfTI file, a zip of one DICOM series, or the folder of one.
+
+        Raises:
+            Refused, ConnectionError, OSError: as `predict`.
+        """
+        data = _zipped(volume) if isinstance(volume, Path) and volume.is_dir() else _content(volume)
+        return self._ask(VolumeAnswer, data, attention, version, golden, VOLUME_TIMEOUT_S)
+
+    def predict_slide(
+        self, path: str, *, attention: bool = False, version: str | None = None, golden: bool = False
+    ) -> SlideAnswer:
+        """The answer for the slide at `path` on the server, relative to its slide root.
+
+        Raises:
+            Refused, ConnectionError: as `predict`.
+        """
+        asked = json.dumps({"path": path}).encode()
+        return self._ask(SlideAnswer, asked, attention, version, golden, SLIDE_TIMEOUT_S)
+
+    def detect(
+        self, image: bytes | Path, *, version: str | None = None, golden: bool = False
+    ) -> DetectionAnswer:
+        """The boxes in one DICOM, PNG or JPEG file.
+
+        Raises:
+            Refused, ConnectionError, OSError: as `predict`.
+        """
+        return self._ask(DetectionAnswer, _content(image), False, version, golden, READ_TIMEOUT_S)
 
     def predict_many(
         self,
@@ -177,6 +310,33 @@ class Client:
         with ThreadPoolExecutor(concurrency) as pool:
             return list(pool.map(one, images))
 
+    def _ask(
+        self,
+        form: type[_AnswerT],
+        body: bytes,
+        attention: bool,
+        version: str | None,
+        golden: bool,
+        timeout_s: float,
+    ) -> _AnswerT:
+        path = f"/predictions/{quote(self._model, safe='')}"
+        if version is not None:
+            path += f"/{quote(version, safe='')}"
+        headers = {"Content-Type": "application/octet-stream"}
+        if attention:
+            headers["Attention"] = "true"
+        if golden:
+            headers["Golden"] = "true"
+        content = self._endpoint.request("POST", path, body=body, headers=headers, read_timeout_s=timeout_s)
+        try:
+            return form.model_validate_json(content)
+        except ValidationError:
+            raise Refused(
+                self._endpoint.address,
+                200,
+                f"an answer of another form than {form.__name__}; is it this server, and a model of this kind?",
+            ) from None
+
 
 class Endpoint:
     """One address of the server: its connections, its token, its errors.
@@ -184,8 +344,9 @@ class Endpoint:
     Args:
         address: protocol, host and port.
         kind: whose token is needed.
-        token: the token; or else
+        token: the token, or a function that fetches the present one; or else
         key_file: where it stands.
+        ca_file: certificates that are trusted at an https address; None for those of this machine.
     """
 
     def __init__(
@@ -193,22 +354,29 @@ class Endpoint:
         address: str,
         kind: Literal["inference", "management"],
         *,
-        token: str | None = None,
+        token: Token | None = None,
         key_file: Path | None = None,
-        read_timeout_s: float = READ_TIMEOUT_S,
+        ca_file: Path | None = None,
     ) -> None:
         self.address = address.rstrip("/")
-        self._kind = kind
-        self._token = token
-        self._key_file = key_file
+        self._token = token if isinstance(token, str) else None
+        self._fetch_token = token if callable(token) else None
+        if key_file is not None and token is None:
+            self._fetch_token = partial(_read_token, key_file, kind)
         self._pool = urllib3.PoolManager(
             maxsize=MAX_CONNECTIONS,
             retries=_RETRIES[kind],
-            timeout=urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=read_timeout_s),
+            ca_certs=None if ca_file is None else str(ca_file),
         )
 
     def request(
-        self, method: str, path: str, *, body: bytes | None = None, headers: Mapping[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        *,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        read_timeout_s: float = READ_TIMEOUT_S,
     ) -> bytes:
         """The body of the answer to a request.
 
@@ -217,33 +385,56 @@ class Endpoint:
             ConnectionError: one line, if there is no answer.
             ValueError: if the key file holds no token.
         """
-        response = self._send(method, path, body, headers)
+        response = self._send(method, path, body, headers, read_timeout_s)
         for wait_s in _WAITS_S:
-            if self._key_file and _is_token_refused(response):
+            if self._fetch_token and _is_token_refused(response):
                 self._token = None
             elif not _is_worker_lost(response):
                 break
             time.sleep(wait_s)
-            response = self._send(method, path, body, headers)
+            response = self._send(method, path, body, headers, read_timeout_s)
         if not 200 <= response.status < 300:
             raise Refused(self.address, response.status, _reason(response))
         return response.data
 
     def _send(
-        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str] | None
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        headers: Mapping[str, str] | None,
+        read_timeout_s: float,
     ) -> urllib3.BaseHTTPResponse:
         token = self._token
-        if token is None and self._key_file is not None:
-            token = self._token = _read_token(self._key_file, self._kind)
+        if token is None and self._fetch_token is not None:
+            token = self._token = self._fetch_token()
         authorization = {"Authorization": f"Bearer {token}"} if token else {}
         try:
             return self._pool.request(
-                method, self.address + path, body=body, headers={**(headers or {}), **authorization}
+                method,
+                self.address + path,
+                body=body,
+                headers={**(headers or {}), **authorization},
+                timeout=urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=read_timeout_s),
             )
         except urllib3.exceptions.HTTPError as error:
             cause = error.reason if isinstance(error, urllib3.exceptions.MaxRetryError) else error
             what = type(cause or error).__name__
             raise ConnectionError(f"{self.address}: no answer ({what}); is the server running?") from None
+
+
+def _content(file: bytes | Path) -> bytes:
+    return file.read_bytes() if isinstance(file, Path) else file
+
+
+def _zipped(series: Path) -> bytes:
+    """The files right in a folder; numbered, since their names may tell of a patient."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        files = sorted(file for file in series.iterdir() if file.is_file() and file.name[0] != ".")
+        for number, file in enumerate(files):
+            archive.writestr(f"{number}", file.read_bytes())
+    return out.getvalue()
 
 
 def _read_token(key_file: Path, kind: str) -> str:

@@ -1,13 +1,25 @@
-"""Which versions of a model are in service, and which of them answers: TorchServe's management address."""
+"""Which versions of a model are in service, and which of them answers: TorchServe's management address.
+
+model_store/<name>.deployed.json    the versions that went live, the latest last: the way back
+"""
 
 import json
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, urlencode
 
-from serving.client import Endpoint, Refused
+from pydantic import TypeAdapter, ValidationError
 
-REGISTRATION_TIMEOUT_S = 180.0
+from cadx.files import write_json
+from cadx.types import Config
+from serving.client import Endpoint, Refused, Token
+
+STARTUP_TIMEOUT_S = 600
+"""For a worker to come up: importing torch takes seconds on a free machine, minutes on a crowded one."""
+REGISTRATION_TIMEOUT_S = STARTUP_TIMEOUT_S + 30.0
+RESPONSE_TIMEOUT_S = 60
 
 
 class Version(NamedTuple):
@@ -16,6 +28,41 @@ class Version(NamedTuple):
     version: str
     archive: str
     ready_workers: int
+
+
+class Deployed(Config):
+    """A version that went live, and all that puts it into service again."""
+
+    version: str
+    archive: str
+    workers: int
+    batch_size: int
+    max_batch_delay_ms: int
+    response_timeout_s: int
+
+
+def read_deployed(model_store: Path, name: str) -> tuple[Deployed, ...]:
+    """The versions of a model that went live, the latest last; none if it was never deployed.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    path = _deployed_path(model_store, name)
+    try:
+        return TypeAdapter(tuple[Deployed, ...]).validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return ()
+    except ValidationError:
+        raise ValueError(f"{path}: not what `cadx deploy` writes; remove it and deploy again") from None
+
+
+def write_deployed(model_store: Path, name: str, versions: Sequence[Deployed]) -> None:
+    """Keep which versions of a model went live, the latest last."""
+    write_json(_deployed_path(model_store, name), [one.model_dump() for one in versions])
+
+
+def _deployed_path(model_store: Path, name: str) -> Path:
+    return model_store / f"{name}.deployed.json"
 
 
 class Management:
@@ -30,10 +77,8 @@ class Management:
         token: the management token.
     """
 
-    def __init__(self, address: str, *, key_file: Path | None = None, token: str | None = None) -> None:
-        self._endpoint = Endpoint(
-            address, "management", token=token, key_file=key_file, read_timeout_s=REGISTRATION_TIMEOUT_S
-        )
+    def __init__(self, address: str, *, key_file: Path | None = None, token: Token | None = None) -> None:
+        self._endpoint = Endpoint(address, "management", token=token, key_file=key_file)
 
     def register(
         self,
@@ -42,7 +87,8 @@ class Management:
         name: str | None = None,
         workers: int | None = None,
         batch_size: int = 1,
-        max_batch_delay_ms: int = 20,
+        max_batch_delay_ms: int = 1,
+        response_timeout_s: int = RESPONSE_TIMEOUT_S,
     ) -> None:
         """Put an archive of the model store into service and wait until its workers are ready.
 
@@ -55,19 +101,23 @@ class Management:
             workers: processes that answer; None for the server's own number.
             batch_size: images that are answered together at most.
             max_batch_delay_ms: how long an image waits for others; only if `batch_size` is more than 1.
+            response_timeout_s: after which a worker that has not answered is started anew.
         """
         query = {
             "url": archive,
             "synchronous": "true",
             "batch_size": batch_size,
             "max_batch_delay": max_batch_delay_ms,
+            "response_timeout": response_timeout_s,
         }
         if name is not None:
             query["model_name"] = name
         if workers is not None:
             query["initial_workers"] = workers
         try:
-            self._endpoint.request("POST", f"/models?{urlencode(query)}")
+            self._endpoint.request(
+                "POST", f"/models?{urlencode(query)}", read_timeout_s=REGISTRATION_TIMEOUT_S
+            )
         except Refused as refusal:
             if refusal.status != 500:
                 raise
@@ -89,8 +139,43 @@ class Management:
         self._endpoint.request("PUT", f"/models/{_part(name)}/{_part(version)}/set-default")
 
     def unregister(self, name: str, version: str) -> None:
-        """Take a version out of service. The default goes last."""
+        """Take a version out of service. The default goes last.
+
+        TorchServe forgets those who still wait for it, and they wait in vain until they give up: take out what has not
+        been the default for a while.
+        """
         self._endpoint.request("DELETE", f"/models/{_part(name)}/{_part(version)}")
+
+    def roll_back(self, name: str, model_store: Path) -> tuple[str, str]:
+        """Let the version answer that was live before this one; (this one, that one).
+
+        It answers as it did when it was compared with its evaluation: the same archive, which stayed in the model
+        store. Where the server has it no longer, it is loaded first; until then the present one goes on. Called
+        again, it goes back further. The version left stays loaded.
+
+        Raises:
+            ValueError: if there is no earlier version.
+        """
+        present = self.default_version(name)
+        history = list(read_deployed(model_store, name))
+        while history and history[-1].version == present:
+            history.pop()
+        if present is None or not history:
+            raise ValueError(f"{name}: no earlier version to go back to; `cadx deploy` one")
+        back = history[-1]
+        loaded = {one.version: one for one in self.versions(name)}.get(back.version)
+        if loaded and not loaded.ready_workers:
+            self.unregister(name, back.version)
+        if not (loaded and loaded.ready_workers):
+            try:
+                self.register(name=name, **back.model_dump(exclude={"version"}))
+            except Refused:
+                with suppress(ValueError, ConnectionError):  # the refusal is what the user must see
+                    self.unregister(name, back.version)
+                raise
+        self.set_default(name, back.version)
+        write_deployed(model_store, name, history)
+        return present, back.version
 
     def _describe(self, path: str) -> tuple[Version, ...]:
         try:

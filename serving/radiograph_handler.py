@@ -1,61 +1,10 @@
-"""What TorchServe calls for 2D radiographs; a copy of this file stands in each archive.
+"""What TorchServe calls for 2D radiographs; a copy of this file stands in each archive of theirs."""
 
-TorchServe imports it by its base name and takes the one class in it: there must be no second. What does not
-concern TorchServe is done in `answering`.
-"""
-
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
-
-from serving.answering import Answerer, Request, RequestLog
-
-_PHRASES = {200: "OK", 400: "Bad Request", 500: "Internal Server Error"}
+from serving.handling import Handler
+from serving.kinds import RadiographAnswerer
 
 
-class RadiographHandler:
-    """Answers batches of images from the archive that it was unpacked with."""
+class RadiographHandler(Handler):
+    """Answers batches of such requests from the archive that it was unpacked with."""
 
-    def initialize(self, context: Any) -> None:
-        """Open the archive's bundle.
-
-        Raises:
-            ValueError: if it is damaged, incomplete, or another than the release names.
-            OSError: if the folder of the request log cannot be made.
-        """
-        properties = context.system_properties
-        gpu = properties["gpu_id"]
-        self._answerer = Answerer(
-            Path(properties["model_dir"]),
-            device="cpu" if gpu is None else f"cuda:{gpu}",
-            log=RequestLog.from_environment(),
-        )
-
-    def handle(self, data: Sequence[Mapping[str, Any]], context: Any) -> list[str]:
-        """The replies to a batch, as JSON; the status of each is set in the context."""
-        requests = [_request(item, context.get_all_request_header(i)) for i, item in enumerate(data)]
-        replies = self._answerer.answer(requests)
-        for i, reply in enumerate(replies):
-            # By these keywords: any other turns the whole batch into a 503.
-            context.set_response_status(code=reply.status, phrase=_PHRASES[reply.status], idx=i)
-            context.set_response_content_type(i, "application/json")
-        return [json.dumps(reply.content, allow_nan=False) for reply in replies]
-
-
-def _request(parameters: Mapping[str, Any], headers: Mapping[str, Any]) -> Request:
-    body = parameters.get("body")
-    return Request(
-        bytes(body) if isinstance(body, bytes | bytearray) else None,
-        _flag("attention", parameters, headers),
-        _flag("golden", parameters, headers),
-    )
-
-
-def _flag(name: str, parameters: Mapping[str, Any], headers: Mapping[str, Any]) -> str:
-    # TorchServe drops the query of /predictions/MODEL and keeps that of /MODEL/predict: hence the header.
-    asked = next((value for key, value in headers.items() if key.lower() == name), "false")
-    asked = parameters.get(name, asked)
-    if isinstance(asked, bytes | bytearray):
-        asked = asked.decode(errors="replace")
-    return str(asked).lower()
+    answerer = RadiographAnswerer

@@ -2,13 +2,15 @@
 
     config.properties, log4j2.xml    written at each start
     key_file.json                    the tokens, while it runs
-    model_store/                     the archives that may be registered
+    model_store/                     the archives that may be registered, and what was deployed
     request_log/                     what was answered: one file per worker
+    slide_cache/                     embeddings of slides that were answered
     logs/                            TorchServe's own
     tmp/                             unpacked archives and sockets, while it runs
 
-Invariants: it listens on the loopback interface alone; tokens are asked for; archives come from the model
-store and from nowhere else; no body and no query of a request is ever logged.
+Invariants: management, metrics and gRPC listen on the loopback interface alone, and so does inference unless TLS
+is given or said to end before it; tokens are asked for; archives come from the model store and from nowhere else;
+no body and no query of a request is ever logged.
 """
 
 import fcntl
@@ -20,22 +22,24 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import urllib3
 
+from serving.management import RESPONSE_TIMEOUT_S, STARTUP_TIMEOUT_S
+
 HOST = "127.0.0.1"
-MAX_REQUEST_BYTES = 64 << 20
-RESPONSE_TIMEOUT_S = 60
+MAX_REQUEST_BYTES = 256 << 20
+"""A CT series, zipped, or a packed NIfTI volume."""
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
 TOKEN_MINUTES = 60
-RENEWAL_MINUTES = 30
+"""How long a token lasts; it is renewed at half of that."""
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 # What the address of a Unix socket can hold; TorchServe's workers listen in its temporary folder.
@@ -74,6 +78,13 @@ def free_ports() -> Ports:
         return Ports(*(one.getsockname()[1] for one in sockets))
 
 
+class Tls(NamedTuple):
+    """What an https address needs: two PEM files, the certificate (with its chain) and its RSA key in PKCS #8."""
+
+    certificate: Path
+    private_key: Path
+
+
 class TorchServe:
     """A TorchServe front end with its workers, from `start` to `stop`; as a context manager, both.
 
@@ -84,15 +95,43 @@ class TorchServe:
         ports: where it listens.
         workers: processes for a model that is registered without a number; they share the cores.
         console: write TorchServe's lines, one for each request among them, to this process's stdout.
+        host: the address where inference listens.
+        tls: for inference; None serves plain http.
+        behind_proxy: TLS ends before the server, so that it may listen beyond loopback without.
+        token_minutes: how long a token lasts.
+
+    Raises:
+        ValueError: if tokens and images would cross a network without TLS, or a file of `tls` is missing.
     """
 
     def __init__(
-        self, folder: Path, ports: Ports | None = None, *, workers: int = 1, console: bool = False
+        self,
+        folder: Path,
+        ports: Ports | None = None,
+        *,
+        workers: int = 1,
+        console: bool = False,
+        host: str = HOST,
+        tls: Tls | None = None,
+        behind_proxy: bool = False,
+        token_minutes: int = TOKEN_MINUTES,
     ) -> None:
+        if host != HOST and tls is None and not behind_proxy:
+            raise ValueError(
+                f"host {host}: images and tokens would travel unencrypted; give --certificate and --private-key, "
+                "or --behind-proxy where TLS ends before the server"
+            )
+        if tls and (missing := [file for file in tls if not file.is_file()]):
+            raise ValueError(f"{missing[0]}: no such file; give the certificate and its key as PEM")
+        if token_minutes < 2:
+            raise ValueError(f"tokens of {token_minutes} minutes: give at least 2")
         self.folder = folder.resolve()
         self.ports = ports or Ports()
         self.workers = workers
-        self.inference = f"http://{HOST}:{self.ports.inference}"
+        self.host = host
+        self.tls = tls and Tls(*(file.resolve() for file in tls))
+        self.token_minutes = token_minutes
+        self.inference = f"{'https' if tls else 'http'}://{HOST}:{self.ports.inference}"
         self.management = f"http://{HOST}:{self.ports.management}"
         self.metrics = f"http://{HOST}:{self.ports.metrics}"
         self.key_file = self.folder / "key_file.json"
@@ -118,7 +157,7 @@ class TorchServe:
         if len(set(self.ports)) < len(self.ports):
             raise ValueError(f"{self.ports}: TorchServe needs a port of its own for each")
         for name, port in self.ports._asdict().items():
-            _require_free(name, port)
+            _require_free(name, port, self.host if name == "inference" else HOST)
         with ExitStack() as stack:
             for folder in (self.model_store, self.request_log, self.logs):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -167,8 +206,14 @@ class TorchServe:
             os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
         )
 
+    @property
+    def process_group(self) -> int:
+        """The number of the process group of front end and workers, while it runs."""
+        assert self._process is not None, "it does not run"
+        return self._process.pid
+
     def renew_tokens(self) -> None:
-        """Put new tokens, for another `TOKEN_MINUTES`, into the key file; the old ones end at once.
+        """Put new tokens, for another `token_minutes`, into the key file; the old ones end at once.
 
         Raises:
             ValueError: if the server does not give them.
@@ -191,7 +236,7 @@ class TorchServe:
             with suppress(OSError, ValueError, KeyError, urllib3.exceptions.HTTPError):
                 keys = json.loads(self.key_file.read_text(encoding="utf-8"))
                 answers = (
-                    _get(f"{self.inference}/ping", keys["inference"]["key"]),
+                    _get(f"{self.inference}/ping", keys["inference"]["key"], self.tls),
                     _get(f"{self.management}/models", keys["management"]["key"]),
                 )
                 if answers == (200, 200):
@@ -225,7 +270,12 @@ class TorchServe:
     def _properties(self) -> str:
         ports = self.ports
         properties = {
-            "inference_address": self.inference,
+            "inference_address": self.inference.replace(HOST, self.host),
+            **(
+                {"certificate_file": self.tls.certificate, "private_key_file": self.tls.private_key}
+                if self.tls
+                else {}
+            ),
             "management_address": self.management,
             "metrics_address": self.metrics,
             "grpc_inference_address": HOST,
@@ -233,12 +283,13 @@ class TorchServe:
             "grpc_management_address": HOST,
             "grpc_management_port": ports.grpc_management,
             "disable_token_authorization": "false",
-            "token_expiration_min": TOKEN_MINUTES,
+            "token_expiration_min": self.token_minutes,
             "enable_model_api": "true",
             # Matches no address at all: a model is registered by its file name in the model store.
             "allowed_urls": "none",
             "default_workers_per_model": self.workers,
             "default_response_timeout": RESPONSE_TIMEOUT_S,
+            "default_startup_timeout": STARTUP_TIMEOUT_S,
             "max_request_size": MAX_REQUEST_BYTES,
             "max_response_size": MAX_REQUEST_BYTES,
             # A worker would decode JSON and text, and log what it cannot decode.
@@ -256,7 +307,9 @@ class TorchServe:
         threads = max(1, len(os.sched_getaffinity(0)) // self.workers)
         return {
             "OMP_NUM_THREADS": str(threads),  # of each worker's torch, unless it is set already
+            "CADX_SLIDE_CACHE": str(self.folder / "slide_cache"),  # likewise
             **inherited,
+            "CADX_GOLDEN_SLIDES": str(self.model_store),
             "CADX_REQUEST_LOG": str(self.request_log),
             "PYTHONPATH": os.pathsep.join(str(Path(entry).resolve()) for entry in python_path),
             "LOG_LOCATION": str(self.logs),
@@ -279,21 +332,22 @@ def stops_on_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def serve(folder: Path, ports: Ports | None = None, *, workers: int = 1) -> None:
-    """Run TorchServe in the foreground until Ctrl-C, SIGTERM or SIGHUP.
+def serve(server: TorchServe, prepare: Callable[[TorchServe], None] | None = None) -> None:
+    """Run TorchServe in the foreground until Ctrl-C, SIGTERM or SIGHUP; `prepare` is called once it runs.
 
     Raises:
         ValueError: one line, if it does not start, or ends by itself.
     """
-    server = TorchServe(folder, ports, workers=workers, console=True)
     with stops_on_signals():
         interrupt = signal.getsignal(signal.SIGINT)
         try:
             server.start()
-            print(f"inference   {server.inference}/predictions/MODEL")
+            if prepare:
+                prepare(server)
+            print(f"inference   {server.inference.replace(HOST, server.host)}/predictions/MODEL")
             print(f"management  {server.management}/models")
             print(f"metrics     {server.metrics}/metrics")
-            print(f"tokens      {server.key_file}, new ones every {RENEWAL_MINUTES} minutes")
+            print(f"tokens      {server.key_file}, new ones every {server.token_minutes // 2} minutes")
             print(f"archives    {server.model_store}")
             print(f"requests    {server.request_log}")
             print("Ctrl-C stops it.", flush=True)
@@ -310,13 +364,13 @@ def serve(folder: Path, ports: Ports | None = None, *, workers: int = 1) -> None
 
 def _watch(server: TorchServe) -> None:
     """Renew tokens until the server ends by itself, which is an error."""
-    renewal = time.monotonic() + 60 * RENEWAL_MINUTES
+    renewal = time.monotonic() + 30 * server.token_minutes
     while not server.has_ended:
         time.sleep(0.5)
         if time.monotonic() >= renewal:
             try:
                 server.renew_tokens()
-                renewal = time.monotonic() + 60 * RENEWAL_MINUTES
+                renewal = time.monotonic() + 30 * server.token_minutes
             except ValueError as error:
                 print(error, file=sys.stderr)
                 renewal = time.monotonic() + 60
@@ -395,12 +449,12 @@ def _log_configuration(console: bool) -> str:
 """
 
 
-def _require_free(name: str, port: int) -> None:
+def _require_free(name: str, port: int, host: str) -> None:
     with socket.socket() as probe:
         # As Java does: a connection that lingers from before is no listener.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, port))
+            probe.bind((host, port))
         except OSError as error:
             raise ValueError(
                 f"port {port} ({name}): {error.strerror}; stop what listens there, or choose another port"
@@ -418,7 +472,9 @@ def _locked(folder: Path) -> Iterator[int]:
         yield lock.fileno()
 
 
-def _get(address: str, key: str) -> int:
+def _get(address: str, key: str, tls: Tls | None = None) -> int:
     """The status of a GET with a token."""
-    headers = {"Authorization": f"Bearer {key}"}
-    return urllib3.request("GET", address, headers=headers, timeout=5.0, retries=False).status
+    # The certificate is the server's own, and names it by the name that others call it.
+    trust: dict[str, Any] = {"ca_certs": str(tls.certificate), "assert_hostname": False} if tls else {}
+    with urllib3.PoolManager(retries=False, timeout=5.0, **trust) as pool:
+        return pool.request("GET", address, headers={"Authorization": f"Bearer {key}"}).status

@@ -315,12 +315,12 @@ def test_a_bundle_of_the_first_version_still_opens_and_is_completed_as_one_of_th
     copy: Path, tmp_path: Path
 ) -> None:
     content = json.loads((copy / "bundle.json").read_text())
-    assert content.pop("schema_version") == 2
+    assert content.pop("schema_version") == 3
     del content["heldout"]
     (copy / "bundle.json").write_text(json.dumps({"schema_version": 1, **content}))
     assert Bundle(copy).networks()
     final = complete(copy, tmp_path / "final", heldout_answers(CLASSES["binary"]))
-    assert final.manifest.schema_version == 2
+    assert final.manifest.schema_version == 3
     assert len(final.heldout()) == 7
 
 
@@ -343,7 +343,7 @@ def test_the_reference_is_the_training_split_and_nothing_of_a_patient(
 ) -> None:
     reference = Bundle(trained).reference()
     assert len(reference) == NUM["train"]
-    assert all(column.startswith("stat_") for column in reference.columns)
+    assert {column for column in reference if not column.startswith("stat_")} == {"site", "scanner"}
     samples = DatasetFolder(cohort[0]).samples
     np.testing.assert_allclose(reference["stat_mean"], samples["stat_mean"][: NUM["train"]], atol=1e-6)
     whole = b"".join(file.read_bytes() for file in trained.rglob("*") if file.is_file())

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 import statsmodels.api as sm
-from scipy import optimize, special
+from scipy import optimize, special, stats
 from sklearn.metrics import log_loss
 
+from cadx import calibration
 from cadx.calibration import (
     MAX_TEMPERATURE,
     MIN_TEMPERATURE,
@@ -221,3 +222,81 @@ def test_threshold_refuses_what_it_cannot_use(
 def test_temperature_refuses_what_it_cannot_use(logits: np.ndarray, labels: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fit_temperature(logits, labels, "binary")
+
+
+# --- Isotonic curves, other prevalences, the threshold's spread ------------------------------------------
+
+
+def test_isotonic_is_the_pooled_adjacent_violators_of_a_slow_textbook() -> None:
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        n = int(rng.integers(3, 40))
+        p, y = np.sort(rng.random(n)), (rng.random(n) < 0.5).astype(float)
+        blocks = [[value, 1] for value in y]
+        i = 0
+        while i < len(blocks) - 1:
+            if blocks[i][0] > blocks[i + 1][0] + 1e-12:
+                (a, m), (b, k) = blocks[i], blocks[i + 1]
+                blocks[i : i + 2] = [[(a * m + b * k) / (m + k), m + k]]
+                i = max(i - 1, 0)
+            else:
+                i += 1
+        expected = np.clip(
+            np.repeat([b[0] for b in blocks], [b[1] for b in blocks]), 1 / (n + 2), 1 - 1 / (n + 2)
+        )
+        labels, both = np.stack([1 - y, y], axis=1), np.stack([1 - p, p], axis=1)
+        knots = calibration.fit_isotonic(both, labels, "binary", ("well", "ill"), "ill")
+        found = calibration.apply_isotonic(both, knots, "binary", ("well", "ill"))
+        np.testing.assert_allclose(found[:, 1], expected, atol=1e-9)
+        np.testing.assert_allclose(found.sum(axis=1), 1)
+
+
+@pytest.mark.parametrize("task", ["binary", "multiclass", "multilabel"])
+def test_isotonic_mends_what_a_temperature_cannot(task: str) -> None:
+    rng = np.random.default_rng(3)
+    classes = ("a", "b") if task == "binary" else ("a", "b", "c")
+    true = rng.dirichlet(np.ones(len(classes)), 4000)
+    if task == "multilabel":
+        y = (rng.random(true.shape) < true).astype(float)
+    else:
+        y = np.eye(len(classes))[[rng.choice(len(classes), p=row) for row in true]]
+    bent = true**3 if task == "multilabel" else true**3 / (true**3).sum(axis=1, keepdims=True)
+    knots = calibration.fit_isotonic(bent[:2000], y[:2000], task, classes, "b" if task == "binary" else None)
+    after = calibration.apply_isotonic(bent[2000:], knots, task, classes)
+    assert np.square(after - true[2000:]).mean() < 0.3 * np.square(bent[2000:] - true[2000:]).mean()
+    if task != "multilabel":
+        np.testing.assert_allclose(after.sum(axis=1), 1)
+
+
+def test_another_prevalence_gives_the_probabilities_of_a_population_drawn_with_it() -> None:
+    rng = np.random.default_rng(4)
+    before, after = {"a": 0.6, "b": 0.3, "c": 0.1}, {"a": 0.2, "b": 0.2, "c": 0.6}
+    x, centres = rng.normal(0, 2, 50), np.array([-1.0, 0.0, 1.5])
+    density = stats.norm.pdf(x[:, None] - centres)
+    old, new = (density * np.array(list(shares.values())) for shares in (before, after))
+    old, new = (p / p.sum(axis=1, keepdims=True) for p in (old, new))
+    np.testing.assert_allclose(calibration.at_prevalence(old, before, after, "multiclass", "abc"), new)
+    alone = calibration.at_prevalence(old, before, {"b": 0.2}, "multilabel", "abc")
+    np.testing.assert_array_equal(alone[:, [0, 2]], old[:, [0, 2]])
+    odds = old[:, 1] / (1 - old[:, 1]) * (0.2 / 0.8) / (0.3 / 0.7)
+    np.testing.assert_allclose(alone[:, 1], odds / (1 + odds))
+    for shares, message in (({"d": 0.1}, "no class 'd'"), ({"a": 1.0}, "must lie between 0 and 1")):
+        with pytest.raises(ValueError, match=message):
+            calibration.at_prevalence(old, before, shares, "multilabel", "abc")
+
+
+def test_resampled_thresholds_spread_as_those_of_new_samples() -> None:
+    rng = np.random.default_rng(5)
+
+    def sample() -> tuple[np.ndarray, np.ndarray]:
+        y = (rng.random(300) < 0.4).astype(float)
+        return 1 / (1 + np.exp(-(rng.normal(size=300) + 2 * y))), y
+
+    new = [calibration.operating_threshold(*sample(), sensitivity=0.9) for _ in range(300)]
+    again = [
+        calibration.resampled_thresholds(*sample(), sensitivity=0.9, resamples=60).std() for _ in range(20)
+    ]
+    assert np.mean(again) == pytest.approx(np.std(new), rel=0.3)
+    p, y = sample()
+    whole = calibration.resampled_thresholds(p, y, np.zeros(300), resamples=5)
+    np.testing.assert_allclose(whole, calibration.operating_threshold(p, y))

@@ -91,7 +91,7 @@ def test_stage_holds_what_the_signature_declares(entry: Step, pipeline: dict) ->
     assert given["params"] == ["params.yaml:${item.experiment}"]
     assert f"${{item.experiment}}.{entry.name}" in stage["params"]
     # The catalogue is depended on by entry, not as a whole: a new data set reruns nothing.
-    data = {p for name in declared.inputs for p in given[name]} - {"data/catalog.yaml"}
+    data = {p for name in declared.inputs for p in given.get(name, [])} - {"data/catalog.yaml"}
     code = set(code_dependencies(entry.name))
     assert paths(stage["deps"]) == data | code, (
         "deps of a stage are its inputs and its import closure:\n"
@@ -125,15 +125,17 @@ def test_the_code_digest_sees_an_edit_of_what_the_step_is_made_of(
 def test_every_section_of_every_experiment_validates(pipeline: dict, experiments: dict, root: Path) -> None:
     assert set(experiments) == set(pipeline["vars"][0]["experiments"])
     for experiment, sections in experiments.items():
-        assert list(sections) == NAMES, (
-            f"{experiment}: DVC wants every section, in order, {{}} where all is default"
+        stages = [s.name for s in STEPS if s.reproducible]
+        assert set(stages) <= set(sections), (
+            f"{experiment}: DVC wants the section of every stage, {{}} where all is default"
         )
+        assert list(sections) == [name for name in NAMES if name in sections], f"{experiment}: out of order"
         for entry in STEPS:
             cls = entry.declaration().params
             assert cls is not None
             read_params(f"{root / 'params.yaml'}:{experiment}", entry.name, cls)
             # Kubeflow's door: the same section as JSON, its integers turned into floats.
-            section = json.dumps(sections[entry.name], default=str)
+            section = json.dumps(sections.get(entry.name, {}), default=str)
             floats = re.sub(r"(?<=[:\s\[])(\d+)(?=[,\s}\]])", r"\1.0", section)
             assert read_params(floats, entry.name, cls) == read_params(section, entry.name, cls)
 
@@ -231,7 +233,8 @@ def test_help_lists_every_step_and_imports_none_of_them(root: Path) -> None:
     assert all(re.search(rf"\b{name}\b", shown) for name in NAMES)
 
 
-OTHERS = ["show", "results", "new", "serve", "rehearse", "compile", "doctor", "dataset-form"]
+OTHERS = ["show", "results", "new", "serve", "rollback", "rehearse", "compile", "submit", "schedule", "status", "logs",
+          "doctor", "dataset-form", "verify", "sign", "compare", "champion"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [*NAMES, *OTHERS])

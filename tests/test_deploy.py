@@ -1,8 +1,11 @@
 """Deployment on a real TorchServe: nothing goes live that does not answer as it was evaluated."""
 
 import json
+import threading
+import time
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from test_package import Packed
 from cadx.bundle import Bundle
 from cadx.datasets import DatasetFolder
 from cadx.files import write_json
-from cadx.predicting import read_predictions, write_predictions
+from cadx.predicting import Predictor, read_predictions, write_predictions
 from cadx.reading.images import encode_png
 from components.calibrate import calibrate
 from components.contract import read_experiment
@@ -102,11 +105,59 @@ def test_a_new_version_takes_over_and_the_old_one_is_one_command_away(
     two = second.deploy(server, tmp_path)
     assert two["previous"] == one["version"]
     assert served_bundle(server, first) == Bundle(second.bundle).digest
-    back = first.deploy(server, tmp_path)
-    assert back["previous"] == two["version"]
+    management = Management(server.management, key_file=server.key_file)
+    assert management.roll_back("chest", server.model_store) == (two["version"], one["version"])
     assert served_bundle(server, first) == Bundle(first.bundle).digest
-    loaded = Management(server.management, key_file=server.key_file).versions("chest")
+    loaded = management.versions("chest")
     assert {entry.version for entry in loaded} == {one["version"], two["version"]}
+    with pytest.raises(ValueError, match="no earlier version to go back to"):
+        management.roll_back("chest", server.model_store)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_no_request_is_lost_while_versions_change_under_load(
+    server: TorchServe, first: Packaged, second: Packaged, tmp_path: Path
+) -> None:
+    """Eight clients ask all the while; back also works where the server has the old version no longer."""
+    one = first.deploy(server, tmp_path)
+    folder = DatasetFolder(first.dataset)
+    pngs = [encode_png(folder.pixels(sample_id)) for sample_id in folder.samples["sample_id"][:4]]
+    expected = {
+        Bundle(packaged.bundle).digest: [
+            prediction.probabilities for prediction in Predictor(packaged.bundle, "cpu").predict_many(pngs)
+        ]
+        for packaged in (first, second)
+    }
+    client = Client(server.inference, "chest", key_file=server.key_file)
+    management = Management(server.management, key_file=server.key_file)
+    done = threading.Event()
+
+    def ask(number: int) -> list[str]:
+        answered = []
+        while not done.is_set():
+            answer = client.predict(pngs[number % 4])
+            wanted = expected[answer.model.bundle][number % 4]
+            assert answer.probabilities == pytest.approx(wanted, abs=1e-5)
+            answered.append(answer.model.version)
+        return answered
+
+    with ThreadPoolExecutor(8) as pool:
+        asking = [pool.submit(ask, number) for number in range(8)]
+        try:
+            two = second.deploy(server, tmp_path)
+            assert management.roll_back("chest", server.model_store) == (two["version"], one["version"])
+            second.deploy(server, tmp_path)
+            time.sleep(10)  # until nobody waits for the first any more
+            management.unregister("chest", one["version"])
+            assert management.roll_back("chest", server.model_store) == (two["version"], one["version"])
+            time.sleep(0.5)
+        finally:
+            done.set()
+        answered = [task.result() for task in asking]
+    for versions in answered:
+        assert {one["version"], two["version"]} == set(versions)
+        assert versions[-1] == one["version"]
 
 
 def test_answers_that_differ_from_the_evaluation_never_go_live(

@@ -1,5 +1,7 @@
-"""Metrics of detections: against faster-coco-eval and MONAI, on repeated images, and on cases counted by hand."""
+"""Metrics of detections: against pycocotools and MONAI, on repeated images, and on cases counted by hand."""
 
+import contextlib
+import io
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -10,13 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.metrics import compute_froc_curve_data, compute_froc_score
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from cadx import detection, metrics
 from cadx.detection import (
     AREAS_PX2,
-    DETECTION_METRICS,
     FROC_RATES,
     IOU_THRESHOLDS,
+    METRICS,
     calculate_detection_metrics,
     calculate_map,
     froc_curve,
@@ -74,40 +78,103 @@ def repeated(frame: pd.DataFrame, counts: dict[str, int]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def own_precisions(
+def own_tables(
     answers: pd.DataFrame, truth: pd.DataFrame, names: list[str], weights: np.ndarray | None = None
-) -> dict[str, np.ndarray]:
-    """Class -> R A T by our own accumulation; of the set itself unless images are weighted."""
+) -> dict[str, Any]:
+    """Class -> AP and recall, R A T; of the set itself unless images are weighted."""
     data = detection._read(answers, truth, names, CLASSES, None, 100)
     drawn = np.ones((1, len(names)), np.uint8) if weights is None else weights
     matches = detection._match(data, IOU_THRESHOLDS, tuple(AREAS_PX2.values()))
     return {
-        name: detection._ap_replicates(part, data, drawn) for name, part in zip(CLASSES, matches, strict=True)
+        name: detection._coco_tables(part, data, drawn) for name, part in zip(CLASSES, matches, strict=True)
     }
 
 
-def reference_precisions(
-    answers: pd.DataFrame, truth: pd.DataFrame, names: list[str]
-) -> dict[str, np.ndarray]:
-    """Class -> A T by faster-coco-eval; NaN where there is no lesion."""
-    data = detection._read(answers, truth, names, CLASSES, None, 100)
-    precision = detection._coco_precision(data, IOU_THRESHOLDS, 100)
-    values = np.where(precision > -1, precision, np.nan).mean(axis=1)
-    return {name: values[:, column].T for column, name in enumerate(CLASSES)}
+def pycocotools_tables(
+    answers: pd.DataFrame, truth: pd.DataFrame, names: list[str], max_detections: int = 100
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Class -> AP and recall, A T, by pycocotools; NaN where there is no lesion."""
+
+    def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+        return [
+            {
+                "id": number,  # not from 0, which pycocotools takes for "no match"
+                "image_id": names.index(row.sample_id),
+                "category_id": CLASSES.index(row.label),
+                "bbox": [row.x0, row.y0, row.x1 - row.x0, row.y1 - row.y0],
+                "area": (row.x1 - row.x0) * (row.y1 - row.y0),
+                "iscrowd": 0,
+                **({"score": row.score} if "score" in frame else {}),
+            }
+            for number, row in enumerate(frame.rename(columns={"class": "label"}).itertuples(), 1)
+        ]
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        reference, given = COCO(), COCO()
+        for one, frame in ((reference, truth), (given, answers)):
+            one.dataset = {
+                "images": [{"id": number} for number in range(len(names))],
+                "categories": [{"id": number} for number in range(len(CLASSES))],
+                "annotations": records(frame),
+            }
+            one.createIndex()
+        evaluation = COCOeval(reference, given, "bbox")
+        evaluation.params.maxDets = [max_detections]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    precision, recall = (np.asarray(evaluation.eval[what])[..., 0] for what in ("precision", "recall"))
+    tables = (
+        np.where(precision > -1, precision, np.nan).mean(axis=1),  # T K A
+        np.where(recall > -1, recall, np.nan),
+    )
+    return {name: tuple(table[:, column].T for table in tables) for column, name in enumerate(CLASSES)}  # type: ignore[misc]
+
+
+def assert_equal_to_pycocotools(
+    ours: dict[str, Any], expected: dict[str, tuple[np.ndarray, np.ndarray]]
+) -> None:
+    for name in CLASSES:
+        for own, other in zip(ours[name], expected[name], strict=True):
+            np.testing.assert_allclose(own[0], other, rtol=0, atol=1e-6)
 
 
 # --- Average precision --------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from([None, 4, 40]))
-def test_average_precision_is_coco_s_at_every_iou_threshold_and_area(
-    seed: int, num_scores: int | None
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([None, 4, 40]), st.sampled_from([1, 3, 100]))
+def test_precision_and_recall_are_pycocotools_at_every_iou_threshold_area_and_maximum(
+    seed: int, num_scores: int | None, max_detections: int
 ) -> None:
-    drawn = draw(seed, num_scores=num_scores)
-    ours, expected = own_precisions(*drawn), reference_precisions(*drawn)
+    answers, truth, names = draw(seed, num_images=6, num_scores=num_scores)
+    data = detection._read(answers, truth, names, CLASSES, None, max_detections)
+    itself = np.ones((1, len(names)), np.uint8)
+    matches = detection._match(data, IOU_THRESHOLDS, tuple(AREAS_PX2.values()))
+    ours = {
+        name: detection._coco_tables(part, data, itself) for name, part in zip(CLASSES, matches, strict=True)
+    }
+    # pycocotools draws among equal scores by the order of rows, where ours takes the image.
+    ordered = answers.assign(image=[names.index(name) for name in answers["sample_id"]])
+    ordered = ordered.sort_values("image", kind="stable").drop(columns="image")
+    expected = pycocotools_tables(ordered, truth, names, max_detections)
+    assert_equal_to_pycocotools(ours, expected)
+    values = calculate_map(answers, truth, names, classes=CLASSES, max_detections=max_detections)
     for name in CLASSES:
-        np.testing.assert_allclose(ours[name][0], expected[name], rtol=0, atol=1e-6)
+        precision, recall = expected[name]
+        wanted = {
+            "ap": precision[0].mean(),
+            "ap50": precision[0, 0],
+            "ap75": precision[0, 5],
+            "ap_small": precision[1].mean(),
+            "ap_medium": precision[2].mean(),
+            "ap_large": precision[3].mean(),
+            "ar": recall[0].mean(),
+        }
+        for metric, value in wanted.items():
+            found_value = values[name][metric]
+            assert (math.nan if found_value is None else found_value) == pytest.approx(
+                value, abs=1e-6, nan_ok=True
+            )
 
 
 @settings(max_examples=20, deadline=None)
@@ -116,15 +183,14 @@ def test_a_resample_is_worth_what_coco_gives_for_the_images_repeated(seed: int) 
     answers, truth, names = draw(seed)
     counts = np.random.default_rng(seed).integers(0, 4, (1, len(names))).astype(np.uint8)
     counts[0, 0] = 1
-    ours = own_precisions(answers, truth, names, counts)
+    ours = own_tables(answers, truth, names, counts)
     copies = dict(zip(names, counts[0].tolist(), strict=True))
-    expected = reference_precisions(
+    expected = pycocotools_tables(
         repeated(answers, copies),
         repeated(truth, copies),
         [f"{name}-{copy}" for name, count in copies.items() for copy in range(count)],
     )
-    for name in CLASSES:
-        np.testing.assert_allclose(ours[name][0], expected[name], rtol=0, atol=1e-6)
+    assert_equal_to_pycocotools(ours, expected)
 
 
 def test_average_precision_counted_by_hand() -> None:
@@ -143,8 +209,8 @@ def test_a_lesion_is_matched_once() -> None:
     truth = lesions(("a", "mass", 0, 0, 10, 10), ("b", "mass", 0, 0, 10, 10))
     answers = found(*(("a", "mass", 0, 0, 10, 10, score) for score in (0.9, 0.8, 0.7)))
     scores = calculate_detection_metrics(answers, truth, ["a", "b"], classes=["mass"], resamples=0)
-    assert scores.metrics["lesion_sensitivity"].value == 0.5
-    assert scores.metrics["lesion_ppv"].value == pytest.approx(1 / 3)
+    assert scores.metrics["sensitivity"].value == 0.5
+    assert scores.metrics["precision"].value == pytest.approx(1 / 3)
     assert scores.metrics["false_positives_per_image"].value == 1
     assert scores.metrics["ap50"].value == pytest.approx(51 / 101)
 
@@ -155,7 +221,7 @@ def test_boxes_of_another_image_or_class_are_no_hit() -> None:
     elsewhere = found(("b", "mass", 0, 0, 10, 10, 0.9), ("a", "cluster", 0, 0, 10, 10, 0.8))
     scores = calculate_detection_metrics(elsewhere, truth, ["a", "b"], classes=CLASSES, resamples=0)
     assert scores.metrics["ap"].value == 0
-    assert scores.metrics["lesion_sensitivity"].value == 0
+    assert scores.metrics["sensitivity"].value == 0
     assert scores.metrics["false_positives_per_image"].value == 1
 
 
@@ -186,12 +252,13 @@ def test_what_has_no_lesions_is_none_and_never_minus_one() -> None:
 def test_neither_detections_nor_lesions_is_no_error() -> None:
     nothing = calculate_detection_metrics(found(), lesions(), ["a", "b"], classes=CLASSES)
     assert {name for name, estimate in nothing.metrics.items() if estimate.value is not None} == {
-        "false_positives_per_image"
+        "false_positives_per_image",
+        "image_specificity",
     }
     blind = calculate_detection_metrics(
         found(), lesions(("a", "mass", 0, 0, 9, 9)), ["a", "b"], classes=CLASSES
     )
-    for name in ("ap", "froc", "lesion_sensitivity"):
+    for name in ("ap", "froc", "sensitivity"):
         assert blind.metrics[name].value == 0
 
 
@@ -216,14 +283,14 @@ def test_the_maximum_holds_for_each_class_of_each_image() -> None:
 # --- FROC and operating points ------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.integers(0, 10**6))
 def test_froc_is_monai_s_where_no_scores_are_tied(seed: int) -> None:
     answers, truth, names = draw(seed)
     # Never to be found: else MONAI leaves out the lowest threshold.
     truth = pd.concat([truth, lesions((names[0], "mass", 900, 900, 910, 910))], ignore_index=True)
     data = detection._read(answers, truth, names, CLASSES, None, 100)
-    pool = detection._pool(data, detection._match(data, (0.5,), (AREAS_PX2["all"],)))
+    pool = detection._pool(detection._match(data, (0.5,), (AREAS_PX2["all"],)))
     missed = np.zeros(pool.num_lesions - int(pool.hit.sum()))
     per_image, sensitivity = compute_froc_curve_data(
         pool.score[~pool.hit] + 0.1,
@@ -240,8 +307,8 @@ def test_a_resample_s_froc_is_that_of_the_images_repeated() -> None:
     answers, truth, names = draw(11, num_images=20, num_scores=30)
     counts = np.random.default_rng(0).integers(0, 4, len(names))
     data = detection._read(answers, truth, names, CLASSES, None, 100)
-    pool = detection._pool(data, detection._match(data, (0.5,), (AREAS_PX2["all"],)))
-    ours = detection._sensitivities(data, pool, counts[None].astype(float))[0]
+    pool = detection._pool(detection._match(data, (0.5,), (AREAS_PX2["all"],)))
+    ours = detection._sensitivities(data, pool, counts[None].astype(float), FROC_RATES)[0]
     copies = dict(zip(names, counts.tolist(), strict=True))
     curve = froc_curve(
         repeated(answers, copies),
@@ -266,7 +333,7 @@ def test_the_operating_point_is_the_highest_threshold_that_finds_enough() -> Non
     scores = calculate_detection_metrics(
         answers, truth, ["a", "b"], classes=["mass"], score_threshold=point.threshold, resamples=0
     )
-    assert scores.metrics["lesion_sensitivity"].value == point.sensitivity
+    assert scores.metrics["sensitivity"].value == point.sensitivity
     assert scores.metrics["false_positives_per_image"].value == point.false_positives_per_image
 
 
@@ -291,8 +358,8 @@ def test_closed_forms_are_those_of_the_metrics_of_cases() -> None:
     highest = answers.groupby("sample_id")["score"].max().reindex(names).fillna(0)
     holds = pd.Index(names).isin(truth["sample_id"])
     assert scores.metrics["image_auc"] == metrics.auc(holds, highest, patients)
-    assert scores.metrics["lesion_sensitivity"].method == "Wilson, effective n over patients"
-    assert scores.metrics["lesion_sensitivity"].n == scores.n_lesions == len(truth)
+    assert scores.metrics["sensitivity"].method == "Wilson, effective n over patients"
+    assert scores.metrics["sensitivity"].n == scores.n_lesions == len(truth)
 
 
 def test_images_of_a_patient_are_drawn_together() -> None:
@@ -318,7 +385,7 @@ def test_images_of_a_patient_are_drawn_together() -> None:
 def test_every_metric_has_an_interval_around_it_and_the_same_again() -> None:
     answers, truth, names = draw(8, num_images=120)
     scores = calculate_detection_metrics(answers, truth, names, classes=CLASSES, resamples=200, seed=3)
-    assert list(scores.metrics) == list(DETECTION_METRICS)
+    assert list(scores.metrics) == list(METRICS)
     for estimates in (scores.metrics, *scores.by_class.values()):
         for name, estimate in estimates.items():
             assert estimate.value is not None, name
@@ -349,15 +416,15 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
     rng, covered = np.random.default_rng(0), 0
     names = [f"i{i}" for i in range(80)]
     truth = lesions(*((name, "mass", 0, 0, 10, 10) for name in names))
-    weights = metrics._resample(40, 300, 0)
+    weights = np.vstack([np.ones((1, 40), np.uint8), metrics.resample(40, 300, 0)])
     for _ in range(200):
         hits = truth[np.repeat(rng.random(40) < 0.7, 2)].assign(score=0.9)
         false = truth[rng.random(80) < 0.5].assign(score=0.5, x0=50, x1=60)
         data = detection._read(
             pd.concat([hits, false]), truth, names, ["mass"], np.repeat(np.arange(40), 2), 100
         )
-        pool = detection._pool(data, detection._match(data, (0.5,), (AREAS_PX2["all"],)))
-        estimate = detection._froc(data, pool, weights)["froc"]
+        pool = detection._pool(detection._match(data, (0.5,), (AREAS_PX2["all"],)))
+        estimate = detection._froc(data, [pool], weights)["froc"].estimate
         assert estimate.low is not None
         assert estimate.high is not None
         covered += estimate.low <= 0.7 <= estimate.high

@@ -1,25 +1,25 @@
-"""Image statistics equal to plain NumPy, two-sample tests equal to their definitions, logs as workers leave them."""
-
-import json
-from pathlib import Path
-from typing import Any
+"""Image statistics equal to plain NumPy, two-sample tests equal to their definitions, and few alarms over nothing."""
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 from scipy.stats import entropy
-from sklearn.decomposition import PCA
+from sklearn.metrics.pairwise import rbf_kernel
+from statsmodels.stats.multitest import multipletests
 
 from cadx.drift import (
     STATISTICS,
+    compare_embeddings,
+    compare_means,
     compare_numbers,
+    compare_requests,
     compare_shares,
-    embedding_summary,
+    holm,
     image_statistics,
-    read_request_log,
+    median_bandwidth,
+    unknown_places,
 )
-from cadx.types import Digest
 
 
 @pytest.fixture(params=[np.uint8, np.uint16], ids=["8 bits", "16 bits"])
@@ -128,182 +128,204 @@ def test_samples_that_never_vary_have_p_values():
         assert (found.p_value < 1e-6) == bool(effect)
 
 
-def test_many_requests_do_not_alarm_over_nothing():
+def test_p_values_of_means_are_those_of_permutations():
     rng = np.random.default_rng(5)
-    found = compare_numbers(rng.normal(0, 1, 40_000), rng.normal(0.1, 1, 40_000))
-    assert found.p_value < 1e-6
-    assert not found.is_drift(1e-3, minimum_effect=0.1)
-    assert found.is_drift(1e-3, minimum_effect=found.effect)
-    few = compare_numbers(np.arange(4.0), np.arange(4.0) + 9)
-    assert few.effect == 1
-    assert not few.is_drift(1e-3, minimum_effect=0.1), "four requests prove nothing"
+    reference, current = rng.beta(0.2, 3, 50), rng.beta(0.4, 3, 30)
+    found = compare_means(reference, current, level=1e-3)
+    permuted = stats.permutation_test(
+        (reference, current),
+        lambda a, b, axis: np.abs(a.mean(axis) - b.mean(axis)),
+        permutation_type="independent",
+        alternative="greater",
+        n_resamples=5000,
+        vectorized=True,
+        rng=rng,
+    )
+    assert found.effect == pytest.approx(permuted.statistic)
+    assert found.p_value == pytest.approx(permuted.pvalue, abs=0.03)
+
+
+def test_a_p_value_can_fall_below_the_level_that_it_is_judged_at():
+    """With a fixed number of permutations it could not where there are many sites, and no site would ever alarm."""
+    far = compare_means(np.zeros(50), np.ones(50), level=1e-4)
+    assert 0 < far.p_value <= 0.5e-4 * 1.01
 
 
 # --- Embeddings ---------------------------------------------------------------------------------------
 
 
-def clouds(seed: int, *numbers: int, width: int = 48) -> list[np.ndarray]:
-    """Embeddings of one distribution: variance falls off from axis to axis, and none is the coordinates'."""
+def clouds(seed: int, *numbers: int, width: int = 12) -> list[np.ndarray]:
+    """Embeddings of one distribution: variance falls off from axis to axis."""
     rng = np.random.default_rng(seed)
-    turn = np.linalg.qr(np.random.default_rng(0).normal(size=(width, width)))[0]
-    scales = 1 / (1 + np.arange(width))
-    return [(rng.normal(size=(number, width)) * scales) @ turn + 3 for number in numbers]
+    return [rng.normal(size=(number, width)) / (1 + np.arange(width)) + 3 for number in numbers]
 
 
-def test_the_summary_is_principal_components_and_the_distance_from_them():
-    reference, embeddings = clouds(1, 60, 25)
-    found = embedding_summary(reference, embeddings, components=3)
-    assert list(found) == ["embedding_1", "embedding_2", "embedding_3", "embedding_residual"]
-    pca = PCA(3).fit(reference)
-    own, expected = pca.transform(reference), pca.transform(embeddings)
-    for k in range(3):
-        sign = np.sign(pca.components_[k][np.abs(pca.components_[k]).argmax()])
-        np.testing.assert_allclose(found[f"embedding_{k + 1}"], sign * expected[:, k] / own[:, k].std())
-    near, far = (
-        np.linalg.norm(rows - pca.inverse_transform(pca.transform(rows)), axis=1)
-        for rows in (reference, embeddings)
+def test_the_distance_of_embeddings_is_the_unbiased_mmd():
+    reference, current = clouds(1, 40, 25)
+    current = current + 0.5
+    bandwidth = median_bandwidth(reference)
+    distances = [np.linalg.norm(a - b) for i, a in enumerate(reference) for b in reference[:i]]
+    assert bandwidth == pytest.approx(np.median(distances), rel=1e-4)
+    gamma = 1 / (2 * bandwidth**2)
+    xx, yy, xy = (
+        rbf_kernel(a, b, gamma) for a, b in ((reference,) * 2, (current,) * 2, (reference, current))
     )
-    np.testing.assert_allclose(found["embedding_residual"], (far - near.mean()) / near.std())
+    unbiased = sum(k[~np.eye(len(k), dtype=bool)].mean() for k in (xx, yy)) - 2 * xy.mean()
+    assert compare_embeddings(reference, current, bandwidth).effect == pytest.approx(
+        np.sqrt(unbiased / 2), rel=1e-3
+    )
 
 
-def test_axes_point_the_same_way_whatever_the_order_of_rows():
-    reference, embeddings = clouds(2, 50, 10)
-    found, again = (embedding_summary(rows, embeddings) for rows in (reference, reference[::-1]))
-    for name in found:
-        np.testing.assert_allclose(found[name], again[name], atol=1e-9)
+def test_p_values_of_embeddings_are_those_of_permutations():
+    reference, current = clouds(2, 40, 30)
+    current[:, 0] += 0.35
+    bandwidth = median_bandwidth(reference)
+    rows = np.concatenate([reference, current])
+    kernel = rbf_kernel(rows, rows, 1 / (2 * bandwidth**2))
+
+    def biased(first: np.ndarray, second: np.ndarray) -> float:
+        first, second = first.astype(int), second.astype(int)
+        between = kernel[np.ix_(first, second)].mean()
+        return kernel[np.ix_(first, first)].mean() + kernel[np.ix_(second, second)].mean() - 2 * between
+
+    permuted = stats.permutation_test(
+        (np.arange(40), np.arange(40, 70)),
+        biased,
+        permutation_type="independent",
+        alternative="greater",
+        n_resamples=2000,
+        rng=np.random.default_rng(0),
+    )
+    found = compare_embeddings(reference, current, bandwidth).p_value
+    assert found == pytest.approx(permuted.pvalue, abs=0.02)
 
 
-def test_what_the_reference_never_showed_ends_up_in_the_residual():
-    reference, embeddings = clouds(3, 80, 40)
-    hidden = np.linalg.svd(reference - reference.mean(0))[2][-1]
-    before, after = (embedding_summary(reference, rows) for rows in (embeddings, embeddings + 3 * hidden))
-    np.testing.assert_allclose(after["embedding_1"], before["embedding_1"], atol=1e-9)
-    assert (after["embedding_residual"] > before["embedding_residual"] + 3).all()
+def test_embeddings_that_spread_out_have_moved_though_their_mean_has_not():
+    reference, current = clouds(3, 150, 150)
+    wider = current.mean(0) + 2 * (current - current.mean(0)) + (reference.mean(0) - current.mean(0))
+    bandwidth = median_bandwidth(reference)
+    assert compare_embeddings(reference, wider, bandwidth, level=1e-3).p_value < 1e-3
+    assert compare_embeddings(reference, current, bandwidth).p_value > 0.01
 
 
-def test_rows_that_chose_the_axes_are_no_reference_but_others_are():
-    """Without drift, p of the residual is below 0.05 in a twentieth of the trials only for other rows."""
-    own, others = [], []
-    for trial in range(60):
-        axes, reference, current = clouds(100 + trial, 40, 40, 200)
-        later = embedding_summary(axes, current)["embedding_residual"]
-        for rows, found in ((axes, own), (reference, others)):
-            found.append(compare_numbers(embedding_summary(axes, rows)["embedding_residual"], later).p_value)
-    assert np.mean(np.less(own, 0.05)) > 0.3
-    assert np.mean(np.less(others, 0.05)) <= stats.binom.ppf(0.999, 60, 0.05) / 60
+def test_embeddings_without_any_variance_have_a_p_value():
+    same = np.full((20, 5), 0.25)
+    assert compare_embeddings(same, same[:9], median_bandwidth(same)) == (1.0, 0.0)
+    assert compare_embeddings(same, same[:9] + 9, median_bandwidth(same)).effect == pytest.approx(1, abs=1e-3)
 
 
-def test_embeddings_that_hardly_vary_have_fewer_axes_and_no_nan():
-    line = np.outer(np.arange(9.0), np.ones(5))
-    assert list(embedding_summary(line, line)) == ["embedding_1", "embedding_residual"]
-    for reference in (np.full((6, 5), 0.25), np.full((1, 5), 0.25)):
-        found = embedding_summary(reference, line)
-        assert list(found) == ["embedding_residual"]
-        assert np.isfinite(found["embedding_residual"]).all()
+# --- Many questions -----------------------------------------------------------------------------------
 
 
-# --- The request log ----------------------------------------------------------------------------------
-
-BUNDLE, OTHER = (Digest("sha256:" + digit * 64) for digit in "12")
-
-
-def request_line(number: int, **changes: Any) -> dict[str, Any]:
-    return {
-        "schema_version": 1,
-        "prediction_id": f"{number:032x}",
-        "time": f"2026-03-04T05:06:{number:02d}.500Z",
-        "model": "m",
-        "version": "1" * 12,
-        "bundle": BUNDLE,
-        "site": "north",
-        "scanner": "",
-        "statistics": dict.fromkeys(STATISTICS, number / 100),
-        "embedding": [0.5, number],
-        "probabilities": {"well": 0.75, "sick": 0.25},
-        "decision": "well",
-        "warnings": ["unusual image"] * (number % 2),
-        "timing_ms": {"total": 1.0},
-    } | changes
+def test_equal_weights_give_holms_adjustment():
+    p = np.random.default_rng(6).random(20) ** 3
+    np.testing.assert_allclose(holm(p, np.full(20, 1 / 20)), multipletests(p, method="holm")[1])
 
 
-def write_log(folder: Path, name: str, *lines: dict[str, Any], end: str = "") -> None:
-    (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines) + end, encoding="utf-8")
+def test_a_test_with_half_of_alpha_is_judged_at_half_of_it():
+    adjusted = holm([0.024, 0.3, 0.3, 0.3], [0.5, *[0.5 / 3] * 3])
+    assert adjusted[0] == pytest.approx(0.048)
+    assert adjusted == sorted(adjusted)
 
 
-def test_a_log_comes_back_by_time_with_the_columns_of_a_bundles_answers(tmp_path: Path) -> None:
-    write_log(tmp_path, "b.jsonl", request_line(3), request_line(1))
-    write_log(tmp_path, "a.jsonl", request_line(2, decision="sick"))
-    (tmp_path / "notes.txt").write_text("no log")
-    log = read_request_log(tmp_path, BUNDLE)
-    assert log[1:] == (0, 0, 0)
-    frame = log.requests
-    assert list(frame) == [
-        "prediction_id", "time", "site", "scanner", *(f"stat_{name}" for name in STATISTICS),
-        "prob_well", "prob_sick", "decision", "embedding", "num_warnings",
-    ]  # fmt: skip
-    assert frame["prediction_id"].tolist() == [f"{number:032x}" for number in (1, 2, 3)]
-    assert frame["time"].iloc[0] == pd.Timestamp("2026-03-04T05:06:01.5", tz="UTC")
-    assert frame["stat_p50"].tolist() == [0.01, 0.02, 0.03]
-    assert frame["decision"].tolist() == ["well", "sick", "well"]
-    assert frame["num_warnings"].tolist() == [1, 0, 1]
-    np.testing.assert_array_equal(np.stack(frame["embedding"].to_list())[:, 1], [1, 2, 3])
+def answers(seed: int, number: int, sites: int = 3, ill: float = 0.1) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Image statistics, and answers, of images of a few sites that differ."""
+    rng = np.random.default_rng(seed)
+    site = rng.integers(sites, size=number)
+    places = {
+        "site": [f"S{k}" for k in site],
+        "scanner": [f"scanner of S{k}" if k else "" for k in site],
+    }
+    images = pd.DataFrame({f"stat_{name}": rng.normal(site, 1) for name in STATISTICS} | places)
+    p = np.where(rng.random(number) < ill, rng.beta(8, 1, number), rng.beta(1, 30, number))
+    said = pd.DataFrame(
+        {"prob_well": 1 - p, "prob_sick": p, "decision": np.where(p > 0.5, "sick", "well")} | places
+    )
+    said["embedding"] = list(rng.normal(size=(number, 6)) + site[:, None])
+    return images, said
 
 
-def test_decisions_of_many_labels_are_a_column_each(tmp_path: Path) -> None:
-    write_log(tmp_path, "a.jsonl", request_line(1, decision=["sick"]), request_line(2, decision=[]))
-    frame = read_request_log(tmp_path, BUNDLE).requests
-    assert "decision" not in frame
-    assert frame["decision_sick"].tolist() == [True, False]
-    assert frame["decision_well"].tolist() == [False, False]
+def compare(seed: int, change: pd.DataFrame | None = None, **options: float):
+    reference, _ = answers(seed, 400)
+    _, heldout = answers(seed + 1, 300)
+    images, said = answers(seed + 2, 200) if change is None else (change, change)
+    requests = images.join(said.drop(columns=["site", "scanner"])) if change is None else change
+    chosen = {"alpha": 0.025, "minimum_effect": 0.03, "minimum_n": 30} | options
+    return compare_requests(reference, heldout, requests, ["sick"], **chosen)
 
 
-@pytest.mark.parametrize("cut", [1, 40, -1, "half a letter"])
-def test_a_line_cut_short_is_skipped_and_counted(tmp_path: Path, cut: int | str) -> None:
-    line = json.dumps(request_line(2, site="Zürich"), ensure_ascii=False).encode()
-    torn = line[: line.index(b"\xc3") + 1] if isinstance(cut, str) else line[:cut]
-    write_log(tmp_path, "a.jsonl", request_line(1))
-    with (tmp_path / "a.jsonl").open("ab") as stream:
-        stream.write(torn)
-    write_log(tmp_path, "b.jsonl", request_line(3))
-    log = read_request_log(tmp_path, BUNDLE)
-    assert (len(log.requests), log.torn) == (2, 1)
+def moved(findings) -> set[tuple[str, str]]:
+    return {(finding.slice, finding.name) for finding in findings if finding.drifted}
 
 
-def test_lines_of_other_bundles_and_repeated_ones_are_counted(tmp_path: Path) -> None:
-    write_log(tmp_path, "a.jsonl", request_line(1), request_line(1), request_line(2, bundle=OTHER))
-    write_log(tmp_path, "b.jsonl", request_line(1), request_line(3), request_line(4, bundle=OTHER))
-    log = read_request_log(tmp_path, BUNDLE)
-    assert log.requests["prediction_id"].tolist() == [f"{number:032x}" for number in (1, 3)]
-    assert log[1:] == (0, 2, 2)
+def test_a_fault_at_one_site_is_found_there_and_nowhere_else():
+    images, said = answers(12, 200)
+    requests = images.join(said.drop(columns=["site", "scanner"]))
+    here = requests["site"] == "S2"
+    requests.loc[here, "stat_sharpness"] -= 1.2
+    found = moved(compare(10, requests))
+    assert ("site S2", "stat_sharpness") in found
+    assert not {place for place, _ in found} & {"site S0", "site S1"}
+    findings = compare(10, requests)
+    assert {finding.slice for finding in findings} == {"all", "site S0", "site S1", "site S2"}, (
+        "a scanner that is all of its site was asked again, or one without a name"
+    )
+    assert next(f.n for f in findings if f.slice == "site S2") == here.sum()
 
 
-def test_nothing_of_the_bundle_is_one_line_that_says_what_there_is(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no request that sha256:1111"):
-        read_request_log(tmp_path, BUNDLE)
-    write_log(tmp_path, "a.jsonl", request_line(1, bundle=OTHER), end='{"schema')
-    with pytest.raises(
-        ValueError, match=r"1 lines of other bundles, 1 cut short.*CADX_REQUEST_LOG"
-    ) as caught:
-        read_request_log(tmp_path, BUNDLE)
-    assert "\n" not in str(caught.value)
+def test_a_site_with_too_few_requests_is_not_judged():
+    assert {finding.slice for finding in compare(20, minimum_n=150)} == {"all"}
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"schema_version": 2}, "line 2 is no request of schema_version 1"),
-        ({"statistics": {"mean": 0.5}}, "line 2 has no 'std'"),
-        ({"probabilities": {"well": "Smith, John", "sick": 0.5}}, r"line 2 is not of the log's form"),
-        ({"embedding": [float("nan"), 1]}, r"line 2 is not of the log's form"),
-        ({"time": "yesterday"}, r"line 2 is not of the log's form"),
-        ({"time": "2026-03-04T05:06:07"}, r"line 2 is not of the log's form"),
-    ],
-)
-def test_a_whole_line_of_another_form_is_refused_where_it_stands(
-    tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
-    write_log(tmp_path, "a.jsonl", request_line(1), request_line(2, **changes))
-    with pytest.raises(ValueError, match=rf"a\.jsonl: {message}") as caught:
-        read_request_log(tmp_path, BUNDLE)
-    assert "\n" not in str(caught.value)
-    assert "Smith" not in str(caught.value)
+def test_a_change_too_small_to_matter_is_no_drift():
+    images, said = answers(32, 200)
+    requests = images.join(said.drop(columns=["site", "scanner"]))
+    requests["stat_mean"] += 0.8
+    assert ("all", "stat_mean") in moved(compare(30, requests))
+    assert ("all", "stat_mean") not in moved(compare(30, requests, minimum_effect=0.9))
+
+
+def test_more_patients_that_are_ill_are_found_by_their_mean_probability():
+    _, said = answers(42, 200, ill=0.3)
+    images, _ = answers(42, 200)
+    findings = compare(40, images.join(said.drop(columns=["site", "scanner"])))
+    assert ("all", "prevalence_sick") in moved(findings)
+    shares = next(f for f in findings if (f.slice, f.name) == ("all", "prevalence_sick"))
+    assert shares.current_mean == pytest.approx(said["prob_sick"].mean())
+    assert shares.effect == pytest.approx(shares.current_mean - shares.reference_mean)
+
+
+def test_windows_without_a_change_alarm_as_rarely_as_declared():
+    runs, alpha = 40, 0.2
+    alarms = sum(bool(moved(compare(1000 + 3 * run, alpha=alpha, minimum_effect=0.0))) for run in range(runs))
+    assert 0 < alarms <= stats.binom.ppf(0.999, runs, alpha)
+
+
+def test_places_that_the_reference_does_not_hold_are_named():
+    _, heldout = answers(1, 50, sites=2)
+    _, later = answers(2, 60, sites=3)
+    new = int((later["site"] == "S2").sum())
+    assert unknown_places(heldout, later) == {"site": {"S2": new}, "scanner": {"scanner of S2": new}}
+    assert unknown_places(heldout.assign(site="", scanner=""), later) == {"site": {}, "scanner": {}}
+
+
+def test_a_detector_is_watched_by_its_best_scores_and_its_boxes():
+    def boxes(seed: int, number: int, rate: float) -> pd.DataFrame:
+        rng = np.random.default_rng(seed)
+        num = rng.poisson(rate, number)
+        best = np.where(num > 0, rng.uniform(0.5, 1, number), rng.uniform(0, 0.5, number))
+        called = {"prob_lesion": best, "decision_lesion": num > 0, "num_boxes": num}
+        return pd.DataFrame({"site": "", "scanner": ""} | called, index=range(number))
+
+    def watch(rate: float):
+        requests = boxes(3, 200, rate).join(answers(4, 200)[0].filter(like="stat_"))
+        requests["embedding"] = [np.empty(0, np.float32)] * 200
+        reference, heldout = answers(1, 400)[0], boxes(2, 300, rate=0.4)
+        return compare_requests(
+            reference, heldout, requests, ["lesion"], alpha=0.025, minimum_effect=0.03, minimum_n=30
+        )
+
+    asked = {finding.name for finding in watch(0.4) if not finding.name.startswith("stat_")}
+    assert asked == {"prob_lesion", "decision_lesion", "num_boxes"}, "a score is no probability"
+    assert not moved(watch(0.4))
+    assert ("all", "num_boxes") in moved(watch(1.5))

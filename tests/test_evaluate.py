@@ -94,8 +94,9 @@ def test_metrics_are_what_scikit_learn_makes_of_the_predictions_file(scored: Pat
 def test_the_record_has_its_form(scored: Path, ready: Run) -> None:
     found = json.loads((scored / "metrics.json").read_text())
     assert list(found) == [
-        "schema", "experiment", "seed", "split", "bundle", "dataset", "splits", "n", "n_patients", "clustered",
-        "warnings", "metrics", "by_class", "by_subgroup", "confusion",
+        "schema", "experiment", "seed", "split", "bundle", "dataset", "splits", "predictions", "n", "n_patients",
+        "clustered", "warnings", "aggregate", "metrics", "by_class", "by_subgroup", "gaps", "confusion",
+        "operating_point", "predictive_values", "decision_curve", "conformal", "roc",
     ]  # fmt: skip
     assert (found["schema"], found["experiment"], found["split"]) == (1, "squares", "test")
     assert found["bundle"] == Bundle(ready.bundle).digest

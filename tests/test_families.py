@@ -22,6 +22,8 @@ from cadx.models import ModelConfig
 from cadx.predicting import Predictor
 from cadx.predicting.boxes import detection_table
 from cadx.training import TrainingConfig, fit
+from cadx.training.volumes import VolumeWorkload
+from cadx.training.workload import Draw, Setting
 from tests.test_predicting_kinds import write_trained
 
 FAMILIES = {config.model_fields["family"].default: config for config in get_args(get_args(ModelConfig)[0])}
@@ -162,3 +164,24 @@ def test_it_learns_a_batch_by_heart_and_a_bundle_answers_as_training_did(
     assert np.isfinite(features).all()
     one_by_one = np.concatenate([predictor.logits(predictor.stored(folder, [name]))[0] for name in ids])
     assert np.allclose(one_by_one, logits, atol=1e-5), "an answer must not depend on its batch"
+
+
+def test_patches_of_volumes_are_mirrored_between_left_and_right_alone(
+    datasets: dict[str, DatasetFolder],
+) -> None:
+    folder = datasets["volumes"]
+    config = TrainingConfig.model_validate(
+        {"model": {"family": "resnet3d"} | SMALL["resnet3d"], "augmentation": {"horizontal_flip": True}}
+        | RECIPES["volumes"]
+    )
+    ids = folder.samples["sample_id"].tolist()
+    setting = Setting(config, folder, ids, ids, 0, torch.device("cpu"), folder.path)
+    workload = VolumeWorkload(setting)
+    batch = workload.collate([workload.train[number] for number in range(NUM_SAMPLES)])
+    seen: list[torch.Tensor] = []
+    workload.forward(seen.append, batch, Draw(0, 0, batch.items))  # type: ignore[arg-type]
+    mirrored = [torch.equal(ours, patch.flip(-1)) for ours, patch in zip(seen[0], batch.images, strict=True)]
+    as_they_were = [torch.equal(ours, patch) for ours, patch in zip(seen[0], batch.images, strict=True)]
+    assert any(mirrored)
+    assert any(as_they_were)
+    assert [a != b for a, b in zip(mirrored, as_they_were, strict=True)] == [True] * NUM_SAMPLES

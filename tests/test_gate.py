@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 from test_evaluate import Run, prepare
+from test_verifying import make_key
 
 from cadx.bundle import Bundle
+from cadx.datasets import read_splits, write_splits
 from cadx.files import digest_path, write_json
 from cadx.gating import Decision, ceiling, floor, read_decision
+from cadx.predicting import read_predictions, write_predictions
+from cadx.signing import Review, write_review
 from cadx.types import Estimate
 from components.gate import GateParams, gate
 
@@ -31,12 +35,15 @@ def judge(ready: tuple[Run, dict[str, Any]], tmp_path: Path) -> Callable[..., De
     """Judge the bundle by its metrics, changed as asked."""
     run, record = ready
 
-    def run_gate(changes: dict[str, Any] | None = None, **params: Any) -> Decision:
+    def run_gate(
+        changes: dict[str, Any] | None = None, given: dict[str, Path] | None = None, **params: Any
+    ) -> Decision:
         write_json(tmp_path / "metrics.json", record | (changes or {}))
         gate(
             metrics=tmp_path / "metrics.json",
             bundle=run.bundle,
             decision=tmp_path / "decision.json",
+            **(given or {}),
             params=GateParams(**params),
         )
         return read_decision(tmp_path / "decision.json")
@@ -146,6 +153,150 @@ def test_a_floor_for_subgroups_is_not_met_by_having_none(
     assert decision.reasons == ("AUC in subgroups was asked for, but none is large enough to judge",)
 
 
+def test_a_miscalibrated_model_is_refused_though_it_ranks_well(
+    judge: Callable[..., Decision], ready: tuple[Run, dict[str, Any]]
+) -> None:
+    bounds = {
+        "at_least": EASY | {"calibration_slope": 0.7},
+        "at_most": {"calibration_slope": 1.4, "calibration_intercept": 0.5},
+    }
+    fair = ready[1]["metrics"] | {
+        "calibration_slope": {"value": 1.0, "low": 0.8, "high": 1.2, "n": 90, "method": "Wald"},
+        "calibration_intercept": {"value": 0.0, "low": -0.2, "high": 0.2, "n": 90, "method": "Wald"},
+    }
+    assert judge({"metrics": fair}, **bounds).promote
+    overconfident = fair["calibration_slope"] | {"value": 0.6, "low": 0.45, "high": 0.8}
+    reasons = judge({"metrics": fair | {"calibration_slope": overconfident}}, **bounds).reasons
+    assert [reason.split(" is ")[0] for reason in reasons] == ["calibration slope"]
+
+
+def judged_data(run: Run, folder: Path, *, leak: bool = False, **validation: Any) -> dict[str, Path]:
+    """Dataset, splits and validation as the gate takes them; with a patient of train in test, if asked."""
+    frame = read_splits(run.splits)
+    if leak:
+        frame.loc[frame["sample_id"] == "s0000", "split"] = "test"
+    write_splits(folder / "splits.parquet", frame)
+    content = {
+        "schema": 1, "dataset": digest_path(run.dataset / "dataset.json"), "rules": [], "quarantined": [],
+    } | validation  # fmt: skip
+    write_json(folder / "validation.json", content)
+    return {
+        "dataset": run.dataset, "splits": folder / "splits.parquet", "validation": folder / "validation.json",
+    }  # fmt: skip
+
+
+def test_a_leaking_split_is_refused_and_told_by_patients(
+    judge: Callable[..., Decision], ready: tuple[Run, dict[str, Any]], tmp_path: Path
+) -> None:
+    given = judged_data(ready[0], tmp_path)
+    assert judge(given=given, at_least=EASY, clean_data=True).promote
+    given = judged_data(ready[0], tmp_path, leak=True)
+    assert "are not those that were scored" in judge(given=given, at_least=EASY).reasons[0]
+    leaky = {"splits": digest_path(given["splits"])}
+    reason = "1 patients stand in more than one split: training has seen them; split again, by patient"
+    assert reason in judge(leaky, given=given, at_least=EASY).reasons
+
+
+def test_clean_data_must_be_shown_where_it_is_asked(judge: Callable[..., Decision]) -> None:
+    reasons = judge(at_least=EASY, clean_data=True).reasons
+    assert ["dataset and splits were not given" in reasons[0], "no validation was given" in reasons[1]] == [
+        True
+    ] * 2
+
+
+def test_leaks_that_validation_found_and_left_in_are_refused(
+    judge: Callable[..., Decision], ready: tuple[Run, dict[str, Any]], tmp_path: Path
+) -> None:
+    rule = {
+        "name": "duplicate_across_splits",
+        "severity": "warn",
+        "passed": False,
+        "message": "8 copies: a leak",
+    }
+    given = judged_data(ready[0], tmp_path, rules=[rule])
+    assert judge(given=given, at_least=EASY).reasons == (
+        "validation found leaks that were left in: 8 copies: a leak",
+    )
+    kept_out = rule | {"severity": "quarantine"}
+    quarantined = [{"sample_id": "s0003", "reason": "a copy"}]
+    given = judged_data(ready[0], tmp_path, rules=[kept_out], quarantined=quarantined)
+    assert "1 images stand in a split" in judge(given=given, at_least=EASY).reasons[0]
+    given = judged_data(ready[0], tmp_path, dataset="sha256:" + "0" * 64)
+    assert "another dataset" in judge(given=given, at_least=EASY).reasons[0]
+
+
+def changed_predictions(source: Path, target: Path, **change: Any) -> Path:
+    """The predictions of another bundle, whose probabilities are `blend` parts the labels."""
+    frame, info = read_predictions(source)
+    blend = change.get("blend", 0.0)
+    for name in info.classes:
+        frame[f"prob_{name}"] = (1 - blend) * frame[f"prob_{name}"] + blend * frame[f"label_{name}"]
+    called = frame["prob_opacity"] >= info.thresholds["opacity"]
+    frame["decision"] = called.map({True: "opacity", False: "normal"})
+    other = info.model_copy(update={"bundle": change.get("bundle", "sha256:" + "1" * 64)})
+    write_predictions(target, frame.iloc[change.get("skip", 0) :], other)
+    return target
+
+
+def test_a_model_must_not_be_worse_than_the_champion_by_more_than_the_margin(
+    judge: Callable[..., Decision], ready: tuple[Run, dict[str, Any]], tmp_path: Path
+) -> None:
+    own = ready[0].bundle.parent / "scored" / "predictions.parquet"
+    equal = changed_predictions(own, tmp_path / "equal.parquet")
+    better = changed_predictions(own, tmp_path / "better.parquet", blend=0.9)
+    margins = {"auc": 0.02, "sensitivity": 0.1}
+    decision = judge(given={"predictions": own, "champion": equal}, at_least=EASY, margins={"auc": 0.02})
+    assert decision.promote
+    assert decision.champion == "sha256:" + "1" * 64
+    reasons = judge(given={"predictions": own, "champion": better}, at_least=EASY, margins=margins).reasons
+    assert "AUC less the champion's is -0" in reasons[0]
+    assert reasons[0].endswith("beyond the margin of 0.02")
+    # The champion itself, and a first model.
+    assert judge(given={"predictions": own, "champion": own}, at_least=EASY, margins=margins).promote
+    assert judge(at_least=EASY, margins=margins).promote
+
+
+def test_a_champion_of_other_patients_is_no_yardstick(
+    judge: Callable[..., Decision], ready: tuple[Run, dict[str, Any]], tmp_path: Path
+) -> None:
+    own = ready[0].bundle.parent / "scored" / "predictions.parquet"
+    fewer = changed_predictions(own, tmp_path / "fewer.parquet", skip=5)
+    (reason,) = judge(
+        given={"predictions": own, "champion": fewer}, at_least=EASY, margins={"auc": 0.1}
+    ).reasons
+    assert reason.startswith("cannot be compared with the champion: the two were scored on other images")
+    with pytest.raises(ValueError, match="answers of another bundle"):
+        judge(given={"predictions": fewer, "champion": fewer}, at_least=EASY, margins={"auc": 0.1})
+    with pytest.raises(ValueError, match="--champion without --predictions"):
+        judge(given={"champion": fewer}, at_least=EASY, margins={"auc": 0.1})
+
+
+def test_a_reviewer_must_have_signed_for_these_numbers_where_one_is_asked(
+    judge: Callable[..., Decision], ready: tuple[Run, dict[str, Any]], tmp_path: Path
+) -> None:
+    private, public = make_key(tmp_path)
+    asked = {"at_least": EASY, "reviewers": {"Dr. Rey": public.read_text()}}
+    assert judge(**asked).reasons == ("no reviewer has signed off; asked for is one of Dr. Rey",)
+    numbers = digest_path(tmp_path / "metrics.json")
+    review = Review(
+        bundle=Bundle(ready[0].bundle).digest, metrics=numbers, reviewer="Dr. Rey", statement="Read."
+    )
+    write_review(tmp_path / "review", review, private)
+    decision = judge(given={"review": tmp_path / "review"}, **asked)
+    assert decision.promote
+    assert decision.reviewer == "Dr. Rey"
+    changed = judge({"n_patients": 9}, given={"review": tmp_path / "review"}, **asked)
+    assert changed.reasons == ("the sign-off does not count: signed for other numbers than these",)
+    other = asked | {"reviewers": {"Dr. Rey": make_key(tmp_path, "other")[1].read_text()}}
+    assert "signed with another key" in judge(given={"review": tmp_path / "review"}, **other).reasons[0]
+
+
+def test_metrics_of_boxes_can_be_bounded() -> None:
+    GateParams(at_least={"ap50": 0.5, "froc": 0.6}, at_most={"false_positives_per_image": 1.0})
+    with pytest.raises(ValidationError, match="lower is better there"):
+        GateParams(at_least={"false_positives_per_image": 1.0})
+
+
 @pytest.mark.parametrize(
     ("bounds", "message"),
     [
@@ -153,6 +304,7 @@ def test_a_floor_for_subgroups_is_not_met_by_having_none(
         ({"at_most": {"auc": 0.9}}, "auc: higher is better there"),
         ({"at_most": {"brier": float("inf")}}, "no bound"),
         ({"at_least": {}}, "a gate that asks nothing"),
+        ({"margins": {"auc": -0.02}}, "is no margin"),
     ],
 )
 def test_bounds_that_could_not_stop_anything_are_refused(bounds: dict[str, Any], message: str) -> None:

@@ -19,6 +19,7 @@ from cadx.phantom.cohort import Faults
 from cadx.phantom.xray import XrayPhantom, write_xray_cohort
 from cadx.reading.images import read_image
 from components.ingest import ingest
+from components.validate import validate
 
 NAME = "Ignatowska^Bronislawa"
 PHANTOM = {"modality": "xray", "num_patients": 12, "prevalence": 0.3, "size_px": 48}
@@ -36,14 +37,16 @@ def run(tmp_path, monkeypatch) -> Run:
     monkeypatch.delenv("CADX_DATA_MIRROR", raising=False)
     monkeypatch.setenv("CADX_SITE_KEY", 32 * "5a")
 
-    def ingested(entry: dict[str, object], out: str = "dataset", digest: str = "") -> DatasetFolder:
+    def ingested(
+        entry: dict[str, object], out: str = "dataset", digest: str = "", unreadable: str = "stop"
+    ) -> DatasetFolder:
         catalog = tmp_path / "catalog.yaml"
         catalog.write_text(yaml.safe_dump({"mine": entry}), encoding="utf-8")
         before = set(tmp_path.iterdir())
         try:
             ingest(
                 catalog=catalog, cache=tmp_path / "cache", dataset=tmp_path / out, digest=digest,
-                params='{"source": "mine"}',
+                params=json.dumps({"source": "mine", "unreadable": unreadable}),
             )  # fmt: skip
         except ValueError as error:
             assert "\n" not in str(error)  # noqa: PT017  it is raised again
@@ -325,6 +328,37 @@ def test_phantom_with_corrupt_files_stops(run):
         run(entry)
     for reason in ("damaged or truncated", "an empty file", "neither DICOM, PNG nor JPEG"):
         assert reason in str(caught.value)
+
+
+def test_corrupt_files_are_left_out_by_declaration_and_listed_to_the_end(run, tmp_path):
+    entry = COMMON | {
+        "format": "phantom",
+        "patient": "public",
+        "parameters": PHANTOM | {"faults": {"corrupt_files": 3}},
+    }
+    whole = run({**entry, "parameters": PHANTOM}, out="whole")
+    folder = run(entry, unreadable="leave_out")
+    assert len(folder.info.left_out) == 3
+    assert len(folder.samples) == len(whole.samples) - 3
+    validate(
+        dataset=tmp_path / "dataset",
+        validation=tmp_path / "validation.json",
+        report=tmp_path / "validation.html",
+        params="{}",
+    )
+    record = json.loads((tmp_path / "validation.json").read_text())
+    assert [one["reason"] for one in record["left_out"]] == [one.reason for one in folder.info.left_out]
+    (rule,) = [rule for rule in record["rules"] if rule["name"] == "left_out"]
+    assert (rule["count"], rule["severity"]) == (3, "warn")
+    page = (tmp_path / "validation.html").read_text()
+    assert all(one.place in page for one in folder.info.left_out)
+    with pytest.raises(ValueError, match=r"rule left_out: 3 images of the source could not be taken"):
+        validate(
+            dataset=tmp_path / "dataset",
+            validation=tmp_path / "v.json",
+            report=tmp_path / "v.html",
+            params='{"left_out": "stop"}',
+        )
 
 
 def test_folders_and_classes_must_agree(run, folders, tmp_path):

@@ -6,10 +6,14 @@ import math
 import numpy as np
 import pytest
 import statsmodels.api as sm
-from scipy import stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import optimize, stats
 from sklearn import metrics as reference
 from sklearn.calibration import calibration_curve as reference_calibration_curve
-from statsmodels.stats.proportion import proportion_confint
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 
 from cadx import metrics
 from cadx.metrics import (
@@ -22,8 +26,13 @@ from cadx.metrics import (
     delong_difference,
     score,
     score_subgroups,
+    tango_difference,
     wilson,
 )
+from cadx.metrics.estimates import Cases
+from cadx.metrics.proportions import balanced, f1, sensitivity, specificity
+from cadx.metrics.ranking import average_precision
+from cadx.metrics.reliability import probability_scores
 
 BINARY = {"task": "binary", "classes": ["normal", "pneumonia"], "positive": "pneumonia"}
 
@@ -258,7 +267,7 @@ def test_independent_proportions_have_plain_wilson_limits() -> None:
         assert (estimate.low, estimate.high) == pytest.approx(
             proportion_confint(hits, n, method="wilson"), abs=1e-9
         )
-        assert (estimate.n, estimate.method) == (n, "Wilson")
+        assert (estimate.n, estimate.method.split(";")[0]) == (n, "Wilson")
 
 
 def test_clustered_proportions_have_the_variance_of_a_cluster_robust_mean() -> None:
@@ -292,7 +301,7 @@ def test_delong_variance_equals_the_pairwise_placements() -> None:
         assert estimate.value == pytest.approx(value)
         variance = of_positives.var(ddof=1) / y.sum() + of_negatives.var(ddof=1) / (1 - y).sum()
         if variance > 1e-12 and 0 < value < 1:
-            assert estimate.method == "DeLong (logit)"
+            assert estimate.method.startswith("DeLong (logit)")
             assert logit_variance(estimate) == pytest.approx(variance, rel=1e-6)
 
 
@@ -327,7 +336,7 @@ def test_clustered_auc_variance_equals_obuchowskis_sums() -> None:
         s11 = i / (i - 1) * np.dot(positive, negative)
         variance = s10 / m + s01 / n + 2 * s11 / (m * n)
         estimate = auc(y, p, patients)
-        if variance > 1e-9 and estimate.method == "Obuchowski (logit)":
+        if variance > 1e-9 and estimate.method.startswith("Obuchowski (logit)"):
             assert logit_variance(estimate, stats.t.ppf(0.975, i - 1)) == pytest.approx(variance, rel=1e-6)
             compared += 1
     assert compared > 250
@@ -434,13 +443,15 @@ def test_copies_of_an_image_do_not_narrow_any_interval() -> None:
 def test_weighted_resamples_equal_scikit_learn_on_the_rows_drawn() -> None:
     for seed in range(200):
         y, p, patients = draw(seed, clusters=True)
-        weights = metrics._resample(patients.max() + 1, 3, seed)
+        weights = metrics.resample(patients.max() + 1, 3, seed)
         assert (weights.sum(axis=1) == patients.max() + 1).all()
         calls = (p >= 0.4)[None]
-        cases = metrics._Cases(y == 1, p[None], calls, calls, patients, patients.max() + 1, True)
-        parts = metrics._summed(cases, weights) | {
-            "average_precision": metrics._average_precision(cases, weights)
-        }
+        cases = Cases(y == 1, p[None], calls, calls, patients, patients.max() + 1, True)
+        parts = (
+            probability_scores(cases, weights)
+            | {"f1": f1(cases, weights)}
+            | {"average_precision": average_precision(cases, weights)}
+        )
         for row in range(3):
             drawn = np.repeat(np.arange(len(y)), weights[row][patients])
             if len(set(y[drawn])) < 2:
@@ -786,11 +797,11 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
 def score_parts(y: np.ndarray, x: np.ndarray) -> dict[str, Estimate]:
     """Sensitivity, and balanced accuracy without the cost of everything else."""
     calls = (x >= 0.5)[None]
-    cases = metrics._Cases(y == 1, x[None], calls, calls, np.arange(y.size), y.size, False)
-    sensitivity, specificity = metrics._sensitivity(cases), metrics._specificity(cases)
+    cases = Cases(y == 1, x[None], calls, calls, np.arange(y.size), y.size, False)
+    found, spared = sensitivity(cases), specificity(cases)
     return {
-        "sensitivity": sensitivity.estimate,
-        "balanced": metrics._balanced(sensitivity, specificity).estimate,
+        "sensitivity": found.estimate,
+        "balanced": balanced(found, spared).estimate,
     }
 
 
@@ -799,3 +810,179 @@ def holds(estimate: Estimate, truth: float) -> bool:
     assert estimate.low is not None
     assert estimate.high is not None
     return estimate.low <= truth <= estimate.high
+
+
+# --- Two models, other prevalences, decisions, gaps ------------------------------------------------------
+
+
+@given(counts=st.lists(st.integers(0, 40), min_size=4, max_size=4).filter(lambda c: sum(c) > 0))
+@settings(max_examples=200, deadline=None)
+def test_tango_limits_solve_the_score_equation_with_the_likelihood_maximised_by_search(
+    counts: list[int],
+) -> None:
+    both, only_a, only_b, neither = counts
+    n = sum(counts)
+    right_a = [True] * (both + only_a) + [False] * (only_b + neither)
+    right_b = [True] * both + [False] * only_a + [True] * only_b + [False] * neither
+    found = tango_difference(right_a, right_b)
+    assert found.value == pytest.approx((only_a - only_b) / n)
+    assert -1 <= found.low <= found.value <= found.high <= 1
+    for limit in (found.low, found.high):
+        if abs(limit) > 0.999 or abs(limit - found.value) < 1e-9:
+            continue
+
+        def loss(q: float, delta: float = limit) -> float:
+            parts = ((only_a, q + delta), (only_b, q), (n - only_a - only_b, 1 - 2 * q - delta))
+            return -sum(count * math.log(max(share, 1e-300)) for count, share in parts)
+
+        q = optimize.minimize_scalar(
+            loss, bounds=(max(0.0, -limit), (1 - limit) / 2), method="bounded", options={"xatol": 1e-12}
+        ).x
+        statistic = (only_a - only_b - n * limit) / math.sqrt(n * (2 * q + limit * (1 - limit)))
+        assert abs(statistic) == pytest.approx(stats.norm.ppf(0.975), rel=2e-3)
+
+
+@given(only_a=st.integers(0, 60), only_b=st.integers(0, 60), agree=st.integers(0, 60))
+@settings(max_examples=200, deadline=None)
+def test_mcnemar_equals_statsmodels_and_agrees_with_the_interval(
+    only_a: int, only_b: int, agree: int
+) -> None:
+    if only_a + only_b + agree == 0:
+        return
+    right_a = [True] * only_a + [False] * only_b + [True] * agree
+    right_b = [False] * only_a + [True] * only_b + [True] * agree
+    found = tango_difference(right_a, right_b)
+    if only_a + only_b:
+        table = [[agree, only_a], [only_b, 0]]
+        expected = mcnemar(table, exact=False, correction=False).pvalue
+        assert found.p == pytest.approx(expected)
+    if abs(found.p - 0.05) > 1e-6:
+        assert (found.p < 0.05) == (not found.low <= 0 <= found.high)
+
+
+def test_copies_of_a_pair_are_no_evidence() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.random(80) < 0.9, rng.random(80) < 0.75
+    once = tango_difference(a, b)
+    copied = tango_difference(np.tile(a, 5), np.tile(b, 5), np.tile(np.arange(80), 5))
+    assert (copied.low, copied.high) == pytest.approx((once.low, once.high), abs=0.01)
+    naive = tango_difference(np.tile(a, 5), np.tile(b, 5))
+    assert naive.high - naive.low < 0.6 * (copied.high - copied.low)
+    assert tango_difference([], []).method == "too few: no cases"
+    with pytest.raises(ValueError, match="right_b: shape"):
+        tango_difference([True], [True, False])
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
+@settings(max_examples=200, deadline=None)
+def test_holm_equals_statsmodels(p_values: list[float]) -> None:
+    expected = multipletests(p_values, method="holm")[1]
+    assert metrics.holm(p_values) == pytest.approx(expected)
+
+
+@given(
+    tp=st.integers(0, 99),
+    fn=st.integers(1, 50),
+    fp=st.integers(0, 99),
+    tn=st.integers(1, 99),
+    share=st.floats(0.01, 0.99),
+)
+@settings(max_examples=200, deadline=None)
+def test_predictive_values_are_bayes_rule_and_their_limits_lie_around(
+    tp: int, fn: int, fp: int, tn: int, share: float
+) -> None:
+    y = [1] * (tp + fn) + [0] * (fp + tn)
+    scores = [1] * tp + [0] * fn + [1] * fp + [0] * tn
+    found = at_threshold(y, scores, 0.5)
+    here = metrics.predictive_values(found["sensitivity"], found["specificity"], (tp + fn) / len(y))
+    for name in ("ppv", "npv"):  # at the prevalence of the set itself it is the plain share
+        if found[name].value is not None:
+            assert here[name].value == pytest.approx(found[name].value)
+    there = metrics.predictive_values(found["sensitivity"], found["specificity"], share)
+    for estimate in there.values():
+        if estimate.value is not None:
+            assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
+
+
+def test_limits_of_predictive_values_are_those_of_mercaldo_where_cases_are_many() -> None:
+    y, scores = [1] * 800 + [0] * 4000, [1] * 720 + [0] * 80 + [1] * 400 + [0] * 3600
+    found = at_threshold(y, scores, 0.5)
+    ppv = metrics.predictive_values(found["sensitivity"], found["specificity"], 0.02)["ppv"]
+    middle = math.log(0.02 * 0.9 / (0.98 * 0.1))
+    half = stats.norm.ppf(0.975) * math.sqrt(0.1 / 0.9 / 800 + 0.9 / 0.1 / 4000)
+    expected = [1 / (1 + math.exp(-(middle + sign * half))) for sign in (-1, 1)]
+    assert [ppv.low, ppv.high] == pytest.approx(expected, rel=0.01)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        metrics.predictive_values(found["sensitivity"], found["specificity"], 1.0)
+
+
+def test_net_benefit_is_the_count_of_hits_less_weighed_alarms() -> None:
+    for seed in range(200):
+        y, p, patients = draw(seed, clusters=True)
+        found = metrics.decision_curve(y, p, thresholds=[0.1, 0.3, 0.5], patients=patients, resamples=20)
+        for i, threshold in enumerate(found.threshold):
+            table = reference.confusion_matrix(y, p >= threshold, labels=[0, 1])
+            odds = threshold / (1 - threshold)
+            assert found.model[i] == pytest.approx((table[1, 1] - odds * table[0, 1]) / len(y))
+            assert found.everyone[i] == pytest.approx(y.mean() - odds * (1 - y.mean()))
+            assert found.low[i] <= found.high[i]
+    with pytest.raises(ValueError, match="above 0 and below 1"):
+        metrics.decision_curve([0, 1], [0.1, 0.9], thresholds=[1.0])
+
+
+def test_the_choice_of_a_threshold_widens_what_it_reaches() -> None:
+    y, p, _ = draw(20, n=400)
+    fixed = at_threshold(y, p, 0.4)
+    same = metrics.with_chosen_threshold(y, p, 0.4, [0.4] * 10)
+    spread = metrics.with_chosen_threshold(y, p, 0.4, np.linspace(0.3, 0.5, 50))
+    for name in ("sensitivity", "specificity"):
+        assert (same[name].low, same[name].high) == pytest.approx((fixed[name].low, fixed[name].high))
+        assert spread[name].value == fixed[name].value
+        assert spread[name].low < fixed[name].low < fixed[name].high < spread[name].high
+    perfect = metrics.with_chosen_threshold([1] * 60, [0.9] * 30 + [0.6] * 30, 0.5, [0.5, 0.7])
+    assert perfect["sensitivity"].low < at_threshold([1] * 60, [0.9] * 60, 0.5)["sensitivity"].low
+
+
+def test_few_errors_and_few_patients_are_told() -> None:
+    assert "too few errors (1)" in metrics.share_of([True] * 99 + [False]).method
+    assert "too few" not in metrics.share_of([True] * 90 + [False] * 10).method
+    y, p, _ = draw(4, n=70)
+    assert "too few" in auc(y, p).method
+
+
+def test_gaps_find_the_group_that_is_worse_and_correct_for_the_number_of_comparisons() -> None:
+    rng = np.random.default_rng(0)
+    n = 1200
+    y, site = (rng.random(n) < 0.5).astype(int), rng.choice(["A", "B", "C"], n)
+    p = 1 / (1 + np.exp(-(rng.normal(size=n) + np.where(site == "C", 0.2, 3.0) * (y - 0.5))))
+    calls = p >= 0.5
+    what = {"positive": "pneumonia", "task": "binary", "classes": ["normal", "pneumonia"]}
+    found = metrics.subgroup_gaps(
+        np.stack([1 - y, y], axis=1), np.stack([1 - p, p], axis=1), np.stack([~calls, calls], axis=1),
+        {"site": site, "sex": rng.choice(["F", "M", ""], n), "scanner": ["one"] * n}, **what,
+    )  # fmt: skip
+    assert set(found) == {"site", "sex"}
+    assert list(found["sex"]) == ["F"], "of two groups one comparison says it all; the unknown is no group"
+    worse, chance = found["site"]["C"]["auc"], found["sex"]["F"]["auc"]
+    here = site == "C"
+    assert worse.value == pytest.approx(auc(y[here], p[here]).value - auc(y[~here], p[~here]).value)
+    assert worse.high < 0
+    assert worse.p_adjusted < 1e-6
+    gaps = [gap for groups in found.values() for named in groups.values() for gap in named.values()]
+    assert [gap.p_adjusted for gap in gaps] == pytest.approx(
+        multipletests([gap.p for gap in gaps], method="holm")[1]
+    )
+    assert chance.p_adjusted >= chance.p
+
+
+def test_a_difference_of_proportions_is_newcombes() -> None:
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        n, m = rng.integers(5, 200, 2)
+        k, j = rng.integers(0, n + 1), rng.integers(0, m + 1)
+        found = metrics.difference_of(
+            metrics.share_of([True] * k + [False] * (n - k)), metrics.share_of([True] * j + [False] * (m - j))
+        )
+        low, high = confint_proportions_2indep(k, n, j, m, compare="diff", method="newcomb")
+        assert (found.low, found.high) == pytest.approx((low, high), abs=1e-9)
+        assert (found.p < 0.05) == (not found.low <= 0 <= found.high)

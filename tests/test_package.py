@@ -4,12 +4,16 @@ import json
 import re
 import shutil
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 from test_evaluate import Run, prepare
 
 from cadx.bundle import Bundle
+from cadx.checklists import CLAIM, TRIPOD_AI
 from cadx.files import digest_path, write_json
 from components.gate import GateParams, gate
 from components.package import PackageParams, package
@@ -81,6 +85,45 @@ def test_the_card_states_every_number_with_its_interval(packed: Packed, tmp_path
     assert "the physics group" in card
     assert "Passed the gate" in card
     assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", card), "a card is read on closed networks"
+
+
+def test_the_card_fills_in_what_a_paper_must_report_and_lists_what_is_missing(
+    packed: Packed, tmp_path: Path
+) -> None:
+    packed.package(tmp_path, intended_use="Finds squares.")
+    card = (tmp_path / "card.html").read_text()
+    for name, checklist, by_people in (
+        ("CLAIM, 2024 update", CLAIM, {"2", "4", "5", "8", "15", "16", "17", "18", "34", "42", "44"}),
+        ("TRIPOD+AI", TRIPOD_AI, {"2", "3a", "5b", "6b", "8b", "8c", "17", "18a", "18b", "18c", "18d", "19"}),
+    ):
+        listed = re.search(rf"{re.escape(name)}: (\d+) of {len(checklist)} items; missing: ([^.]+)\.", card)
+        assert listed, name
+        missing = listed[2].split(", ")
+        assert by_people <= set(missing), "no run knows these"
+        assert int(listed[1]) == len(checklist) - len(missing) > len(checklist) / 2
+        assert all(item.number in missing for item in checklist if not item.facts)
+    assert len(CLAIM) == 44
+    assert {item.number.rstrip("abcdefg") for item in TRIPOD_AI} == {str(n) for n in range(1, 28)}
+    assert card.count("Finds squares.") > 3
+    assert Bundle(packed.bundle).manifest.sbom in card
+
+
+def test_the_archive_names_the_very_decision_file(packed: Packed, tmp_path: Path) -> None:
+    release = read_release(packed.package(tmp_path))
+    assert release.decision.digest == digest_path(packed.decision)
+
+
+def test_the_bill_of_materials_holds_weights_and_libraries_and_no_date(packed: Packed) -> None:
+    bill = json.loads((packed.bundle / "sbom.json").read_text())
+    (weights,) = bill["metadata"]["component"]["components"]
+    digest = digest_path(packed.bundle / weights["name"]).removeprefix("sha256:")
+    assert weights["hashes"] == [{"alg": "SHA-256", "content": digest}]
+    libraries = {one["name"]: one["version"] for one in bill["components"]}
+    assert libraries["torch"] == metadata.version("torch")
+    assert "pytest" not in libraries, "what is installed beside it says nothing of the model"
+    assert "timestamp" not in bill["metadata"]
+    problems = JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(bill))
+    assert problems is None
 
 
 def test_a_refused_model_carries_its_refusal(packed: Packed, tmp_path: Path) -> None:

@@ -26,13 +26,16 @@ from test_summarise import write_seed
 from cadx.files import digest_path, write_json
 from components import STEPS
 from components.contract import Alarm, In, Out, Params, read_params, step
-from pipelines import compile_experiment, training
+from pipelines import compile_experiment, tasks
+from pipelines.placement import read_placements
+from pipelines.training import training
 from serving.server import TorchServe, free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 EXPERIMENTS, SEEDS = DVC["vars"][0]["experiments"], DVC["vars"][0]["seeds"]
 PARAMS = ROOT / "params.yaml"
+RESOURCES = ROOT / "pipelines/resources.yaml"
 IMAGE = "registry.example/cadx@sha256:" + "0" * 64
 STAGES = [s.name for s in STEPS if s.reproducible]
 
@@ -44,6 +47,23 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for experiment in EXPERIMENTS:
         compile_experiment(experiment, folder / f"{experiment}.yaml", params=PARAMS, image=IMAGE)
     return {experiment: (folder / f"{experiment}.yaml").read_text() for experiment in EXPERIMENTS}
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ir.PipelineSpec]:
+    """The pipelines beside training, of the first experiment; `families` with a twin of it."""
+    folder = tmp_path_factory.mktemp("others")
+    sections = yaml.safe_load(PARAMS.read_text())
+    first, second = EXPERIMENTS[:2]
+    sections[second] |= {name: sections[first][name] for name in ("split", "evaluate")}
+    params = folder / "params.yaml"
+    params.write_text(yaml.safe_dump(sections, sort_keys=False))
+    for name in ("families", "monitoring", "evaluation", "inference"):
+        against = (second,) if name == "families" else ()
+        compile_experiment(
+            first, folder / f"{name}.yaml", params=params, image=IMAGE, pipeline=name, against=against
+        )
+    return {file.stem: parse(file.read_text()) for file in folder.glob("*.yaml") if file != params}
 
 
 @pytest.fixture
@@ -165,37 +185,216 @@ def test_integers_do_arrive_as_floats(pipeline: ir.PipelineSpec) -> None:
     assert '"epochs": 12.0' in json_format.MessageToJson(default)
 
 
-def test_only_steps_with_side_effects_run_uncached(pipeline: ir.PipelineSpec) -> None:
-    tasks = dict(pipeline.root.dag.tasks)
+def all_tasks(pipeline: ir.PipelineSpec) -> dict[str, ir.PipelineTaskSpec]:
+    """Every task by name, those within pipelines and branches too."""
+    found = dict(pipeline.root.dag.tasks)
     for component in pipeline.components.values():
-        tasks |= dict(component.dag.tasks)
-    steps = {name: name.partition("-")[0] for name in tasks if name in stage_items(EXPERIMENTS[0])}
+        found |= dict(component.dag.tasks)
+    return found
+
+
+def test_stages_alone_are_cached_and_tried_again(pipeline: ir.PipelineSpec) -> None:
+    found = all_tasks(pipeline)
+    steps = {name: name.partition("-")[0] for name in found if name in stage_items(EXPERIMENTS[0])}
     assert set(steps.values()) == set(STAGES)
-    assert all(tasks[name].caching_options.enable_cache for name in steps)
-    others = {s.name for s in STEPS if not s.reproducible} & set(tasks)
-    assert not any(tasks[name].caching_options.enable_cache for name in others)
-    assert not any(task.HasField("retry_policy") for task in tasks.values())
+    assert all(found[name].caching_options.enable_cache for name in steps)
+    assert all(found[name].retry_policy.max_retry_count == 2 for name in steps)
+    rest = {s.name for s in STEPS if not s.reproducible} & set(found)
+    assert rest == {"choose", "deploy"}
+    assert not any(found[name].caching_options.enable_cache for name in rest)
+    assert not any(found[name].HasField("retry_policy") for name in rest)
+
+
+def branch_of(pipeline: ir.PipelineSpec) -> tuple[str, ir.PipelineTaskSpec, str, str]:
+    """The one branch: its name, its task, the task that it asks, and that task's output."""
+    [(name, branch)] = [(n, t) for n, t in pipeline.root.dag.tasks.items() if t.trigger_policy.condition]
+    [(entry, asked)] = [
+        (e, p.task_output_parameter)
+        for e, p in branch.inputs.parameters.items()
+        if p.task_output_parameter.producer_task
+    ]
+    assert branch.trigger_policy.condition == f"inputs.parameter_values['{entry}'] == true"
+    return name, branch, asked.producer_task, asked.output_parameter_key
+
+
+def inside(pipeline: ir.PipelineSpec, task: str) -> dict[str, ir.PipelineTaskSpec]:
+    """The tasks of a branch or of a pipeline within the pipeline."""
+    return dict(pipeline.components[pipeline.root.dag.tasks[task].component_ref.name].dag.tasks)
+
+
+def makers(task: ir.PipelineTaskSpec) -> set[str]:
+    """The tasks that make what a task reads."""
+    return {artifact.task_output_artifact.producer_task for artifact in task.inputs.artifacts.values()}
 
 
 def test_only_a_promoted_model_is_deployed(pipeline: ir.PipelineSpec) -> None:
-    [(name, branch)] = [(n, t) for n, t in pipeline.root.dag.tasks.items() if t.trigger_policy.condition]
-    first = f"gate-{SEEDS[0]}"
-    [(entry, promote)] = [
-        (e, p) for e, p in branch.inputs.parameters.items() if p.task_output_parameter.producer_task
-    ]
-    assert branch.trigger_policy.condition == f"inputs.parameter_values['{entry}'] == true"
-    assert promote.task_output_parameter.producer_task == first
-    assert promote.task_output_parameter.output_parameter_key == "promote"
-    inside = pipeline.components[pipeline.root.dag.tasks[name].component_ref.name].dag.tasks
-    assert list(inside) == ["deploy"]
-    assert {a.task_output_artifact.producer_task for a in branch.inputs.artifacts.values()} == {
-        "ingest", f"evaluate-{SEEDS[0]}", first, f"package-{SEEDS[0]}"
-    }  # fmt: skip
+    name, branch, decider, output = branch_of(pipeline)
+    assert (decider, output) == ("choose", "promote")
+    assert list(inside(pipeline, name)) == ["deploy"]
+    assert makers(branch) == {"ingest", "choose"}
     asked = pipeline.root.input_definitions.parameters
     assert all(
         asked[place].parameter_type == ir.ParameterType.STRING
         for place in ("model_store", "key_file", "inference", "management")
     )
+
+
+def test_the_choice_is_among_all_seeds(pipeline: ir.PipelineSpec) -> None:
+    choice = pipeline.root.dag.tasks["choose"]
+    wanted = {f"{step}-{seed}" for step in ("evaluate", "gate", "package") for seed in SEEDS}
+    assert makers(choice) == wanted
+
+
+def test_families_are_trained_side_by_side_and_the_best_is_deployed(
+    others: dict[str, ir.PipelineSpec],
+) -> None:
+    pipeline = others["families"]
+    first, second = EXPERIMENTS[:2]
+    tasks_there = pipeline.root.dag.tasks
+    assert {first, second} <= set(tasks_there)
+    assert not tasks_there[first].dependent_tasks
+    assert not tasks_there[second].dependent_tasks
+    assert set(stage_items(first)) <= set(inside(pipeline, first))
+    assert "deploy" not in inside(pipeline, first)
+    assert makers(tasks_there["choose"]) == {first, second}
+    name, _, decider, output = branch_of(pipeline)
+    assert (decider, output) == ("choose", "promote")
+    assert list(inside(pipeline, name)) == ["deploy"]
+    default = json_format.MessageToDict(pipeline.root.input_definitions.parameters["choose"].default_value)
+    assert default == {"metric": "auc"}
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+    first, second = EXPERIMENTS[:2]
+    with pytest.raises(ValueError, match=rf"{second}\.split differs from {first}\.split") as caught:
+        compile_experiment(
+            first, tmp_path / "p.yaml", params=PARAMS, image=IMAGE, pipeline="families", against=(second,)
+        )
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="name at least two experiments"):
+        compile_experiment(first, tmp_path / "p.yaml", params=PARAMS, image=IMAGE, pipeline="families")
+    assert not list(tmp_path.iterdir())
+
+
+def test_drift_starts_a_training_and_an_alarm_is_no_failure(others: dict[str, ir.PipelineSpec]) -> None:
+    pipeline = others["monitoring"]
+    name, _, decider, output = branch_of(pipeline)
+    assert (decider, output) == ("monitor", "retrain")
+    [nested] = inside(pipeline, name)
+    assert nested == EXPERIMENTS[0]
+    watch = pipeline.root.dag.tasks["monitor"]
+    assert not watch.caching_options.enable_cache
+    assert not watch.HasField("retry_policy")
+    words = command(pipeline, "monitor")
+    assert words[:2] == ["sh", "-c"]
+    for code, expected in ((0, 0), (3, 0), (1, 1)):
+        script = words[2].replace("cadx monitor", f"sh -c 'exit {code}'")
+        assert subprocess.run(["sh", "-c", script, "monitor", "x"], check=False).returncode == expected
+
+
+def test_a_bundle_from_elsewhere_is_scored_at_a_site(others: dict[str, ir.PipelineSpec]) -> None:
+    pipeline = others["evaluation"]
+    assert set(pipeline.root.dag.tasks) == {"importer", "ingest", "validate", "split", "evaluate", "gate"}
+    assert "importer" in makers(pipeline.root.dag.tasks["evaluate"])
+    defaults = json_format.MessageToDict(pipeline.root.input_definitions)["parameters"]
+    assert defaults["gate"]["defaultValue"]["other_dataset"] is True
+    assert defaults["evaluate"]["defaultValue"]["split"] == "test"
+    assert "defaultValue" not in defaults["bundle_uri"]
+    for name in ("split", "evaluate", "gate"):
+        cls = next(s for s in STEPS if s.name == name).declaration().params
+        assert cls is not None
+        read_params(json.dumps(defaults[name]["defaultValue"]), name, cls)
+
+
+def test_a_folder_is_answered(others: dict[str, ir.PipelineSpec]) -> None:
+    pipeline = others["inference"]
+    assert set(pipeline.root.dag.tasks) == {"importer", "importer-2", "predict"}
+    assert makers(pipeline.root.dag.tasks["predict"]) == {"importer", "importer-2"}
+    kinds = {
+        name: a.artifact_type.schema_title
+        for name, a in pipeline.components["comp-predict"].input_definitions.artifacts.items()
+    }
+    assert kinds == {"bundle": "system.Model", "images": "system.Dataset"}
+
+
+def test_every_parameter_has_help(compiled: dict[str, str], others: dict[str, ir.PipelineSpec]) -> None:
+    for pipeline in (parse(compiled[EXPERIMENTS[0]]), *others.values()):
+        for name, asked in pipeline.root.input_definitions.parameters.items():
+            assert asked.description, f"{pipeline.pipeline_info.name}: {name}"
+
+
+# --- Where a step runs --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def placed(tmp_path: Path) -> Callable[[str], tuple[dict[str, Any], dict[str, Any]]]:
+    """Compile with a file of resources; what each task's container asks for, and what of Kubernetes."""
+
+    def compile_with(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        (tmp_path / "resources.yaml").write_text(text)
+        output = tmp_path / "p.yaml"
+        compile_experiment(
+            EXPERIMENTS[0], output, params=PARAMS, image=IMAGE, resources=tmp_path / "resources.yaml"
+        )
+        spec, platform = yaml.safe_load_all(output.read_text())
+        parse(output.read_text())
+        executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+        return spec["deploymentSpec"]["executors"], executors
+
+    return compile_with
+
+
+def test_a_step_runs_where_its_section_says(
+    placed: Callable[..., tuple[dict[str, Any], dict[str, Any]]],
+) -> None:
+    executors, kubernetes = placed(
+        """
+every: {cpu: 1, memory: 2Gi, timeout_s: 600}
+train:
+  cpu: 4
+  accelerator: {kind: nvidia.com/gpu, count: 2}
+  shared_memory: 8Gi
+  node_selector: {pool: gpu}
+  tolerations: [{key: nvidia.com/gpu, effect: NoSchedule}]
+  secrets: {s3: {key: AWS_SECRET_ACCESS_KEY}}
+  config_maps: {proxy: {address: HTTPS_PROXY}}
+"""
+    )
+    resources = executors["exec-train-0"]["container"]["resources"]
+    assert resources["resourceCpuLimit"] == resources["resourceCpuRequest"] == "4"
+    assert resources["resourceMemoryLimit"] == "2Gi", "what a section leaves out is taken from every"
+    assert resources["accelerator"]["resourceType"] == "nvidia.com/gpu"
+    assert resources["accelerator"]["resourceCount"] == "2"
+    train = kubernetes["exec-train-0"]
+    assert train["emptyDirMounts"] == [
+        {"medium": "Memory", "mountPath": "/dev/shm", "sizeLimit": "8Gi", "volumeName": "shm"}
+    ]
+    assert train["nodeSelector"]["labels"] == {"pool": "gpu"}
+    assert train["tolerations"] == [{"effect": "NoSchedule", "key": "nvidia.com/gpu", "operator": "Exists"}]
+    assert train["secretAsEnv"][0]["keyToEnv"][0]["envVar"] == "AWS_SECRET_ACCESS_KEY"
+    assert train["configMapAsEnv"][0]["keyToEnv"][0]["envVar"] == "HTTPS_PROXY"
+    assert str(train["activeDeadlineSeconds"]) == "600"
+    assert "accelerator" not in executors["exec-ingest"]["container"]["resources"]
+    assert "emptyDirMounts" not in kubernetes["exec-ingest"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trane: {cpu: 1}", "unknown section 'trane'; give every or a step: ingest"),
+        ("train: {cpus: 1}", "train.cpus: unknown parameter; did you mean 'cpu'?"),
+        ("train: {memory: lots}", "train.memory: string should match pattern"),
+        ("train: {volumes: [{claim: data, path: /data}]}", "train.volumes: Kubeflow's cache does not see"),
+        ("- cpu", "no sections; give every or a step"),
+        ("train: {", "not YAML"),
+    ],
+)
+def test_a_wrong_resource_is_refused_in_a_line(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "resources.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        read_placements(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_watch_over_requests_is_no_part_of_training(pipeline: ir.PipelineSpec) -> None:
@@ -225,10 +424,12 @@ def test_artifacts_have_types_that_kubeflow_can_draw(pipeline: ir.PipelineSpec) 
     assert outputs["comp-calibrate-0", "bundle"] == "system.Model"
     assert outputs["comp-evaluate-0", "metrics"] == "system.Metrics"
     assert outputs["comp-evaluate-0", "confusion"] == "system.ClassificationMetrics"
+    assert outputs["comp-evaluate-0", "roc"] == "system.ClassificationMetrics"
     assert outputs["comp-evaluate-0", "report"] == "system.HTML"
     assert outputs["comp-validate", "validation"] == "system.Artifact"
     known = {name for s in STEPS for name in s.declaration().outputs}
-    assert set(training.ARTIFACTS) | set(training.FIELDS) <= known
+    taken = {name for s in STEPS for name in s.declaration().inputs}
+    assert set(tasks.ARTIFACTS) | set(tasks.FIELDS) <= known | taken
 
 
 def test_the_same_bytes_in_another_process(compiled: dict[str, str], tmp_path: Path) -> None:
@@ -273,8 +474,6 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(
 
 def test_without_kfp_one_line_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "kfp", None)
-    monkeypatch.delitem(sys.modules, "pipelines.training")
-    monkeypatch.delattr("pipelines.training")
     with pytest.raises(ValueError, match="kfp is not installed: it is the extra 'kubeflow'"):
         compile_experiment(EXPERIMENTS[0], tmp_path / "p.yaml", params=PARAMS, image=IMAGE)
 
@@ -357,7 +556,8 @@ def answer(*, source: In, decision: Out, metrics: Out, log: Out, params: AnswerP
     write_json(decision, {"promote": params.promote, "reasons": []})
     metrics.write_text(
         '{"metrics": {"auc": {"value": 0.9, "low": NaN, "high": null}},'
-        ' "confusion": {"classes": ["a", "b"], "at_operating_point": [[[1, 2], [3, 4]], [[5, 6], [7, 8]]]}}'
+        ' "confusion": {"classes": ["a", "b"], "at_operating_point": [[[1, 2], [3, 4]], [[5, 6], [7, 8]]]},'
+        ' "roc": {"false_positive_rate": [0.0, 0.5], "sensitivity": [0.5, 1.0], "threshold": [0.9, 0.1]}}'
     )
     log.write_text('{"epoch": 1}\n{"epoch": 2}\n')
     if params.alarm:
@@ -372,6 +572,7 @@ def ask(tmp_path: Path) -> Callable[..., ir.ExecutorOutput]:
         "metrics": "Metrics",
         "log": "Artifact",
         "confusion": "ClassificationMetrics",
+        "roc": "ClassificationMetrics",
     }
     (tmp_path / "source").write_text("x")
 
@@ -413,10 +614,19 @@ def test_a_decision_becomes_what_kubeflow_branches_on(
 
 def test_what_kubeflow_cannot_draw_is_left_out(ask: Callable[..., ir.ExecutorOutput]) -> None:
     found = ask()
-    assert set(found.artifacts) == {"decision", "metrics", "log", "confusion"}
-    metadata = {name: dict(listed.artifacts[0].metadata) for name, listed in found.artifacts.items()}
+    assert set(found.artifacts) == {"decision", "metrics", "log", "confusion", "roc"}
+    metadata = {
+        name: dict(listed.artifacts[0].metadata) for name, listed in found.artifacts.items() if name != "roc"
+    }
     assert metadata == {"decision": {}, "metrics": {"auc": 0.9}, "log": {}, "confusion": {}}
     assert found.artifacts["log"].artifacts[0].uri == "minio://bucket/log"
+
+
+def test_a_curve_is_drawn_as_kfp_would_log_it(ask: Callable[..., ir.ExecutorOutput]) -> None:
+    [roc] = ask().artifacts["roc"].artifacts
+    expected = dsl.ClassificationMetrics()
+    expected.log_roc_curve(fpr=[0.0, 0.5], tpr=[0.5, 1.0], threshold=[0.9, 0.1])
+    assert json_format.MessageToDict(roc.metadata) == expected.metadata
 
 
 def test_an_alarm_is_raised_after_the_answer(ask: Callable[..., ir.ExecutorOutput], tmp_path: Path) -> None:
@@ -463,7 +673,7 @@ def test_the_whole_pipeline_ends_in_a_served_model(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setattr(training, "SCRATCH", tmp_path / "scratch")
+    monkeypatch.setattr(tasks, "SCRATCH", tmp_path / "scratch")
     # Its runner refuses containers' commands, for it has no container: ours need none.
     handler = subprocess_task_handler.SubprocessTaskHandler
     monkeypatch.setattr(handler, "validate_not_container_component", lambda *_: None)
@@ -473,7 +683,7 @@ def test_the_whole_pipeline_ends_in_a_served_model(
     sections = yaml.safe_load(PARAMS.read_text())["phantom-xray"]
     quick = {"epochs": 1, "preprocessing": {"height_px": 32, "width_px": 32}}
     with TorchServe(tmp_path_factory.mktemp("serve"), free_ports()) as server:
-        training.training("phantom-xray", PARAMS, IMAGE)(
+        training("phantom-xray", PARAMS, IMAGE, read_placements(RESOURCES))(
             train={**sections["train"], **quick},
             evaluate={"split": "test", "resamples": 0, "minimum_n": 5},
             summarise={"resamples": 0, "minimum_n": 5},
@@ -485,7 +695,7 @@ def test_the_whole_pipeline_ends_in_a_served_model(
             management=server.management,
         )
     [run] = (tmp_path / "artifacts").iterdir()
-    assert {p.name for p in run.iterdir()} == {*stage_items("phantom-xray"), "deploy"}
+    assert {p.name for p in run.iterdir()} == {*stage_items("phantom-xray"), "choose", "deploy"}
     decisions = [json.loads((run / f"gate-{seed}/decision").read_text()) for seed in SEEDS]
     assert [decision["seed"] for decision in decisions] == SEEDS
     deployment = json.loads((run / "deploy/deployment").read_text())

@@ -15,6 +15,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,18 +27,19 @@ import urllib3
 from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
-from test_bundle import SIZE_PX, draw, operating_point, train_bundle, write_dataset
+from test_bundle import draw, operating_point, train_bundle, write_dataset
 
 from cadx.bundle import Bundle
 from cadx.drift import STATISTICS
 from cadx.files import digest_path
 from cadx.predicting import Predictor
-from serving.answering import REQUEST_LOG, Answerer, Request, RequestLog
+from serving.answering import REQUEST_LOG, Request, RequestLog
 from serving.archive import Release, Verdict, read_release, version_of, write_archive
-from serving.client import Client, Refused
+from serving.client import Client, Endpoint, Refused
+from serving.kinds import RadiographAnswerer
 from serving.management import Management
 from serving.radiograph_handler import RadiographHandler
-from serving.server import MAX_REQUEST_BYTES, Ports, TorchServe, free_ports
+from serving.server import MAX_REQUEST_BYTES, Ports, Tls, TorchServe, free_ports
 
 pytestmark = pytest.mark.xdist_group("torchserve")
 
@@ -248,7 +250,9 @@ def test_the_endpoint_answers_as_the_predictor_does(
     assert answer.operating_point.thresholds == {"opacity": 0.3}
     assert answer.operating_point.target_metric == "sensitivity"
     assert answer.attention_png is None
-    assert set(answer.timing_ms) == {"decode", "predict", "total"}
+    timing_ms = answer.timing_ms
+    assert min(timing_ms.decode, timing_ms.preprocess, timing_ms.infer) > 0
+    assert timing_ms.total >= timing_ms.decode + timing_ms.preprocess + timing_ms.infer - 0.2
 
 
 def test_batches_change_no_answer_and_a_bad_image_spoils_no_other(
@@ -360,6 +364,7 @@ def test_each_answer_is_one_whole_line_of_the_request_log(
     assert set(first) == {
         *("schema_version", "prediction_id", "time", "model", "version", "bundle", "site", "scanner"),
         *("statistics", "embedding", "probabilities", "decision", "warnings", "timing_ms"),
+        *("prediction_set", "refer"),
     }
     assert (first["site"], first["scanner"]) == ("North", "Acme X1")
     assert (second["site"], second["scanner"]) == ("", "")
@@ -456,7 +461,7 @@ def test_an_image_that_only_the_model_refuses_spoils_no_other(
     out = io.BytesIO()
     with_spacing.save_as(out)
     requests = [Request(out.getvalue()), Request(SENT["PNG"]), Request(out.getvalue())]
-    replies = Answerer(tmp_path / "unpacked").answer(requests)
+    replies = RadiographAnswerer(tmp_path / "unpacked").answer(requests)
     assert [reply.status for reply in replies] == [200, 400, 200]
     assert "no pixel spacing" in replies[1].content["error"]
 
@@ -464,7 +469,7 @@ def test_an_image_that_only_the_model_refuses_spoils_no_other(
 def test_a_fault_of_our_own_is_told_by_kind_and_place_alone(
     unpacked: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answerer = Answerer(unpacked)
+    answerer = RadiographAnswerer(unpacked)
     answerer._predictor._networks.clear()
     (reply,) = answerer.answer([Request(SENT["DICOM"])])
     assert reply.status == 500
@@ -479,18 +484,18 @@ def test_an_archive_whose_bundle_is_another_one_is_not_served(unpacked: Path, tr
     other = operating_point(opacity=0.9)
     Bundle(trained).complete(unpacked / "bundle", temperature=2.0, operating_point=other)
     with pytest.raises(ValueError, match=r"release\.json names sha256:"):
-        Answerer(unpacked)
+        RadiographAnswerer(unpacked)
     shutil.rmtree(unpacked / "bundle")
     shutil.copytree(trained, unpacked / "bundle")
     with pytest.raises(ValueError, match="run `cadx calibrate` first"):
-        Answerer(unpacked)
+        RadiographAnswerer(unpacked)
 
 
 def test_an_answer_outlives_a_log_that_cannot_be_written_and_says_so(
     unpacked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = RequestLog(tmp_path / "log")
-    answerer = Answerer(unpacked, log=log)
+    answerer = RadiographAnswerer(unpacked, log=log)
     shutil.rmtree(tmp_path / "log")
     (reply,) = answerer.answer([Request(SENT["PNG"])])
     assert reply.status == 200
@@ -544,15 +549,16 @@ def test_the_client_needs_no_torch() -> None:
 
 
 def test_the_pages_examples_work(server: TorchServe, tmp_path: Path) -> None:
-    page = (ROOT / "serving" / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "endpoints.md").read_text(encoding="utf-8")
     for published, here in {
         "http://127.0.0.1:8080": server.inference,
-        "phantom-xray": MODEL,
+        "demo-radiograph": MODEL,
         "data/serving/key_file.json": str(server.key_file),
     }.items():
         assert published in page
         page = page.replace(published, here)
-    (tmp_path / "image.dcm").write_bytes(SENT["DICOM"])
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "overview.jpg", tmp_path / "docs")
     (python,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     said = subprocess.run(
@@ -564,12 +570,127 @@ def test_the_pages_examples_work(server: TorchServe, tmp_path: Path) -> None:
         check=True,
     )
     assert "neither DICOM, PNG nor JPEG" in said.stdout
-    assert Image.open(tmp_path / "attention.png").size == (SIZE_PX, SIZE_PX)
+    assert Image.open(tmp_path / "attention.png").size == Image.open(tmp_path / "docs" / "overview.jpg").size
     if shutil.which("curl") is None:
         pytest.skip("no curl: the page's first example was not run")
-    (bash,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    _, bash = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
     said = subprocess.run(["bash", "-ec", bash], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert json.loads(said.stdout)["model"]["name"] == MODEL
+
+
+# --- Faults -------------------------------------------------------------------------------------------
+
+
+def write_handler(path: Path, name: str, body: str, config: str = "") -> None:
+    """An archive of a handler of the test's own."""
+    with zipfile.ZipFile(path, "w") as archive:
+        model = {"modelName": name, "modelVersion": "1.0", "handler": "h.py"}
+        if config:
+            model["configFile"] = "config.yaml"
+            archive.writestr("config.yaml", config)
+        archive.writestr("MAR-INF/MANIFEST.json", json.dumps({"runtime": "python", "model": model}))
+        head = ("import time", "class H:", "    def initialize(self, context): pass")
+        archive.writestr("h.py", "\n".join((*head, f"    def handle(self, data, context): {body}\n")))
+
+
+@pytest.mark.slow
+def test_a_full_queue_is_waited_for_and_a_slow_handler_is_a_clear_error(
+    server: TorchServe, client: Client
+) -> None:
+    management = Management(server.management, key_file=server.key_file)
+    busy = "time.sleep(0.3); return ['{}'] * len(data)"
+    write_handler(server.model_store / "busy.mar", "busy", busy, "jobQueueSize: 2\n")
+    write_handler(server.model_store / "slow.mar", "slow", "time.sleep(60)")
+    management.register("busy.mar")
+    management.register("slow.mar", response_timeout_s=1)
+    with ThreadPoolExecutor(8) as pool:
+        raw = list(pool.map(lambda _: post(server, "/predictions/busy", b"x").status, range(8)))
+        assert 503 in raw
+        assert set(raw) <= {200, 503}
+        endpoint = Endpoint(server.inference, "inference", key_file=server.key_file)
+        answered = list(
+            pool.map(lambda _: endpoint.request("POST", "/predictions/busy", body=b"x"), range(8))
+        )
+        assert answered == [b"{}"] * 8
+    with pytest.raises(Refused) as caught:
+        Client(server.inference, "slow", key_file=server.key_file).predict(SENT["PNG"])
+    assert caught.value.status >= 500
+    assert "\n" not in str(caught.value)
+    assert client.predict(SENT["PNG"]).decision in ("normal", "opacity"), "others are not kept waiting"
+    for name in ("busy", "slow"):
+        management.unregister(name, "1.0")
+
+
+@pytest.mark.slow
+def test_a_front_end_that_was_killed_is_one_line_and_comes_back(bundle: Bundle, tmp_path: Path) -> None:
+    served = TorchServe(tmp_path / "served", free_ports())
+    write_archive(served.model_store / "squares.mar", bundle.path, release_of(bundle))
+    with served:
+        client = Client(served.inference, MODEL, key_file=served.key_file)
+        Management(served.management, key_file=served.key_file).register("squares.mar")
+        before = client.predict(SENT["PNG"])
+        os.kill(served.process_group, signal.SIGKILL)
+        with pytest.raises(ConnectionError, match="is the server running") as caught:
+            client.predict(SENT["PNG"])
+        assert "\n" not in str(caught.value)
+        served.stop()
+        served.start()
+        Management(served.management, key_file=served.key_file).register("squares.mar")
+        assert client.predict(SENT["PNG"]).probabilities == before.probabilities
+        shutil.rmtree(served.request_log)
+        answer = client.predict(SENT["PNG"])
+        assert answer.probabilities == before.probabilities
+        assert "not in the request log" in answer.warnings[-1]
+
+
+# --- Beyond loopback ----------------------------------------------------------------------------------
+
+
+def test_nothing_listens_beyond_loopback_without_tls(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="would travel unencrypted"):
+        TorchServe(tmp_path, host="0.0.0.0")
+    with pytest.raises(ValueError, match=r"key\.pem: no such file"):
+        TorchServe(tmp_path, tls=Tls(ROOT / "pyproject.toml", tmp_path / "key.pem"))
+    proxied = TorchServe(tmp_path, host="0.0.0.0", behind_proxy=True)
+    addresses = dict(line.split("=", 1) for line in proxied._properties().splitlines())
+    open_to_others = [name for name, value in addresses.items() if "0.0.0.0" in value]
+    assert open_to_others == ["inference_address"]
+
+
+@pytest.mark.slow
+def test_over_tls_with_a_token_from_a_function(bundle: Bundle, tmp_path: Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl: no certificate")
+    tls = Tls(tmp_path / "certificate.pem", tmp_path / "key.pem")
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"),
+            *("-subj", "/CN=clinic", "-addext", "subjectAltName=IP:127.0.0.1"),
+            *("-out", tls.certificate, "-keyout", tls.private_key),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    served = TorchServe(tmp_path / "served", free_ports(), tls=tls, token_minutes=2)
+    write_archive(served.model_store / "squares.mar", bundle.path, release_of(bundle))
+    fetched: list[str] = []
+
+    def fetch() -> str:
+        fetched.append(json.loads(served.key_file.read_text())["inference"]["key"])
+        return fetched[-1]
+
+    with served:
+        assert served.inference.startswith("https://")
+        Management(served.management, key_file=served.key_file).register("squares.mar")
+        client = Client(served.inference, MODEL, token=fetch, ca_file=tls.certificate)
+        for _ in range(2):
+            assert client.predict(SENT["PNG"])
+        assert len(fetched) == 1
+        served.renew_tokens()
+        assert client.predict(SENT["PNG"]).decision in ("normal", "opacity")
+        assert len(set(fetched)) == 2
+        with pytest.raises(ConnectionError):
+            Client(served.inference, MODEL, token=fetch).predict(SENT["PNG"])
 
 
 # --- Models in and out of service ---------------------------------------------------------------------
@@ -642,7 +763,8 @@ def test_a_server_that_cannot_start_says_where_to_look_and_leaves_nothing(
 
 def test_in_the_foreground_it_says_where_it_is_and_stops_when_told(tmp_path: Path) -> None:
     ports = free_ports()
-    code = f"from serving.server import *; serve(Path({str(tmp_path)!r}) / 'served', Ports(*{tuple(ports)}))"
+    served = f"TorchServe(Path({str(tmp_path)!r}) / 'served', Ports(*{tuple(ports)}), console=True)"
+    code = f"from serving.server import *; serve({served})"
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -113,11 +114,40 @@ def test_it_learns(binary: DatasetFolder, tmp_path: Path, changes: dict[str, Any
     assert max(record["val_auc"] for record in fitted.history) > 0.97
     assert [record["epoch"] for record in fitted.history] == list(range(1, 9))
     monitored = [
-        record["val_auc"] if "monitor" not in changes else -record["val_loss"] for record in fitted.history
+        (record["val_auc"] if "monitor" not in changes else -record["val_loss"], -record["val_loss"])
+        for record in fitted.history
     ]
-    assert fitted.best_epoch == int(np.argmax(monitored)) + 1
+    assert fitted.best_epoch == monitored.index(max(monitored)) + 1
     assert fitted.averaged == ("ema_decay" in changes)
     assert sum(fitted.train_counts.values()) == 120
+
+
+def test_of_epochs_that_rank_every_case_right_the_surest_is_kept(tmp_path: Path) -> None:
+    classes = np.arange(64) // 4 % 2
+    folder = _write(tmp_path / "dataset", "binary", _one_hot(classes, 2))
+    fitted = fit(_config(epochs=8), folder, _splits(folder), seed=0, checkpoints=tmp_path / "c")
+    losses = {r["epoch"]: r["val_loss"] for r in fitted.history if r["val_auc"] == 1}
+    assert len(losses) > 1, "several epochs must be equal here"
+    assert fitted.best_epoch == min(losses, key=lambda epoch: losses[epoch])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_network_learns_what_a_plain_one_does(binary: DatasetFolder, tmp_path: Path) -> None:
+    small = DenseNetConfig(growth_rate=4, block_config=(1, 1, 1, 1), stem="small")
+    plain, compiled = (
+        fit(
+            _config(model=small, compile=compiled),
+            binary,
+            _splits(binary),
+            seed=0,
+            checkpoints=tmp_path / str(compiled),
+        )
+        for compiled in (False, True)
+    )
+    assert plain.state_dict.keys() == compiled.state_dict.keys(), "no name of a wrapper in the weights"
+    for one, other in zip(plain.history, compiled.history, strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.02)
 
 
 def test_the_kept_weights_are_the_best_epochs(binary: DatasetFolder, tmp_path: Path) -> None:

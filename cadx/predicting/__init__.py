@@ -1,6 +1,7 @@
 """Answers: from a bundle and raw samples to probabilities, decisions and tables of them."""
 
-from cadx.predicting.predictor import RANGE_MARGIN, Predictor, pool_logits
+from cadx.predicting.boxes import detection_table, image_answers
+from cadx.predicting.predictor import RANGE_MARGIN, Predictor, pool_logits, subject_of
 from cadx.predicting.table import (
     UNCLUSTERED,
     Arrays,
@@ -8,6 +9,8 @@ from cadx.predicting.table import (
     age_band,
     answer_table,
     arrays,
+    box_lists,
+    box_table,
     decide,
     read_predictions,
     subgroups,
@@ -23,9 +26,14 @@ __all__ = [
     "age_band",
     "answer_table",
     "arrays",
+    "box_lists",
+    "box_table",
     "decide",
+    "detection_table",
+    "image_answers",
     "pool_logits",
     "read_predictions",
     "subgroups",
+    "subject_of",
     "write_predictions",
 ]

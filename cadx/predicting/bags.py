@@ -1,20 +1,25 @@
 """Slides and bags of features before a bundle's networks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cadx.bundle import Manifest
 from cadx.datasets import DatasetFolder, preview
+from cadx.files import canonical_json, digest_bytes, digest_path
+from cadx.loading.embeddings import encoder_digest, read_embeddings, write_embeddings
 from cadx.loading.slides import MILDataset, TilePreprocessing, stream_tiles, tissue_cells
 from cadx.models import Output
 from cadx.predicting.subject import Said, Source, Subject
 from cadx.reading.slides import SlideSummary, open_slide, summarise_slide
 from cadx.transforms import tile_map
+from cadx.types import Digest
 
 _TILES_AT_ONCE = 64
 
@@ -23,23 +28,28 @@ TileStream = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
 
 
 class SlideTiles:
-    """A slide's tiles, streamed, and where those lay that the last answer saw.
+    """A slide's tiles, streamed, and what the last answer saw of them.
 
     Attributes:
         stream: the tiles; those that cannot be read are left out.
+        identity: what the tiles are a function of, None where nobody asks.
         seen_um: T 2, the (x, y) of the tiles that `pool_tiles` was given last.
+        weights: T, the attention that each of them got, summing to 1; empty until `SlideSubject.attention`.
     """
 
-    def __init__(self, stream: TileStream) -> None:
+    def __init__(self, stream: TileStream, identity: Mapping[str, Any] | None = None) -> None:
         self.stream = stream
+        self.identity = identity
         self.seen_um = torch.empty(0, 2)
+        self.weights = np.empty(0)
 
 
 class RawSlide(NamedTuple):
-    """A slide's file, and what was seen of it from afar."""
+    """A slide's file, what was seen of it from afar, and its tiles with enough tissue."""
 
     path: Path
     summary: SlideSummary
+    tiles: SlideTiles
 
     @property
     def assumptions(self) -> tuple[str, ...]:
@@ -73,6 +83,58 @@ def tile_dataset(
     )
 
 
+class EmbeddedSlides:
+    """Embeddings of slides that were answered, in a folder: asked again, a slide is not encoded again.
+
+    A file is named by the digest of all that decides it, the slide's bytes among them, and in float32: an answer does
+    not depend on whether it was found here. Beyond `max_bytes` those go first that were not used for longest.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int = 2 << 30) -> None:
+        self.folder = folder
+        self.max_bytes = max_bytes
+
+    def get(
+        self, identity: Mapping[str, Any], make: Callable[[], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings T E and positions T 2, made now if there are none of this identity or they are damaged."""
+        name = digest_bytes(canonical_json(identity).encode()).removeprefix("sha256:")
+        path = self.folder / f"{name}.npy"
+        try:
+            records = read_embeddings(path)
+        except ValueError:
+            embeddings, positions_um = make()
+            # What cannot be kept is still an answer.
+            with suppress(OSError):
+                write_embeddings(path, embeddings.cpu().numpy(), positions_um.numpy())
+                self._make_room()
+            return embeddings, positions_um
+        with suppress(OSError):
+            path.touch()
+        return torch.from_numpy(records["embedding"].copy()), torch.from_numpy(records["position_um"].copy())
+
+    def _make_room(self) -> None:
+        sizes = {path: path.stat() for path in self.folder.glob("*.npy")}
+        excess = sum(size.st_size for size in sizes.values()) - self.max_bytes
+        for path in sorted(sizes, key=lambda path: sizes[path].st_mtime_ns):
+            if excess <= 0:
+                break
+            excess -= sizes[path].st_size
+            path.unlink(missing_ok=True)
+
+
+def embed_tiles(
+    encode: Callable[[Tensor], Tensor], tiles: TileStream, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The embeddings of a slide's tiles, T E on the device, and their positions, T 2 in um."""
+    embeddings: list[Tensor] = []
+    positions: list[Tensor] = []
+    for batch, places in tiles(_TILES_AT_ONCE):
+        embeddings.append(encode(batch.to(device)).float())
+        positions.append(places)
+    return torch.cat(embeddings), torch.cat(positions)
+
+
 def pool_tiles(
     encode: Callable[[Tensor], Tensor], pool: Callable[..., Output], tiles: TileStream, device: torch.device
 ) -> tuple[Output, Tensor]:
@@ -87,44 +149,61 @@ def pool_tiles(
     Returns:
         The answer, N = 1, and the positions of its tiles, T 2 in um.
     """
-    embeddings: list[Tensor] = []
-    positions: list[Tensor] = []
-    for batch, places in tiles(_TILES_AT_ONCE):
-        embeddings.append(encode(batch.to(device)).float())
-        positions.append(places)
-    instances = torch.cat(embeddings)[None]
-    mask = torch.ones(instances.shape[:2], dtype=torch.bool, device=device)
-    return pool(instances, mask), torch.cat(positions)
+    embeddings, positions_um = embed_tiles(encode, tiles, device)
+    return _pooled(pool, embeddings), positions_um
+
+
+def _pooled(pool: Callable[..., Output], embeddings: Tensor) -> Output:
+    mask = torch.ones((1, len(embeddings)), dtype=torch.bool, device=embeddings.device)
+    return pool(embeddings[None], mask)
 
 
 class SlideSubject(Subject):
-    """An item is `SlideTiles`; attention is a weight per tile, in the order of the stream."""
+    """An item is `SlideTiles`; attention is a weight per tile, in the order of the stream.
+
+    Attributes:
+        cache: where the embeddings of slides are kept that are read from files; None keeps none.
+    """
 
     kind = "slide"
+    cache: EmbeddedSlides | None = None
 
-    def read(self, source: Source) -> RawSlide:
+    def __init__(self, manifest: Manifest) -> None:
+        super().__init__(manifest)
+        self._digests: dict[nn.Module, Digest] = {}
+
+    def read(self, source: Source | RawSlide) -> RawSlide:
         """The slide, looked at from afar.
 
         Raises:
-            ValueError: if it cannot be read, or its um per pixel are unknown.
+            ValueError: if it cannot be read, its um per pixel are unknown, or no tile has enough tissue.
         """
+        if isinstance(source, RawSlide):
+            return source
         if not isinstance(source, Path):
             raise ValueError("slide: give the path of its file")
-        return RawSlide(source, summarise_slide(source))
-
-    def item(self, raw: RawSlide) -> SlideTiles:
-        """The tiles with enough tissue."""
-        made, summary = self._preprocessing, raw.summary
+        made, summary = self._preprocessing, summarise_slide(source)
         spacing_um = (summary.spacing_mm[0] * 1000, summary.spacing_mm[1] * 1000)
         tile_um = made.tile_px * made.mpp
         cells = tissue_cells(summary.tissue, spacing_um, tile_um, made.minimum_tissue, "slide")
         positions_um = cells[:, ::-1] * tile_um
 
         def stream(batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-            with open_slide(raw.path) as slide:
+            with open_slide(source) as slide:
                 yield from stream_tiles(slide, positions_um, made, batch_size, "slide")
 
-        return SlideTiles(stream)
+        identity = None
+        if self.cache is not None:
+            identity = {
+                "slide": digest_path(source),
+                "positions_um": digest_bytes(positions_um.tobytes()),
+                "preprocessing": made.model_dump(mode="json"),
+            }
+        return RawSlide(source, summary, SlideTiles(stream, identity))
+
+    def item(self, raw: RawSlide) -> SlideTiles:
+        """The tiles with enough tissue."""
+        return raw.tiles
 
     def stored(self, folder: DatasetFolder, sample_id: str) -> SlideTiles:
         """The tiles of a dataset's slide."""
@@ -149,6 +228,7 @@ class SlideSubject(Subject):
     def attention(self, raw: RawSlide, item: SlideTiles, grid: np.ndarray) -> np.ndarray:
         """The tiles' weights over the thumbnail, H W; NaN where there is no tile."""
         made, summary = self._preprocessing, raw.summary
+        item.weights = grid / grid.sum()
         spacing_um = (summary.spacing_mm[0] * 1000, summary.spacing_mm[1] * 1000)
         shape = (summary.thumbnail.shape[0], summary.thumbnail.shape[1])
         return tile_map(
@@ -160,8 +240,22 @@ class SlideSubject(Subject):
         )
 
     def _output(self, network: nn.Module, item: SlideTiles, device: torch.device) -> Output:
-        output, item.seen_um = pool_tiles(network.encode, network, item.stream, device)  # type: ignore[arg-type]
-        return output
+        def make() -> tuple[Tensor, Tensor]:
+            return embed_tiles(network.encode, item.stream, device)  # type: ignore[arg-type]
+
+        if self.cache is None or item.identity is None:
+            embeddings, item.seen_um = make()
+        else:
+            identity = {**item.identity, "encoder": self._encoder_digest(network)}
+            embeddings, item.seen_um = self.cache.get(identity, make)
+        return _pooled(network, embeddings.to(device))
+
+    def _encoder_digest(self, network: nn.Module) -> Digest:
+        """Of a network's encoder, made once."""
+        if network not in self._digests:
+            assert isinstance(network.encoder, nn.Module)
+            self._digests[network] = encoder_digest(network.encoder)
+        return self._digests[network]
 
     @property
     def _preprocessing(self) -> TilePreprocessing:

@@ -7,7 +7,7 @@ pixels; full float32 precision on every device; nothing is kept of a sample.
 """
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from cadx import calibration
+from cadx import calibration, conformal
 from cadx.bundle import Bundle, Manifest
 from cadx.datasets import DatasetFolder
 from cadx.drift import image_statistics
@@ -58,6 +58,18 @@ class Answers(NamedTuple):
     features: np.ndarray
 
 
+class Sets(NamedTuple):
+    """Prediction sets of N samples.
+
+    Attributes:
+        possible: N K bool, the classes that cannot be ruled out.
+        refer: N bool, whether a person should look.
+    """
+
+    possible: np.ndarray
+    refer: np.ndarray
+
+
 def subject_of(manifest: Manifest) -> Subject:
     """How samples of a bundle's kind are read and answered: the registry of kinds."""
     if isinstance(manifest.preprocessing, VolumePreprocessing):
@@ -81,12 +93,23 @@ class Predictor:
         bundle: a bundle, or the path of one.
         device: a torch device, or "auto": the GPU where there is one.
         uncalibrated_ok: accept a bundle without temperature and operating point, for its `logits`.
+        prevalence: class -> its share where the model is used, if that is not the calibration split's. For binary
+            tasks the positive class's, for multiclass ones those of all, for multilabel ones of any.
+            Probabilities and thresholds move along, so that binary and multilabel calls, chosen for a sensitivity,
+            stay as they are. Prediction sets hold at any prevalence.
 
     Raises:
-        ValueError: if the bundle is damaged, or incomplete.
+        ValueError: if the bundle is damaged, or incomplete, or the prevalence is not one.
     """
 
-    def __init__(self, bundle: Bundle | Path, device: str = "auto", *, uncalibrated_ok: bool = False) -> None:
+    def __init__(
+        self,
+        bundle: Bundle | Path,
+        device: str = "auto",
+        *,
+        uncalibrated_ok: bool = False,
+        prevalence: Mapping[str, float] | None = None,
+    ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
         if not (self.bundle.is_complete or uncalibrated_ok):
             raise ValueError(
@@ -98,6 +121,7 @@ class Predictor:
         self._networks = [network.to(self._device) for network in self.bundle.networks()]
         self.subject = subject_of(self.bundle.manifest)
         self._ranges = _ranges(self.bundle.reference())
+        self._prevalence = _prevalence(self.bundle, prevalence or {})
 
     def predict(self, source: Source, *, attention: bool = False) -> Prediction:
         """The answer for one sample: a file, its bytes, or what was read of them.
@@ -121,8 +145,10 @@ class Predictor:
                 self.subject.require_spacing(raw)
             items = [self.subject.item(raw) for raw in raws]
             batch = self._forward(items, attention=attention)
-            probabilities = self._calibrated(batch.logits)
+            at_home = self._calibrated(batch.logits)
+            probabilities = self._here(at_home)
             called = self.decide(probabilities)
+            sets = self.sets(at_home, called)
             for i, raw in enumerate(raws):
                 statistics = image_statistics(self.subject.picture(raw))
                 answers.append(
@@ -134,7 +160,9 @@ class Predictor:
                         else None,
                         embedding=batch.features[i],
                         statistics=statistics,
-                        warnings=(*getattr(raw, "assumptions", ()), *self._unusual(statistics)),
+                        prediction_set=self._names(sets.possible[i]) if sets else None,
+                        refer=bool(sets and sets.refer[i]),
+                        warnings=(*getattr(raw, "assumptions", ()), *self.unusual(statistics)),
                     )
                 )
         return answers
@@ -175,14 +203,20 @@ class Predictor:
 
     def probabilities(self, items: Iterable[Any]) -> np.ndarray:
         """Calibrated probabilities, N K float64, of `stored` samples; they are streamed."""
-        return self._calibrated(self.logits(items)[0])
+        return self._here(self._calibrated(self.logits(items)[0]))
 
     @property
     def thresholds(self) -> dict[str, float]:
         """Class -> threshold of the bundle's operating point."""
         operating_point = self.bundle.manifest.operating_point
         assert operating_point is not None, "decisions need a complete bundle"
-        return operating_point.thresholds
+        before = self.bundle.manifest.prevalence
+        moved = {
+            name: float(calibration.shifted(threshold, before[name], self._prevalence[name]))
+            for name, threshold in operating_point.thresholds.items()
+            if name in self._prevalence
+        }
+        return operating_point.thresholds | moved
 
     def decide(self, probabilities: np.ndarray) -> np.ndarray:
         """Which classes are called, N K bool, from N K probabilities, at the bundle's operating point.
@@ -195,8 +229,24 @@ class Predictor:
 
     def decision(self, called: np.ndarray) -> str | tuple[str, ...]:
         """The name, or for multilabel the names, of the classes called in one row of `decide`."""
-        names = tuple(name for name, is_called in zip(self._classes, called, strict=True) if is_called)
+        names = self._names(called)
         return names if self.bundle.manifest.task == "multilabel" else names[0]
+
+    def sets(self, probabilities: np.ndarray, called: np.ndarray) -> Sets | None:
+        """Prediction sets from N K probabilities at the calibration split's prevalence, and N K calls.
+
+        None where the bundle has none.
+        """
+        found = self.bundle.manifest.conformal
+        if found is None:
+            return None
+        return Sets(
+            conformal.possible(probabilities, found, self._classes),
+            conformal.refers(probabilities, called, found, self._classes),
+        )
+
+    def _names(self, which: np.ndarray) -> tuple[str, ...]:
+        return tuple(name for name, is_one in zip(self._classes, which, strict=True) if is_one)
 
     @property
     def _classes(self) -> tuple[str, ...]:
@@ -233,9 +283,26 @@ class Predictor:
     def _calibrated(self, logits: np.ndarray) -> np.ndarray:
         manifest = self.bundle.manifest
         assert manifest.temperature is not None, "probabilities need a complete bundle"
-        return calibration.apply(logits, manifest.temperature, manifest.task, manifest.bias)
+        p = calibration.apply(logits, manifest.temperature, manifest.task, manifest.bias)
+        if manifest.isotonic:
+            p = calibration.apply_isotonic(p, manifest.isotonic, manifest.task, manifest.classes)
+        return p
 
-    def _unusual(self, statistics: dict[str, float]) -> Iterator[str]:
+    def _here(self, probabilities: np.ndarray) -> np.ndarray:
+        if not self._prevalence:
+            return probabilities
+        manifest = self.bundle.manifest
+        return calibration.at_prevalence(
+            probabilities, manifest.prevalence, self._prevalence, manifest.task, manifest.classes
+        )
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """The bundle's members."""
+        return tuple(self._networks)
+
+    def unusual(self, statistics: dict[str, float]) -> Iterator[str]:
+        """A warning for each image statistic beyond its range in training."""
         for name, (low, high) in self._ranges.items():
             if not low <= statistics[name] <= high:
                 yield (
@@ -268,9 +335,33 @@ def _groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
 def _ranges(reference: pd.DataFrame) -> dict[str, tuple[float, float]]:
     """Statistic -> (lowest, highest) unremarkable value; none where the training split has no value."""
     ranges = {}
-    for column in reference.columns:
+    for column in reference.filter(like="stat_").columns:
         low, high = reference[column].min(), reference[column].max()
         if np.isfinite(low) and np.isfinite(high):
             margin = RANGE_MARGIN * (high - low) + 1e-5  # the reference is rounded
             ranges[column.removeprefix("stat_")] = (low - margin, high + margin)
     return ranges
+
+
+def _prevalence(bundle: Bundle, wanted: Mapping[str, float]) -> dict[str, float]:
+    """The shares to answer for, of every class they concern; empty for those of the calibration split."""
+    if not wanted:
+        return {}
+    manifest, shares = bundle.manifest, dict(wanted)
+    if not manifest.prevalence:
+        raise ValueError(
+            f"{bundle.path}: does not know the prevalence it was calibrated at; run `cadx calibrate` of this version"
+        )
+    if manifest.task == "binary" and set(shares) == {manifest.positive}:
+        (share,) = shares.values()
+        shares |= {name: 1 - share for name in manifest.classes if name != manifest.positive}
+    if manifest.task != "multilabel" and (
+        set(shares) != set(manifest.classes) or not np.isclose(sum(shares.values()), 1)
+    ):
+        raise ValueError(
+            f"prevalence {shares}: give the shares of {', '.join(manifest.classes)}, which sum to 1"
+        )
+    calibration.at_prevalence(  # refuses what is no share
+        np.full(len(manifest.classes), 0.5), manifest.prevalence, shares, manifest.task, manifest.classes
+    )
+    return shares

@@ -3,16 +3,17 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field
 
 from cadx.bundle import answer_columns
 from cadx.files import replacing
-from cadx.types import Config, Digest, Split, Task
+from cadx.types import Config, Conformal, Digest, Split, Task
 
 
 def decide(
@@ -27,7 +28,7 @@ def decide(
     >>> decide(np.array([[0.7, 0.3], [0.8, 0.2]]), {"sick": 0.3}, "binary", ("well", "sick"), "sick").tolist()
     [[False, True], [True, False]]
     """
-    if task == "multilabel":
+    if task in ("multilabel", "detection"):
         return probabilities >= np.array([thresholds[name] for name in classes])
     if task == "binary":
         assert positive is not None
@@ -43,10 +44,19 @@ UNCLUSTERED = (
 )
 
 
+_BOX = [("class", pa.string()), *((side, pa.float64()) for side in ("x0", "y0", "x1", "y1"))]
+BOX_LISTS = {
+    "boxes": pa.list_(pa.struct([*_BOX, ("score", pa.float64())])),
+    "lesions": pa.list_(pa.struct(_BOX)),
+}
+"""The columns of a predictions file that hold a list of boxes, in stored pixels, half-open."""
+
+
 class PredictionsInfo(Config):
     """What the rows of a predictions file are: kept in the file's own metadata.
 
-    `bundle` is the digest of the bundle that gave them; the other fields are as in its manifest.
+    `bundle` is the digest of the bundle that gave them, `resampled_thresholds` are its operating point's; the other
+    fields are as in its manifest.
     """
 
     experiment: str
@@ -58,6 +68,8 @@ class PredictionsInfo(Config):
     positive: str | None
     clustered: bool
     thresholds: dict[str, float]
+    resampled_thresholds: dict[str, tuple[float, ...]] = Field(default_factory=dict)
+    conformal: Conformal | None = None
     assumptions: tuple[str, ...]
 
     @property
@@ -70,7 +82,8 @@ class PredictionsInfo(Config):
         """The columns of the file, in order."""
         labels = [f"label_{name}" for name in self.classes]
         answers = answer_columns(self.task, self.classes)
-        return ["sample_id", "patient", "site", "scanner", "age", "sex", *labels, *answers]
+        boxes = list(BOX_LISTS) if self.task == "detection" else []
+        return ["sample_id", "patient", "site", "scanner", "age", "sex", *labels, *answers, *boxes]
 
 
 def answer_table(
@@ -78,9 +91,10 @@ def answer_table(
 ) -> pd.DataFrame:
     """`answer_columns` of N samples, from N K probabilities and N K calls (`decide`).
 
-    `decision` is a class name; for multilabel there is `decision_<class>`, bool, for each.
+    `decision` is a class name; for multilabel and boxes there is `decision_<class>`, bool, for each.
     """
-    called = [*calls.T] if task == "multilabel" else [np.array(classes, dtype=object)[calls.argmax(1)]]
+    several = task in ("multilabel", "detection")
+    called = [*calls.T] if several else [np.array(classes, dtype=object)[calls.argmax(1)]]
     return pd.DataFrame(dict(zip(answer_columns(task, classes), [*probabilities.T, *called], strict=True)))
 
 
@@ -89,8 +103,15 @@ def write_predictions(path: Path, frame: pd.DataFrame, info: PredictionsInfo) ->
 
     Columns: sample_id, patient, site, scanner, age, sex, `label_<class>` (NaN = unlabelled),
     `prob_<class>`, and `decision` (a class name) or for multilabel `decision_<class>` (bool).
+
+    A detector's rows hold beside these `boxes` with their scores, and `lesions`, the truth; a label says whether the
+    image holds a lesion of the class, `prob_` is its highest score of one, and the decision whether one is called.
     """
-    table = pa.Table.from_pandas(frame[info.columns], preserve_index=False)
+    plain = [name for name in info.columns if name not in BOX_LISTS]
+    table = pa.Table.from_pandas(frame[plain], preserve_index=False)
+    for name in info.columns[len(plain) :]:
+        # Said, not guessed: where no image has a box, a list's type could not be told.
+        table = table.append_column(name, pa.array(frame[name].tolist(), BOX_LISTS[name]))
     # Instead of pandas' own metadata, which changes with its version.
     table = table.replace_schema_metadata({"cadx": info.model_dump_json()})
     with replacing(path) as partial:
@@ -115,6 +136,26 @@ def read_predictions(path: Path) -> tuple[pd.DataFrame, PredictionsInfo]:
     return table.to_pandas(), info
 
 
+def box_lists(table: pd.DataFrame, sample_ids: Sequence[str]) -> list[list[dict[Any, Any]]]:
+    """The boxes of each sample, as a column of a predictions file holds them, from a row a box."""
+    fields = [name for name in table.columns if name != "sample_id"]
+    rows: dict[str, list[dict[Any, Any]]] = {sample_id: [] for sample_id in sample_ids}
+    for sample_id, box in zip(table["sample_id"].tolist(), table[fields].to_dict("records"), strict=True):
+        rows[sample_id].append(box)
+    return list(rows.values())
+
+
+def box_table(frame: pd.DataFrame, column: str) -> pd.DataFrame:
+    """A row a box, as `cadx.detection` takes them, from a predictions file's column `boxes` or `lesions`."""
+    rows = [
+        {"sample_id": sample_id, **box}
+        for sample_id, boxes in zip(frame["sample_id"], frame[column], strict=True)
+        for box in boxes
+    ]
+    fields = [field.name for field in BOX_LISTS[column].value_type]
+    return pd.DataFrame(rows, columns=["sample_id", *fields])
+
+
 class Arrays(NamedTuple):
     """The rows of a predictions file as `metrics.score` takes them."""
 
@@ -126,7 +167,7 @@ class Arrays(NamedTuple):
 
 def arrays(frame: pd.DataFrame, info: PredictionsInfo) -> Arrays:
     """The columns of a predictions file by what they mean."""
-    if info.task == "multilabel":
+    if info.task in ("multilabel", "detection"):
         decisions = frame[[f"decision_{name}" for name in info.classes]].to_numpy(bool)
     else:
         decisions = frame["decision"].to_numpy(object)[:, None] == np.array(info.classes, dtype=object)

@@ -94,6 +94,7 @@ class _Progress:
     history: History = dataclasses.field(default_factory=list)
     best_epoch: int = 0
     best_value: float = -math.inf
+    best_loss: float = math.inf  # on val, of the best epoch
 
 
 def fit(
@@ -524,8 +525,11 @@ class _Run:
             }
         )
         progress.epoch, progress.step, progress.loss_sum, progress.seconds = progress.epoch + 1, 0, 0.0, 0.0
-        if value > progress.best_value:
-            progress.best_value, progress.best_epoch = value, progress.epoch
+        # Of equal epochs, as where every case of a small val is ranked right, the surer one.
+        loss = scores.get("loss")
+        loss = math.inf if loss is None else loss
+        if (value, -loss) > (progress.best_value, -progress.best_loss):
+            progress.best_value, progress.best_loss, progress.best_epoch = value, loss, progress.epoch
             self.best = {name: tensor.clone() for name, tensor in network.state_dict().items()}
 
     def _gathered(self, answers: dict[int, Any]) -> dict[int, Any]:

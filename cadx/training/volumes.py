@@ -37,8 +37,6 @@ class VolumeWorkload(ClassifierWorkload):
         assert isinstance(config.preprocessing, VolumePreprocessing)
         assert isinstance(config.model, VolumeConfig)
         self._cells = config.model.cells
-        if not config.augmentation.is_identity:
-            raise ValueError("train.augmentation: is for images in 2D; leave it out for volumes")
         if config.precision == "bf16" and setting.device.type == "cpu":
             # torch 2.13: of maps of two slices, the weight gradient of a 3 x 3 x 3 convolution is noise of any size.
             raise ValueError(
@@ -95,8 +93,15 @@ class VolumeWorkload(ClassifierWorkload):
         return batch.targets
 
     def forward(self, network: Forward, batch: _PatchBatch, draw: Draw) -> Output:
-        """What the network says of the patches."""
-        return network(batch.images)
+        """What the network says of the augmented patches: all slices of one are moved alike."""
+        slices = self.config.augmentation.apply(
+            batch.images.flatten(1, 2),
+            seed=draw.seed,
+            epoch=draw.epoch,
+            samples=draw.samples,
+            background=0.0,  # `VolumePreprocessing.apply` has it outside of a volume
+        )
+        return network(slices.view_as(batch.images))
 
     def answers(self, network: Forward, batches: Iterable[list[int]]) -> dict[int, np.ndarray]:
         """Each whole volume's logits, K."""

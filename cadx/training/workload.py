@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from cadx import metrics
 from cadx.datasets import DatasetFolder
 from cadx.loading.epochs import EpochDataset
 from cadx.losses import count_labels
+from cadx.metrics.ranking import auc
 from cadx.models import Output
 from cadx.sampling import BalancedSampler, EpochSampler
 from cadx.training.recipe import TrainingConfig, monitored
@@ -255,9 +255,7 @@ def macro_auc(labels: np.ndarray, logits: np.ndarray, *, multilabel: bool) -> fl
         # Log-odds of a class against the rest: no ties where a probability would round to 1.
         others = np.stack([np.delete(scores, k, 1) for k in range(scores.shape[1])], 1)
         scores = scores - np.logaddexp.reduce(others, axis=2)
-    values = [
-        metrics.auc(labels[:, k], scores[:, k]).value for k in np.flatnonzero(_has_both(count_labels(labels)))
-    ]
+    values = [auc(labels[:, k], scores[:, k]).value for k in np.flatnonzero(_has_both(count_labels(labels)))]
     return float(np.mean([value for value in values if value is not None])) if values else None
 
 

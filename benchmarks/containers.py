@@ -1,0 +1,108 @@
+"""What containers cost: how soon a step is at work in one, how large the images are, a pipeline beside its commands.
+
+Needs a Docker engine with the images of `make images` (at least `steps`); there are no claims where none answers.
+"""
+
+import contextlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import docker
+import yaml
+
+from benchmarks._claim import claim
+from components.contract import ROOT
+from pipelines.tasks import stages
+
+EXPERIMENT = "phantom-xray-pilot"
+QUICK = {"train": {"epochs": 2}, "evaluate": {"resamples": 200}, "summarise": {"resamples": 200}}
+IMAGE = "cadx/steps:latest"
+GPU_IMAGE = "cadx/training:latest"
+START_GOAL_S = 2.0
+PIPELINE_GOAL = 1 / 1.2
+ROUNDS = 5
+NOTHING = "/nowhere"
+"""A path that no step finds: it ends where its own work would begin."""
+COMMANDS = {
+    "light": f"cadx split --dataset {NOTHING} --validation {NOTHING} --splits {NOTHING} --params {{}}",
+    "torch": f"cadx gate --metrics {NOTHING} --bundle {NOTHING} --decision {NOTHING} --params {{}}",
+}
+
+
+def claims() -> Iterator[dict[str, Any]]:
+    try:
+        client = docker.from_env()
+        sizes = {
+            name: client.images.get(name).attrs["Size"] / 1e9
+            for name in (IMAGE, GPU_IMAGE)
+            if client.images.list(name)
+        }
+    except docker.errors.DockerException:
+        print("containers: no Docker engine answers, nothing is measured", file=sys.stderr)
+        return
+    if IMAGE not in sizes:
+        print(f"containers: no {IMAGE}; run `make images` first", file=sys.stderr)
+        return
+    for name, line in COMMANDS.items():
+        command = line.split()
+        inside = _until_at_work(["docker", "run", "--rm", IMAGE, *command])
+        yield claim(f"containers.start_{name}", inside, START_GOAL_S, "s", ratio=START_GOAL_S / inside)
+        # What the container adds to the imports that the same command does on this machine.
+        added = max(inside - _until_at_work([sys.executable, "-m", *command]), 1e-3)
+        yield claim(f"containers.start_{name}_added", added, START_GOAL_S, "s", ratio=START_GOAL_S / added)
+    if GPU_IMAGE in sizes:
+        yield claim(
+            "containers.size", sizes[IMAGE], sizes[GPU_IMAGE], "GB", ratio=sizes[GPU_IMAGE] / sizes[IMAGE]
+        )
+    ours, peer = _pipelines()
+    yield claim("containers.pipeline", ours, peer, "s", ratio=peer / ours, goal=PIPELINE_GOAL)
+
+
+def _until_at_work(command: list[str]) -> float:
+    """Seconds until a step has all but begun: its inputs are missing, and it says so. The best of some rounds."""
+    return min(_seconds(command, said=NOTHING) for _ in range(ROUNDS))
+
+
+def _seconds(command: list[str], said: str = "") -> float:
+    started = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - started
+    assert said in done.stderr, done.stderr[-1000:]
+    return seconds
+
+
+def _pipelines() -> tuple[float, float]:
+    """Seconds of the pipeline under kfp's DockerRunner, and of its commands here plus the containers' own starts."""
+    from pipelines.local import run_in_containers
+
+    content = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    sections = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))[EXPERIMENT]
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        quick = {step: {**section, **QUICK.get(step, {})} for step, section in sections.items()}
+        params = folder / "params.yaml"
+        params.write_text(yaml.safe_dump({EXPERIMENT: quick}), encoding="utf-8")
+        started = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()):
+            run_in_containers(EXPERIMENT, image=IMAGE, params=params, folder=folder / "runs")
+        ours = time.perf_counter() - started
+        (folder / "data").mkdir()
+        shutil.copy(ROOT / "data/catalog.yaml", folder / "data")
+        started, count = time.perf_counter(), 0
+        for count, job in enumerate(stages(EXPERIMENT), start=1):  # noqa: B007 - its last value is the number
+            line = content[job.step.name]["cmd"].replace("${item.experiment}", EXPERIMENT)
+            command = [sys.executable, "-m", *line.replace("${item.seed}", str(job.seed)).split()]
+            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=True)
+        peer = time.perf_counter() - started
+        empty = min(_seconds(["docker", "run", "--rm", IMAGE, "true"]) for _ in range(ROUNDS))
+    return ours, peer + (count + 1) * empty  # one more: the choice of a seed

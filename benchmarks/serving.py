@@ -1,0 +1,154 @@
+"""What the door costs: a served ResNet-18 at 224 px against the same Predictor in process, on the same cores.
+
+Both arms take turns, so that what else the machine does falls on both. Clients are threads of this process: they
+share the cores with the server.
+"""
+
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import urllib3
+
+from benchmarks._claim import claim
+from cadx.predicting import Predictor
+from cadx.reading.images import encode_png
+from components.deploy import DeployParams
+from serving.archive import write_archive
+from serving.client import Answer, Client
+from serving.demo import demo_release, write_demo_bundle
+from serving.management import Management
+from serving.server import TorchServe, free_ports
+
+SIDE_PX = 224
+NUM_CLIENTS = 16
+NUM_IMAGES = 32
+NUM_ROUNDS = 3
+ROUND_S = 5.0
+WARM_UP_S = 3.0
+
+
+def claims() -> Iterator[dict[str, Any]]:
+    """Throughput at 16 clients, a lone client's median, and where the time of a request goes."""
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(cores)
+    os.environ["OMP_NUM_THREADS"] = str(cores)  # of the server's worker
+    rng = np.random.default_rng(0)
+    pngs = [
+        encode_png(rng.integers(0, 64, (SIDE_PX, SIDE_PX), np.uint8) + np.uint8(i)) for i in range(NUM_IMAGES)
+    ]
+    with tempfile.TemporaryDirectory(prefix="cadx") as folder:
+        bundle = write_demo_bundle(
+            Path(folder) / "bundle",
+            "radiograph",
+            model={"family": "resnet", "depth": 18},
+            preprocessing={"height_px": SIDE_PX, "width_px": SIDE_PX},
+        )
+        predictor = Predictor(bundle, "cpu")
+        with TorchServe(Path(folder) / "served", free_ports()) as server:
+            _register(server, bundle)
+            client = Client(server.inference, "resnet", key_file=server.key_file)
+            yield from _measured(predictor, client, server, pngs)
+
+
+def _measured(
+    predictor: Predictor, client: Client, server: TorchServe, pngs: list[bytes]
+) -> Iterator[dict[str, Any]]:
+    batch = DeployParams().batch_size
+
+    def in_process(number: int) -> None:
+        predictor.predict_many([pngs[(number + k) % NUM_IMAGES] for k in range(batch)])
+
+    def lone_in_process(number: int) -> None:
+        predictor.predict(pngs[number % NUM_IMAGES])
+
+    answers: list[Answer] = []
+
+    def served(number: int) -> None:
+        answers.append(client.predict(pngs[number % NUM_IMAGES]))
+
+    def crowd(seconds: float) -> float:
+        with ThreadPoolExecutor(NUM_CLIENTS) as pool:
+            started = time.perf_counter()
+            counts = [len(times) for times in pool.map(lambda _: _loop(served, seconds), range(NUM_CLIENTS))]
+            return sum(counts) / (time.perf_counter() - started)
+
+    for warm in (in_process, lone_in_process):
+        _loop(warm, WARM_UP_S)
+    crowd(WARM_UP_S)
+    rates: dict[str, list[float]] = {"served": [], "in process": []}
+    lone_ms: dict[str, list[float]] = {"served": [], "in process": []}
+    crowded: list[Answer] = []
+    queue_ms = num_queued = 0.0
+    for _ in range(NUM_ROUNDS):
+        times = _loop(in_process, ROUND_S)
+        rates["in process"].append(batch * len(times) / sum(times))
+        answers.clear()
+        queued_before = _queued(server)
+        rates["served"].append(crowd(ROUND_S))
+        queued = _queued(server)
+        queue_ms, num_queued = (
+            queue_ms + queued[0] - queued_before[0],
+            num_queued + queued[1] - queued_before[1],
+        )
+        crowded += answers
+        lone_ms["in process"] += [1000 * s for s in _loop(lone_in_process, ROUND_S / 2)]
+        lone_ms["served"] += [1000 * s for s in _loop(served, ROUND_S / 2)]
+    yield claim(
+        "serving.throughput_16_clients",
+        float(np.mean(rates["served"])),
+        float(np.mean(rates["in process"])),
+        "images/s",
+        goal=0.95,
+    )
+    ours, peer = (float(np.median(lone_ms[arm])) for arm in ("served", "in process"))
+    yield claim("serving.lone_client_p50", ours, peer, "ms", ratio=peer / ours, goal=1 / 1.15)
+    # Where it goes: each part beside the whole. No goals, hence 0.
+    parts: dict[str, float] = {
+        "decode": float(np.mean([one.timing_ms.decode for one in crowded])),
+        "queue": queue_ms / num_queued,
+        "preprocess": float(np.mean([one.timing_ms.preprocess for one in crowded])),
+        "infer": float(np.mean([one.timing_ms.infer for one in crowded])),
+    }
+    total = float(np.mean([one.timing_ms.total for one in crowded]) + parts["queue"])
+    for name, part in parts.items():
+        yield claim(f"serving.{name}_of_a_request", part, total, "ms", ratio=total / max(part, 1e-3), goal=0)
+
+
+def _loop(call: Callable[[int], None], seconds: float) -> list[float]:
+    """The durations in s of calls one after another, for so long."""
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while (started := time.perf_counter()) < end:
+        call(len(times))
+        times.append(time.perf_counter() - started)
+    return times
+
+
+def _queued(server: TorchServe) -> tuple[float, float]:
+    """Milliseconds that requests have waited in the queue until now, and their number."""
+    text = urllib3.request("GET", f"{server.metrics}/metrics").data.decode()
+    names = ("ts_queue_latency_microseconds", "ts_inference_requests_total")
+    waited_us, number = (
+        sum(float(value) for value in re.findall(rf"^{name}\{{[^}}]*\}} (\S+)", text, re.MULTILINE))
+        for name in names
+    )
+    return waited_us / 1000, number
+
+
+def _register(server: TorchServe, bundle: Path) -> None:
+    write_archive(server.model_store / "resnet.mar", bundle, demo_release(bundle, "resnet"))
+    params = DeployParams()
+    Management(server.management, key_file=server.key_file).register(
+        "resnet.mar",
+        workers=params.workers,
+        batch_size=params.batch_size,
+        max_batch_delay_ms=params.max_batch_delay_ms,
+    )

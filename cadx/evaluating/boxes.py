@@ -1,0 +1,330 @@
+"""Detection: boxes against lesions, in numbers and in pictures, for one seed or several."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cadx.datasets import DatasetFolder
+from cadx.detection import (
+    AREAS_PX2,
+    FROC_RATES,
+    METRICS,
+    DetectionScores,
+    calculate_detection_metrics,
+    froc_curve,
+    froc_limits,
+    match_boxes,
+)
+from cadx.evaluating.evaluation import Evaluation, Settings, described, dump
+from cadx.explaining import Band, draw_band, draw_boxes, show_subgroups, square, title
+from cadx.metrics import Subgroup
+from cadx.predicting import (
+    PredictionsInfo,
+    Predictor,
+    box_lists,
+    box_table,
+    detection_table,
+    image_answers,
+    subgroups,
+)
+from cadx.reporting import INK, PALETTE, Page, panels
+from cadx.types import Estimate
+
+HEADLINE = ("ap50", "sensitivity", "false_positives_per_image", "precision", "froc", "ap")
+NUM_MISTAKES = 6
+LESION_COLOUR, BOX_COLOUR, MISTAKE_COLOUR = PALETTE[2], PALETTE[1], PALETTE[3]
+_RATES = np.geomspace(FROC_RATES[0], FROC_RATES[-1], 61)
+_COORDINATES = ["x0", "y0", "x1", "y1"]
+
+
+class Detection(Evaluation):
+    """Boxes of one or several classes; the metrics are those of `cadx.detection`.
+
+    Args:
+        frame: rows of a predictions file.
+        info: what they are.
+        settings: how finely they are scored.
+        others: the same of other seeds, on the same images.
+    """
+
+    def __init__(
+        self,
+        frame: pd.DataFrame,
+        info: PredictionsInfo,
+        settings: Settings,
+        others: Sequence[tuple[pd.DataFrame, PredictionsInfo]] = (),
+    ) -> None:
+        if settings.aggregate != "none":
+            raise ValueError("boxes are scored image by image: set evaluate.aggregate to none")
+        self.frame, self.info, self._settings = frame, info, settings
+        self.seeds = [info.seed, *(one.seed for _, one in others)]
+        self._thresholds = [info.thresholds, *(one.thresholds for _, one in others)]
+        self._found = [box_table(one, "boxes") for one in (frame, *(other for other, _ in others))]
+        self._lesions = box_table(frame, "lesions")
+        self._patients = frame["patient"].to_numpy(object) if info.clustered else None
+        self.scores = self._score(np.ones(len(frame), bool))
+        self.n, self.n_patients = self.scores.n, self.scores.n_patients
+        self.by_subgroup = {
+            attribute: {
+                word: self._subgroup(np.array([value == word for value in values]))
+                for word in sorted(set(values) - {""})
+            }
+            for attribute, values in subgroups(frame, settings.subgroups).items()
+        }
+        if len(self._lesions):
+            self.by_subgroup["lesion size"] = self._by_size()
+
+    @staticmethod
+    def predict(predictor: Predictor, folder: DatasetFolder, sample_ids: Sequence[str]) -> pd.DataFrame:
+        """The rows of the predictions file."""
+        classes = predictor.bundle.manifest.classes
+        answers = predictor.detect(predictor.stored(folder, sample_ids))
+        found = detection_table(dict(zip(sample_ids, answers, strict=True)), classes)
+        lesions = folder.boxes[folder.boxes["sample_id"].isin(sample_ids)]
+        frame = described(folder, sample_ids)
+        for name in classes:
+            holds = lesions.loc[lesions["class"] == name, "sample_id"]
+            frame[f"label_{name}"] = frame["sample_id"].isin(holds).astype(np.float64)
+        columns = image_answers(found, sample_ids, classes, predictor.thresholds)
+        frame = pd.concat([frame, columns], axis=1)
+        frame["boxes"] = pd.Series(box_lists(found, sample_ids), dtype=object)
+        frame["lesions"] = pd.Series(box_lists(lesions, sample_ids), dtype=object)
+        return frame
+
+    def record(self) -> dict[str, Any]:
+        """Metrics, by class and by subgroup; of several seeds, each seed's values."""
+        joined = {"by_seed": self.scores.by_seed, "between_seed_sd": self.scores.between_seed_sd}
+        return {
+            "metrics": dump(self.scores.metrics),
+            **(joined if len(self.seeds) > 1 else {}),
+            "by_class": {name: dump(values) for name, values in self.scores.by_class.items()},
+            "by_subgroup": {attribute: dump(groups) for attribute, groups in self.by_subgroup.items()},
+            "n_lesions": self.scores.n_lesions,
+        }
+
+    def show_answer(self, page: Page) -> None:
+        """Add the headline."""
+        page.facts([(title(name), self.scores.metrics[name]) for name in HEADLINE])
+        patients = f" of {self.n_patients:,} patients" if self.info.clustered else ""
+        bundles = f", searched by {len(self.seeds)} bundles" if len(self.seeds) > 1 else ""
+        page.text(
+            f"{self.n:,} images{patients} of the {self.info.split} split with {self.scores.n_lesions:,} lesions"
+            f"{bundles}. A box finds a lesion if it shares at least {self.scores.iou_threshold:.0%} of the area that "
+            "the two cover together (IoU); AP asks for more as well. In brackets: 95 % confidence intervals."
+        )
+
+    def show_numbers(self, page: Page) -> None:
+        """Add metrics, curves, decisions and subgroups."""
+        self._show_metrics(page)
+        self._show_curves(page)
+        page.section("Decisions")
+        page.text(self._rule())
+        note = "Sensitivity is that of lesions; specificity and AUC are those of images."
+        show_subgroups(page, self.by_subgroup, _for_forest(self.scores.metrics), note)
+
+    def show_mistakes(self, page: Page, folder: DatasetFolder, predictor: Predictor) -> None:
+        """Add the worst misses and false alarms, drawn on their images."""
+        page.section("Worst mistakes")
+        page.text(
+            "Green frames: lesions. Orange frames: boxes called at the operating point. The mistake itself is framed "
+            "in pink; below it stands the score."
+        )
+        found, lesions = match_boxes(
+            self._found[0], self._lesions, self.frame["sample_id"].tolist(), classes=self.info.classes
+        )
+        called = found[found["score"] >= found["class"].map(self.info.thresholds)]
+        least = lesions["class"].map(self.info.thresholds)
+        missed = lesions[~(lesions["score"] >= least)]
+        # Those that got the lowest score first; of those that got none, the largest.
+        area = (missed["x1"] - missed["x0"]) * (missed["y1"] - missed["y0"])
+        missed = missed.assign(score=missed["score"].fillna(0.0), area=-area).sort_values(
+            ["score", "area", "sample_id"], kind="stable"
+        )
+        alarms = called[~called["hit"]].sort_values(
+            ["score", "sample_id"], ascending=[False, True], kind="stable"
+        )
+        for heading, mistakes in (("Missed", missed), ("False alarms", alarms)):
+            if mistakes.empty:
+                page.callout("ok", f"{heading}: none.")
+                continue
+            shown = mistakes.head(NUM_MISTAKES)
+            rest = "" if len(shown) == len(mistakes) else f" of {len(mistakes):,}"
+            order = "the lowest score first" if heading == "Missed" else "the highest score first"
+            page.text(f"{heading}: {len(shown)}{rest}, {order}.")
+            pictures = []
+            for sample_id, name, score, corners in zip(
+                shown["sample_id"],
+                shown["class"],
+                shown["score"],
+                shown[_COORDINATES].to_numpy(np.float64),
+                strict=True,
+            ):
+                boxes = [
+                    (table.loc[table["sample_id"] == sample_id, _COORDINATES].to_numpy(np.float64), colour)
+                    for table, colour in ((lesions, LESION_COLOUR), (called, BOX_COLOUR))
+                ]
+                boxes.append((corners, MISTAKE_COLOUR))
+                said = f"{score:.3f}" if score else "not seen"
+                pictures.append((draw_boxes(folder.pixels(sample_id), boxes), f"{sample_id}: {name} {said}"))
+            page.images(pictures, max_px=360)
+
+    def _score(self, which: np.ndarray) -> DetectionScores:
+        chosen = self.frame.loc[which, "sample_id"]
+        return calculate_detection_metrics(
+            [table[table["sample_id"].isin(chosen)] for table in self._found],
+            self._lesions[self._lesions["sample_id"].isin(chosen)],
+            chosen.tolist(),
+            classes=self.info.classes,
+            patients=None if self._patients is None else self._patients[which],
+            score_threshold=self._thresholds,
+            resamples=self._settings.resamples,
+            seed=self.info.seed,
+        )
+
+    def _subgroup(self, which: np.ndarray) -> Subgroup:
+        num_patients = int(which.sum()) if self._patients is None else len(set(self._patients[which]))
+        metrics = self._score(which).metrics
+        if num_patients < self._settings.minimum_n:
+            why = f"too few: {num_patients} patients, {self._settings.minimum_n} needed"
+            metrics = {name: _nothing(why, one.n) for name, one in metrics.items()}
+        held = self._lesions["sample_id"].isin(self.frame.loc[which, "sample_id"])
+        return _as_subgroup(int(which.sum()), int(held.sum()), metrics)
+
+    def _by_size(self) -> dict[str, Subgroup]:
+        """Lesions of each size: what is said of images has no size."""
+        sides = self._lesions[["x1", "y1"]].to_numpy() - self._lesions[["x0", "y0"]].to_numpy()
+        areas = sides.prod(axis=1)
+        groups = {}
+        for size, (low, high) in AREAS_PX2.items():
+            inside = (low <= areas) & (areas <= high)
+            if size == "all" or not inside.any():
+                continue
+            images = self._lesions.loc[inside, "sample_id"].nunique()
+            of_images = _nothing("undefined: an image has no lesion size", 0)
+            metrics = {
+                "sensitivity": self.scores.metrics[f"sensitivity_{size}"],
+                "image_specificity": of_images,
+                "image_auc": of_images,
+                "ap": self.scores.metrics[f"ap_{size}"],
+            }
+            groups[size] = _as_subgroup(images, int(inside.sum()), metrics)
+        return groups
+
+    def _show_metrics(self, page: Page) -> None:
+        scores, several = self.scores, len(self.seeds) > 1
+        page.section("Metrics")
+        rows = []
+        for name, estimate in scores.metrics.items():
+            by_seed = (
+                {f"seed {seed}": value for seed, value in zip(self.seeds, scores.by_seed[name], strict=True)}
+                | {"SD of seeds": scores.between_seed_sd[name]}
+                if several
+                else {}
+            )
+            rows.append(
+                {"metric": title(name), "value (95 % interval)": estimate, **by_seed, "n": estimate.n}
+                | ({} if several else {"how the interval was made": estimate.method})
+            )
+        page.table(
+            rows,
+            "n counts the cases in the value's denominator: lesions, boxes or images."
+            + (
+                " The interval is over patients; the standard deviation says how far training runs differ."
+                * several
+            ),
+        )
+        with page.details("What each metric is"):
+            page.table(
+                [
+                    {"metric": title(name), "what it is": METRICS[name].meaning}
+                    | ({"how the interval was made": scores.metrics[name].method} if several else {})
+                    for name in scores.metrics
+                ]
+            )
+        if len(self.info.classes) > 1:
+            page.table(
+                [
+                    {"class": name, **{title(metric): estimates[metric] for metric in HEADLINE}}
+                    for name, estimates in scores.by_class.items()
+                ],
+                "Each class alone.",
+            )
+
+    def _show_curves(self, page: Page) -> None:
+        page.section("Curves")
+        images, classes = self.frame["sample_id"].tolist(), self.info.classes
+        what: dict[str, Any] = {"classes": classes, "patients": self._patients, "seed": self.info.seed}
+        limits = froc_limits(self._found, self._lesions, images, _RATES.tolist(), **what)
+        if limits is None:
+            page.text("There is no lesion to find: no curve can be drawn.")
+            return
+        drawing, (froc_axes, precision_axes) = panels(8.6, 3.6, columns=2)
+        draw_band(froc_axes, Band(_RATES, *limits), "mean" if len(self.seeds) > 1 else "")
+        for name, colour in zip(classes, PALETTE * len(classes), strict=False):
+            lesions = self._lesions[self._lesions["class"] == name]
+            for number, table in enumerate(self._found):
+                curve = froc_curve(table[table["class"] == name], lesions, images, classes=[name])
+                if curve.sensitivity.size:
+                    precision_axes.step(
+                        curve.sensitivity,
+                        curve.precision,
+                        where="post",
+                        color=colour,
+                        linewidth=1.8 if len(self.seeds) == 1 else 1.0,
+                        label="" if number else name,
+                    )
+        rate, found = (
+            self.scores.metrics[name].value for name in ("false_positives_per_image", "sensitivity")
+        )
+        if rate is not None and found is not None:
+            froc_axes.plot(np.clip(rate, _RATES[0], _RATES[-1]), found, "o", color=INK, markersize=5)
+        froc_axes.set_xscale("log", base=2)
+        froc_axes.set_xticks(FROC_RATES, ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
+        froc_axes.minorticks_off()
+        froc_axes.set(
+            title="FROC",
+            xlabel="false positives per image",
+            ylabel="sensitivity (lesions)",
+            ylim=(-0.01, 1.01),
+        )
+        square(precision_axes, "recall (sensitivity)", "precision")
+        precision_axes.set_title("Precision-recall at an IoU of 0.5")
+        precision_axes.legend(loc="lower left", fontsize=8)
+        page.figure(
+            drawing,
+            "Left: lesions found against false alarms, one score threshold for all classes. Band: pointwise 95 % "
+            f"limits, bootstrap of {'patients' if self.info.clustered else 'images'}; the black dot is the operating "
+            "point, which has a threshold for each class and may lie beside the curve."
+            + (" Right: a line for each seed." * (len(self.seeds) > 1)),
+            alt=f"FROC curve and precision-recall curves of {', '.join(classes)}",
+        )
+
+    def _rule(self) -> str:
+        if len(self.seeds) > 1:
+            return "Each seed's boxes are called at the thresholds that its own bundle holds."
+        rules = ", ".join(
+            f"{name!r} is called at a score of {value:.4f} or more"
+            for name, value in self.info.thresholds.items()
+        )
+        return f"{rules[:1].upper()}{rules[1:]}. Chosen on the calibration split, and frozen in the bundle."
+
+
+def _nothing(why: str, n: int) -> Estimate:
+    return Estimate(value=None, low=None, high=None, n=n, method=why)
+
+
+def _for_forest(metrics: Mapping[str, Estimate]) -> dict[str, Estimate]:
+    """The three that a forest plot of subgroups shows, under the names that every kind has for them."""
+    return {
+        "sensitivity": metrics["sensitivity"],
+        "specificity": metrics["image_specificity"],
+        "auc": metrics["image_auc"],
+    }
+
+
+def _as_subgroup(n: int, n_lesions: int, metrics: Mapping[str, Estimate]) -> Subgroup:
+    shown = ("sensitivity", "image_specificity", "image_auc")
+    rest = {name: estimate for name, estimate in metrics.items() if name not in shown}
+    return Subgroup(n=n, n_positive=n_lesions, **_for_forest(metrics), metrics=rest)

@@ -1,0 +1,130 @@
+"""What a threshold is worth: its net benefit, and what it reaches if chosen again on other patients."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from cadx.metrics.estimates import (
+    LEVEL,
+    FloatArray,
+    one_score,
+    require_probabilities,
+    resample,
+    resampled_sums,
+)
+from cadx.metrics.proportions import share
+from cadx.types import Estimate
+
+GRID = tuple(round(0.02 * step, 2) for step in range(1, 50))
+"""Thresholds at which a decision curve is drawn."""
+
+
+class DecisionCurve(NamedTuple):
+    """Net benefit per case at each threshold, in true positives; calling nobody has a net benefit of 0.
+
+    `low` and `high` are pointwise 95 % limits of `model`; `everyone` is the net benefit of calling all cases.
+    """
+
+    threshold: FloatArray
+    model: FloatArray
+    low: FloatArray
+    high: FloatArray
+    everyone: FloatArray
+
+
+def decision_curve(
+    labels: ArrayLike,
+    probabilities: ArrayLike,
+    *,
+    thresholds: Sequence[float] = GRID,
+    patients: ArrayLike | None = None,
+    resamples: int = 500,
+    seed: int = 0,
+) -> DecisionCurve:
+    """The net benefit of calling probability >= threshold: TP/n - FP/n * threshold / (1 - threshold).
+
+    Who acts at a threshold of 0.1 accepts nine false alarms for each case found: that is the rate at which false
+    positives are subtracted. The limits come from a bootstrap of whole patients.
+
+    Args:
+        labels: N of 0 and 1; NaN = unlabelled, left out.
+        probabilities: N.
+        thresholds: above 0 and below 1.
+        patients: N, as in `auc`.
+        resamples: of patients; with 0 the limits are NaN.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: as `auc`, if a probability lies outside 0..1, or a threshold is not inside.
+
+    Source: Vickers and Elkin 2006, Med Decis Making 26:565.
+
+    >>> decision_curve([0, 1, 1], [0.2, 0.4, 0.9], thresholds=[0.5], resamples=0).model.round(3).tolist()
+    [0.333]
+    """
+    cases = one_score(labels, probabilities, patients)
+    require_probabilities(cases.p)
+    at = np.asarray(thresholds, dtype=np.float64)
+    if not ((at > 0) & (at < 1)).all():
+        raise ValueError(f"thresholds {list(thresholds)}: give numbers above 0 and below 1")
+    odds = at / (1 - at)
+    called = cases.p[0][:, None] >= at
+    y = cases.y[:, None]
+    worth = np.hstack([(called & y) - odds * (called & ~y), y - odds * ~y, np.ones_like(y)])
+    totals = np.stack([cases.by_patient(column) for column in worth.T], axis=1)
+    whole = totals.sum(axis=0)
+    with np.errstate(invalid="ignore"):
+        model, everyone = np.split(whole[:-1] / whole[-1], 2)
+    low = high = np.full(at.size, np.nan)
+    if resamples and cases.y.size:
+        wanted = [*range(at.size), totals.shape[1] - 1]
+        drawn = resampled_sums(resample(cases.num_patients, resamples, seed), totals[:, wanted])
+        low, high = np.quantile(drawn[:, :-1] / drawn[:, -1:], [0.5 - LEVEL / 2, 0.5 + LEVEL / 2], axis=0)
+    return DecisionCurve(at, model, low, high, everyone)
+
+
+def with_chosen_threshold(
+    labels: ArrayLike,
+    scores: ArrayLike,
+    threshold: float,
+    choices: Sequence[float],
+    patients: ArrayLike | None = None,
+) -> dict[str, Estimate]:
+    """Sensitivity and specificity at `threshold`, with intervals that count how it might have been chosen otherwise.
+
+    The variance over `choices` of each share, on these very cases, is added to the share's own: both parts are
+    independent, since the threshold was chosen on other patients.
+
+    Args:
+        labels: N of 0 and 1; NaN = unlabelled, left out.
+        scores: N.
+        threshold: the one in use.
+        choices: what resamples of the calibration split would have chosen (`calibration.resampled_thresholds`).
+        patients: N, as in `auc`.
+
+    Raises:
+        ValueError: as `auc`.
+
+    >>> found = with_chosen_threshold([0, 1, 0, 1], [0.1, 0.4, 0.6, 0.9], 0.3, [0.2, 0.3, 0.7])
+    >>> found["sensitivity"].method.split(";")[1]
+    " the threshold's choice counted"
+    """
+    cases = one_score(labels, scores, patients)
+    cases = replace(cases, called=cases.p >= threshold)
+    found = {}
+    for name, right, among, empty in (
+        ("sensitivity", cases.called, cases.y, "no positives"),
+        ("specificity", ~cases.called, ~cases.y, "no negatives"),
+    ):
+        ordered = np.sort(cases.p[0, among])
+        below = np.searchsorted(ordered, choices, side="left") / max(ordered.size, 1)
+        variance = float(np.var(below, ddof=1)) if len(choices) > 1 else 0.0
+        part = share(cases, right, np.broadcast_to(among, right.shape), empty, added_variance=variance)
+        method = part.estimate.method.split(";")
+        if part.estimate.value is not None:
+            method.insert(1, " the threshold's choice counted")
+        found[name] = part.estimate.model_copy(update={"method": ";".join(method)})
+    return found

@@ -1,0 +1,233 @@
+"""The answered requests of a served model: JSON lines as workers write them, and Parquet by bundle and day.
+
+The lines are the raw form: a worker appends one per answer, and nothing changes it. From them `compact` keeps a
+table that grows; it can be thrown away and made anew while the lines are there.
+
+    <tables>/<first 12 digits of the bundle's digest>/<day, UTC>.parquet
+    <tables>/state.json     how far each file of lines has been read; lines cut short; lines that came twice
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cadx.drift import STATISTICS
+from cadx.files import replacing, write_json
+from cadx.types import Digest
+
+STATE = "state.json"
+
+
+class Compacted(NamedTuple):
+    """What there is in a folder of tables, and what was left out.
+
+    Attributes:
+        torn: lines cut short, as a worker leaves one that is killed while it writes.
+        duplicates: lines with a prediction_id that came before.
+        requests: rows by the first 12 digits of their bundle's digest.
+    """
+
+    torn: int
+    duplicates: int
+    requests: dict[str, int]
+
+
+def compact(log: Path, tables: Path) -> Compacted:
+    """Bring the tables up to date with the lines in `log`/*.jsonl; only what was added since is read.
+
+    A file that has become shorter is read anew: rows that are there already are not added again.
+
+    Raises:
+        ValueError: if a line is whole but not of this form; the tables then stay as they are.
+    """
+    state = _read_state(tables)
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    torn = unfinished = 0
+    for file in sorted(log.glob("*.jsonl")):
+        start = state["files"].get(file.name, {"bytes": 0, "lines": 0})
+        if file.stat().st_size < start["bytes"]:
+            start = {"bytes": 0, "lines": 0}
+        with file.open("rb") as stream:
+            stream.seek(start["bytes"])
+            *whole, rest = stream.read().split(b"\n")
+        # Without its end a line may still be on its way: it is read next time.
+        unfinished += bool(rest.strip())
+        for number, text in enumerate(whole, start=start["lines"] + 1):
+            if not text.strip():
+                continue
+            try:
+                line = json.loads(text)
+            except ValueError:  # no JSON, or no UTF-8
+                torn += 1
+                continue
+            row = _checked(line, f"{file}: line {number}")
+            rows.setdefault((short(line["bundle"]), f"{row['time']:%Y-%m-%d}"), []).append(row)
+        consumed = start["bytes"] + sum(len(text) + 1 for text in whole)
+        state["files"][file.name] = {"bytes": consumed, "lines": start["lines"] + len(whole)}
+    for (bundle, day), added in sorted(rows.items()):
+        state["duplicates"] += _add(tables / bundle / f"{day}.parquet", added)
+    state["torn"] += torn
+    write_json(tables / STATE, state)
+    counts = {
+        folder.name: sum(pq.read_metadata(file).num_rows for file in folder.glob("*.parquet"))
+        for folder in sorted(tables.iterdir())
+        if folder.is_dir()
+    }
+    return Compacted(state["torn"] + unfinished, state["duplicates"], counts)
+
+
+def read_requests(
+    tables: Path, bundle: Digest, *, last: int | None = None, embeddings: bool = True
+) -> pd.DataFrame:
+    """The requests that `bundle` answered, a row each, by time; the `last` ones, where a number is given.
+
+    Embeddings are most of a table: without them years of requests fit into memory.
+
+    Columns: `prediction_id`, `time` (UTC), `site`, `scanner` ("" = unknown), `stat_<name>`, `prob_<class>` (of a
+    detector: the best score), `decision` (a class) or, where several can be called, `decision_<class>` (bool),
+    `num_boxes` (detectors alone: boxes called), `embedding` (F float32; F = 0 where the model gives none),
+    `num_warnings`, `prediction_set` (class names; None where the bundle has no conformal sets) and `refer`.
+    """
+    files = sorted((tables / short(bundle)).glob("*.parquet"), reverse=True)
+    parts: list[pd.DataFrame] = []
+    for file in files:
+        names = [name for name in pq.read_schema(file).names if embeddings or name != "embedding"]
+        parts.append(pd.read_parquet(file, columns=names))
+        if last is not None and sum(map(len, parts)) >= last:
+            break
+    if not parts:
+        return pd.DataFrame()
+    requests = pd.concat(parts).sort_values(["time", "prediction_id"], ignore_index=True)
+    return requests if last is None else requests.tail(last).reset_index(drop=True)
+
+
+def read_labels(path: Path, classes: Iterable[str]) -> pd.DataFrame:
+    """Labels that came after the answers: `prediction_id` and `label_<class>` (0, 1 or NaN = unknown), a row each.
+
+    Args:
+        path: a CSV or Parquet file, or a folder of such files.
+        classes: the model's. A binary task's other class may be left out: its label is the complement.
+
+    Raises:
+        ValueError: if a column is missing, a label is neither 0 nor 1, or one request has two different labels.
+    """
+    files = sorted(f for f in path.iterdir() if f.suffix in (".csv", ".parquet")) if path.is_dir() else [path]
+    names = [f"label_{name}" for name in classes]
+    parts = []
+    for file in files:
+        try:
+            table = (
+                pd.read_parquet(file)
+                if file.suffix == ".parquet"
+                else pd.read_csv(file, dtype={"prediction_id": str})
+            )
+        except (ValueError, pa.ArrowException):  # pandas' own errors of reading are ValueErrors
+            raise ValueError(
+                f"{file}: neither CSV nor Parquet; give a table of prediction_id and {names[0]}"
+            ) from None
+        if len(names) == 2 and len(there := [name for name in names if name in table]) == 1:
+            other = names[1 - names.index(there[0])]
+            table[other] = 1 - pd.to_numeric(table[there[0]], errors="coerce").astype(float)
+        if missing := [name for name in ["prediction_id", *names] if name not in table]:
+            raise ValueError(
+                f"{file}: no column {', '.join(missing)}; it needs prediction_id and {', '.join(names)}"
+            )
+        given = table[names]
+        numbers = given.apply(pd.to_numeric, errors="coerce").astype(float)
+        if (given.notna() & ~numbers.isin([0, 1])).any(axis=None):
+            raise ValueError(f"{file}: a label that is neither 0 nor 1; leave unknown ones empty")
+        parts.append(numbers.assign(prediction_id=table["prediction_id"].astype(str)))
+    if not parts:
+        raise ValueError(f"{path}: no .csv or .parquet file of labels in this folder")
+    labels = pd.concat(parts).drop_duplicates()
+    if twice := int(labels["prediction_id"].duplicated().sum()):
+        raise ValueError(f"{path}: {twice} requests have two different labels; keep the one that holds")
+    return labels[["prediction_id", *names]].reset_index(drop=True)
+
+
+def short(bundle: Digest) -> str:
+    """The first 12 digits of a digest, which name a version.
+
+    >>> short(Digest("sha256:0123456789abcdef"))
+    '0123456789ab'
+    """
+    return bundle.removeprefix("sha256:")[:12]
+
+
+def _read_state(tables: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = json.loads((tables / STATE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {"schema": 1, "files": {}, "torn": 0, "duplicates": 0}
+    except ValueError:
+        raise ValueError(
+            f"{tables / STATE}: not of this form; remove the folder, it is made anew from the lines"
+        ) from None
+    return state
+
+
+def _add(file: Path, rows: list[dict[str, Any]]) -> int:
+    """Add rows to one day's table; how many were there already."""
+    table = pd.DataFrame(rows)
+    if file.exists():
+        table = pd.concat([pd.read_parquet(file), table], ignore_index=True)
+    kept = table.drop_duplicates("prediction_id").sort_values(["time", "prediction_id"], ignore_index=True)
+    with replacing(file) as partial:
+        kept.to_parquet(partial, index=False)
+    return len(table) - len(kept)
+
+
+def _checked(line: Any, where: str) -> dict[str, Any]:
+    """A whole line as a row.
+
+    Raises:
+        ValueError: if it is not of this form; without the line's words.
+    """
+    if not isinstance(line, dict) or line.get("schema_version") != 1:
+        raise ValueError(f"{where} is no request of schema_version 1; move the file away")
+    try:
+        # It names a folder.
+        if not re.fullmatch("sha256:[0-9a-f]{64}", line["bundle"]):
+            raise ValueError("not a digest")
+        return _row(line)
+    except KeyError as error:
+        raise ValueError(f"{where} has no {error}; move the file away") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{where} is not of the log's form ({type(error).__name__}); move the file away"
+        ) from None
+
+
+def _row(line: dict[str, Any]) -> dict[str, Any]:
+    """One line as a row; floats are checked to be finite, since no test would survive a NaN."""
+    decision, called_set = line["decision"], line.get("prediction_set")
+    embedding = np.asarray(line["embedding"], np.float32)
+    row = {
+        "prediction_id": str(line["prediction_id"]),
+        "time": pd.Timestamp(line["time"]).tz_convert("UTC"),
+        "site": str(line["site"]),
+        "scanner": str(line["scanner"]),
+        **{f"stat_{name}": float(line["statistics"][name]) for name in STATISTICS},
+        **{f"prob_{name}": float(value) for name, value in line["probabilities"].items()},
+        **(
+            {"decision": decision}
+            if isinstance(decision, str)
+            else {f"decision_{name}": name in decision for name in line["probabilities"]}
+        ),
+        **({"num_boxes": sum(bool(box["called"]) for box in line["boxes"])} if "boxes" in line else {}),
+        "embedding": embedding,
+        "num_warnings": len(line["warnings"]),
+        "prediction_set": None if called_set is None else [str(name) for name in called_set],
+        "refer": bool(line.get("refer", False)),
+    }
+    numbers = [value for value in row.values() if isinstance(value, float)]
+    if not (np.isfinite(numbers).all() and np.isfinite(embedding).all()):
+        raise ValueError("a number is not finite")
+    return row

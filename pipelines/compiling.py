@@ -1,0 +1,64 @@
+"""Pipelines as the YAML that Kubeflow takes; equal inputs give equal bytes."""
+
+import re
+from collections.abc import Callable, Mapping
+from itertools import dropwhile
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from kfp import compiler
+
+from cadx.files import replacing
+from pipelines.evaluation import evaluation
+from pipelines.families import families
+from pipelines.inference import inference
+from pipelines.monitoring import monitoring
+from pipelines.placement import read_placements
+from pipelines.training import training
+
+PIPELINES: Mapping[str, Callable[..., Any]] = {
+    "training": training,
+    "monitoring": monitoring,
+    "evaluation": evaluation,
+    "inference": inference,
+}
+"""Those of one experiment, by name; `families` takes several."""
+
+
+def compile_experiment(
+    experiment: str,
+    output: Path,
+    *,
+    params: Path,
+    image: str,
+    pipeline: str,
+    against: tuple[str, ...],
+    resources: Path,
+) -> None:
+    """Write an experiment's pipeline, whole or not at all: see `pipelines.compile_experiment`."""
+    if output.suffix not in {".yaml", ".yml"}:
+        raise ValueError(f"{output}: Kubeflow takes pipelines as .yaml files; name the output so")
+    if not re.fullmatch(r"[a-z0-9][\w./:@-]*", image):
+        raise ValueError(f"image {image!r}: not the name of an image; give NAME:TAG or NAME@sha256:DIGEST")
+    if against and pipeline != "families":
+        raise ValueError(
+            f"--against {' '.join(against)}: only the pipeline families compares; add --pipeline families"
+        )
+    placements = read_placements(resources)
+    if pipeline == "families":
+        built = families((experiment, *against), params, image, placements)
+    else:
+        built = PIPELINES[pipeline](experiment, params, image, placements)
+    with TemporaryDirectory() as folder:
+        compiled = Path(folder) / "pipeline.yaml"
+        compiler.Compiler().compile(built, str(compiled))
+        lines = compiled.read_text(encoding="utf-8").splitlines(keepends=True)
+    # kfp's comments list the defaults in an order that changes from run to run.
+    content = dropwhile(lambda line: line.startswith("#"), lines)
+    note = (
+        f"# Made by `cadx compile {experiment}` from dvc.yaml, {params.name}, {resources.name} and the steps: "
+        "change those.\n"
+    )
+    with replacing(output) as partial:
+        partial.write_text(note + "".join(content), encoding="utf-8")

@@ -1,0 +1,52 @@
+"""An existing bundle scored on another site's data on Kubeflow: does the network travel?"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kfp import dsl
+
+from pipelines.placement import Placement
+from pipelines.tasks import add_jobs, document, function, imported, one_seed, parameter, parameters
+
+SCORED = 0.97
+"""Share of the site's patients that are scored: nothing is trained, so the other parts are as small as may be."""
+
+
+def evaluation(experiment: str, params: Path, image: str, placements: Mapping[str, Placement]) -> Any:
+    """A pipeline that ingests a site's data and holds a bundle against them: report, metrics, decision.
+
+    Args:
+        experiment: the site's: its catalogue entry and sections.
+        params: the parameter file.
+        image: the container's.
+        placements: step -> where it runs.
+
+    Raises:
+        ValueError: as `training`.
+    """
+    jobs = [*one_seed(experiment, "ingest", "validate", "split", "evaluate", "gate")]
+    [bundle] = {job.arguments["bundle"] for job in jobs if "bundle" in job.arguments}
+    rest = (1 - SCORED) / 3
+    asked = {
+        "bundle_uri": parameter("bundle_uri", str),
+        **parameters(
+            jobs,
+            experiment,
+            params,
+            split={"fractions": {"train": rest, "val": rest, "calibration": rest, "test": SCORED}},
+            evaluate={"split": "test"},
+            gate={"other_dataset": True},
+        ),
+    }
+    del asked["experiment"]
+
+    def tasks(*channels: Any) -> None:
+        given = dict(zip(asked, channels, strict=True))
+        there = {bundle[0]: (imported(given["bundle_uri"], "bundle", "bundle"), "artifact")}
+        add_jobs(jobs, there, given, image, placements)
+
+    doc = document(f"A bundle from elsewhere, scored on the data of {experiment}.", {}, asked)
+    return dsl.pipeline(name=f"{experiment}-evaluation")(
+        function(f"{experiment}-evaluation", doc, asked.values(), tasks)
+    )

@@ -1,0 +1,73 @@
+"""Several experiments on the same data side by side, their comparison, and the best promoted one in service."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kfp import dsl
+
+from components.contract import read_experiment
+from pipelines.placement import Placement
+from pipelines.tasks import ALL, Made, add_jobs, alone, document, function, parameters, step_named
+from pipelines.training import Trained, training
+
+COMPARABLE = ("split", "evaluate")
+"""Sections that must be equal for numbers to be comparable; `choose` checks the samples themselves."""
+
+
+def families(
+    experiments: Sequence[str], params: Path, image: str, placements: Mapping[str, Placement]
+) -> Any:
+    """A pipeline of several experiments' trainings, each a pipeline within it.
+
+    Each training hands on its first promoted seed; of these the best by `choose.metric` is deployed.
+
+    Args:
+        experiments: the first one's sections give the defaults of comparison and deployment.
+        params: the parameter file.
+        image: the container's.
+        placements: step -> where it runs.
+
+    Raises:
+        ValueError: if fewer than two are named, one twice, or two divide or score their data differently.
+    """
+    if len(experiments) < 2 or len(set(experiments)) < len(experiments):
+        raise ValueError(f"families: {', '.join(experiments)}: name at least two experiments, each once")
+    first = experiments[0]
+    for section in COMPARABLE:
+        for experiment in experiments[1:]:
+            sections = [read_experiment(params, name).get(section) for name in (first, experiment)]
+            if sections[0] != sections[1]:
+                raise ValueError(
+                    f"{params}: {experiment}.{section} differs from {first}.{section}: their numbers would not be "
+                    "comparable; make them equal"
+                )
+    inputs = {
+        f"{ALL}{name}": tuple(f"{experiment}/{name}" for experiment in experiments)
+        for name in ("metrics", "decision", "archive", "predictions")
+    }
+    choice = alone(step_named("choose"), **inputs)
+    deployment = alone(
+        step_named("deploy"),
+        dataset=(f"{first}/dataset",),
+        **{name: (f"choose/{name}",) for name in ("archive", "decision", "predictions")},
+    )
+    asked = parameters([choice, deployment], first, params, choose={"metric": "auc"})
+    del asked["experiment"]
+
+    trainings = {
+        experiment: training(experiment, params, image, placements, deploys=False)
+        for experiment in experiments
+    }
+
+    def tasks(*channels: Any) -> None:
+        made: Made = {}
+        for experiment, pipeline in trainings.items():
+            trained = pipeline().set_display_name(experiment)
+            made |= {f"{experiment}/{name}": (trained, name) for name in Trained._fields}
+        add_jobs([choice, deployment], made, dict(zip(asked, channels, strict=True)), image, placements)
+
+    doc = document(
+        f"Trained side by side, compared, the best put into service: {', '.join(experiments)}.", {}, asked
+    )
+    return dsl.pipeline(name=f"{first}-families")(function(f"{first}-families", doc, asked.values(), tasks))

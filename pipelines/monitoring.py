@@ -1,0 +1,41 @@
+"""The watch over a served model on Kubeflow: what it was asked is compared, and drift starts a training."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kfp import dsl
+
+from pipelines.placement import Placement
+from pipelines.tasks import add_job, alone, document, function, imported, parameter, parameters, step_named
+from pipelines.training import training, training_jobs
+
+
+def monitoring(experiment: str, params: Path, image: str, placements: Mapping[str, Placement]) -> Any:
+    """A pipeline that watches, and trains and deploys anew where the watch alarms.
+
+    Its parameters are those of the watch and those of the training. Kubeflow's cache answers a training whose
+    parameters and data are the former ones: new data come by a new `ingest.source`.
+
+    Raises:
+        ValueError: as `training`.
+    """
+    watch = alone(step_named("monitor"), bundle=("bundle",))
+    retraining = training(experiment, params, image, placements)
+    asked = {
+        "bundle_uri": parameter("bundle_uri", str),
+        **parameters([watch, *training_jobs(experiment)], experiment, params),
+    }
+
+    def tasks(*channels: Any) -> None:
+        given = dict(zip(asked, channels, strict=True))
+        bundle = imported(given["bundle_uri"], "bundle", "served bundle")
+        watched = add_job(watch, {"bundle": (bundle, "artifact")}, given, image, placements, alarms=True)
+        with dsl.If(watched.outputs["retrain"] == True, "drifted"):  # noqa: E712
+            passed = {name: given[name] for name in retraining.component_spec.inputs}
+            retraining(**passed).set_display_name("train again")
+
+    doc = document(f"Has what {experiment} is asked drifted? If so, it is trained again.", {}, asked)
+    return dsl.pipeline(name=f"{experiment}-monitoring")(
+        function(f"{experiment}-monitoring", doc, asked.values(), tasks)
+    )

@@ -1,0 +1,135 @@
+"""Where a step runs on a cluster: resources.yaml, read and applied to Kubeflow's tasks."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from kfp import kubernetes
+from pydantic import Field, ValidationError
+
+from cadx.types import Config
+from components import STEPS
+from components.contract import explain
+
+EVERY = "every"
+"""The section that holds for every step; a step's own completes it."""
+
+SHARED_MEMORY_PATH = "/dev/shm"  # noqa: S108 - where the operating system looks for it
+
+Quantity = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(m|[kMGTP]i?)?$", coerce_numbers_to_str=True)]
+"""As Kubernetes writes it: 500m, 4, 8Gi."""
+
+
+class Accelerator(Config):
+    """Devices of one kind."""
+
+    kind: str = Field(default="nvidia.com/gpu", description="the resource's name on the nodes")
+    count: int = Field(default=1, ge=1)
+
+
+class Toleration(Config):
+    """A taint that the step's pod puts up with."""
+
+    key: str
+    operator: Literal["Equal", "Exists"] = "Exists"
+    value: str | None = None
+    effect: Literal["NoExecute", "NoSchedule", "PreferNoSchedule"] | None = None
+
+
+class Volume(Config):
+    """A claim and where the step sees it."""
+
+    claim: str
+    path: str = Field(pattern="^/")
+
+
+class Placement(Config):
+    """What a step asks of the cluster."""
+
+    cpu: Quantity | None = Field(default=None, description="cores, asked for and not exceeded")
+    memory: Quantity | None = Field(default=None, description="asked for and not exceeded")
+    accelerator: Accelerator | None = None
+    shared_memory: Quantity | None = Field(
+        default=None, description="size of /dev/shm, which data loaders' processes fill; 64 MB otherwise"
+    )
+    retries: int = Field(default=0, ge=0, description="after a lost node; never of a step with side effects")
+    timeout_s: int | None = Field(default=None, ge=1)
+    node_selector: dict[str, str] = Field(default={})
+    tolerations: tuple[Toleration, ...] = ()
+    secrets: dict[str, dict[str, str]] = Field(
+        default={}, description="secret -> its key -> the environment variable that holds it"
+    )
+    config_maps: dict[str, dict[str, str]] = Field(
+        default={}, description="config map -> its key -> the environment variable that holds it"
+    )
+    volumes: tuple[Volume, ...] = Field(
+        default=(), description="only for uncached steps: Kubeflow's cache does not see what lies on them"
+    )
+
+    def apply(self, task: Any, *, retry: bool) -> None:
+        """Ask all of it for a task."""
+        for limit, request, amount in (
+            (task.set_cpu_limit, task.set_cpu_request, self.cpu),
+            (task.set_memory_limit, task.set_memory_request, self.memory),
+        ):
+            if amount is not None:
+                request(amount)
+                limit(amount)
+        if self.accelerator is not None:
+            task.set_accelerator_type(self.accelerator.kind).set_accelerator_limit(self.accelerator.count)
+        if retry and self.retries:
+            task.set_retry(self.retries, backoff_duration="30s", backoff_factor=2)
+        if self.timeout_s is not None:
+            kubernetes.set_timeout(task, self.timeout_s)
+        if self.shared_memory is not None:
+            kubernetes.empty_dir_mount(
+                task, "shm", SHARED_MEMORY_PATH, medium="Memory", size_limit=self.shared_memory
+            )
+        for key, value in self.node_selector.items():
+            kubernetes.add_node_selector(task, key, value)
+        for toleration in self.tolerations:
+            kubernetes.add_toleration(task, **toleration.model_dump(exclude_none=True))
+        for secret, keys in self.secrets.items():
+            kubernetes.use_secret_as_env(task, secret, keys)
+        for config_map, keys in self.config_maps.items():
+            kubernetes.use_config_map_as_env(task, config_map, keys)
+        for volume in self.volumes:
+            kubernetes.mount_pvc(task, volume.claim, volume.path)
+
+
+def read_placements(path: Path) -> dict[str, Placement]:
+    """Step -> where it runs, from a file of sections by step; what a step leaves out is taken from `every`.
+
+    Raises:
+        ValueError: one line: if the file cannot be read, or names a step or a field that there is not.
+    """
+    try:
+        sections = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file of resources; give one with --resources") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    names = [step.name for step in STEPS]
+    if not isinstance(sections, Mapping) or (unknown := [*sections.keys() - {EVERY, *names}]):
+        what = f"unknown section {unknown[0]!r}" if isinstance(sections, Mapping) else "no sections"
+        raise ValueError(f"{path}: {what}; give {EVERY} or a step: {', '.join(names)}")
+    for name, section in sections.items():
+        _placement(section, f"{path}: {name}")
+    placements = {}
+    for step in STEPS:
+        merged = {**(sections.get(EVERY) or {}), **(sections.get(step.name) or {})}
+        placements[step.name] = _placement(merged, f"{path}: {step.name}")
+        if step.reproducible and placements[step.name].volumes:
+            raise ValueError(
+                f"{path}: {step.name}.volumes: Kubeflow's cache does not see what lies on a volume, and {step.name} "
+                "is cached; only uncached steps may have one"
+            )
+    return placements
+
+
+def _placement(section: Any, where: str) -> Placement:
+    try:
+        return Placement.model_validate(section or {})
+    except ValidationError as error:
+        raise ValueError(explain(error, where)) from None

@@ -1,0 +1,367 @@
+"""Steps as Kubeflow's tasks: one container component each, whose command is the step's own line.
+
+Nothing is said twice. A component's command is the stage's line in dvc.yaml with Kubeflow's placeholders in the
+place of paths and of the value of --params; two tasks are joined where one line writes the path that another
+reads; types come from the steps' signatures; where a step runs comes from resources.yaml. A task that takes a
+decision runs only if it says promote; one without an own stage in dvc.yaml runs uncached.
+"""
+
+import inspect
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from kfp import dsl
+
+from components import STEPS
+from components.contract import ROOT, Step, read_params
+from pipelines.placement import Placement
+
+ARTIFACTS: dict[str, Any] = {
+    "dataset": dsl.Dataset,
+    "splits": dsl.Dataset,
+    "predictions": dsl.Dataset,
+    "images": dsl.Dataset,
+    "trained": dsl.Model,
+    "bundle": dsl.Model,
+    "archive": dsl.Model,
+    "metrics": dsl.Metrics,
+    "report": dsl.HTML,
+    "card": dsl.HTML,
+}
+"""What an output is to Kubeflow, by its name; any other is a plain artifact."""
+
+FIELDS: dict[str, dict[str, Any]] = {
+    "metrics": {
+        "confusion": dsl.Output[dsl.ClassificationMetrics],
+        "roc": dsl.Output[dsl.ClassificationMetrics],
+    },
+    "decision": {"promote": dsl.OutputPath(bool)},
+    "drift": {"retrain": dsl.OutputPath(bool)},
+}
+"""Output -> the fields of its JSON that Kubeflow draws or branches on (`contract.report_outputs`)."""
+
+SCRATCH = Path("/tmp/cadx")  # noqa: S108 - in a container, which is its own
+"""Where a stage's `Keep` paths lie in its container: caches and checkpoints, which end with it."""
+
+ALL = "all_"
+"""Begins the name of an input that takes an output of every seed."""
+
+_INPUT = "{{$.inputs.artifacts['%s'].path}}"
+_OUTPUT = "{{$.outputs.artifacts['%s'].path}}"
+_PARAMETER = "{{$.inputs.parameters['%s']}}"
+
+Made = dict[str, tuple[Any, str]]
+"""Path -> the task that makes it, and the output's name there."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A step in one pipeline: its stage in dvc.yaml for one seed, or one that has no stage.
+
+    Attributes:
+        step: the step.
+        seed: None where it is not repeated per seed.
+        arguments: option -> its values in the command; empty where a parameter of the run holds it.
+    """
+
+    step: Step
+    seed: int | None
+    arguments: Mapping[str, tuple[str, ...]]
+
+    @property
+    def name(self) -> str:
+        """The task's and the component's name, such as train-0: DVC's, less the experiment."""
+        # No component serves two tasks: kfp's local runner names a task's folder by its component.
+        return self.step.name if self.seed is None else f"{self.step.name}-{self.seed}"
+
+    @property
+    def title(self) -> str:
+        """The name on Kubeflow's pages."""
+        return self.step.name if self.seed is None else f"{self.step.name} (seed {self.seed})"
+
+    @property
+    def outputs(self) -> dict[str, str]:
+        """Path -> the name of the output that is written there."""
+        return {self.arguments[name][0]: name for name in self.step.declaration().outputs}
+
+
+def stages(experiment: str) -> Iterator[Job]:
+    """The stages of dvc.yaml, its matrix unrolled for one experiment.
+
+    Raises:
+        ValueError: if dvc.yaml does not hold the experiment.
+    """
+    content = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+    matrix = content["vars"][0]
+    if experiment not in matrix["experiments"]:
+        known = ", ".join(matrix["experiments"])
+        raise ValueError(f"dvc.yaml: no experiment {experiment!r} under vars; it holds: {known}")
+    for step in STEPS:
+        if step.reproducible:
+            stage = content["stages"][step.name]
+            for seed in matrix["seeds"] if "seed" in stage["matrix"] else [None]:
+                line = stage["cmd"].replace("${item.experiment}", experiment)
+                yield Job(step, seed, _options(line.replace("${item.seed}", str(seed))))
+
+
+def one_seed(experiment: str, *names: str) -> Iterator[Job]:
+    """The named stages for the first seed alone, and without its number in their names."""
+    seen: set[str] = set()
+    for job in stages(experiment):
+        if job.step.name in names and job.step.name not in seen:
+            seen.add(job.step.name)
+            yield replace(job, seed=None)
+
+
+def _options(command: str) -> dict[str, tuple[str, ...]]:
+    options: dict[str, tuple[str, ...]] = {}
+    for word in shlex.split(command)[2:]:
+        if word.startswith("--"):
+            options[name := word[2:].replace("-", "_")] = ()
+        else:
+            options[name] += (word,)
+    return options
+
+
+def followers(jobs: Sequence[Job]) -> Iterator[Job]:
+    """The steps without a stage, all of whose inputs `jobs` make, or such steps before them."""
+    made: dict[str, list[str]] = {}
+    of_seeds: dict[str, list[str]] = {}
+    for job in jobs:
+        for path, name in job.outputs.items():
+            made.setdefault(name, []).append(path)
+            if job.seed is not None:
+                of_seeds.setdefault(f"{ALL}{name}", []).append(path)
+    for step in STEPS:
+        inputs = [name for name in step.declaration().inputs if not _may_be_left_out(step, name)]
+        # Without a choice among seeds, the first is meant.
+        sources = {name: of_seeds.get(name) or made.get(name, [])[:1] for name in inputs}
+        if not step.reproducible and all(sources.values()):
+            job = alone(step, **{name: tuple(paths) for name, paths in sources.items()})
+            made |= {name: [path] for path, name in job.outputs.items()}
+            yield job
+
+
+def alone(step: Step, **inputs: tuple[str, ...]) -> Job:
+    """A step without a stage: the paths of its inputs are given, all else becomes a parameter of the run."""
+    paths = inputs | {name: (f"{step.name}/{name}",) for name in step.declaration().outputs}
+    return Job(
+        step,
+        None,
+        {
+            name: paths.get(name, ())
+            for name in signature(step).parameters
+            if name in paths or not _may_be_left_out(step, name)
+        },
+    )
+
+
+def _may_be_left_out(step: Step, name: str) -> bool:
+    return name in step.declaration().inputs and signature(step).parameters[name].default is None
+
+
+def step_named(name: str) -> Step:
+    """The step of that name."""
+    return next(step for step in STEPS if step.name == name)
+
+
+def signature(step: Step) -> inspect.Signature:
+    """The signature of the step's own function."""
+    return inspect.signature(inspect.unwrap(step.load()))
+
+
+def parameters(
+    jobs: Sequence[Job], experiment: str, params: Path, **changed: Mapping[str, Any]
+) -> dict[str, inspect.Parameter]:
+    """The parameters that jobs take, by name, with their defaults: `experiment`, and each step's section.
+
+    Args:
+        jobs: the jobs of a pipeline.
+        experiment: a section of `params`, whose values are the defaults.
+        params: the parameter file.
+        changed: step -> what has another default in this pipeline.
+
+    Raises:
+        ValueError: if `params` does not hold the experiment, or a section does not validate.
+    """
+    found = {"experiment": parameter("experiment", str, experiment)}
+    for step in dict.fromkeys(job.step for job in jobs):
+        cls = step.declaration().params
+        assert cls is not None
+        section = read_params(f"{params}:{experiment}", step.name, cls)
+        # Kubeflow's parameters know no null: what is left out takes its default.
+        plain = section.model_dump(mode="json", exclude_none=True)
+        assert cls.model_validate(plain) == section, (
+            f"{step.name}: a default that is not None, where None may be"
+        )
+        found[step.name] = parameter(step.name, dict, plain | dict(changed.get(step.name, {})))
+    for job in jobs:
+        for name, declared in signature(job.step).parameters.items():
+            if name != "params" and not job.arguments.get(name, True):
+                found[name] = parameter(name, _kind(job.step, name), declared.default)
+    return found
+
+
+def add_jobs(
+    jobs: Iterable[Job], made: Made, given: Mapping[str, Any], image: str, placements: Mapping[str, Placement]
+) -> Made:
+    """Add tasks to the pipeline that is being built; `made` with what they make.
+
+    Args:
+        jobs: what is to be run, in an order in which each comes after those that it needs.
+        made: what there is already.
+        given: the pipeline's parameters.
+        image: the container's.
+        placements: step -> where it runs.
+    """
+    for job in jobs:
+        with _promoted_only(job, made):
+            task = add_job(job, made, given, image, placements)
+        made = made | {path: (task, name) for path, name in job.outputs.items()}
+    return made
+
+
+def _promoted_only(job: Job, made: Made) -> AbstractContextManager[Any]:
+    """Where a job without a stage is bound to a decision: the branch that is taken if it says promote."""
+    if job.step.reproducible or "decision" not in job.step.declaration().inputs:
+        return nullcontext()
+    decided, _ = made[job.arguments["decision"][0]]
+    branch: AbstractContextManager[Any] = dsl.If(decided.outputs["promote"] == True, "promoted")  # noqa: E712
+    return branch
+
+
+def add_job(
+    job: Job,
+    made: Made,
+    given: Mapping[str, Any],
+    image: str,
+    placements: Mapping[str, Placement],
+    *,
+    alarms: bool = False,
+) -> Any:
+    """Add a job to the pipeline: a component whose command is the job's, and a task that runs it.
+
+    Args:
+        job: what is to be run.
+        made: what there is already.
+        given: the pipeline's parameters.
+        image: the container's.
+        placements: step -> where it runs.
+        alarms: the step's alarm (exit status 3) is an answer that the pipeline branches on, and no failure.
+    """
+    declared = job.step.declaration()
+    interface: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
+    words: list[str] = []
+    for name, values in job.arguments.items():
+        words.append(f"--{name.replace('_', '-')}")
+        if name in declared.outputs:
+            interface |= {name: dsl.Output[ARTIFACTS.get(name, dsl.Artifact)], **FIELDS.get(name, {})}
+            words.append(_OUTPUT % name)
+        elif name in declared.inputs and values:
+            for number, path in enumerate(values):
+                if path not in made:  # a file of the checkout, and so of the image
+                    words.append(path)
+                    continue
+                entry = name if len(values) == 1 else f"{name}_{number}"
+                task, output = made[path]
+                interface[entry] = dsl.Input[ARTIFACTS.get(job_output(name, output), dsl.Artifact)]
+                arguments[entry] = task.outputs[output]
+                words.append(_INPUT % entry)
+        elif name in declared.keeps and values:
+            words.append(str(SCRATCH / values[0]))
+        else:
+            interface[name] = _kind(job.step, name)
+            held = job.step.name if name == "params" else name
+            arguments[name] = given[held] if held in given else interface[name](*values)
+            words.append(_PARAMETER % name)
+    command = ["cadx", job.step.name]
+    if alarms:
+        command = ["sh", "-c", f'cadx {job.step.name} "$@" || test $? = 3', job.step.name]
+    container = dsl.ContainerSpec(image=image, command=command, args=[*words, "--executor-input", "{{$}}"])
+    component = dsl.container_component(
+        function(
+            job.name,
+            job.step.summary,
+            [parameter(name, annotation) for name, annotation in interface.items()],
+            lambda *_: container,
+        )
+    )
+    task = component(**arguments)
+    task.set_display_name(job.title).set_caching_options(job.step.reproducible)
+    placements[job.step.name].apply(task, retry=job.step.reproducible)
+    return task
+
+
+def job_output(name: str, output: str) -> str:
+    """The name that tells an input's type: its maker's, or its own where the maker is an importer or a pipeline."""
+    return output if output in ARTIFACTS else name.removeprefix(ALL)
+
+
+def imported(uri: Any, name: str, title: str) -> Any:
+    """A task whose output `artifact` is what lies at an address, registered as what `name` is to Kubeflow."""
+    task = dsl.importer(artifact_uri=uri, artifact_class=ARTIFACTS[name], reimport=False)
+    return task.set_display_name(title)
+
+
+def _kind(step: Step, name: str) -> Any:
+    """What an argument other than an artifact is to Kubeflow: a Python type."""
+    declared = step.declaration()
+    if name == "params":
+        return dict
+    return str if name in (*declared.keeps, *declared.inputs) else signature(step).parameters[name].annotation
+
+
+def parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    """A keyword argument."""
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+
+
+def document(summary: str, told: Mapping[str, str], asked: Iterable[str]) -> str:
+    """A docstring that kfp turns into the pipeline's description and into its parameters' help.
+
+    Args:
+        summary: the first line.
+        told: parameter -> its help, for those that are no step's section.
+        asked: the pipeline's parameters.
+    """
+    steps = {step.name: f"Section of the step: {step.summary}" for step in STEPS}
+    lines = [f"    {name}: {told.get(name) or steps.get(name) or HELP[name]}" for name in asked]
+    return "\n".join([summary, "", "Args:", *lines]) + "\n"
+
+
+HELP = {
+    "experiment": "Name of the experiment, which the bundle and every report carry.",
+    "model_store": "Folder of TorchServe's archives, on a volume that the server reads too.",
+    "key_file": "TorchServe's tokens, key_file.json, from a secret or a volume.",
+    "inference": "Address of TorchServe's inference API.",
+    "management": "Address of TorchServe's management API, which only the cluster's inside reaches.",
+    "request_log": "Folder of what the served model has answered, on a volume.",
+    "requests": "Folder of the watch's own tables of these, on a volume.",
+    "webhook": "Address that an alarm is sent to; empty: none.",
+    "bundle_uri": "Where the trained bundle lies, such as s3://models/phantom-xray/bundle; one address, one content.",
+    "images_uri": "The folder of files to be answered, such as s3://inbox/2026-11-28.",
+}
+"""What parameters other than a step's section mean."""
+
+
+def function(
+    name: str,
+    doc: str,
+    arguments: Iterable[inspect.Parameter],
+    body: Callable[..., Any],
+    returns: Any = inspect.Signature.empty,
+) -> Callable[..., Any]:
+    """`body` under a signature of its own: kfp reads all that it needs to know off a function."""
+
+    def run(*values: Any) -> Any:
+        return body(*values)
+
+    run.__name__, run.__doc__ = name, doc
+    run.__signature__ = inspect.Signature(list(arguments), return_annotation=returns)  # type: ignore[attr-defined]
+    return run

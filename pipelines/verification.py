@@ -1,0 +1,309 @@
+"""`cadx verify`: the chain of `cadx.verifying`, with what the steps and the endpoint know of it."""
+
+import shutil
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from cadx.bundle import Manifest, parameters_digest, read_manifest
+from cadx.datasets import DatasetFolder
+from cadx.files import digest_bytes, digest_path
+from cadx.gating import Decision, read_decision
+from cadx.reading.images import encode_png
+from cadx.signing import REVIEW, objection, read_review, signature_of
+from cadx.types import Digest
+from cadx.verifying import (
+    Link,
+    bundle_links,
+    code_links,
+    compare,
+    data_links,
+    decision_links,
+    fields,
+    predicted_by,
+    show,
+    signature_link,
+    split_links,
+    weights_links,
+)
+from components.contract import ROOT, read_params, source_digests
+from components.gate import GateParams
+from components.package import PackageParams, release_of
+from components.train import TrainParams
+from serving.archive import BUNDLE, RELEASE, Release, read_release, write_archive
+from serving.client import Client
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Where the links of one model's chain lie; None where one is not at hand."""
+
+    bundle: Path
+    dataset: Path | None = None
+    splits: Path | None = None
+    validation: Path | None = None
+    imbalance: Path | None = None
+    predictions: Path | None = None
+    metrics: Path | None = None
+    review: Path | None = None
+    decision: Path | None = None
+    archive: Path | None = None
+    deployment: Path | None = None
+    signature: Path | None = None
+    public_key: Path | None = None
+    params: Path | None = None
+    endpoint: str = ""
+    key_file: Path | None = None
+
+
+def verify(target: str, *, work: Path, reports: Path, **given: Any) -> bool:
+    """Follow the chain of a bundle, an archive, or every seed of an experiment; True if no link is broken.
+
+    Args:
+        target: a bundle folder, an archive, or an experiment's name.
+        work: the folder of data sets and bundles.
+        reports: the folder of reports.
+        given: fields of `Evidence` that lie elsewhere than the layout of the stages has them.
+
+    Raises:
+        ValueError: if there is no such bundle, archive or experiment, or the key is none.
+    """
+    given = {name: path for name, path in given.items() if path}
+    path = Path(target)
+    if path.is_file():
+        with TemporaryDirectory() as folder:
+            inside = _unpacked(path, Path(folder))
+            beside = path.parent / BUNDLE
+            evidence = _beside(beside, reports) if beside.is_dir() else Evidence(inside)
+            evidence = replace(evidence, **({"bundle": inside, "archive": path} | given))
+            return show(target, _links(evidence))
+    if path.is_dir():
+        return show(target, _links(replace(_beside(path, reports), **given)))
+    bundles = sorted((work / target).glob(f"*/{BUNDLE}"))
+    if not bundles:
+        raise ValueError(
+            f"{target}: no bundle, no archive, and no experiment with bundles in {work}; give one of these"
+        )
+    hold = [show(str(bundle), _links(replace(_beside(bundle, reports), **given))) for bundle in bundles]
+    return all(hold)  # each is shown, broken or not
+
+
+def _beside(bundle: Path, reports: Path) -> Evidence:
+    """What the stages have laid around a bundle: `<work>/<experiment>/<seed>/bundle`, and its reports."""
+    seed = bundle.resolve().parent
+    told = reports / seed.parent.name
+    places: dict[str, Any] = {
+        "dataset": seed.parent / "dataset",
+        "splits": seed.parent / "splits.parquet",
+        "validation": told / "validation.json",
+        "imbalance": told / "imbalance.json",
+        "predictions": told / seed.name / "predictions.parquet",
+        "metrics": told / seed.name / "metrics.json",
+        "review": told / seed.name / "review",
+        "decision": told / seed.name / "decision.json",
+        "archive": seed / "model.mar",
+        "deployment": told / "serving" / "deployment.json",
+        "signature": signature_of(bundle),
+        "params": Path("params.yaml"),
+    }
+    return replace(Evidence(bundle), **{name: path for name, path in places.items() if path.exists()})
+
+
+def _links(at: Evidence) -> Iterator[Link]:
+    """The links from the data to the endpoint."""
+    try:
+        manifest, digest = read_manifest(at.bundle)
+    except ValueError as error:
+        yield Link("bundle", "broken", str(at.bundle), str(error))
+        return
+    metrics, decided = fields(at.metrics), _decided(at.decision)
+    release = _release(at.archive)
+    deployment = fields(at.deployment)
+    if deployment.get("bundle") != digest:  # another seed, or another version, is in service
+        deployment = {}
+    yield from data_links(at.dataset, manifest)
+    yield from split_links(at.splits, at.dataset, at.validation, manifest)
+    yield from code_links(ROOT, source_digests("train"), manifest)
+    yield _parameters(at, manifest)
+    yield from weights_links(at.bundle, manifest)
+    names: dict[Path | None, Any] = {
+        at.predictions: at.predictions and predicted_by(at.predictions),
+        at.metrics: metrics.get("bundle"),
+        at.decision: decided and decided.bundle,
+        at.archive: release and release.bundle,
+        at.deployment: deployment.get("bundle"),
+    }
+    yield from bundle_links(
+        at.bundle, digest, {path: named for path, named in names.items() if path and named}
+    )
+    yield signature_link(at.bundle, at.signature, at.public_key)
+    yield compare("metrics", at.predictions, metrics.get("predictions"), "metrics.json")
+    yield compare("metrics", at.metrics, decided.metrics if decided else None, "decision.json")
+    if at.review is not None:
+        yield _review(at, digest)
+    yield from decision_links(at.decision, release.decision.digest if release else None, RELEASE)
+    if at.archive is None:
+        yield Link("archive", "not at hand", said="no archive given")
+    elif release is None:
+        yield Link("archive", "broken", f"{at.archive}: {RELEASE}", "cannot be read")
+    else:
+        yield from _archive(at, at.archive, release, decided, manifest, digest)
+        if deployment:
+            yield compare("archive", at.archive, deployment.get("archive"), "deployment.json")
+    yield _endpoint(at, release, digest)
+
+
+def _decided(decision: Path | None) -> Decision | None:
+    try:
+        return read_decision(decision) if decision and decision.exists() else None
+    except ValueError:
+        return None
+
+
+def _release(archive: Path | None) -> Release | None:
+    try:
+        return read_release(archive) if archive else None
+    except ValueError:
+        return None
+
+
+def _parameters(at: Evidence, manifest: Manifest) -> Link:
+    """Whether the parameters of today give the record that the bundle was trained with."""
+    if at.params is None or at.imbalance is None:
+        return Link("parameters", "not at hand", said="params.yaml and imbalance.json are needed")
+    where = f"{at.params}:{manifest.experiment}"
+    try:
+        found = parameters_digest(read_params(where, "train", TrainParams).resolve(at.imbalance))
+    except ValueError as error:
+        return Link("parameters", "not at hand", where, str(error))
+    if found == manifest.provenance.parameters:
+        return Link("parameters", "ok", where, "as bundle.json says", found, found)
+    said = f"trained with others: {manifest.experiment}.train there, or {at.imbalance}, has changed"
+    return Link("parameters", "broken", where, said, manifest.provenance.parameters, found)
+
+
+def _review(at: Evidence, digest: Digest) -> Link:
+    assert at.review is not None, "the caller looks"
+    file = str(at.review / REVIEW)
+    if at.params is None:
+        return Link("review", "not at hand", file, "params.yaml holds the reviewers' keys")
+    try:
+        review = read_review(at.review)
+        experiment = read_manifest(at.bundle)[0].experiment
+        reviewers = read_params(f"{at.params}:{experiment}", "gate", GateParams).reviewers
+        wrong = objection(at.review, reviewers)
+    except ValueError as error:
+        return Link("review", "broken", file, str(error))
+    if review.bundle != digest:
+        wrong = wrong or "signed for another bundle"
+    if at.metrics and review.metrics != digest_path(at.metrics):
+        wrong = wrong or "signed for other numbers"
+    return Link("review", "broken" if wrong else "ok", file, wrong or f"signed by {review.reviewer}")
+
+
+def _archive(
+    at: Evidence,
+    archive: Path,
+    release: Release,
+    decided: Decision | None,
+    manifest: Manifest,
+    digest: Digest,
+) -> Iterator[Link]:
+    """Whether an archive is what `package` would make again of the bundle, byte for byte."""
+    if decided is None or at.decision is None:
+        yield Link("archive", "not at hand", str(archive), "its decision is needed")
+    else:
+        try:
+            name = read_params(f"{at.params}:{manifest.experiment}", "package", PackageParams).name
+        except ValueError:
+            name = None
+        expected = release_of(name or manifest.experiment, manifest, digest, at.decision)
+        for field, value in expected:
+            if getattr(release, field) != value:
+                said = f"its {field} is not that of bundle and decision"
+                yield Link("archive", "broken", f"{archive}: {RELEASE}", said)
+    with TemporaryDirectory() as folder:
+        again = Path(folder) / "again.mar"
+        try:
+            write_archive(again, at.bundle, release)
+        except ValueError as error:
+            yield Link("archive", "not at hand", str(archive), f"the bundle cannot be packed again: {error}")
+            return
+        if (found := digest_path(archive)) == (expected_digest := digest_path(again)):
+            yield Link("archive", "ok", str(archive), "what packing makes of the bundle", found, found)
+            return
+        differing = _differing(again, archive) or [""]
+    for member in differing:
+        said = "not what packing makes of the bundle" if member else "its directory of files is damaged"
+        yield Link(
+            "archive",
+            "broken",
+            f"{archive}: {member}" if member else str(archive),
+            said,
+            expected_digest,
+            found,
+        )
+
+
+def _differing(expected: Path, found: Path) -> list[str]:
+    """The members of two archives that are not the same in both."""
+    members = [_members(archive) for archive in (expected, found)]
+    return sorted(
+        name for name in members[0].keys() | members[1].keys() if members[0].get(name) != members[1].get(name)
+    )
+
+
+def _members(archive: Path) -> dict[str, Digest | None]:
+    found: dict[str, Digest | None] = {}
+    with zipfile.ZipFile(archive) as opened:
+        for name in opened.namelist():
+            try:
+                found[name] = digest_bytes(opened.read(name))
+            except zipfile.BadZipFile:
+                found[name] = None
+    return found
+
+
+def _unpacked(archive: Path, folder: Path) -> Path:
+    """The bundle of an archive, as it is, in `folder`."""
+    try:
+        opened = zipfile.ZipFile(archive)
+    except zipfile.BadZipFile:
+        raise ValueError(f"{archive}: no archive, or its directory of files is damaged") from None
+    with opened:
+        for name in opened.namelist():
+            if not name.startswith(f"{BUNDLE}/") or ".." in Path(name).parts:
+                continue
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with opened.open(name) as member, (folder / name).open("wb") as target:
+                    shutil.copyfileobj(member, target)
+            except zipfile.BadZipFile:  # its checksum does not hold: what was read is compared all the same
+                continue
+    return folder / BUNDLE
+
+
+def _endpoint(at: Evidence, release: Release | None, digest: Digest) -> Link:
+    """Which bundle a running server answers from, by the golden question about one image."""
+    if not at.endpoint:
+        return Link("endpoint", "not at hand", said="no --endpoint given")
+    if release is None or at.dataset is None:
+        return Link("endpoint", "not at hand", at.endpoint, "archive and dataset are needed to ask it")
+    folder = DatasetFolder(at.dataset)
+    if folder.info.kind != "image":
+        return Link("endpoint", "not at hand", at.endpoint, f"asked by images, not by {folder.info.kind}")
+    client = Client(at.endpoint, release.name, key_file=at.key_file)
+    ask = client.detect if folder.info.task == "detection" else client.predict
+    try:
+        answer = ask(encode_png(folder.pixels(folder.samples["sample_id"].iloc[0])), golden=True)
+    except (ValueError, ConnectionError) as error:  # refused; no key file, since the server is not there
+        return Link("endpoint", "broken", at.endpoint, str(error))
+    said = f"{release.name} {answer.model.version} answers"
+    if answer.model.bundle == digest:
+        return Link("endpoint", "ok", at.endpoint, said, digest, digest)
+    return Link(
+        "endpoint", "broken", at.endpoint, f"{said}, from another bundle", digest, answer.model.bundle
+    )

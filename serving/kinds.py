@@ -1,0 +1,300 @@
+"""The four kinds of request: what each sends, what it gets back, and how an answer explains itself."""
+
+import base64
+import gzip
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cadx.drift import image_statistics
+from cadx.explaining import overlay
+from cadx.loading import VolumePreprocessing
+from cadx.predicting.bags import EmbeddedSlides, RawSlide, SlideSubject
+from cadx.reading.images import read_image
+from cadx.reading.volumes import read_volume
+from cadx.types import Prediction, RawImage, RawVolume
+from serving.answering import Answerer, Outcome, RequestLog, png_text
+
+SLIDE_ROOT = "CADX_SLIDE_ROOT"
+"""Environment variable: the folder that holds the slides which may be asked about; without it none may."""
+GOLDEN_SLIDES = "CADX_GOLDEN_SLIDES"
+"""Environment variable: the folder of slides that a deployment asks about."""
+SLIDE_CACHE = "CADX_SLIDE_CACHE"
+"""Environment variable: the folder of embeddings of slides that were answered; without it none are kept."""
+MAX_SLIDE_REQUEST_BYTES = 4096
+SHOWN_TILES = 64
+"""Tiles of a slide that an explanation lists, those with most attention."""
+MAX_MAP_BYTES = 32 << 20
+"""Of a packed attention map; the response may not become larger than the server lets through."""
+
+
+class RadiographAnswerer(Answerer):
+    """DICOM, PNG or JPEG in; probabilities out, and on request the attention map in the image's own size."""
+
+    kind = "radiograph"
+
+    def read(self, body: bytes, *, golden: bool) -> RawImage:
+        """The image."""
+        return read_image(body)
+
+    def attributes(self, raw: RawImage) -> Mapping[str, Any]:
+        """What the file says."""
+        return raw.attributes
+
+    def predict(self, raws: Sequence[Any], *, attention: bool) -> list[Outcome]:
+        """What the model says of images."""
+        outcomes = []
+        for prediction in self._predictor.predict_many(raws, attention=attention):
+            explanation = {}
+            if prediction.attention is not None:
+                explanation["attention_png"] = png_text(_levels(prediction.attention))
+            outcomes.append(_labelled(prediction, explanation))
+        return outcomes
+
+
+class DetectionAnswerer(Answerer):
+    """DICOM, PNG or JPEG in; boxes out. They are their own explanation: attention is not asked of a detector."""
+
+    kind = "detection"
+
+    def read(self, body: bytes, *, golden: bool) -> RawImage:
+        """The image."""
+        return read_image(body)
+
+    def attributes(self, raw: RawImage) -> Mapping[str, Any]:
+        """What the file says."""
+        return raw.attributes
+
+    def predict(self, raws: Sequence[Any], *, attention: bool) -> list[Outcome]:
+        """The boxes in images, in stored pixels and by falling score, and which of them the operating point calls."""
+        classes, thresholds = self.release.classes, self._operating_point.thresholds
+        for raw in raws:
+            self._predictor.subject.require_spacing(raw)
+        outcomes = []
+        for raw, found in zip(raws, self._predictor.detect(raw.pixels for raw in raws), strict=True):
+            boxes = [
+                {
+                    "class": classes[label],
+                    "score": score,
+                    "box_xyxy": box,
+                    "called": score >= thresholds[classes[label]],
+                }
+                for box, label, score in zip(*(field.tolist() for field in found), strict=True)
+            ]
+            statistics = image_statistics(raw.pixels)
+            called = {box["class"] for box in boxes if box["called"]}
+            best = {
+                name: max((box["score"] for box in boxes if box["class"] == name), default=0.0)
+                for name in classes
+            }
+            outcomes.append(
+                Outcome(
+                    {"boxes": boxes, "decision": [name for name in classes if name in called]},
+                    # A class's best score stands where other kinds have its probability: so one watch serves all.
+                    {"boxes": boxes, "probabilities": best, "prediction_set": None, "refer": False},
+                    statistics,
+                    np.empty(0, np.float32),
+                    (*raw.assumptions, *self._predictor.unusual(statistics)),
+                )
+            )
+        return outcomes
+
+
+class VolumeAnswerer(Answerer):
+    """A NIfTI file or a zip of one DICOM series in; probabilities out, and on request where the model looked.
+
+    That is a NIfTI overlay on the volume's own place in space, which any viewer lays over the original, and a
+    picture of the axial slice that got most attention.
+    """
+
+    kind = "volume"
+
+    def read(self, body: bytes, *, golden: bool) -> RawVolume:
+        """The volume; its bytes are in memory alone, under a name that ends with the call."""
+        file = os.memfd_create("volume", os.MFD_CLOEXEC)
+        try:
+            with open(file, "wb", closefd=False) as stream:
+                stream.write(body)
+            return read_volume(Path(f"/proc/self/fd/{file}"))
+        finally:
+            os.close(file)
+
+    def attributes(self, raw: RawVolume) -> Mapping[str, Any]:
+        """What the files say."""
+        return raw.attributes
+
+    def predict(self, raws: Sequence[Any], *, attention: bool) -> list[Outcome]:
+        """What the model says of volumes."""
+        outcomes = []
+        for raw, prediction in zip(
+            raws, self._predictor.predict_many(raws, attention=attention), strict=True
+        ):
+            explanation: dict[str, Any] = {}
+            warnings: tuple[str, ...] = raw.findings
+            if prediction.attention is not None:
+                explanation["attention"], more = self._explained(raw, prediction.attention)
+                warnings += more
+            outcomes.append(_labelled(prediction, explanation, warnings))
+        return outcomes
+
+    def _explained(self, raw: RawVolume, attention: np.ndarray) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """The explanation, and warnings about it."""
+        most = int(attention.max(axis=(1, 2)).argmax())
+        preprocessing = self._predictor.bundle.manifest.preprocessing
+        assert isinstance(preprocessing, VolumePreprocessing)
+        plane = raw.voxels[most].astype(np.float32)
+        low, high = preprocessing.window_hu or (float(plane.min()), float(plane.max()))
+        gray = (np.clip((plane - low) / max(high - low, 1e-6), 0, 1) * 255).round().astype(np.uint8)
+        # As radiologists look at it: anterior above, the patient's right on the left.
+        shown = overlay(gray[::-1, ::-1], attention[most, ::-1, ::-1])
+        explained: dict[str, Any] = {"slice": most, "slice_png": png_text(shown), "nifti": None}
+        packed = gzip.compress(encode_nifti(_levels(attention), raw.affine, raw.spacing_mm), 1, mtime=0)
+        if len(packed) > MAX_MAP_BYTES:
+            return explained, ("the attention map is too large to be sent; its slice is sent alone",)
+        return explained | {"nifti": base64.b64encode(packed).decode()}, ()
+
+
+class SlideAnswerer(Answerer):
+    """The path of a slide under the allowed root in; probabilities out, and on request the tiles that decided.
+
+    Slides are gigabytes, so they are not sent: the server reads them where they lie. What a slide's tiles were
+    encoded to is kept by the slide's digest: asked again, it is answered at once.
+    """
+
+    kind = "slide"
+
+    def __init__(self, folder: Path, *, device: str = "cpu", log: RequestLog | None = None) -> None:
+        super().__init__(folder, device=device, log=log)
+        if cache := os.environ.get(SLIDE_CACHE):
+            assert isinstance(self._predictor.subject, SlideSubject)
+            self._predictor.subject.cache = EmbeddedSlides(Path(cache))
+
+    def read(self, body: bytes, *, golden: bool) -> RawSlide:
+        """The slide that the body, {"path": ...}, names."""
+        raw = self._predictor.subject.read(slide_under(_slide_root(golden), _asked_path(body)))
+        assert isinstance(raw, RawSlide)
+        return raw
+
+    def attributes(self, raw: RawSlide) -> Mapping[str, Any]:
+        """What the file says."""
+        return raw.summary.attributes
+
+    def predict(self, raws: Sequence[Any], *, attention: bool) -> list[Outcome]:
+        """What the model says of slides."""
+        outcomes = []
+        for raw, prediction in zip(
+            raws, self._predictor.predict_many(raws, attention=attention), strict=True
+        ):
+            explanation = {}
+            if prediction.attention is not None:
+                explanation["attention"] = self._explained(raw, prediction.attention)
+            outcomes.append(_labelled(prediction, explanation))
+        return outcomes
+
+    def _explained(self, raw: RawSlide, attention: np.ndarray) -> dict[str, Any]:
+        preprocessing = self._predictor.bundle.manifest.preprocessing
+        side_um = preprocessing.tile_px * preprocessing.mpp  # type: ignore[union-attr]
+        mpp = raw.summary.slide_mpp
+        order = np.argsort(-raw.tiles.weights, kind="stable")[:SHOWN_TILES]
+        return {
+            "thumbnail_png": png_text(overlay(raw.summary.thumbnail, np.nan_to_num(attention))),
+            "num_tiles": len(raw.tiles.weights),
+            "tiles": [
+                {
+                    "x_px": round(x_um / mpp),
+                    "y_px": round(y_um / mpp),
+                    "side_px": round(side_um / mpp),
+                    "weight": weight,
+                }
+                for (x_um, y_um), weight in zip(
+                    raw.tiles.seen_um.numpy()[order].tolist(), raw.tiles.weights[order].tolist(), strict=True
+                )
+            ],
+        }
+
+
+def slide_under(root: Path | None, path: str) -> Path:
+    """The slide's file, links followed, if it lies under `root`.
+
+    Raises:
+        ValueError: if it does not. What is there outside of the root, or is not, sounds the same.
+    """
+    if root is None:
+        raise ValueError(f"this server reads no slides; start it with {SLIDE_ROOT} set to their folder")
+    try:
+        home = root.resolve(strict=True)
+        file = (home / path).resolve(strict=True)
+        if file.is_relative_to(home) and file.is_file():
+            return file
+    except (OSError, ValueError, RuntimeError):  # not there; a NUL in the path; a loop of links
+        pass
+    raise ValueError("no such slide under the server's slide root; give a path relative to it")
+
+
+def encode_nifti(
+    voxels: np.ndarray, affine: np.ndarray | None, spacing_mm: Sequence[float] = (1, 1, 1)
+) -> bytes:
+    """A NIfTI file that `read_volume` reads as these very voxels, D H W = S, A, R.
+
+    Args:
+        voxels: uint8, uint16, int16 or float32.
+        affine: as in `RawVolume`; None for one of `spacing_mm` alone.
+        spacing_mm: (D, H, W), used without an affine.
+    """
+    import nibabel
+
+    if affine is None:
+        depth_mm, height_mm, width_mm = spacing_mm
+        affine = np.array(
+            [[0, 0, width_mm, 0], [0, height_mm, 0, 0], [depth_mm, 0, 0, 0], [0, 0, 0, 1]], np.float64
+        )
+    image = nibabel.Nifti1Image(voxels.transpose(2, 1, 0), affine[:, [2, 1, 0, 3]])  # type: ignore[no-untyped-call]
+    image.header.set_xyzt_units("mm")  # type: ignore[no-untyped-call]
+    out = io.BytesIO()
+    image.to_stream(out)
+    return out.getvalue()
+
+
+def _asked_path(body: bytes) -> str:
+    if len(body) > MAX_SLIDE_REQUEST_BYTES:
+        raise ValueError('slides are not sent but named; send {"path": "..."}, relative to the slide root')
+    try:
+        path = json.loads(body)["path"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        path = None
+    if not isinstance(path, str) or not path:
+        raise ValueError('no slide named; send {"path": "..."}, relative to the slide root')
+    return path
+
+
+def _slide_root(golden: bool) -> Path | None:
+    root = os.environ.get(GOLDEN_SLIDES if golden else SLIDE_ROOT)
+    return Path(root) if root else None
+
+
+def _labelled(
+    prediction: Prediction, explanation: Mapping[str, Any], warnings: tuple[str, ...] = ()
+) -> Outcome:
+    """The outcome of a model that answers with classes."""
+    said = {
+        "probabilities": prediction.probabilities,
+        "prediction_set": prediction.prediction_set,
+        "refer": prediction.refer,
+    }
+    return Outcome(
+        {**said, "decision": prediction.decision, **explanation},
+        said,
+        prediction.statistics,
+        prediction.embedding,
+        (*prediction.warnings, *warnings),
+    )
+
+
+def _levels(attention: np.ndarray) -> np.ndarray:
+    """An attention map, 0..1, as uint8."""
+    return np.rint(attention * 255).astype(np.uint8)

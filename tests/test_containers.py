@@ -1,0 +1,268 @@
+"""The images, and the Kubeflow pipeline in them: the same bytes as on this machine, without rights, without rests.
+
+Those marked `container` use the Docker engine that answers, or with CADX_ENGINE=1 start one of their own (root and
+dockerd), and build the image with it: minutes the first time, seconds after.
+"""
+
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from components.contract import ROOT
+from pipelines import tasks
+
+EXPERIMENT = "phantom-xray-pilot"
+QUICK = {
+    "train": {"epochs": 1, "preprocessing": {"height_px": 32, "width_px": 32}},
+    "evaluate": {"split": "test", "resamples": 50, "minimum_n": 5},
+    "summarise": {"resamples": 50, "minimum_n": 5},
+}
+ENGINE = Path("/var/tmp/cadx-engine")
+"""Of an engine that is started here: it keeps the layers for the next time."""
+IMAGE = "cadx/steps"
+
+
+def locked(name: str) -> set[str]:
+    """Package, version and marker of each line of a lock."""
+    lines = (ROOT / f"requirements/{name}.txt").read_text().splitlines()
+    return {line.removesuffix(" \\") for line in lines if re.match(r"[\w.-]+==", line)}
+
+
+def pins(name: str) -> set[str]:
+    return {line.split(" ")[0] for line in locked(name)}
+
+
+def test_images_hold_versions_of_the_one_lock_and_no_tool_of_developers() -> None:
+    assert pins("steps") < pins("serving") < pins("all")
+    named = {pin.partition("==")[0] for pin in pins("serving")}
+    assert not named & {"kfp", "dvc", "pytest", "mypy", "ruff", "uv"}
+
+
+def test_recipes_name_no_address_and_see_neither_data_nor_keys() -> None:
+    recipe = (ROOT / "Dockerfile").read_text()
+    assert not re.search(r"https?://|index-url", recipe)
+    rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
+    assert rules[0] == "*"
+    assert {rule for rule in rules if "data" in rule} == {"!data/catalog.yaml"}
+    for stage in re.split(r"^FROM ", recipe, flags=re.MULTILINE)[1:]:
+        if stage.startswith("runtime AS"):
+            assert "RUN" not in stage
+
+
+# --- On an engine -------------------------------------------------------------------------------------
+
+
+def docker(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    # A newer client without BuildKit's plugin may stand before Debian's own.
+    client = "/usr/bin/docker" if Path("/usr/bin/docker").exists() else "docker"
+    return subprocess.run([client, *arguments], capture_output=True, text=True, check=check)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[None]:
+    if shutil.which("docker") and docker("info", check=False).returncode == 0:
+        yield
+        return
+    if os.getuid() != 0 or not shutil.which("dockerd") or not os.environ.get("CADX_ENGINE"):
+        pytest.skip(
+            "NO DOCKER ENGINE: nothing was run in containers; start one, or set CADX_ENGINE=1 and have one started"
+        )
+    started = subprocess.run(
+        [ROOT / ".ci/engine", "start", ENGINE], capture_output=True, text=True, check=False
+    )
+    if started.returncode:
+        pytest.skip(f"NO DOCKER ENGINE: nothing was run in containers; {started.stderr.strip()}")
+    os.environ["DOCKER_HOST"] = f"unix://{ENGINE}/docker.sock"
+    yield
+    del os.environ["DOCKER_HOST"]
+    subprocess.run([ROOT / ".ci/engine", "stop", ENGINE], check=True)
+
+
+@pytest.fixture(scope="module")
+def image(engine: None) -> str:
+    """This checkout's image, on this machine's Python where no registry is reached."""
+    settings = {"DOCKER": "/usr/bin/docker"} if Path("/usr/bin/docker").exists() else {}
+    settings |= {"IMAGES": "steps", "BUILD_FLAGS": "--network=host", "PYTHON": sys.executable}
+    base = os.environ.get("BASE_IMAGE", "cadx-base")
+    if docker("image", "inspect", base, check=False).returncode:
+        if not shutil.which("mmdebstrap"):
+            pytest.skip(
+                "NO BASE IMAGE: nothing was run in containers; name one in BASE_IMAGE, or install mmdebstrap"
+            )
+        make("base-image", settings)
+    make("images", settings | {"BASE_IMAGE": base})
+    return IMAGE
+
+
+def make(target: str, settings: dict[str, str]) -> None:
+    words = [f"{name}={value}" for name, value in settings.items()]
+    done = subprocess.run(["make", target, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def params(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sections = yaml.safe_load((ROOT / "params.yaml").read_text())[EXPERIMENT]
+    quick = {name: {**section, **QUICK.get(name, {})} for name, section in sections.items()}
+    path = tmp_path_factory.mktemp("quick") / "params.yaml"
+    path.write_text(yaml.safe_dump({EXPERIMENT: quick}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def one_seed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """dvc.yaml with one seed: the others are the same again."""
+    folder = tmp_path_factory.mktemp("one-seed")
+    content = yaml.safe_load((ROOT / "dvc.yaml").read_text())
+    first, *others = content["vars"][0]["seeds"]
+    content["vars"][0]["seeds"] = [first]
+    for seed in others:  # `summarise` names them all
+        line = content["stages"]["summarise"]["cmd"]
+        content["stages"]["summarise"]["cmd"] = re.sub(rf"\S+/{seed}/\S+", "", line)
+    (folder / "dvc.yaml").write_text(yaml.safe_dump(content))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipelines.tasks.ROOT", folder)
+        yield
+
+
+@pytest.fixture(scope="module")
+def containers(image: str, params: Path, one_seed: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the compiled pipeline, with a folder per task."""
+    from pipelines.local import run_in_containers
+
+    return run_in_containers(EXPERIMENT, image=image, params=params, folder=open_folder(tmp_path_factory))
+
+
+def open_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where another user than ours may get to: pytest's own folders are closed to everybody else."""
+    folder = tmp_path_factory.mktemp("kubeflow")
+    for parent in (folder, *folder.parents[:2]):
+        parent.chmod(0o755)
+    return folder
+
+
+def run_stages(home: Path, params: Path) -> None:
+    """The stages' commands as DVC runs them, in a folder of their own."""
+    (home / "data").mkdir(parents=True)
+    shutil.copy(ROOT / "data/catalog.yaml", home / "data")
+    shutil.copy(params, home / "params.yaml")
+    content = yaml.safe_load((tasks.ROOT / "dvc.yaml").read_text())["stages"]
+    for job in tasks.stages(EXPERIMENT):
+        line = content[job.step.name]["cmd"].replace("${item.experiment}", EXPERIMENT)
+        line = line.replace("${item.seed}", str(job.seed))
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-m", *line.split()],
+            cwd=home,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.container
+@pytest.mark.timeout(3600)
+def test_containers_make_the_bytes_that_the_stages_make_here(
+    containers: Path, image: str, params: Path, tmp_path: Path
+) -> None:
+    from pipelines.local import compare
+
+    version = docker(
+        "run", "--rm", image, "python", "-c", "import platform; print(platform.python_version())"
+    )
+    if version.stdout.strip() != platform.python_version():
+        pytest.skip(f"Python {version.stdout.strip()} in the image, {platform.python_version()} here")
+    run_stages(tmp_path, params)
+    found = [*compare(containers, EXPERIMENT, home=tmp_path)]
+    assert {Path(output.path).name for output in found} == {
+        "dataset", "validation.json", "splits.parquet", "imbalance.json", "trained", "bundle",
+        "predictions.parquet", "metrics.json", "decision.json", "model.mar",
+    }  # fmt: skip
+    assert [output.path for output in found if not output.equal] == []
+
+
+@pytest.mark.container
+@pytest.mark.timeout(1800)
+def test_a_steps_own_error_is_the_last_line(
+    image: str, params: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    sections = yaml.safe_load(params.read_text())
+    sections[EXPERIMENT]["ingest"] = {"source": "phantom-xay"}
+    wrong = params.parent / "wrong.yaml"
+    wrong.write_text(yaml.safe_dump(sections))
+    folder = open_folder(tmp_path_factory)
+    words = [EXPERIMENT, "--image", image, "--params", str(wrong), "--folder", str(folder)]
+    done = subprocess.run(
+        [sys.executable, "-m", "cadx", "run-local", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("cadx run-local: task ingest: cadx ingest: ")
+    assert "phantom-xay" in last
+    [run] = folder.iterdir()
+    assert not [path for path in run.rglob("*") if path.is_file()]
+
+
+@pytest.mark.container
+@pytest.mark.timeout(1800)
+def test_a_step_that_is_killed_leaves_nothing_and_runs_again(
+    image: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = open_folder(tmp_path_factory)
+    folder.chmod(0o777)
+    step = ["cadx", "ingest", "--catalog", "data/catalog.yaml", "--cache", "/tmp/cache"]
+    step += ["--dataset", str(folder / "made/dataset"), "--params", f'{{"source": "{EXPERIMENT}"}}']
+    mounted = ["--volume", f"{folder}:{folder}", "--network=none", image, *step]
+    name = docker("run", "--detach", *mounted).stdout.strip()
+    while not [*folder.glob("made/.dataset.*.partial/*")]:
+        assert docker("inspect", "--format", "{{.State.Running}}", name).stdout.strip() == "true"
+        time.sleep(0.05)
+    docker("kill", "--signal", signal.SIGKILL.name, name)
+    docker("wait", name)
+    docker("rm", name)
+    assert not (folder / "made/dataset").exists()
+    docker("run", "--rm", *mounted)
+    assert [path.name for path in (folder / "made").iterdir()] == ["dataset"]
+
+
+@pytest.mark.container
+@pytest.mark.timeout(1800)
+def test_any_user_runs_it_on_a_root_that_is_read_only_without_a_network_and_without_a_compiler(
+    image: str,
+) -> None:
+    closed = [
+        "run",
+        "--rm",
+        "--read-only",
+        "--tmpfs=/tmp",
+        "--network=none",
+        "--user=12345:0",
+        "--cap-drop=ALL",
+        image,
+    ]
+    made = "/tmp/made"
+    done = docker(
+        *closed, "cadx", "ingest", "--catalog", "data/catalog.yaml", "--cache", "/tmp/cache", "--dataset", made,
+        "--params", f'{{"source": "{EXPERIMENT}"}}',
+    )  # fmt: skip
+    assert done.returncode == 0
+    user = docker("image", "inspect", "--format", "{{.Config.User}}", image).stdout.strip()
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
+    for tool in ("gcc", "cc", "make", "uv"):
+        assert docker(*closed, "sh", "-c", f"command -v {tool}", check=False).returncode != 0

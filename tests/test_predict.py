@@ -1,0 +1,95 @@
+"""Batch inference: the endpoint's answers for a folder of files, and never a file's name."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from test_evaluate import Run, prepare
+
+from cadx.datasets import DatasetFolder
+from cadx.predicting import Predictor
+from cadx.reading.images import encode_png
+from components.predict import PredictParams, predict
+
+NAME = "DOE^JANE"
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return prepare(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def inbox(ready: Run, tmp_path: Path) -> Path:
+    """Five images, one of them twice, and two files that are none."""
+    dataset = DatasetFolder(ready.dataset)
+    folder = tmp_path / "inbox"
+    (folder / "deeper").mkdir(parents=True)
+    for number, sample_id in enumerate(dataset.samples["sample_id"].iloc[:5]):
+        (folder / "deeper" / f"{NAME}-{number}.png").write_bytes(encode_png(dataset.pixels(sample_id)))
+    (folder / f"{NAME}-again.png").write_bytes((folder / "deeper" / f"{NAME}-0.png").read_bytes())
+    (folder / f"{NAME}.txt").write_text("a letter")
+    (folder / f"{NAME}.dcm").write_bytes((folder / f"{NAME}-again.png").read_bytes()[:60])
+    return folder
+
+
+def run(ready: Run, inbox: Path, out: Path, **params: float) -> tuple[pd.DataFrame, list[dict[str, str]]]:
+    predict(
+        bundle=ready.bundle,
+        images=inbox,
+        predictions=out / "predictions.parquet",
+        unreadable=out / "unreadable.jsonl",
+        params=PredictParams(**params),
+    )
+    lines = (out / "unreadable.jsonl").read_text().splitlines()
+    return pd.read_parquet(out / "predictions.parquet"), [json.loads(line) for line in lines]
+
+
+def test_answers_are_the_predictors_and_joined_by_the_files_digest(
+    ready: Run, inbox: Path, tmp_path: Path
+) -> None:
+    frame, unreadable = run(ready, inbox, tmp_path)
+    assert len(frame) == 5
+    assert len(unreadable) == 2
+    predictor = Predictor(ready.bundle)
+    for path in (inbox / "deeper").iterdir():
+        [row] = frame[frame["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()].to_dict("records")
+        expected = predictor.predict(path)
+        assert row["decision"] == expected.decision
+        for name, probability in expected.probabilities.items():
+            assert row[f"prob_{name}"] == pytest.approx(probability, abs=1e-6)
+
+
+def test_what_cannot_be_read_costs_a_line_and_no_name_is_told(
+    ready: Run, inbox: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, unreadable = run(ready, inbox, tmp_path)
+    told = {one["sha256"]: one["reason"] for one in unreadable}
+    letter = hashlib.sha256((inbox / f"{NAME}.txt").read_bytes()).hexdigest()
+    assert told[letter].startswith("neither DICOM, PNG nor JPEG")
+    assert "5 files answered, 2 unreadable" in capsys.readouterr().out
+    for file in ("predictions.parquet", "unreadable.jsonl"):
+        assert b"DOE" not in (tmp_path / file).read_bytes()
+
+
+def test_the_same_folder_gives_the_same_bytes(ready: Run, inbox: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        run(ready, inbox, tmp_path / name)
+    for file in ("predictions.parquet", "unreadable.jsonl"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_too_many_unreadable_files_stop_it_and_leave_nothing(ready: Run, inbox: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="2 of 7 files cannot be read") as caught:
+        run(ready, inbox, tmp_path, unreadable_at_most=0.1)
+    assert "DOE" not in str(caught.value)
+    assert not (tmp_path / "predictions.parquet").exists()
+
+
+def test_an_empty_folder_is_a_mistake(ready: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no file in it"):
+        run(ready, tmp_path / "empty", tmp_path)

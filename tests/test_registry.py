@@ -1,0 +1,102 @@
+"""The registry of champions, on a real SQLite file: who may become one, what is kept, and what the gate gets."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_comparing import scored
+
+from cadx.comparing import read_scored
+from cadx.files import digest_path, write_json
+from cadx.gating import Check, Decision
+from cadx.registry import Registry, show_history
+
+pytest.importorskip("mlflow", reason="of the extra 'registry'")
+
+
+def judged(folder: Path, *, seed: int, promote: bool = True) -> dict[str, Path]:
+    """What `evaluate` and `gate` leave of a model."""
+    folder.mkdir()
+    files = {name: folder / f"{name}.json" for name in ("metrics", "decision")}
+    files["predictions"] = scored(folder / "predictions.parquet", skill=2, seed=seed)
+    info = read_scored(files["predictions"]).info
+    digest = digest_path(files["predictions"])
+    auc = {"value": 0.9, "low": 0.8, "high": 0.95, "n": 300, "method": "DeLong"}
+    record = {
+        "schema": 1, "experiment": "squares", "seed": seed, "split": "test", "bundle": info.bundle, "dataset": digest,
+        "splits": digest, "predictions": digest, "n": 300, "n_patients": 300, "clustered": False, "warnings": [],
+        "metrics": {"auc": auc}, "by_subgroup": {},
+    }  # fmt: skip
+    write_json(files["metrics"], record)
+    check = Check(what="AUC", passed=promote, reason="AUC is too low")
+    decision = Decision(
+        experiment="squares", seed=seed, split="test", promote=promote, reasons=() if promote else (check.reason,),
+        checks=(check,), bundle=info.bundle, metrics=digest_path(files["metrics"]),
+    )  # fmt: skip
+    write_json(files["decision"], decision.model_dump(mode="json"))
+    return files
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('registry')}/mlflow.db"
+
+
+def test_the_champion_changes_and_the_history_stays(
+    address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(address)
+    assert registry.champion("squares") is None
+    with pytest.raises(ValueError, match="squares: no champion in sqlite"):
+        registry.export("squares", tmp_path / "champion.parquet")
+    assert not (tmp_path / "champion.parquet").exists()
+
+    first, second = judged(tmp_path / "1", seed=1), judged(tmp_path / "2", seed=2)
+    made = registry.promote("squares", **first)
+    assert (made.version, made.seed, made.is_current) == (1, 1, True)
+    assert made.metrics == {"auc": 0.9, "auc_low": 0.8, "auc_high": 0.95}
+    assert registry.promote("squares", **first).version == 1, "it is the champion already"
+    registry.promote("squares", **second)
+
+    again = Registry(address)  # another process's view
+    assert [(one.version, one.is_current) for one in again.history("squares")] == [(1, False), (2, True)]
+    exported = again.export("squares", tmp_path / "champion.parquet")
+    assert exported.bundle == read_scored(second["predictions"]).info.bundle
+    assert (tmp_path / "champion.parquet").read_bytes() == second["predictions"].read_bytes()
+
+    monkeypatch.setenv("COLUMNS", "200")
+    show_history(again)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "squares" in line]
+    assert ["champion" in line for line in lines] == [True, False]
+
+
+def test_only_what_the_gate_let_through_becomes_champion(address: str, tmp_path: Path) -> None:
+    registry = Registry(address)
+    before = registry.history("squares")
+    refused = judged(tmp_path / "refused", seed=3, promote=False)
+    with pytest.raises(ValueError, match="refused by the gate: AUC is too low"):
+        registry.promote("squares", **refused)
+    with pytest.raises(ValueError, match="is about squares, not circles"):
+        registry.promote("circles", **refused)
+    good, other = judged(tmp_path / "good", seed=4), judged(tmp_path / "other", seed=5)
+    with pytest.raises(ValueError, match="rests on other numbers"):
+        registry.promote("squares", **good | {"metrics": other["metrics"]})
+    with pytest.raises(ValueError, match=r"not what .* was made from"):
+        registry.promote("squares", **good | {"predictions": other["predictions"]})
+    assert registry.history("squares") == before
+
+
+def test_predictions_that_were_changed_in_the_registry_are_not_handed_out(tmp_path: Path) -> None:
+    registry = Registry(f"sqlite:///{tmp_path}/mlflow.db")
+    registry.promote("squares", **judged(tmp_path / "1", seed=1))
+    (kept,) = (tmp_path / "artifacts").rglob("predictions.parquet")
+    kept.write_bytes(kept.read_bytes() + b"x")
+    with pytest.raises(ValueError, match="not those that were registered"):
+        registry.export("squares", tmp_path / "champion.parquet")
+
+
+def test_a_registry_that_cannot_be_opened_is_named_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "broken.db").write_text(json.dumps("no database") * 100)
+    with pytest.raises(ValueError, match=r"registry sqlite:.*broken\.db: cannot be opened") as caught:
+        Registry(f"sqlite:///{tmp_path}/broken.db")
+    assert "\n" not in str(caught.value)

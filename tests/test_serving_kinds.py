@@ -1,0 +1,522 @@
+"""Volumes, slides and boxes through their endpoints: the Predictor's answers, their explanations, and refusals."""
+
+import gzip
+import io
+import json
+import os
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import nibabel
+import numpy as np
+import pytest
+from PIL import Image
+from test_corpus import damaged, dicom, nifti, sources
+from test_loading_slides import section, slide_dataset, write_slide
+from test_serving import gray, lines, release_of
+
+from cadx.bundle import Bundle
+from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
+from cadx.files import digest_bytes, write_json
+from cadx.gating import Decision
+from cadx.predicting import PredictionsInfo, Predictor, answer_table, write_predictions
+from cadx.reading.images import encode_png, read_image
+from components.deploy import DeployParams, deploy
+from serving.answering import Answerer, Reply, Request, RequestLog
+from serving.archive import write_archive
+from serving.client import Client, DetectionAnswer, Refused, SlideAnswer, VolumeAnswer
+from serving.demo import DemoKind, demo_release, write_demo_bundle
+from serving.kinds import (
+    SLIDE_CACHE,
+    SLIDE_ROOT,
+    DetectionAnswerer,
+    SlideAnswerer,
+    VolumeAnswerer,
+    encode_nifti,
+)
+from serving.management import Management
+from serving.schema import answer_schema
+from serving.server import TorchServe, free_ports
+
+pytestmark = pytest.mark.xdist_group("torchserve")
+
+ROOT = Path(__file__).resolve().parent.parent
+ANSWERERS: dict[str, type[Answerer]] = {
+    "volume": VolumeAnswerer,
+    "slide": SlideAnswerer,
+    "detection": DetectionAnswerer,
+}
+THRESHOLD = 0.0053
+VOXELS = np.random.default_rng(0).integers(0, 100, (20, 24, 28)).astype(np.int16)
+MODELS: dict[DemoKind, dict[str, Any]] = {
+    "volume": {
+        "model": {"family": "resnet3d", "depth": 10, "width": 0.125, "stem": "small"},
+        "preprocessing": {"patch_px": (16, 16, 16), "window_hu": (0, 120)},
+    },
+    "slide": {"preprocessing": {"tile_px": 64, "height_px": 32, "width_px": 32, "channels": 3}},
+    "detection": {"preprocessing": {"height_px": 64, "width_px": 64}, "threshold": THRESHOLD},
+}
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("archives")
+    made = {}
+    for kind in MODELS:
+        bundle = Bundle(write_demo_bundle(folder / f"{kind}-bundle", kind, **MODELS[kind]))
+        made[kind] = folder / f"{kind}.mar"
+        write_archive(made[kind], bundle.path, release_of(bundle, name=kind))
+    return made
+
+
+@pytest.fixture(scope="module")
+def predictors(archives: dict[str, Path]) -> dict[str, Predictor]:
+    return {kind: Predictor(path.with_name(f"{kind}-bundle"), "cpu") for kind, path in archives.items()}
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with one slide, in a folder, beside what must not be reached."""
+    outside = tmp_path_factory.mktemp("pathology")
+    (outside / "root" / "2026").mkdir(parents=True)
+    pixels = section(400, 500, np.s_[64:320, 64:448])
+    write_slide(outside / "root" / "2026" / "a.tiff", pixels)
+    write_slide(outside / "secret.tiff", pixels)
+    (outside / "root" / "link.tiff").symlink_to(outside / "secret.tiff")
+    (outside / "root" / "loop.tiff").symlink_to("loop.tiff")
+    os.mkfifo(outside / "root" / "pipe.tiff")
+    return outside / "root"
+
+
+@pytest.fixture
+def answerers(
+    archives: dict[str, Path], slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Answerer]:
+    monkeypatch.setenv(SLIDE_ROOT, str(slides))
+    monkeypatch.setenv(SLIDE_CACHE, str(tmp_path / "cache"))
+    made: dict[str, Answerer] = {}
+    for kind, path in archives.items():
+        with zipfile.ZipFile(path) as archive:
+            archive.extractall(tmp_path / kind)
+        made[kind] = ANSWERERS[kind](tmp_path / kind, log=RequestLog(tmp_path / "log"))
+    return made
+
+
+def series(number: int = 5, **changes: Any) -> bytes:
+    """A zip of one DICOM series."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for z in range(number):
+            plane = (VOXELS[z % 20].astype(np.uint16) + 7).repeat(2, 0)
+            archive.writestr(f"Quagmire^{z}.dcm", dicom(plane, position_mm=2.0 * z, **changes))
+    return out.getvalue()
+
+
+def one(answerer: Answerer, body: bytes, **flags: str) -> Reply:
+    (reply,) = answerer.answer([Request(body, **flags)])
+    return reply
+
+
+def require_valid(content: dict[str, Any]) -> None:
+    """The answer is of the published form, and has no field that is not published."""
+    schema = json.loads((ROOT / "docs" / "answer.schema.json").read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(content, schema)
+    for form in schema["$defs"].values():
+        form["additionalProperties"] = False
+    jsonschema.validate(content, schema)
+
+
+def test_the_published_schema_is_that_of_the_client() -> None:
+    published = json.loads((ROOT / "docs" / "answer.schema.json").read_text(encoding="utf-8"))
+    assert published == answer_schema(), "python -m serving.schema > docs/answer.schema.json"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"kind": "radiograph", "probabilities": {}}, published)
+
+
+def test_an_archive_carries_the_handler_of_its_kind(archives: dict[str, Path]) -> None:
+    for kind, path in archives.items():
+        with zipfile.ZipFile(path) as archive:
+            assert [name for name in archive.namelist() if name.endswith(".py")] == [f"{kind}_handler.py"]
+
+
+def test_what_no_gate_let_through_says_so_in_each_answer(tmp_path: Path) -> None:
+    bundle = write_demo_bundle(tmp_path / "bundle", "detection", **MODELS["detection"])
+    write_archive(tmp_path / "demo.mar", bundle, demo_release(bundle, "demo"))
+    with zipfile.ZipFile(tmp_path / "demo.mar") as archive:
+        archive.extractall(tmp_path / "demo")
+    reply = one(DetectionAnswerer(tmp_path / "demo"), encode_png(gray(1)))
+    assert reply.content["warnings"][0] == "not released: random weights: its answers mean nothing"
+
+
+# --- Volumes ------------------------------------------------------------------------------------------
+
+
+def test_a_volume_is_answered_alike_from_each_of_its_formats(
+    answerers: dict[str, Answerer], predictors: dict[str, Predictor], tmp_path: Path
+) -> None:
+    plain = encode_nifti(VOXELS, None, (1.5, 1.0, 0.7))
+    (tmp_path / "a.nii").write_bytes(plain)
+    expected = predictors["volume"].predict(tmp_path / "a.nii")
+    for body in (plain, gzip.compress(plain)):
+        reply = one(answerers["volume"], body)
+        assert reply.status == 200
+        require_valid(reply.content)
+        assert reply.content["probabilities"] == pytest.approx(expected.probabilities, abs=1e-6)
+        assert reply.content["decision"] == expected.decision
+    (tmp_path / "a.zip").write_bytes(series())
+    reply = one(answerers["volume"], series())
+    from_zip = predictors["volume"].predict(tmp_path / "a.zip").probabilities
+    assert reply.content["probabilities"] == pytest.approx(from_zip, abs=1e-6)
+    assert len(lines(tmp_path / "log")) == 3
+
+
+def test_the_attention_of_a_volume_lies_over_the_original_in_any_viewer(
+    answerers: dict[str, Answerer], predictors: dict[str, Predictor], tmp_path: Path
+) -> None:
+    """The original is stored with its axes turned: the map must follow its affine, not its array."""
+    affine = np.array([[-0.7, 0, 0, 40], [0, 0, 1.1, -20], [0, -1.5, 0, 90], [0, 0, 0, 1.0]])
+    original = nibabel.Nifti1Image(VOXELS.transpose(2, 0, 1).copy(), affine)
+    original.header.set_xyzt_units("mm")
+    (tmp_path / "a.nii").write_bytes(original.to_bytes())
+    reply = one(answerers["volume"], original.to_bytes(), attention="true")
+    require_valid(reply.content)
+    answer = VolumeAnswer.model_validate_json(json.dumps(reply.content))
+    assert answer.attention is not None
+    assert answer.attention.nifti is not None
+    overlay = nibabel.Nifti1Image.from_bytes(gzip.decompress(answer.attention.nifti))
+    raw = predictors["volume"].subject.read(tmp_path / "a.nii")
+    attention = predictors["volume"].predict(tmp_path / "a.nii", attention=True).attention
+    assert attention is not None
+    most = np.unravel_index(attention.argmax(), attention.shape)
+    assert answer.attention.slice == most[0]
+    place_mm = raw.affine @ (*most, 1)
+    i, j, k = np.rint(np.linalg.inv(overlay.affine) @ place_mm)[:3].astype(int)
+    assert np.asarray(overlay.dataobj)[i, j, k] == 255
+    picture = Image.open(io.BytesIO(answer.attention.slice_png))
+    assert (picture.height, picture.width) == raw.voxels.shape[1:]
+
+
+def bomb(claimed_bytes: int) -> bytes:
+    """A zip whose member claims to unpack to more than any machine should try."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("0", bytes(1 << 20))
+    data = bytearray(out.getvalue())
+    at = data.index(b"PK\x01\x02") + 24  # of the central directory: the size unpacked
+    data[at : at + 4] = claimed_bytes.to_bytes(4, "little")
+    return bytes(data)
+
+
+def text_in_zip() -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("../../etc/cron.d/x", "PatientName: Quagmire")
+    return out.getvalue()
+
+
+def huge_claim() -> bytes:
+    header = nibabel.Nifti1Header()
+    header.set_data_shape((20_000, 20_000, 20_000))
+    return gzip.compress(header.binaryblock + bytes(4 + (1 << 22)))
+
+
+NO_VOLUMES = {
+    "nothing": (b"", "an empty file"),
+    "an image": (encode_png(gray(0)), "neither NIfTI, DICOM nor a zip"),
+    "a cut NIfTI": (nifti(VOXELS)[:5000], "NIfTI: "),
+    "a huge claim": (huge_claim(), "over the limits of"),
+    "a zip bomb": (bomb(3 << 30), "over the limit of"),
+    "a zip of text": (text_in_zip(), "no DICOM image"),
+    "half a zip": (series()[:900], "zip of DICOM slices: "),
+}
+
+
+@pytest.mark.parametrize("name", NO_VOLUMES)
+def test_what_is_no_volume_is_refused_in_one_discreet_line(answerers: dict[str, Answerer], name: str) -> None:
+    body, reason = NO_VOLUMES[name]
+    reply = one(answerers["volume"], body)
+    assert reply.status == 400
+    assert reason in reply.content["error"]
+    assert "\n" not in reply.content["error"]
+    assert "Quagmire" not in reply.content["error"]
+    assert one(answerers["volume"], nifti(VOXELS)).status == 200
+
+
+# --- Slides -------------------------------------------------------------------------------------------
+
+
+def asked(path: Any) -> bytes:
+    return json.dumps({"path": path}).encode()
+
+
+def test_a_slide_is_answered_from_its_path_and_shows_its_tiles(
+    answerers: dict[str, Answerer], predictors: dict[str, Predictor], slides: Path
+) -> None:
+    reply = one(answerers["slide"], asked("2026/a.tiff"), attention="true")
+    assert reply.status == 200
+    require_valid(reply.content)
+    expected = predictors["slide"].predict(slides / "2026" / "a.tiff")
+    assert reply.content["probabilities"] == pytest.approx(expected.probabilities, abs=1e-6)
+    answer = SlideAnswer.model_validate_json(json.dumps(reply.content))
+    assert answer.attention is not None
+    tiles = answer.attention.tiles
+    assert answer.attention.num_tiles == len(tiles) == 4 * 6  # tissue is 256 x 384 px, a tile 64
+    assert {(tile.x_px, tile.y_px) for tile in tiles} == {
+        (x, y) for x in range(64, 448, 64) for y in range(64, 320, 64)
+    }
+    assert {tile.side_px for tile in tiles} == {64}
+    weights = [tile.weight for tile in tiles]
+    assert sum(weights) == pytest.approx(1, abs=1e-5)
+    assert weights == sorted(weights, reverse=True)
+    thumbnail = Image.open(io.BytesIO(answer.attention.thumbnail_png))
+    assert thumbnail.width / thumbnail.height == pytest.approx(500 / 400, rel=0.01)
+
+
+def test_a_slide_is_encoded_once_and_answered_alike_from_the_cache(
+    answerers: dict[str, Answerer], slides: Path, tmp_path: Path
+) -> None:
+    encoded: list[int] = []
+    (network,) = answerers["slide"]._predictor.networks
+    network.encoder.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
+    first = one(answerers["slide"], asked("2026/a.tiff"), attention="true").content
+    assert sum(encoded) == 24
+    copy = slides / "copy.tiff"
+    copy.write_bytes((slides / "2026" / "a.tiff").read_bytes())
+    second = one(answerers["slide"], asked("copy.tiff"), attention="true").content
+    assert sum(encoded) == 24, "the same bytes under another name are the same slide"
+    for field in ("probabilities", "decision", "attention"):
+        assert first[field] == second[field]
+    (file,) = (tmp_path / "cache").glob("*.npy")
+    file.write_bytes(b"damaged")
+    assert one(answerers["slide"], asked("copy.tiff")).content["probabilities"] == first["probabilities"]
+    write_slide(copy, section(400, 500, np.s_[64:320, 64:384]))
+    assert one(answerers["slide"], asked("copy.tiff")).content["probabilities"] != first["probabilities"]
+    copy.unlink()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("../secret.tiff", "2026/../../secret.tiff", "link.tiff", "loop.tiff", "pipe.tiff", "2026", "."),
+        *("nowhere.tiff", "2026/a.tiff\0.png", "/etc/passwd", "~/secret.tiff", "x" * 3000),
+    ],
+)
+def test_no_path_leaves_the_slide_root_nor_tells_what_lies_beyond(
+    answerers: dict[str, Answerer], slides: Path, path: str
+) -> None:
+    for one_path in (path, str(slides.parent / "secret.tiff")):
+        reply = one(answerers["slide"], asked(one_path))
+        assert (reply.status, reply.content["error"]) == (
+            400,
+            "no such slide under the server's slide root; give a path relative to it",
+        )
+
+
+def test_a_slide_that_is_sent_or_not_named_is_refused(
+    answerers: dict[str, Answerer], slides: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slide = (slides / "2026" / "a.tiff").read_bytes()
+    for body in (slide, b"", b"[]", b"{}", asked(None), asked(7), b"[" * 4000):
+        reply = one(answerers["slide"], body)
+        assert (reply.status, "relative to the slide root" in reply.content["error"]) == (400, True)
+    (slides / "cut.tiff").write_bytes(slide[: len(slide) // 2])
+    assert one(answerers["slide"], asked("cut.tiff")).status == 400
+    monkeypatch.delenv(SLIDE_ROOT)
+    reply = one(answerers["slide"], asked("2026/a.tiff"))
+    assert (reply.status, "CADX_SLIDE_ROOT" in reply.content["error"]) == (400, True)
+
+
+# --- Boxes --------------------------------------------------------------------------------------------
+
+
+def test_boxes_are_those_of_the_predictor_and_called_at_their_classes_threshold(
+    answerers: dict[str, Answerer], predictors: dict[str, Predictor], tmp_path: Path
+) -> None:
+    png = encode_png(np.tile(gray(1), (3, 2)))
+    reply = one(answerers["detection"], png)
+    assert reply.status == 200
+    require_valid(reply.content)
+    answer = DetectionAnswer.model_validate_json(json.dumps(reply.content))
+    (expected,) = predictors["detection"].detect([read_image(png).pixels])
+    assert [box.score for box in answer.boxes] == pytest.approx(expected.scores.tolist())
+    assert np.allclose([box.box_xyxy for box in answer.boxes], expected.boxes_xyxy.numpy())
+    assert {box.called for box in answer.boxes} == {True, False}
+    assert all(box.called == (box.score >= THRESHOLD) for box in answer.boxes)
+    assert set(answer.decision) == {box.class_ for box in answer.boxes if box.called}
+    (line,) = lines(tmp_path / "log")
+    assert line["boxes"] == reply.content["boxes"]
+    assert line["probabilities"]["finding"] == max(
+        box.score for box in answer.boxes if box.class_ == "finding"
+    )
+    assert one(answerers["detection"], b"no image").status == 400
+
+
+# --- All of them --------------------------------------------------------------------------------------
+
+
+def test_no_broken_file_is_a_fault_of_the_server(
+    answerers: dict[str, Answerer], slides: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    statuses: dict[int, int] = {}
+    for name, (_, whole) in sources().items():
+        for number in range(8):
+            body = damaged(whole, rng, number)
+            (slides / "broken.tiff").write_bytes(body)
+            for kind, answerer in answerers.items():
+                if kind == "slide" and name != "slide":
+                    continue
+                reply = one(answerer, asked("broken.tiff") if kind == "slide" else body)
+                statuses[reply.status] = statuses.get(reply.status, 0) + 1
+                assert reply.status in (200, 400), (name, kind, reply.content)
+    assert statuses[400] > 100
+    (slides / "broken.tiff").unlink()
+
+
+@pytest.fixture(scope="module")
+def server(
+    archives: dict[str, Path], slides: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TorchServe]:
+    served = TorchServe(tmp_path_factory.mktemp("kinds") / "served", free_ports())
+    served.model_store.mkdir(parents=True)
+    for kind, path in archives.items():
+        (served.model_store / f"{kind}.mar").write_bytes(path.read_bytes())
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv(SLIDE_ROOT, str(slides))
+        served.start()
+    try:
+        yield served
+    finally:
+        served.stop()
+
+
+def datasets(folder: Path) -> dict[str, DatasetFolder]:
+    """Three volumes, and three slides."""
+    with DatasetWriter(
+        folder / "volumes",
+        name="volume",
+        kind="volume",
+        task="binary",
+        classes=("normal", "finding"),
+        positive="finding",
+        modality="noise",
+        clustered=False,
+        source=SourceInfo(title="t", licence="CC0", citation="c"),
+    ) as writer:
+        for number in range(3):
+            writer.add(
+                sample_id=f"v{number}",
+                pixels=np.roll(VOXELS, 3 * number, 0),
+                spacing_mm=(1.37, 0.703125, 0.7),
+                labels={"finding": 1},
+                patient=f"p{number}",
+                sha256=digest_bytes(bytes(number)),
+                statistics={},
+            )
+    files = {
+        f"s{number}": write_slide(
+            folder / f"{number}.tiff", section(400, 500, np.s_[64 : 320 - 64 * number, 64:448])
+        )
+        for number in range(3)
+    }
+    return {"volume": DatasetFolder(folder / "volumes"), "slide": slide_dataset(folder / "slides", files)}
+
+
+def evaluated(folder: Path, predictor: Predictor, dataset: DatasetFolder) -> dict[str, Path]:
+    """What `evaluate` and `gate` would hand to `deploy`."""
+    manifest, digest = predictor.bundle.manifest, predictor.bundle.digest
+    ids = dataset.samples["sample_id"].tolist()
+    probabilities = predictor.probabilities(predictor.stored(dataset, ids))
+    answers = answer_table(probabilities, predictor.decide(probabilities), "binary", manifest.classes)
+    frame = answers.assign(sample_id=ids, patient=ids, site="", scanner="", age=np.nan, sex="")
+    frame = frame.assign(**{f"label_{name}": np.nan for name in manifest.classes})
+    info = PredictionsInfo(
+        experiment="kinds",
+        seed=0,
+        split="test",
+        bundle=digest,
+        task="binary",
+        classes=manifest.classes,
+        positive="finding",
+        clustered=False,
+        thresholds={"finding": 0.5},
+        assumptions=(),
+    )
+    folder.mkdir()
+    write_predictions(folder / "predictions.parquet", frame, info)
+    decision = Decision(
+        experiment="kinds",
+        seed=0,
+        split="test",
+        promote=True,
+        reasons=(),
+        checks=(),
+        bundle=digest,
+        metrics=digest_bytes(b"metrics"),
+    )
+    release = release_of(
+        predictor.bundle, name=manifest.experiment.removeprefix("demo-"), metrics=decision.metrics
+    )
+    write_archive(folder / "model.mar", predictor.bundle.path, release)
+    write_json(folder / "decision.json", decision.model_dump(mode="json"))
+    names = ("model.mar", "decision.json", "predictions.parquet")
+    keys = ("archive", "decision", "predictions")
+    return {key: folder / name for key, name in zip(keys, names, strict=True)} | {"dataset": dataset.path}
+
+
+@pytest.mark.slow
+def test_every_kind_is_deployed_against_its_evaluation_and_served(
+    server: TorchServe, predictors: dict[str, Predictor], slides: Path, tmp_path: Path
+) -> None:
+    management = Management(server.management, key_file=server.key_file)
+    for kind, dataset in datasets(tmp_path).items():
+        deploy(
+            **evaluated(tmp_path / kind, predictors[kind], dataset),
+            model_store=server.model_store,
+            key_file=server.key_file,
+            deployment=tmp_path / f"{kind}.json",
+            inference=server.inference,
+            management=server.management,
+            params=DeployParams(),
+        )
+        deployment = json.loads((tmp_path / f"{kind}.json").read_text())
+        assert deployment["golden_samples"] == 3
+        assert deployment["largest_difference"] <= 1e-5
+    assert not list(server.model_store.glob("golden*")), "the slides of the comparison are gone"
+    management.register("detection.mar")
+    clients = {kind: Client(server.inference, kind, key_file=server.key_file) for kind in MODELS}
+    with zipfile.ZipFile(io.BytesIO(series())) as archive:
+        archive.extractall(tmp_path / "series")
+    (tmp_path / "series" / ".DS_Store").write_bytes(b"x")
+    (tmp_path / "series.zip").write_bytes(series())
+    expected = predictors["volume"].predict(tmp_path / "series.zip").probabilities
+    assert clients["volume"].predict_volume(tmp_path / "series").probabilities == pytest.approx(
+        expected, abs=1e-6
+    )
+    slide = clients["slide"].predict_slide("2026/a.tiff", attention=True)
+    assert slide.probabilities == pytest.approx(
+        predictors["slide"].predict(slides / "2026" / "a.tiff").probabilities, abs=1e-6
+    )
+    assert list((server.folder / "slide_cache").glob("*.npy"))
+    assert clients["detection"].detect(encode_png(gray(1))).boxes
+    for call, reason in (
+        (lambda: clients["volume"].predict_volume(b"no volume"), "neither NIfTI, DICOM nor a zip"),
+        (lambda: clients["slide"].predict_slide("../secret.tiff"), "no such slide"),
+        (lambda: clients["detection"].detect(b"no image"), "neither DICOM, PNG nor JPEG"),
+        (lambda: clients["detection"].predict(encode_png(gray(1))), "an answer of another form than Answer"),
+    ):
+        with pytest.raises(Refused, match=reason):
+            call()
+
+
+def test_a_dataset_of_volumes_reads_as_the_file_that_a_deployment_sends(
+    predictors: dict[str, Predictor], tmp_path: Path
+) -> None:
+    (tmp_path / "a.nii").write_bytes(encode_nifti(VOXELS, None, (1.37, 0.703125, 0.7)))
+    raw = predictors["volume"].subject.read(tmp_path / "a.nii")
+    assert np.array_equal(raw.voxels, VOXELS)
+    assert raw.spacing_mm == pytest.approx((1.37, 0.703125, 0.7), rel=1e-6)

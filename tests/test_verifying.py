@@ -1,0 +1,317 @@
+"""The chain from the data to the endpoint: it holds as the steps left it, and one changed byte anywhere is named."""
+
+import json
+import re
+import shutil
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from test_bundle import write_dataset
+
+from cadx.bundle import Bundle
+from cadx.datasets import read_splits, write_splits
+from cadx.files import digest_path
+from cadx.signing import Review, check_signature, objection, sign, signature_of, write_review
+from components.calibrate import calibrate
+from components.evaluate import evaluate
+from components.gate import gate
+from components.imbalance import imbalance
+from components.package import package
+from components.train import train
+from pipelines.verification import verify
+from serving.management import Management
+from serving.server import TorchServe, free_ports
+
+PARAMS = {
+    "imbalance": {},
+    "train": {
+        "model": {"family": "resnet", "width": 0.125},
+        "preprocessing": {"height_px": 32, "width_px": 32},
+        "epochs": 1,
+        "batch_size": 32,
+    },
+    "calibrate": {"sensitivity": 0.9},
+    "evaluate": {"split": "test", "resamples": 20, "minimum_n": 5},
+    "gate": {"at_least": {"auc": 0.01}},
+    "package": {"name": "squares-model"},
+}
+
+
+def make_key(folder: Path, name: str = "key") -> tuple[Path, Path]:
+    """A private and a public key, as the documentation says that they are made."""
+    private, public = folder / f"{name}.pem", folder / f"{name}.pub"
+    curve = ["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", str(private)]
+    subprocess.run(curve, check=True, capture_output=True)
+    subprocess.run(
+        ["openssl", "ec", "-in", str(private), "-pubout", "-out", str(public)],
+        check=True,
+        capture_output=True,
+    )
+    return private, public
+
+
+class Chain:
+    """An experiment as the stages leave it, in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.work, self.reports = folder / "work", folder / "reports"
+        self.made, self.told = self.work / "squares" / "0", self.reports / "squares" / "0"
+        self.bundle, self.archive = self.made / "bundle", self.made / "model.mar"
+        self.decision = self.told / "decision.json"
+
+    def make(self) -> None:
+        home = self.work / "squares"
+        dataset, splits = write_dataset(home)
+        (self.folder / "params.yaml").write_text(yaml.safe_dump({"squares": PARAMS}))
+        params = f"{self.folder / 'params.yaml'}:squares"
+        self.told.mkdir(parents=True)
+        content = {
+            "schema": 1,
+            "dataset": digest_path(dataset / "dataset.json"),
+            "rules": [],
+            "quarantined": [],
+        }
+        (self.reports / "squares" / "validation.json").write_text(json.dumps(content))
+        weights = self.reports / "squares" / "imbalance.json"
+        imbalance(
+            dataset=dataset,
+            splits=splits,
+            imbalance=weights,
+            report=self.told.parent / "i.html",
+            params=params,
+        )
+        train(
+            dataset=dataset, splits=splits, imbalance=weights, checkpoints=self.made / "checkpoints",
+            trained=self.made / "trained", log=self.told / "training.jsonl", experiment="squares", seed=0,
+            params=params,
+        )  # fmt: skip
+        calibrate(
+            dataset=dataset, splits=splits, trained=self.made / "trained", bundle=self.bundle, params=params
+        )
+        numbers = {"predictions": self.told / "predictions.parquet", "metrics": self.told / "metrics.json"}
+        evaluate(
+            dataset=dataset, splits=splits, bundle=self.bundle, test_uses=self.told / "test_uses.jsonl", **numbers,
+            report=self.told / "report.html", params=params,
+        )  # fmt: skip
+        metrics = numbers["metrics"]
+        gate(metrics=metrics, bundle=self.bundle, decision=self.decision, params=params)
+        package(
+            bundle=self.bundle, decision=self.decision, metrics=metrics, archive=self.archive,
+            card=self.told / "card.html", params=params,
+        )  # fmt: skip
+
+    def verify(self, target: str = "squares", **given: object) -> bool:
+        given = {"params": self.folder / "params.yaml"} | given
+        return verify(target, work=self.work, reports=self.reports, **given)
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    chain = Chain(tmp_path_factory.mktemp("chain"))
+    chain.make()
+    return chain
+
+
+@pytest.fixture
+def chain(pristine: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Chain:
+    """A copy that may be damaged."""
+    monkeypatch.setenv("COLUMNS", "500")  # of the table that is printed
+    shutil.copytree(pristine.folder, tmp_path / "copy")
+    return Chain(tmp_path / "copy")
+
+
+def flip(path: Path, where: float = 0.5) -> None:
+    """Change one bit of one byte."""
+    content = bytearray(path.read_bytes())
+    content[int(where * (len(content) - 1))] ^= 1
+    path.write_bytes(content)
+
+
+def broken(output: str) -> list[str]:
+    return [line for line in output.splitlines() if re.search(r"\bbroken\b.*│", line)]
+
+
+def test_what_the_steps_leave_holds_from_the_data_to_the_archive(
+    chain: Chain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    private, public = make_key(chain.folder)
+    sign(chain.bundle, private, signature_of(chain.bundle))
+    assert chain.verify(public_key=public)
+    said = capsys.readouterr().out
+    assert not broken(said)
+    links = "data split code parameters weights bundle signature metrics decision archive"
+    for link in links.split():
+        assert re.search(rf"│ ok +│ {link} ", said), link
+    assert re.search(r"not at hand +│ endpoint ", said)
+
+
+WHERE = [
+    "work/squares/dataset/dataset.json", "work/squares/dataset/samples.parquet",
+    "work/squares/dataset/shards/00000.safetensors", "work/squares/splits.parquet", "work/squares/0/bundle/bundle.json",
+    "work/squares/0/bundle/weights/0.safetensors", "work/squares/0/bundle/sbom.json",
+    "work/squares/0/bundle/heldout.parquet", "reports/squares/0/predictions.parquet", "reports/squares/0/metrics.json",
+    "reports/squares/0/decision.json", "work/squares/0/model.mar",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WHERE)
+@pytest.mark.parametrize("where", [0.0, 0.37, 1.0])
+def test_one_changed_byte_is_named(
+    chain: Chain, name: str, where: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flip(chain.folder / name, where)
+    assert not chain.verify()
+    lines = broken(capsys.readouterr().out)
+    assert any(Path(name).name in line or name in line for line in lines), lines
+
+
+def test_every_file_inside_an_archive_is_named(chain: Chain, capsys: pytest.CaptureFixture[str]) -> None:
+    with zipfile.ZipFile(chain.archive) as opened:
+        members = {info.filename: info for info in opened.infolist()}
+    content = chain.archive.read_bytes()
+    for name, info in members.items():
+        at = info.header_offset + 30 + len(name) + info.file_size // 2
+        damaged = bytearray(content)
+        damaged[at] ^= 1
+        chain.archive.write_bytes(damaged)
+        assert not chain.verify(str(chain.archive)), name
+        lines = broken(capsys.readouterr().out)
+        assert any(Path(name).name in line for line in lines), (name, lines)
+
+
+def test_a_release_that_says_otherwise_than_its_decision_is_named(
+    chain: Chain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Packed anew by somebody who knows how: every checksum of the file is right."""
+    with zipfile.ZipFile(chain.archive) as opened:
+        members = [(info, opened.read(info)) for info in opened.infolist()]
+    with zipfile.ZipFile(chain.archive, "w") as rewritten:
+        for info, content in members:
+            if info.filename == "release.json":
+                content = content.replace(b'"name": "squares-model"', b'"name": "squares-modem"')
+            rewritten.writestr(info, content)
+    assert not chain.verify()
+    assert any("its name is not that" in line for line in broken(capsys.readouterr().out))
+
+
+def test_other_parameters_and_other_code_are_named(
+    chain: Chain, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = PARAMS | {"train": PARAMS["train"] | {"epochs": 2}}
+    (chain.folder / "params.yaml").write_text(yaml.safe_dump({"squares": changed}))
+    assert not chain.verify()
+    assert any("squares.train there" in line for line in broken(capsys.readouterr().out))
+
+    (chain.folder / "params.yaml").write_text(yaml.safe_dump({"squares": PARAMS}))
+    for name in Bundle(chain.bundle).manifest.provenance.sources:
+        (chain.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(__file__).parent.parent / name, chain.folder / name)
+    monkeypatch.setattr("pipelines.verification.ROOT", chain.folder)
+    assert chain.verify()
+    flip(chain.folder / "cadx/losses.py")
+    assert not chain.verify()
+    lines = broken(capsys.readouterr().out)
+    assert len(lines) == 1
+    assert "cadx/losses.py" in lines[0]
+
+
+def test_a_leaking_split_is_refused_though_every_digest_holds(
+    chain: Chain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained with it, too: then no digest tells."""
+    splits = chain.work / "squares" / "splits.parquet"
+    frame = read_splits(splits)
+    frame.loc[frame["sample_id"] == "s0000", "split"] = "test"
+    write_splits(splits, frame)
+    manifest = json.loads((chain.bundle / "bundle.json").read_text())
+    manifest["provenance"]["splits"] = digest_path(splits)
+    (chain.bundle / "bundle.json").write_text(json.dumps(manifest))
+    alone = chain.folder / "alone" / "bundle"
+    shutil.copytree(chain.bundle, alone)
+    assert not chain.verify(str(alone), dataset=chain.work / "squares/dataset", splits=splits)
+    (line,) = broken(capsys.readouterr().out)
+    assert "1 patients in more than one split" in line
+    assert "pseudonym" not in line
+
+
+def test_a_quarantined_image_in_a_split_is_refused(chain: Chain, capsys: pytest.CaptureFixture[str]) -> None:
+    validation = chain.reports / "squares" / "validation.json"
+    content = json.loads(validation.read_text()) | {
+        "quarantined": [{"sample_id": "s0001", "reason": "blank"}]
+    }
+    validation.write_text(json.dumps(content))
+    assert not chain.verify()
+    assert any("1 quarantined images" in line for line in broken(capsys.readouterr().out))
+
+
+def test_a_bundle_alone_is_verified_as_far_as_it_goes(
+    chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(chain.bundle, tmp_path / "elsewhere" / "bundle")
+    assert chain.verify(str(tmp_path / "elsewhere" / "bundle"))
+    assert "not at hand" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no bundle, no archive, and no experiment"):
+        chain.verify("circles")
+
+
+def test_a_signature_holds_for_these_bytes_and_this_key_alone(chain: Chain) -> None:
+    private, public = make_key(chain.folder)
+    _, other = make_key(chain.folder, "other")
+    signature = signature_of(chain.bundle)
+    sign(chain.bundle, private, signature)
+    assert check_signature(chain.bundle, signature, public) == ""
+    assert check_signature(chain.bundle, signature, other) == "signed with another key"
+    assert not chain.verify(public_key=other)
+    flip(chain.bundle / "history.json")
+    assert check_signature(chain.bundle, signature, public) == "not as it was signed: history.json"
+    flip(chain.bundle / "history.json")
+    flip(signature)
+    assert check_signature(chain.bundle, signature, public)
+    assert Bundle(chain.bundle), "a signature stands beside a bundle, which holds only what it names"
+    for key, message in ((public, "no private key"), (chain.folder / "none.pem", "no such key")):
+        with pytest.raises(ValueError, match=message):
+            sign(chain.bundle, key, signature)
+
+
+def test_a_review_counts_if_a_known_reviewer_signed_these_very_words(chain: Chain) -> None:
+    private, public = make_key(chain.folder)
+    review = Review(
+        bundle=Bundle(chain.bundle).digest,
+        metrics=digest_path(chain.told / "metrics.json"),
+        reviewer="Dr. Rey",
+        statement="May be used.",
+    )
+    write_review(chain.told / "review", review, private)
+    assert objection(chain.told / "review", {"Dr. Rey": public.read_text()}) == ""
+    assert "is not among" in objection(chain.told / "review", {"Dr. Who": public.read_text()})
+    assert "another key" in objection(
+        chain.told / "review", {"Dr. Rey": make_key(chain.folder, "other")[1].read_text()}
+    )
+    words = chain.told / "review" / "review.json"
+    words.write_text(words.read_text().replace("May be", "May not be"))
+    assert objection(chain.told / "review", {"Dr. Rey": public.read_text()})
+
+
+@pytest.mark.xdist_group("torchserve")
+def test_a_server_is_asked_which_bundle_answers(chain: Chain, capsys: pytest.CaptureFixture[str]) -> None:
+    server = TorchServe(chain.folder / "served", free_ports())
+    server.model_store.mkdir(parents=True)
+    shutil.copy(chain.archive, server.model_store / "squares.mar")
+    with server:
+        Management(server.management, key_file=server.key_file).register("squares.mar", workers=1)
+        at = {"endpoint": server.inference, "key_file": server.key_file}
+        assert chain.verify(**at)
+        assert re.search(r"│ ok +│ endpoint ", capsys.readouterr().out)
+        evidence = chain.folder / "other" / "bundle"
+        shutil.copytree(chain.bundle, evidence)
+        manifest = json.loads((evidence / "bundle.json").read_text())
+        (evidence / "bundle.json").write_text(json.dumps(manifest))  # the same in other words: another bundle
+        given = {"dataset": chain.work / "squares/dataset", "archive": chain.archive}
+        assert not chain.verify(str(evidence), **given, **at)
+        assert any("from another bundle" in line for line in broken(capsys.readouterr().out))
+    assert not chain.verify(**at)
+    assert any("the server has it while it runs" in line for line in broken(capsys.readouterr().out))
