@@ -419,7 +419,7 @@ def datasets(folder: Path) -> dict[str, DatasetFolder]:
             )
     files = {
         f"s{number}": write_slide(
-            folder / f"{number}.tiff", section(400, 500, np.s_[64 : 320 - 64 * number, 64:448])
+            folder / f"{number}.tiff", section(400, 500, np.s_[64:320, 32 + 40 * number : 416 + 40 * number])
         )
         for number in range(3)
     }

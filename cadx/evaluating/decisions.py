@@ -71,16 +71,12 @@ def show_operating_point(
             {
                 "class": name,
                 "threshold (its spread)": parts["threshold"],
-                **{
-                    f"{metric}, {what}": estimate
-                    for metric in ("sensitivity", "specificity")
-                    for what, estimate in (
-                        ("threshold fixed", by_class[name][metric]),
-                        ("its choice counted", parts[metric]),
-                    )
-                },
+                "metric": metric,
+                "threshold fixed": by_class[name][metric],
+                "its choice counted": parts[metric],
             }
             for name, parts in found.items()
+            for metric in ("sensitivity", "specificity")
         ],
         "The threshold was chosen on the patients of the calibration split; other patients would have led to another "
         "one. Fixed: how far this model may be off. Its choice counted: how far the recipe may be off, "
@@ -165,7 +161,7 @@ def show_net_benefit(page: Page, info: PredictionsInfo, curves: Mapping[str, Any
             one.axvline(info.thresholds[name], color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
     for one in axes[len(curves) :]:
         one.set_axis_off()
-    axes[0].legend(loc="upper right", fontsize=8)
+    axes[0].legend(loc="center right", fontsize=8)
     dotted = " Dotted: the operating point." if info.thresholds else ""
     page.figure(
         drawing,
