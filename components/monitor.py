@@ -366,7 +366,7 @@ def _page(
         empty="Nothing." if findings else "Not asked: too few requests.",
     )
     if drawn := [finding for finding in moved if finding.current_mean is not None][:NUM_NAMED]:
-        figure, axes = panels(7.2, 2.4 * ((len(drawn) + 1) // 2), columns=2, rows=(len(drawn) + 1) // 2)
+        figure, axes = panels(7.2, 2.7 * ((len(drawn) + 1) // 2), columns=2, rows=(len(drawn) + 1) // 2)
         for finding, axis in zip(drawn, axes, strict=False):
             _draw(axis, finding, *_sides(finding, reference, heldout, current))
         for axis in axes[len(drawn) :]:
@@ -475,8 +475,9 @@ def _draw(axis: Any, finding: Finding, before: pd.Series, now: pd.Series) -> Non
     edges = np.histogram_bin_edges(np.concatenate(values), bins=24)
     for side, colour in zip(values, PALETTE, strict=False):
         axis.hist(side, edges, weights=np.full(len(side), 1 / len(side)), color=colour, alpha=0.55)
-    place = "" if finding.slice == "all" else f"\n{finding.slice}"
-    axis.set_title(in_words(finding.name) + place, fontsize=9)
+    # What stands in brackets is in the table; two panels share a line.
+    quantity = in_words(finding.name).partition(" (")[0]
+    axis.set_title(quantity if finding.slice == "all" else f"{quantity}\n{finding.slice}", fontsize=9)
 
 
 def _evidently(
