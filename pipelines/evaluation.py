@@ -4,10 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kfp import dsl
-
 from pipelines.placement import Placement
-from pipelines.tasks import add_jobs, document, function, imported, one_seed, parameter, parameters
+from pipelines.tasks import add_jobs, imported, one_seed, parameter, parameters, pipeline
 
 SCORED = 0.97
 """Share of the site's patients that are scored: nothing is trained, so the other parts are as small as may be."""
@@ -39,14 +37,10 @@ def evaluation(experiment: str, params: Path, image: str, placements: Mapping[st
             gate={"other_dataset": True},
         ),
     }
-    del asked["experiment"]
 
-    def tasks(*channels: Any) -> None:
-        given = dict(zip(asked, channels, strict=True))
+    def tasks(given: Mapping[str, Any]) -> None:
         there = {bundle[0]: (imported(given["bundle_uri"], "bundle", "bundle"), "artifact")}
         add_jobs(jobs, there, given, image, placements)
 
-    doc = document(f"A bundle from elsewhere, scored on the data of {experiment}.", {}, asked)
-    return dsl.pipeline(name=f"{experiment}-evaluation")(
-        function(f"{experiment}-evaluation", doc, asked.values(), tasks)
-    )
+    summary = f"A bundle from elsewhere, scored on the data of {experiment}."
+    return pipeline(f"{experiment}-evaluation", summary, asked, tasks)

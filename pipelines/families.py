@@ -4,11 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kfp import dsl
-
 from components.contract import read_experiment
 from pipelines.placement import Placement
-from pipelines.tasks import ALL, Made, add_jobs, alone, document, function, parameters, step_named
+from pipelines.tasks import ALL, Made, add_jobs, alone, parameters, pipeline, step_named
 from pipelines.training import Trained, training
 
 COMPARABLE = ("split", "evaluate")
@@ -34,10 +32,10 @@ def families(
     if len(experiments) < 2 or len(set(experiments)) < len(experiments):
         raise ValueError(f"families: {', '.join(experiments)}: name at least two experiments, each once")
     first = experiments[0]
+    sections = {experiment: read_experiment(params, experiment) for experiment in experiments}
     for section in COMPARABLE:
         for experiment in experiments[1:]:
-            sections = [read_experiment(params, name).get(section) for name in (first, experiment)]
-            if sections[0] != sections[1]:
+            if sections[experiment].get(section) != sections[first].get(section):
                 raise ValueError(
                     f"{params}: {experiment}.{section} differs from {first}.{section}: their numbers would not be "
                     "comparable; make them equal"
@@ -53,21 +51,17 @@ def families(
         **{name: (f"choose/{name}",) for name in ("archive", "decision", "predictions")},
     )
     asked = parameters([choice, deployment], first, params, choose={"metric": "auc"})
-    del asked["experiment"]
-
     trainings = {
         experiment: training(experiment, params, image, placements, deploys=False)
         for experiment in experiments
     }
 
-    def tasks(*channels: Any) -> None:
+    def tasks(given: Mapping[str, Any]) -> None:
         made: Made = {}
-        for experiment, pipeline in trainings.items():
-            trained = pipeline().set_display_name(experiment)
+        for experiment, inner in trainings.items():
+            trained = inner().set_display_name(experiment)
             made |= {f"{experiment}/{name}": (trained, name) for name in Trained._fields}
-        add_jobs([choice, deployment], made, dict(zip(asked, channels, strict=True)), image, placements)
+        add_jobs([choice, deployment], made, given, image, placements)
 
-    doc = document(
-        f"Trained side by side, compared, the best put into service: {', '.join(experiments)}.", {}, asked
-    )
-    return dsl.pipeline(name=f"{first}-families")(function(f"{first}-families", doc, asked.values(), tasks))
+    summary = f"Trained side by side, compared, the best put into service: {', '.join(experiments)}."
+    return pipeline(f"{first}-families", summary, asked, tasks)

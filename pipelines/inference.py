@@ -4,10 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kfp import dsl
-
 from pipelines.placement import Placement
-from pipelines.tasks import add_jobs, alone, document, function, imported, parameter, parameters, step_named
+from pipelines.tasks import add_jobs, alone, imported, parameter, parameters, pipeline, step_named
 
 
 def inference(experiment: str, params: Path, image: str, placements: Mapping[str, Placement]) -> Any:
@@ -22,16 +20,13 @@ def inference(experiment: str, params: Path, image: str, placements: Mapping[str
         "images_uri": parameter("images_uri", str),
         **parameters([job], experiment, params),
     }
-    del asked["experiment"]
 
-    def tasks(*channels: Any) -> None:
-        given = dict(zip(asked, channels, strict=True))
+    def tasks(given: Mapping[str, Any]) -> None:
         there = {
             name: (imported(given[f"{name}_uri"], name, name), "artifact") for name in ("bundle", "images")
         }
         add_jobs([job], there, given, image, placements)
 
-    doc = document(f"The answers of {experiment} for a folder of files.", {}, asked)
-    return dsl.pipeline(name=f"{experiment}-inference")(
-        function(f"{experiment}-inference", doc, asked.values(), tasks)
+    return pipeline(
+        f"{experiment}-inference", f"The answers of {experiment} for a folder of files.", asked, tasks
     )

@@ -7,7 +7,7 @@ from typing import Any
 from kfp import dsl
 
 from pipelines.placement import Placement
-from pipelines.tasks import add_job, alone, document, function, imported, parameter, parameters, step_named
+from pipelines.tasks import add_job, alone, imported, parameter, parameters, pipeline, step_named
 from pipelines.training import training, training_jobs
 
 
@@ -24,18 +24,16 @@ def monitoring(experiment: str, params: Path, image: str, placements: Mapping[st
     retraining = training(experiment, params, image, placements)
     asked = {
         "bundle_uri": parameter("bundle_uri", str),
+        "experiment": parameter("experiment", str, experiment),
         **parameters([watch, *training_jobs(experiment)], experiment, params),
     }
 
-    def tasks(*channels: Any) -> None:
-        given = dict(zip(asked, channels, strict=True))
+    def tasks(given: Mapping[str, Any]) -> None:
         bundle = imported(given["bundle_uri"], "bundle", "served bundle")
         watched = add_job(watch, {"bundle": (bundle, "artifact")}, given, image, placements, alarms=True)
         with dsl.If(watched.outputs["retrain"] == True, "drifted"):  # noqa: E712
             passed = {name: given[name] for name in retraining.component_spec.inputs}
             retraining(**passed).set_display_name("train again")
 
-    doc = document(f"Has what {experiment} is asked drifted? If so, it is trained again.", {}, asked)
-    return dsl.pipeline(name=f"{experiment}-monitoring")(
-        function(f"{experiment}-monitoring", doc, asked.values(), tasks)
-    )
+    summary = f"Has what {experiment} is asked drifted? If so, it is trained again."
+    return pipeline(f"{experiment}-monitoring", summary, asked, tasks)

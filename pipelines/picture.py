@@ -1,6 +1,7 @@
 """A compiled pipeline as a picture: its tasks in columns by what they wait for, drawn from the compiled file alone."""
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -32,15 +33,14 @@ def draw(pipeline: Path, picture: Path) -> None:
         tasks: dict[str, Any] = spec["root"]["dag"]["tasks"]
     except (yaml.YAMLError, KeyError, TypeError, StopIteration):
         raise ValueError(f"{pipeline}: no compiled pipeline; write one with `cadx compile`") from None
-    columns = _columns(tasks)
+    needed = _needed(tasks)
+    columns = _columns(tasks, needed)
     places = {
         name: (MARGIN_PX + x * (WIDTH_PX + GAP_X_PX), MARGIN_PX + y * (HEIGHT_PX + GAP_Y_PX))
         for x, column in enumerate(columns)
         for y, name in enumerate(column)
     }
-    lines = [
-        _edge(places[before], places[name]) for name, task in tasks.items() for before in _needed(tasks, name)
-    ]
+    lines = [_edge(places[before], places[name]) for name in tasks for before in needed[name]]
     boxes = [_box(spec, task, *places[name]) for name, task in tasks.items()]
     width = 2 * MARGIN_PX + len(columns) * (WIDTH_PX + GAP_X_PX) - GAP_X_PX
     height = 2 * MARGIN_PX + max(map(len, columns)) * (HEIGHT_PX + GAP_Y_PX) - GAP_Y_PX
@@ -56,7 +56,7 @@ def draw(pipeline: Path, picture: Path) -> None:
         )
 
 
-def _columns(tasks: Mapping[str, Any]) -> list[list[str]]:
+def _columns(tasks: Mapping[str, Any], needed: Mapping[str, list[str]]) -> list[list[str]]:
     """Names by the longest way to them; in a column near to what they wait for."""
     depth: dict[str, int] = {}
 
@@ -73,24 +73,25 @@ def _columns(tasks: Mapping[str, Any]) -> list[list[str]]:
         waiting = [name for name in tasks if depth[name] == number]
         column += sorted(
             waiting,
-            key=lambda name: (
-                sum(map(row.__getitem__, _needed(tasks, name))) / (len(_needed(tasks, name)) or 1),
-                name,
-            ),
+            key=lambda name: (sum(map(row.__getitem__, needed[name])) / (len(needed[name]) or 1), name),
         )
         row |= {name: place for place, name in enumerate(column)}
     return columns
 
 
-def _needed(tasks: Mapping[str, Any], name: str) -> list[str]:
-    """What a task waits for, less what that waits for already: fewer lines say the same."""
+def _needed(tasks: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What each task waits for, less what that waits for already: fewer lines say the same."""
 
+    @cache
     def all_before(one: str) -> set[str]:
         direct = set(tasks[one].get("dependentTasks", []))
         return direct.union(*map(all_before, direct))
 
-    direct = tasks[name].get("dependentTasks", [])
-    return [one for one in direct if not any(one in all_before(other) for other in direct)]
+    needed = {}
+    for name, task in tasks.items():
+        direct = task.get("dependentTasks", [])
+        needed[name] = [one for one in direct if not any(one in all_before(other) for other in direct)]
+    return needed
 
 
 def _edge(start: tuple[int, int], end: tuple[int, int]) -> str:

@@ -178,7 +178,7 @@ def signature(step: Step) -> inspect.Signature:
 def parameters(
     jobs: Sequence[Job], experiment: str, params: Path, **changed: Mapping[str, Any]
 ) -> dict[str, inspect.Parameter]:
-    """The parameters that jobs take, by name, with their defaults: `experiment`, and each step's section.
+    """The parameters that jobs take, by name, with their defaults: each step's section first.
 
     Args:
         jobs: the jobs of a pipeline.
@@ -189,7 +189,7 @@ def parameters(
     Raises:
         ValueError: if `params` does not hold the experiment, or a section does not validate.
     """
-    found = {"experiment": parameter("experiment", str, experiment)}
+    found: dict[str, inspect.Parameter] = {}
     for step in dict.fromkeys(job.step for job in jobs):
         cls = step.declaration().params
         assert cls is not None
@@ -322,17 +322,31 @@ def parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
 
 
-def document(summary: str, told: Mapping[str, str], asked: Iterable[str]) -> str:
-    """A docstring that kfp turns into the pipeline's description and into its parameters' help.
+def pipeline(
+    name: str,
+    summary: str,
+    asked: Mapping[str, inspect.Parameter],
+    body: Callable[[dict[str, Any]], Any],
+    returns: Any = inspect.Signature.empty,
+) -> Any:
+    """A pipeline, as kfp compiles and runs it.
 
     Args:
-        summary: the first line.
-        told: parameter -> its help, for those that are no step's section.
-        asked: the pipeline's parameters.
+        name: on Kubeflow's pages.
+        summary: what it does, in one line.
+        asked: its parameters, by name.
+        body: adds the tasks; takes the parameters' channels by name, gives what the pipeline hands on.
+        returns: the type of that; nothing for a pipeline that hands on nothing.
     """
+    # kfp turns the docstring into the pipeline's description and into its parameters' help.
     steps = {step.name: f"Section of the step: {step.summary}" for step in STEPS}
-    lines = [f"    {name}: {told.get(name) or steps.get(name) or HELP[name]}" for name in asked]
-    return "\n".join([summary, "", "Args:", *lines]) + "\n"
+    lines = [f"    {one}: {steps.get(one) or HELP[one]}" for one in asked]
+    doc = "\n".join([summary, "", "Args:", *lines]) + "\n"
+
+    def tasks(*channels: Any) -> Any:
+        return body(dict(zip(asked, channels, strict=True)))
+
+    return dsl.pipeline(name=name)(function(name, doc, asked.values(), tasks, returns))
 
 
 HELP = {

@@ -3,6 +3,7 @@
 Invariant: one task per stage and seed, as in DVC's matrix.
 """
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 from kfp import dsl
 
 from pipelines.placement import Placement
-from pipelines.tasks import Job, add_jobs, document, followers, function, parameters, stages
+from pipelines.tasks import Job, add_jobs, followers, parameter, parameters, pipeline, stages
 
 
 class Trained(NamedTuple):
@@ -57,18 +58,18 @@ def training(
         ValueError: if `params` or dvc.yaml does not hold the experiment, or a section does not validate.
     """
     jobs = [job for job in training_jobs(experiment) if deploys or job.step.name != "deploy"]
-    asked = parameters(jobs, experiment, params)
+    asked = {
+        "experiment": parameter("experiment", str, experiment),
+        **parameters(jobs, experiment, params),
+    }
 
-    def tasks(*channels: Any) -> Trained | None:
-        made = add_jobs(jobs, {}, dict(zip(asked, channels, strict=True)), image, placements)
+    def tasks(given: Mapping[str, Any]) -> Trained | None:
+        made = add_jobs(jobs, {}, given, image, placements)
         if deploys:
             return None
         chosen, _ = made["choose/choice"]
         dataset = next(task for task, output in made.values() if output == "dataset")
         return Trained(dataset.outputs["dataset"], *(chosen.outputs[name] for name in Trained._fields[1:]))
 
-    doc = document(
-        f"From the source to a packaged model, step by step as under DVC: {experiment}.", {}, asked
-    )
-    returns = {} if deploys else {"returns": Trained}
-    return dsl.pipeline(name=experiment)(function(experiment, doc, asked.values(), tasks, **returns))
+    summary = f"From the source to a packaged model, step by step as under DVC: {experiment}."
+    return pipeline(experiment, summary, asked, tasks, inspect.Signature.empty if deploys else Trained)
