@@ -215,8 +215,12 @@ def show_history(registry: Registry, experiment: str = "") -> None:
                 f"{one.time:%Y-%m-%d %H:%M}",
                 str(one.seed),
                 one.bundle.removeprefix("sha256:")[:12],
-                ""
-                if auc is None
-                else f"{auc:.3f} ({one.metrics['auc_low']:.3f} to {one.metrics['auc_high']:.3f})",
+                "" if auc is None else f"{auc:.3f}{_interval(one.metrics, 'auc')}",
             )
     Console().print(table)
+
+
+def _interval(metrics: Mapping[str, float], name: str) -> str:
+    """A logged metric's 95 % interval, in brackets; empty where it has none."""
+    low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+    return "" if low is None or high is None else f" ({low:.3f} to {high:.3f})"
