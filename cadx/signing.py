@@ -136,20 +136,34 @@ def read_review(path: Path) -> Review:
         raise ValueError(f"{path}: no review of this version; write it with `cadx sign --reviewer`") from None
 
 
-def objection(path: Path, reviewers: Mapping[str, str]) -> str:
+def objection(
+    path: Path,
+    reviewers: Mapping[str, str],
+    *,
+    bundle: Digest | None = None,
+    metrics: Digest | None = None,
+) -> str:
     """Why the review in a folder does not count, in words; empty where it does.
 
     Args:
         path: the folder.
         reviewers: name -> public key, PEM.
+        bundle: what it must be about; None for any.
+        metrics: digest of the numbers that it must rest on; None for any.
 
     Raises:
         ValueError: if there is no review, or a key is none.
     """
-    reviewer = read_review(path).reviewer
-    if reviewer not in reviewers:
-        return f"{reviewer} is not among the reviewers: {', '.join(reviewers)}"
+    review = read_review(path)
+    if review.reviewer not in reviewers:
+        return f"{review.reviewer} is not among the reviewers: {', '.join(reviewers)}"
     with TemporaryDirectory() as folder:
         public_key = Path(folder) / "reviewer.pub"
-        public_key.write_text(reviewers[reviewer], encoding="utf-8")
-        return check_signature(path / REVIEW, path / REVIEW_SIGNATURE, public_key)
+        public_key.write_text(reviewers[review.reviewer], encoding="utf-8")
+        if wrong := check_signature(path / REVIEW, path / REVIEW_SIGNATURE, public_key):
+            return wrong
+    if bundle is not None and review.bundle != bundle:
+        return "signed for another bundle"
+    if metrics is not None and review.metrics != metrics:
+        return "signed for other numbers than these"
+    return ""

@@ -265,11 +265,7 @@ def _signed_off(
         reason = f"no reviewer has signed off; asked for is one of {', '.join(reviewers)}"
         return Check(what=what, passed=False, reason=reason)
     signed = read_review(review)
-    wrong = objection(review, reviewers)
-    if not wrong and signed.bundle != record.bundle:
-        wrong = "signed for another bundle"
-    if not wrong and signed.metrics != metrics:
-        wrong = "signed for other numbers than these"
+    wrong = objection(review, reviewers, bundle=record.bundle, metrics=metrics)
     reason = f"the sign-off does not count: {wrong}" if wrong else f"signed off by {signed.reviewer}"
     return Check(what=what, passed=not wrong, reason=reason)
 
