@@ -97,12 +97,12 @@ def _pipelines() -> tuple[float, float]:
         ours = time.perf_counter() - started
         (folder / "data").mkdir()
         shutil.copy(ROOT / "data/catalog.yaml", folder / "data")
-        started, count = time.perf_counter(), 0
-        for count, job in enumerate(stages(EXPERIMENT), start=1):  # noqa: B007 - its last value is the number
+        jobs, environment = list(stages(EXPERIMENT)), {**os.environ, "PYTHONPATH": str(ROOT)}
+        started = time.perf_counter()
+        for job in jobs:
             line = content[job.step.name]["cmd"].replace("${item.experiment}", EXPERIMENT)
             command = [sys.executable, "-m", *line.replace("${item.seed}", str(job.seed)).split()]
-            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
             subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=True)
         peer = time.perf_counter() - started
         empty = min(_seconds(["docker", "run", "--rm", IMAGE, "true"]) for _ in range(ROUNDS))
-    return ours, peer + (count + 1) * empty  # one more: the choice of a seed
+    return ours, peer + (len(jobs) + 1) * empty  # one more: the choice of a seed

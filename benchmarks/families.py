@@ -25,12 +25,11 @@ from cadx.predicting import Predictor
 from cadx.predicting.bags import pool_tiles
 from cadx.predicting.boxes import detection_table
 from cadx.splitting import assign_splits
-from components.contract import Params, read_params
+from components.contract import ROOT, Params, read_params
 from components.ingest import IngestParams, ingest
 from components.split import SplitParams
 from components.train import TrainParams, train
 
-ROOT = Path(__file__).parents[1]
 CATALOG = ROOT / "data" / "catalog.yaml"
 PARAMS = ROOT / "params.yaml"
 CORE_MINUTES = 20.0

@@ -69,6 +69,7 @@ from cadx.request_log import compact, read_labels, read_requests, short
 from components.contract import Alarm, In, Keep, MaybeIn, Out, Params, step
 
 NUM_NAMED = 4  # findings in the alarm's one line, and drawn
+_FORMATS = {"distance": ".2f", "chance": ".2g", "before": ".3g", "now": ".3g"}
 CALLED, NOT_CALLED = "called", "not called"
 WEBHOOK_TRIES = 4
 WEBHOOK_TIMEOUT_S = 5.0
@@ -240,7 +241,7 @@ def _rounded(requests: pd.DataFrame) -> pd.DataFrame:
     return requests.assign(
         embedding=[np.round(embedding, EMBEDDING_DECIMALS) for embedding in requests["embedding"]],
         **{name: requests[name].round(REFERENCE_DECIMALS) for name in numbers},
-    ).reset_index(drop=True)
+    )
 
 
 def _labelled(tables: Path, labels: Path | None, bundle: Bundle, last: int | None) -> pd.DataFrame:
@@ -259,7 +260,7 @@ def _labelled(tables: Path, labels: Path | None, bundle: Bundle, last: int | Non
 
 def _outcomes(labelled: pd.DataFrame, manifest: Manifest, params: MonitorParams) -> list[Outcome]:
     """The live metrics, held against what the bundle and the parameters declare."""
-    point, conformal = manifest.operating_point, getattr(manifest, "conformal", None)
+    point, conformal = manifest.operating_point, manifest.conformal
     declared: dict[str, float] = {}
     # Of boxes the target is a sensitivity per lesion; labels that come later are of whole images.
     if point is not None and point.target_metric and point.target_value and manifest.task != "detection":
@@ -296,7 +297,7 @@ def _flat(outcome: Outcome) -> dict[str, Any]:
 
 
 def _named(outcome: Outcome) -> str:
-    return f"{outcome.name} of {outcome.of}" if outcome.of else outcome.name
+    return f"{outcome.name} of {outcome.of}"
 
 
 def _message(
@@ -316,12 +317,7 @@ def _message(
         more = f" and {len(moved) - NUM_NAMED} more" if len(moved) > NUM_NAMED else ""
         said = f"{len(moved)} of {len(findings)} comparisons drifted: {', '.join(named)}{more}"
     for outcome in broken:
-        bound = (
-            f"at least {outcome.at_least:g}"
-            if outcome.at_least is not None
-            else f"at most {outcome.at_most:g}"
-        )
-        said += f"; {_named(outcome)} is {outcome.estimate.value:.3f}, declared {bound}"
+        said += f"; {_named(outcome)} is {outcome.estimate.value:.3f}, declared {_declared(outcome)}"
     return said
 
 
@@ -362,7 +358,7 @@ def _page(
         [_row(finding) for finding in moved],
         "The furthest first. Distance: 0 is alike, 1 is nothing in common. Chance: the probability of such a "
         "difference without any change, allowing for the number of comparisons (p-value after Holm's correction).",
-        formats={"distance": ".2f", "chance": ".2g", "before": ".3g", "now": ".3g"},
+        formats=_FORMATS,
         empty="Nothing." if findings else "Not asked: too few requests.",
     )
     if drawn := [finding for finding in moved if finding.current_mean is not None][:NUM_NAMED]:
@@ -400,7 +396,7 @@ def _page(
         [_row(finding) for finding in findings if finding.slice == "all"],
         "All requests of the window. Before and now are means; what the network sees is compared as a whole: the "
         "numbers in its last layer, which have no scale of their own.",
-        formats={"distance": ".2f", "chance": ".2g", "before": ".3g", "now": ".3g"},
+        formats=_FORMATS,
         empty="Nothing: too few requests.",
     )
     if local := [finding for finding in findings if finding.slice != "all"]:
@@ -408,7 +404,7 @@ def _page(
             page.table(
                 [_row(finding) for finding in local],
                 f"Sites and scanners with at least {record['minimum_n']} requests.",
-                formats={"distance": ".2f", "chance": ".2g", "before": ".3g", "now": ".3g"},
+                formats=_FORMATS,
             )
     skipped = ", ".join(f"{number} {what.replace('_', ' ')}" for what, number in record["skipped"].items())
     page.text(
