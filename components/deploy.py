@@ -3,7 +3,7 @@
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,10 +21,9 @@ from cadx.reading.images import encode_png
 from cadx.types import Digest
 from components.contract import In, Keep, Out, Params, step
 from serving.archive import Release, read_release
-from serving.client import AnyAnswer, Client, DetectionAnswer, SlideAnswer
+from serving.client import RESPONSE_TIMEOUTS_S, AnyAnswer, Client, DetectionAnswer, SlideAnswer
 from serving.kinds import encode_nifti
 from serving.management import (
-    RESPONSE_TIMEOUT_S,
     Deployed,
     Management,
     read_deployed,
@@ -37,7 +36,6 @@ STORE_DIGITS = 12
 GOLDEN_FOLDER = "golden"
 """In the model store: where the server finds the slides of a comparison."""
 MOST_GOLDEN = {"volume": 16, "slide": 4}
-RESPONSE_TIMEOUTS_S = {"image": RESPONSE_TIMEOUT_S, "volume": 300, "slide": 1800}
 
 
 class NotPromoted(ValueError):
@@ -132,11 +130,11 @@ def deploy(
 
     if previous is None:
         trial = f"{release.name}{TRIAL}"
-        with _taken_away_on_failure(server, trial, release.version):
+        with server.taken_away_on_failure(trial, release.version):
             register(trial)
             difference = compare(trial)
         server.unregister(trial, release.version)
-        with _taken_away_on_failure(server, release.name, release.version):
+        with server.taken_away_on_failure(release.name, release.version):
             register(release.name)
     elif loaded and loaded.archive == entry.archive and loaded.ready_workers:
         difference = compare(release.name)
@@ -146,7 +144,7 @@ def deploy(
             if others and previous == release.version:  # TorchServe lets the default go only as the last
                 server.set_default(release.name, others[-1])
             server.unregister(release.name, release.version)
-        with _taken_away_on_failure(server, release.name, release.version):
+        with server.taken_away_on_failure(release.name, release.version):
             register(release.name)
             difference = compare(release.name)
     server.set_default(release.name, release.version)
@@ -230,17 +228,6 @@ def _store(archive: Path, digest: Digest, release: Release, model_store: Path) -
     with replacing(stored) as partial:
         shutil.copyfile(archive, partial)
     return stored.name
-
-
-@contextmanager
-def _taken_away_on_failure(server: Management, name: str, version: str) -> Iterator[None]:
-    """Unregister a version when the block fails, in whatever way."""
-    try:
-        yield
-    except BaseException:
-        with suppress(ValueError, ConnectionError):  # the block's own error is what the user must see
-            server.unregister(name, version)
-        raise
 
 
 def evenly_spread(count: int, number: int) -> np.ndarray:

@@ -16,9 +16,10 @@ from cadx.gating import Decision, MetricsFile, read_decision, read_metrics
 from cadx.loading import input_text
 from cadx.metrics import Subgroup
 from cadx.reporting import Page, estimate_text
-from cadx.types import Digest
 from components.contract import In, Out, Params, step
-from serving.archive import NAME_PATTERN, Release, Verdict, version_of, write_archive
+from serving.archive import NAME_PATTERN, Release, Verdict, release_of, write_archive
+
+_HEADLINE = ("ap50", "froc", "auc", "sensitivity", "specificity")
 
 
 class PackageParams(Params):
@@ -54,26 +55,15 @@ def package(*, bundle: In, decision: In, metrics: In, archive: Out, card: Out, p
         raise ValueError(
             f"experiment {name!r}: no name for an address; set package.name to one of a-z, 0-9, '-'"
         )
-    release = release_of(name, opened.manifest, opened.digest, decision)
+    verdict = verdict_of(decided, decision)
+    release = release_of(name, opened.manifest, opened.digest, verdict, decided.metrics)
     write_archive(archive, bundle, release)
     _card(release, opened, decided, read_metrics(metrics), params, archive).write(card)
 
 
-def release_of(name: str, manifest: Manifest, bundle: Digest, decision: Path) -> Release:
-    """What release.json says of a bundle by its digest, as the decision in a file lets it be released."""
-    decided = read_decision(decision)
-    return Release(
-        name=name,
-        version=version_of(bundle),
-        bundle=bundle,
-        decision=Verdict(promote=decided.promote, reasons=decided.reasons, digest=digest_path(decision)),
-        metrics=decided.metrics,
-        classes=manifest.classes,
-        positive=manifest.positive,
-        task=manifest.task,
-        experiment=manifest.experiment,
-        seed=manifest.seed,
-    )
+def verdict_of(decided: Decision, decision: Path) -> Verdict:
+    """What a release repeats of the decision that stands in a file."""
+    return Verdict(promote=decided.promote, reasons=decided.reasons, digest=digest_path(decision))
 
 
 def _card(
@@ -88,8 +78,7 @@ def _card(
     metrics = record.metrics
     meanings = detection.METRICS if manifest.task == "detection" else classification.METRICS
     page = Page(f"{release.name} {release.version}", "Model card")
-    shown = ("ap50", "froc", "auc", "sensitivity", "specificity")
-    page.facts([(title(name), metrics[name]) for name in shown if name in metrics])
+    page.facts([(title(name), metrics[name]) for name in _HEADLINE if name in metrics])
     _verdict(page, decided)
     page.section("What it is for")
     page.text(params.intended_use)
@@ -169,7 +158,7 @@ def _known(bundle: Bundle, decided: Decision, record: MetricsFile, params: Packa
     groups = [f"{attribute} ({len(values)})" for attribute, values in record.by_subgroup.items()]
     members = len(manifest.weights)
     origin = trained.pretrained
-    shown = [name for name in ("ap50", "froc", "auc", "sensitivity", "specificity") if name in record.metrics]
+    shown = [name for name in _HEADLINE if name in record.metrics]
     methods = dict.fromkeys(
         estimate.method for estimate in record.metrics.values() if estimate.low is not None
     )

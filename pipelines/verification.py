@@ -31,9 +31,9 @@ from cadx.verifying import (
 )
 from components.contract import ROOT, read_params, source_digests
 from components.gate import GateParams
-from components.package import PackageParams, release_of
+from components.package import PackageParams, verdict_of
 from components.train import TrainParams
-from serving.archive import BUNDLE, RELEASE, Release, read_release, write_archive
+from serving.archive import BUNDLE, RELEASE, Release, read_release, release_of, write_archive
 from serving.client import Client
 
 
@@ -143,7 +143,7 @@ def _links(at: Evidence) -> Iterator[Link]:
     yield compare("metrics", at.predictions, metrics.get("predictions"), "metrics.json")
     yield compare("metrics", at.metrics, decided.metrics if decided else None, "decision.json")
     if at.review is not None:
-        yield _review(at, digest)
+        yield _review(at, manifest, digest)
     yield from decision_links(at.decision, release.decision.digest if release else None, RELEASE)
     if at.archive is None:
         yield Link("archive", "not at hand", said="no archive given")
@@ -185,22 +185,18 @@ def _parameters(at: Evidence, manifest: Manifest) -> Link:
     return Link("parameters", "broken", where, said, manifest.provenance.parameters, found)
 
 
-def _review(at: Evidence, digest: Digest) -> Link:
+def _review(at: Evidence, manifest: Manifest, digest: Digest) -> Link:
     assert at.review is not None, "the caller looks"
     file = str(at.review / REVIEW)
     if at.params is None:
         return Link("review", "not at hand", file, "params.yaml holds the reviewers' keys")
+    metrics = digest_path(at.metrics) if at.metrics and at.metrics.exists() else None
     try:
         review = read_review(at.review)
-        experiment = read_manifest(at.bundle)[0].experiment
-        reviewers = read_params(f"{at.params}:{experiment}", "gate", GateParams).reviewers
-        wrong = objection(at.review, reviewers)
+        reviewers = read_params(f"{at.params}:{manifest.experiment}", "gate", GateParams).reviewers
+        wrong = objection(at.review, reviewers, bundle=digest, metrics=metrics)
     except ValueError as error:
         return Link("review", "broken", file, str(error))
-    if review.bundle != digest:
-        wrong = wrong or "signed for another bundle"
-    if at.metrics and review.metrics != digest_path(at.metrics):
-        wrong = wrong or "signed for other numbers"
     return Link("review", "broken" if wrong else "ok", file, wrong or f"signed by {review.reviewer}")
 
 
@@ -220,7 +216,8 @@ def _archive(
             name = read_params(f"{at.params}:{manifest.experiment}", "package", PackageParams).name
         except ValueError:
             name = None
-        expected = release_of(name or manifest.experiment, manifest, digest, at.decision)
+        verdict = verdict_of(decided, at.decision)
+        expected = release_of(name or manifest.experiment, manifest, digest, verdict, decided.metrics)
         for field, value in expected:
             if getattr(release, field) != value:
                 said = f"its {field} is not that of bundle and decision"
@@ -292,7 +289,10 @@ def _endpoint(at: Evidence, release: Release | None, digest: Digest) -> Link:
         return Link("endpoint", "not at hand", said="no --endpoint given")
     if release is None or at.dataset is None:
         return Link("endpoint", "not at hand", at.endpoint, "archive and dataset are needed to ask it")
-    folder = DatasetFolder(at.dataset)
+    try:
+        folder = DatasetFolder(at.dataset)
+    except (ValueError, OSError) as error:
+        return Link("endpoint", "not at hand", at.endpoint, str(error))
     if folder.info.kind != "image":
         return Link("endpoint", "not at hand", at.endpoint, f"asked by images, not by {folder.info.kind}")
     client = Client(at.endpoint, release.name, key_file=at.key_file)

@@ -162,9 +162,10 @@ class Answerer(ABC):
             ValueError: for the first that it refuses.
         """
 
-    @abstractmethod
     def attributes(self, raw: Any) -> Mapping[str, Any]:
         """What the file says of site and scanner."""
+        attributes: Mapping[str, Any] = raw.attributes
+        return attributes
 
     def answer(self, requests: Sequence[Request]) -> list[Reply]:
         """The reply to each request of a batch.

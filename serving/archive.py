@@ -70,6 +70,24 @@ class Release(Config):
         return self
 
 
+def release_of(
+    name: str, manifest: "Manifest", bundle: Digest, decision: Verdict, metrics: Digest
+) -> Release:
+    """What release.json says of a bundle by its digest, under a decision that rests on `metrics`."""
+    return Release(
+        name=name,
+        version=version_of(bundle),
+        bundle=bundle,
+        decision=decision,
+        metrics=metrics,
+        classes=manifest.classes,
+        positive=manifest.positive,
+        task=manifest.task,
+        experiment=manifest.experiment,
+        seed=manifest.seed,
+    )
+
+
 def version_of(bundle: Digest) -> str:
     """A bundle's version in service.
 

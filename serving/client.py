@@ -26,10 +26,11 @@ from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, ValidationError
 SCHEMA_VERSION = 1
 """Of an answer's form. A new field leaves it; one that goes, or means something else, raises it."""
 CONNECT_TIMEOUT_S = 5.0
-READ_TIMEOUT_S = 90.0
-VOLUME_TIMEOUT_S = 330.0
-SLIDE_TIMEOUT_S = 1830.0
-"""Like the others somewhat longer than the server itself gives an answer (`components.deploy`)."""
+RESPONSE_TIMEOUTS_S = {"image": 60, "volume": 300, "slide": 1800}
+"""Kind of sample -> how long the server waits for an answer before it starts the worker anew. We wait a bit longer."""
+READ_TIMEOUT_S = RESPONSE_TIMEOUTS_S["image"] + 30.0
+VOLUME_TIMEOUT_S = RESPONSE_TIMEOUTS_S["volume"] + 30.0
+SLIDE_TIMEOUT_S = RESPONSE_TIMEOUTS_S["slide"] + 30.0
 MAX_CONNECTIONS = 32
 _RETRIES = {
     # An image may be asked about twice without harm. 503 is a full queue, 507 a worker that is starting anew,

@@ -4,11 +4,13 @@ Their weights are random. Their releases say so, and `cadx deploy` would refuse 
 """
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 from cadx.files import digest_bytes
 from cadx.types import Task
-from serving.archive import Release, Verdict, version_of, write_archive
+from serving.archive import Release, Verdict, release_of, write_archive
+from serving.client import RESPONSE_TIMEOUTS_S
 from serving.management import Management
 from serving.server import TorchServe
 
@@ -39,7 +41,6 @@ def write_demo_bundle(
     *,
     model: dict[str, Any] | None = None,
     preprocessing: dict[str, Any] | None = None,
-    threshold: float | None = None,
 ) -> Path:
     """A complete bundle with random weights, the same each time.
 
@@ -48,7 +49,6 @@ def write_demo_bundle(
         kind: what it takes.
         model: the family and its sizes; None for a small one.
         preprocessing: of that model; None for a small one's.
-        threshold: of what is called; None for one that calls some.
     """
     import pandas as pd
     import torch
@@ -59,8 +59,8 @@ def write_demo_bundle(
     from cadx.loading import Input
     from cadx.models import ModelConfig
 
-    if threshold is None:
-        threshold = 0.0053 if kind == "detection" else 0.5
+    # That of a detector lies amid its scores: some boxes are called, some are not.
+    threshold = 0.0053 if kind == "detection" else 0.5
     digest = digest_bytes(NOTICE.encode())
     task: Task = "detection" if kind == "detection" else "binary"
     config = TypeAdapter[Any](ModelConfig).validate_python(model or _MODELS[kind][0])
@@ -101,29 +101,17 @@ def demo_release(bundle: Path, name: str) -> Release:
     from cadx.bundle import Bundle
 
     opened = Bundle(bundle)
-    manifest = opened.manifest
-    return Release(
-        name=name,
-        version=version_of(opened.digest),
-        bundle=opened.digest,
-        decision=Verdict(promote=False, reasons=(NOTICE,)),
-        metrics=digest_bytes(NOTICE.encode()),
-        classes=manifest.classes,
-        positive=manifest.positive,
-        task=manifest.task,
-        experiment=manifest.experiment,
-        seed=manifest.seed,
-    )
+    verdict = Verdict(promote=False, reasons=(NOTICE,))
+    return release_of(name, opened.manifest, opened.digest, verdict, digest_bytes(NOTICE.encode()))
 
 
 def register_demos(server: TorchServe) -> None:
     """Put a model of each kind into service at a running server: demo-radiograph, demo-volume and so on."""
-    from tempfile import TemporaryDirectory
-
     management = Management(server.management, key_file=server.key_file)
     for kind in get_args(DemoKind):
         name = f"demo-{kind}"
         with TemporaryDirectory() as folder:
             bundle = write_demo_bundle(Path(folder) / "bundle", kind)
             write_archive(server.model_store / f"{name}.mar", bundle, demo_release(bundle, name))
-        management.register(f"{name}.mar", response_timeout_s=300)
+        timeout_s = RESPONSE_TIMEOUTS_S.get(kind, RESPONSE_TIMEOUTS_S["image"])
+        management.register(f"{name}.mar", response_timeout_s=timeout_s)

@@ -42,10 +42,6 @@ class RadiographAnswerer(Answerer):
         """The image."""
         return read_image(body)
 
-    def attributes(self, raw: RawImage) -> Mapping[str, Any]:
-        """What the file says."""
-        return raw.attributes
-
     def predict(self, raws: Sequence[Any], *, attention: bool) -> list[Outcome]:
         """What the model says of images."""
         outcomes = []
@@ -65,10 +61,6 @@ class DetectionAnswerer(Answerer):
     def read(self, body: bytes, *, golden: bool) -> RawImage:
         """The image."""
         return read_image(body)
-
-    def attributes(self, raw: RawImage) -> Mapping[str, Any]:
-        """What the file says."""
-        return raw.attributes
 
     def predict(self, raws: Sequence[Any], *, attention: bool) -> list[Outcome]:
         """The boxes in images, in stored pixels and by falling score, and which of them the operating point calls."""
@@ -123,10 +115,6 @@ class VolumeAnswerer(Answerer):
             return read_volume(Path(f"/proc/self/fd/{file}"))
         finally:
             os.close(file)
-
-    def attributes(self, raw: RawVolume) -> Mapping[str, Any]:
-        """What the files say."""
-        return raw.attributes
 
     def predict(self, raws: Sequence[Any], *, attention: bool) -> list[Outcome]:
         """What the model says of volumes."""

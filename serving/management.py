@@ -4,8 +4,8 @@ model_store/<name>.deployed.json    the versions that went live, the latest last
 """
 
 import json
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, urlencode
@@ -14,12 +14,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from cadx.files import write_json
 from cadx.types import Config
-from serving.client import Endpoint, Refused, Token
+from serving.client import RESPONSE_TIMEOUTS_S, Endpoint, Refused, Token
 
 STARTUP_TIMEOUT_S = 600
 """For a worker to come up: importing torch takes seconds on a free machine, minutes on a crowded one."""
 REGISTRATION_TIMEOUT_S = STARTUP_TIMEOUT_S + 30.0
-RESPONSE_TIMEOUT_S = 60
 
 
 class Version(NamedTuple):
@@ -88,7 +87,7 @@ class Management:
         workers: int | None = None,
         batch_size: int = 1,
         max_batch_delay_ms: int = 1,
-        response_timeout_s: int = RESPONSE_TIMEOUT_S,
+        response_timeout_s: int = RESPONSE_TIMEOUTS_S["image"],
     ) -> None:
         """Put an archive of the model store into service and wait until its workers are ready.
 
@@ -146,6 +145,16 @@ class Management:
         """
         self._endpoint.request("DELETE", f"/models/{_part(name)}/{_part(version)}")
 
+    @contextmanager
+    def taken_away_on_failure(self, name: str, version: str) -> Iterator[None]:
+        """Unregister a version when the block fails, in whatever way."""
+        try:
+            yield
+        except BaseException:
+            with suppress(ValueError, ConnectionError):  # the block's own error is what the user must see
+                self.unregister(name, version)
+            raise
+
     def roll_back(self, name: str, model_store: Path) -> tuple[str, str]:
         """Let the version answer that was live before this one; (this one, that one).
 
@@ -167,12 +176,8 @@ class Management:
         if loaded and not loaded.ready_workers:
             self.unregister(name, back.version)
         if not (loaded and loaded.ready_workers):
-            try:
+            with self.taken_away_on_failure(name, back.version):
                 self.register(name=name, **back.model_dump(exclude={"version"}))
-            except Refused:
-                with suppress(ValueError, ConnectionError):  # the refusal is what the user must see
-                    self.unregister(name, back.version)
-                raise
         self.set_default(name, back.version)
         write_deployed(model_store, name, history)
         return present, back.version

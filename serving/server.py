@@ -31,7 +31,8 @@ from typing import Any, NamedTuple, Self
 
 import urllib3
 
-from serving.management import RESPONSE_TIMEOUT_S, STARTUP_TIMEOUT_S
+from serving.client import RESPONSE_TIMEOUTS_S
+from serving.management import STARTUP_TIMEOUT_S
 
 HOST = "127.0.0.1"
 MAX_REQUEST_BYTES = 256 << 20
@@ -288,7 +289,7 @@ class TorchServe:
             # Matches no address at all: a model is registered by its file name in the model store.
             "allowed_urls": "none",
             "default_workers_per_model": self.workers,
-            "default_response_timeout": RESPONSE_TIMEOUT_S,
+            "default_response_timeout": RESPONSE_TIMEOUTS_S["image"],
             "default_startup_timeout": STARTUP_TIMEOUT_S,
             "max_request_size": MAX_REQUEST_BYTES,
             "max_response_size": MAX_REQUEST_BYTES,

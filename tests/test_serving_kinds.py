@@ -57,7 +57,7 @@ MODELS: dict[DemoKind, dict[str, Any]] = {
         "preprocessing": {"patch_px": (16, 16, 16), "window_hu": (0, 120)},
     },
     "slide": {"preprocessing": {"tile_px": 64, "height_px": 32, "width_px": 32, "channels": 3}},
-    "detection": {"preprocessing": {"height_px": 64, "width_px": 64}, "threshold": THRESHOLD},
+    "detection": {"preprocessing": {"height_px": 64, "width_px": 64}},
 }
 
 
