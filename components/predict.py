@@ -27,8 +27,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from cadx.bundle import Manifest, answer_columns
 from cadx.files import digest_path
 from cadx.predicting import Predictor
+from cadx.types import Prediction
 from components.contract import In, Out, Params, step
 
 
@@ -66,7 +68,7 @@ def predict(*, bundle: In, images: In, predictions: Out, unreadable: Out, params
             f"{refused[0]['reason']}; predict.unreadable_at_most allows {params.unreadable_at_most:.0%}"
         )
     manifest = predictor.bundle.manifest
-    table = pa.Table.from_pandas(pd.DataFrame(rows), preserve_index=False)
+    table = pa.Table.from_pandas(pd.DataFrame(rows, columns=_columns(manifest)), preserve_index=False)
     about = {
         "schema": 1,
         "experiment": manifest.experiment,
@@ -114,15 +116,23 @@ def _answers(
             yield [_row(file, answer, predictor) for (file, _), answer in zip(read, answers, strict=True)]
 
 
-def _row(file: File, answer: Any, predictor: Predictor) -> dict[str, Any]:
+def _columns(manifest: Manifest) -> list[str]:
+    """Those of the answers, also where there are none."""
+    if manifest.task == "detection":
+        return ["sha256", "class", "score", "x0", "y0", "x1", "y1"]
+    sets = ["prediction_set", "refer"] if manifest.conformal else []
+    return ["sha256", *answer_columns(manifest.task, manifest.classes), *sets, "warnings"]
+
+
+def _row(file: File, answer: Prediction, predictor: Predictor) -> dict[str, Any]:
     row: dict[str, Any] = {"sha256": file.sha256}
     row |= {f"prob_{name}": probability for name, probability in answer.probabilities.items()}
     if isinstance(answer.decision, tuple):
         row |= {f"decision_{name}": name in answer.decision for name in predictor.bundle.manifest.classes}
     else:
         row["decision"] = answer.decision
-    if (prediction_set := getattr(answer, "prediction_set", None)) is not None:
-        row |= {"prediction_set": list(prediction_set), "refer": answer.refer}
+    if answer.prediction_set is not None:
+        row |= {"prediction_set": list(answer.prediction_set), "refer": answer.refer}
     return row | {"warnings": "; ".join(answer.warnings)}
 
 

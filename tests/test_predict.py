@@ -89,6 +89,19 @@ def test_too_many_unreadable_files_stop_it_and_leave_nothing(ready: Run, inbox: 
     assert not (tmp_path / "predictions.parquet").exists()
 
 
+def test_a_table_without_answers_still_says_what_it_would_hold(
+    ready: Run, inbox: Path, tmp_path: Path
+) -> None:
+    for path in inbox.rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"no image, " + path.name.encode())
+    frame, unreadable = run(ready, inbox, tmp_path)
+    assert len(frame) == 0
+    assert len(unreadable) == 8
+    assert next(iter(frame)) == "sha256"
+    assert {"decision", "prediction_set", "refer", "warnings"} <= set(frame)
+
+
 def test_an_empty_folder_is_a_mistake(ready: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no file in it"):
