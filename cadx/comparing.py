@@ -199,7 +199,8 @@ def compare_files(a: Path, b: Path, page: Path) -> None:
     Raises:
         ValueError: as `compare_metrics`.
     """
-    first, second = read_scored(a), read_scored(b)
+    first = read_scored(a)
+    second = paired(first, read_scored(b))
     found, counts = compare_metrics(first, second), agreement(first, second)
     rows = [_row(one) for one in found]
     table = Table(*rows[0], title=f"A {_named(a, first)}, B {_named(b, second)}")
@@ -207,7 +208,7 @@ def compare_files(a: Path, b: Path, page: Path) -> None:
         table.add_row(*row.values())
     console = Console()
     console.print(table)
-    _page(a, b, first, paired(first, second), found, counts).write(page)
+    _page(a, b, first, second, found, counts).write(page)
     console.print(f"open   {page}", highlight=False)
 
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import pandas as pd
 from pydantic import Field, field_validator
 
+from cadx.evaluating import METRICS
 from cadx.explaining import title
 from cadx.files import write_json
 from cadx.gating import Decision, MetricsFile, read_decision, read_metrics
-from cadx.metrics import METRICS
 from cadx.predicting import read_predictions
 from cadx.reporting import Page
 from cadx.types import Estimate
@@ -32,6 +32,8 @@ class ChooseParams(Params):
     def _known(cls, metric: str | None) -> str | None:
         if metric is not None and metric not in METRICS:
             raise ValueError(f"unknown metric {metric}; known: {', '.join(METRICS)}")
+        if metric is not None and METRICS[metric].better not in ("higher", "lower"):
+            raise ValueError(f"{metric}: neither more nor less of it is better; rank by another metric")
         return metric
 
 
@@ -41,6 +43,7 @@ class Candidate(NamedTuple):
     metrics: MetricsFile
     decision: Decision
     name: str
+    labelled: pd.DataFrame
 
 
 @step
@@ -75,7 +78,7 @@ def choose(
         _candidate(*paths) for paths in zip(all_metrics, all_decision, all_predictions, strict=True)
     ]
     if params.metric is not None:
-        _require_same_samples(all_predictions)
+        _require_same_samples(candidates, all_predictions)
     ranked = _ranked(candidates, params.metric)
     promoted = [number for number in ranked if candidates[number].decision.promote]
     chosen = (promoted or ranked)[0]
@@ -100,19 +103,17 @@ def choose(
 
 def _candidate(metrics: Path, decision: Path, predictions: Path) -> Candidate:
     record, decided = read_metrics(metrics), read_decision(decision)
-    _, info = read_predictions(predictions)
+    frame, info = read_predictions(predictions)
     if not record.bundle == decided.bundle == info.bundle:
         raise ValueError(
             f"{metrics}, {decision}, {predictions}: of different bundles; give the lists in one order"
         )
-    return Candidate(record, decided, f"{record.experiment}, seed {record.seed}")
+    return Candidate(record, decided, f"{record.experiment}, seed {record.seed}", _labelled(frame))
 
 
-def _require_same_samples(paths: Sequence[Path]) -> None:
-    first, _ = read_predictions(paths[0])
-    for path in paths[1:]:
-        frame, _ = read_predictions(path)
-        if not _labelled(frame).equals(_labelled(first)):
+def _require_same_samples(candidates: Sequence[Candidate], paths: Sequence[Path]) -> None:
+    for candidate, path in zip(candidates, paths, strict=True):
+        if not candidate.labelled.equals(candidates[0].labelled):
             raise ValueError(
                 f"{path}: scored on other samples than {paths[0]}, so that their numbers cannot be ranked; "
                 "score all candidates on one test split, or leave choose.metric out"

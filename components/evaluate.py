@@ -12,15 +12,13 @@ from pydantic import Field
 
 from cadx.bundle import Bundle, Manifest
 from cadx.datasets import DatasetFolder, read_splits
-from cadx.evaluating import Aggregation, Settings, evaluation_of
+from cadx.evaluating import Aggregation, Attribute, Settings, evaluation_of, show_assumptions
 from cadx.files import digest_path, write_json
 from cadx.loading import input_text
 from cadx.predicting import PredictionsInfo, Predictor, write_predictions
 from cadx.reporting import Page, estimate_text
 from cadx.types import Digest
 from components.contract import In, Keep, Out, Params, step
-
-Attribute = Literal["site", "sex", "age", "scanner"]
 
 
 class EvaluateParams(Params):
@@ -74,6 +72,8 @@ def evaluate(
             f"{splits}: no labelled sample in the {params.split} split; split again or choose another"
         )
 
+    if params.aggregate != "none" and manifest.task == "detection":
+        raise ValueError("boxes are scored image by image: set evaluate.aggregate to none")
     if params.aggregate != "none" and not folder.info.clustered:
         raise ValueError(
             f"{dataset}: names no patients to aggregate images by; set evaluate.aggregate to none"
@@ -139,7 +139,7 @@ def evaluate(
     scored.show_numbers(page)
     scored.show_mistakes(page, folder, predictor)
     _model(page, predictor.bundle, dataset_digest, splits_digest, folder)
-    _assumptions(page, info)
+    show_assumptions(page, info)
     _test_uses(page, test_uses)
     page.write(report)
 
@@ -231,14 +231,6 @@ def _model(page: Page, bundle: Bundle, dataset: Digest, splits: Digest, folder: 
             "The first 16 digits; bundle.json and metrics.json hold them whole.",
         )
         page.table([{"library": k, "version": v} for k, v in manifest.provenance.versions.items()])
-
-
-def _assumptions(page: Page, info: PredictionsInfo) -> None:
-    page.section("Assumptions")
-    for assumption in info.assumptions or (
-        "The source says all that was needed: nothing was taken as given.",
-    ):
-        page.text(assumption)
 
 
 def _test_uses(page: Page, path: Path) -> None:

@@ -12,11 +12,10 @@ from typing import Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from cadx import detection
-from cadx import metrics as classification
 from cadx.bundle import Bundle
 from cadx.comparing import ComparedMetric, Scored, compare_metrics, read_scored
 from cadx.datasets import DatasetFolder, read_splits
+from cadx.evaluating import METRICS
 from cadx.explaining import title
 from cadx.files import digest_path, write_json
 from cadx.gating import Check, Decision, MetricsFile, ceiling, floor, not_inferior, read_metrics
@@ -25,9 +24,6 @@ from cadx.signing import objection, read_review
 from cadx.splitting import patients_in_several_splits
 from cadx.types import Digest, Estimate
 from components.contract import In, MaybeIn, Out, Params, step
-
-METRICS = {**classification.METRICS, **detection.METRICS}
-"""Every metric that a bound may be set on."""
 
 _UNKNOWN = Estimate(value=None, low=None, high=None, n=0, method="not among the subgroup's metrics")
 _LEAKS = ("duplicate_across_splits", "near_duplicate_across_splits")
@@ -130,8 +126,11 @@ def gate(
         if predictions is None:
             raise ValueError("--champion without --predictions: give this model's, on the same patients")
         checks += _against(rival, predictions, opened.digest, params.margins)
+    numbers, reviewer = digest_path(metrics), None
     if params.reviewers:
-        checks.append(_signed_off(review, record, digest_path(metrics), params.reviewers))
+        signed_off = _signed_off(review, record, numbers, params.reviewers)
+        checks.append(signed_off)
+        reviewer = read_review(review).reviewer if review and signed_off.passed else None
     write_json(
         decision,
         Decision(
@@ -142,9 +141,9 @@ def gate(
             reasons=tuple(check.reason for check in checks if not check.passed),
             checks=tuple(checks),
             bundle=opened.digest,
-            metrics=digest_path(metrics),
+            metrics=numbers,
             champion=rival.info.bundle if rival else None,
-            reviewer=read_review(review).reviewer if review and params.reviewers else None,
+            reviewer=reviewer,
         ).model_dump(mode="json"),
     )
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from cadx.evaluating import Detection, Settings
+from cadx.evaluating import Attribute, Detection, Settings, show_assumptions
 from cadx.evaluating.evaluation import dump
 from cadx.explaining import draw_band, patient_band, roc_heights, show_subgroups, square, title
 from cadx.files import write_json
@@ -24,7 +24,7 @@ class SummariseParams(Params):
     resamples: int = Field(
         default=1000, ge=0, description="bootstrap resamples of patients, each applied to all seeds"
     )
-    subgroups: tuple[Literal["site", "sex", "age", "scanner"], ...] = ("site", "sex", "age", "scanner")
+    subgroups: tuple[Attribute, ...] = ("site", "sex", "age", "scanner")
     minimum_n: int = Field(default=20, ge=1, description="patients that an estimate in a subgroup needs")
 
 
@@ -65,11 +65,7 @@ def summarise(*, predictions: Ins, metrics: Out, report: Out, params: SummariseP
     for warning in info.warnings:
         page.callout("warn", warning)
     joined.show_numbers(page)
-    page.section("Assumptions")
-    for assumption in info.assumptions or (
-        "The source says all that was needed: nothing was taken as given.",
-    ):
-        page.text(assumption)
+    show_assumptions(page, info)
     page.write(report)
 
 

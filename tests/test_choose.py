@@ -112,5 +112,8 @@ def test_lists_that_do_not_belong_together_are_refused(predictions: list[Path], 
 
 
 def test_an_unknown_metric_is_named() -> None:
+    assert ChooseParams(metric="ap50").metric == "ap50"
+    with pytest.raises(ValueError, match="calibration_slope: neither more nor less of it is better"):
+        ChooseParams(metric="calibration_slope")
     with pytest.raises(ValueError, match="unknown metric auk; known: "):
         ChooseParams(metric="auk")

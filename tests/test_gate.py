@@ -288,7 +288,9 @@ def test_a_reviewer_must_have_signed_for_these_numbers_where_one_is_asked(
     changed = judge({"n_patients": 9}, given={"review": tmp_path / "review"}, **asked)
     assert changed.reasons == ("the sign-off does not count: signed for other numbers than these",)
     other = asked | {"reviewers": {"Dr. Rey": make_key(tmp_path, "other")[1].read_text()}}
-    assert "signed with another key" in judge(given={"review": tmp_path / "review"}, **other).reasons[0]
+    forged = judge(given={"review": tmp_path / "review"}, **other)
+    assert "signed with another key" in forged.reasons[0]
+    assert forged.reviewer is None, "a name that anybody can write is no signature"
 
 
 def test_metrics_of_boxes_can_be_bounded() -> None:

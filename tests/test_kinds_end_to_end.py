@@ -275,6 +275,8 @@ def test_evaluate_scores_boxes_from_its_own_predictions_file(lesions: Path, scor
     assert (record["n"], record["n_patients"], record["n_lesions"]) == (32, 16, len(truth))
     assert set(record["by_subgroup"]) == {"site", "lesion size"}
     assert set(record["by_subgroup"]["site"]) == {"north", "south"}
+    north = record["by_subgroup"]["site"]["north"]
+    assert north["metrics"]["image_auc"] == north["auc"], "a gate asks for it by its own name"
     small = record["by_subgroup"]["lesion size"]["small"]
     assert small["n_positive"] == len(truth)
     assert small["sensitivity"] == record["metrics"]["sensitivity_small"]

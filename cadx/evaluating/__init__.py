@@ -1,9 +1,13 @@
 """Evidence: from answers to numbers with intervals, and to the sections of a report."""
 
+from cadx import detection, metrics
 from cadx.evaluating.boxes import Detection
 from cadx.evaluating.classification import Classification
-from cadx.evaluating.evaluation import Aggregation, Evaluation, Settings
+from cadx.evaluating.evaluation import Aggregation, Attribute, Evaluation, Settings, show_assumptions
 from cadx.types import Task
+
+METRICS = {**metrics.METRICS, **detection.METRICS}
+"""Every metric that an evaluation may hold: what can be bounded, or ranked by."""
 
 
 def evaluation_of(task: Task) -> type[Evaluation]:
@@ -11,4 +15,14 @@ def evaluation_of(task: Task) -> type[Evaluation]:
     return Detection if task == "detection" else Classification
 
 
-__all__ = ["Aggregation", "Classification", "Detection", "Evaluation", "Settings", "evaluation_of"]
+__all__ = [
+    "METRICS",
+    "Aggregation",
+    "Attribute",
+    "Classification",
+    "Detection",
+    "Evaluation",
+    "Settings",
+    "evaluation_of",
+    "show_assumptions",
+]

@@ -64,7 +64,7 @@ class Detection(Evaluation):
         self._found = [box_table(one, "boxes") for one in (frame, *(other for other, _ in others))]
         self._lesions = box_table(frame, "lesions")
         self._patients = frame["patient"].to_numpy(object) if info.clustered else None
-        self.scores = self._score(np.ones(len(frame), bool))
+        self.scores = self._score(np.ones(len(frame), bool), settings.resamples)
         self.n, self.n_patients = self.scores.n, self.scores.n_patients
         self.by_subgroup = {
             attribute: {
@@ -170,7 +170,7 @@ class Detection(Evaluation):
                 pictures.append((draw_boxes(folder.pixels(sample_id), boxes), f"{sample_id}: {name} {said}"))
             page.images(pictures, max_px=360)
 
-    def _score(self, which: np.ndarray) -> DetectionScores:
+    def _score(self, which: np.ndarray, resamples: int) -> DetectionScores:
         chosen = self.frame.loc[which, "sample_id"]
         return calculate_detection_metrics(
             [table[table["sample_id"].isin(chosen)] for table in self._found],
@@ -179,14 +179,16 @@ class Detection(Evaluation):
             classes=self.info.classes,
             patients=None if self._patients is None else self._patients[which],
             score_threshold=self._thresholds,
-            resamples=self._settings.resamples,
+            resamples=resamples,
             seed=self.info.seed,
         )
 
     def _subgroup(self, which: np.ndarray) -> Subgroup:
         num_patients = int(which.sum()) if self._patients is None else len(set(self._patients[which]))
-        metrics = self._score(which).metrics
-        if num_patients < self._settings.minimum_n:
+        too_few = num_patients < self._settings.minimum_n
+        # An interval that nobody will see is not drawn.
+        metrics = self._score(which, 0 if too_few else self._settings.resamples).metrics
+        if too_few:
             why = f"too few: {num_patients} patients, {self._settings.minimum_n} needed"
             metrics = {name: _nothing(why, one.n) for name, one in metrics.items()}
         held = self._lesions["sample_id"].isin(self.frame.loc[which, "sample_id"])
@@ -246,8 +248,9 @@ class Detection(Evaluation):
         if len(self.info.classes) > 1:
             page.table(
                 [
-                    {"class": name, **{title(metric): estimates[metric] for metric in HEADLINE}}
-                    for name, estimates in scores.by_class.items()
+                    {"metric": title(metric)}
+                    | {name: estimates[metric] for name, estimates in scores.by_class.items()}
+                    for metric in HEADLINE
                 ],
                 "Each class alone.",
             )
@@ -308,7 +311,7 @@ class Detection(Evaluation):
             f"{name!r} is called at a score of {value:.4f} or more"
             for name, value in self.info.thresholds.items()
         )
-        return f"{rules[:1].upper()}{rules[1:]}. Chosen on the calibration split, and frozen in the bundle."
+        return f"{rules}. Chosen on the calibration split, and frozen in the bundle."
 
 
 def _nothing(why: str, n: int) -> Estimate:
@@ -325,6 +328,6 @@ def _for_forest(metrics: Mapping[str, Estimate]) -> dict[str, Estimate]:
 
 
 def _as_subgroup(n: int, n_lesions: int, metrics: Mapping[str, Estimate]) -> Subgroup:
-    shown = ("sensitivity", "image_specificity", "image_auc")
-    rest = {name: estimate for name, estimate in metrics.items() if name not in shown}
+    # Of images, specificity and AUC stand under their own names too: a gate asks for them by these.
+    rest = {name: estimate for name, estimate in metrics.items() if name != "sensitivity"}
     return Subgroup(n=n, n_positive=n_lesions, **_for_forest(metrics), metrics=rest)

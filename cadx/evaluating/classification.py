@@ -81,7 +81,7 @@ class Classification(Evaluation):
             name: decisions.at_other_prevalences(self.scores.by_class[name])
             for name in decisions.called_classes(info)
         }
-        self.net_benefit = decisions.net_benefit(info, self.rows, _of_interest(info), info.seed)
+        self.net_benefit = decisions.net_benefit(info, self.rows, _of_interest(info))
         # Sets are promised for images, whatever becomes of a patient's.
         self.coverage = decisions.coverage(info, arrays(frame, info), frame["site"].astype(str).tolist())
 
@@ -119,9 +119,7 @@ class Classification(Evaluation):
         if self.info.positive is None:
             return None
         column = self.info.classes.index(self.info.positive)
-        labels, probabilities = self.rows.labels[:, column], self.rows.probabilities[:, column]
-        known = ~np.isnan(labels)
-        curve = roc(labels[known], probabilities[known])
+        curve = roc(self.rows.labels[:, column], self.rows.probabilities[:, column])
         places = np.linspace(0, len(curve.threshold) - 1, min(ROC_POINTS, len(curve.threshold)))
         rows = places.round().astype(int)
         return {
@@ -344,7 +342,7 @@ def _rule(info: PredictionsInfo) -> str:
         f"{name!r} is called at a probability of {value:.4f} or more"
         for name, value in info.thresholds.items()
     )
-    return f"{rules[:1].upper()}{rules[1:]}. Chosen on the calibration split, and frozen in the bundle."
+    return f"{rules}. Chosen on the calibration split, and frozen in the bundle."
 
 
 def _draw_confusion(axes: Any, matrix: np.ndarray, classes: Sequence[str]) -> None:

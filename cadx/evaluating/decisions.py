@@ -109,7 +109,7 @@ def show_prevalences(page: Page, name: str, found: Mapping[str, Mapping[str, Est
     )
 
 
-def net_benefit(info: PredictionsInfo, rows: Arrays, classes: Sequence[str], seed: int) -> dict[str, Any]:
+def net_benefit(info: PredictionsInfo, rows: Arrays, classes: Sequence[str]) -> dict[str, Any]:
     """Class -> its decision curve, as lists."""
     curves = {}
     for name in classes:
@@ -117,7 +117,7 @@ def net_benefit(info: PredictionsInfo, rows: Arrays, classes: Sequence[str], see
         labels = rows.labels[:, column]
         if not (labels == 1).any():
             continue
-        curve = decision_curve(labels, rows.probabilities[:, column], patients=rows.patients, seed=seed)
+        curve = decision_curve(labels, rows.probabilities[:, column], patients=rows.patients, seed=info.seed)
         curves[name] = {field: values.round(6).tolist() for field, values in curve._asdict().items()}
     return curves
 

@@ -12,6 +12,8 @@ from cadx.predicting import PredictionsInfo, Predictor
 from cadx.reporting import Page
 from cadx.types import Config
 
+Attribute = Literal["site", "sex", "age", "scanner"]
+"""What subgroups may be made by."""
 Aggregation = Literal["none", "max", "mean"]
 """What becomes of a patient's images before they are scored: each stands for itself, or all become one case with the
 highest, or the mean, of their probabilities."""
@@ -72,6 +74,15 @@ class Evaluation(ABC):
     @abstractmethod
     def show_mistakes(self, page: Page, folder: DatasetFolder, predictor: Predictor) -> None:
         """Add the section of the worst misses and false alarms, with their pictures."""
+
+
+def show_assumptions(page: Page, info: PredictionsInfo) -> None:
+    """Add what was taken as given."""
+    page.section("Assumptions")
+    for assumption in info.assumptions or (
+        "The source says all that was needed: nothing was taken as given.",
+    ):
+        page.text(assumption)
 
 
 def dump(records: Mapping[str, Any]) -> dict[str, Any]:
