@@ -16,6 +16,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
+from cadx.metrics.multiplicity import holm
+
 STATISTICS = (
     "mean",
     "std",
@@ -249,31 +251,6 @@ def _permutation_test(statistic: Callable[[np.ndarray], np.ndarray], n: int, m: 
 # --- Many questions -----------------------------------------------------------------------------------
 
 
-def holm(p_values: Sequence[float], weights: Sequence[float]) -> list[float]:
-    """Adjusted p-values: rejecting those below alpha makes a false rejection in at most a share alpha of trials.
-
-    Under any dependence between the tests, which matters here: the statistics of one image depend on each other, and
-    an image counts at its site as well as over all. A correction of the false discovery rate (Benjamini and
-    Hochberg) bounds the share of false ones among those found; but one false finding is a false alarm already.
-
-    Args:
-        p_values: of the tests.
-        weights: their shares of alpha, positive, of sum 1: what a test should be able to afford.
-
-    Source: Holm 1979, Scand J Stat 6:65, which has the weights too.
-
-    >>> holm([0.01, 0.04], [0.5, 0.5])
-    [0.02, 0.04]
-    """
-    p, share = np.asarray(p_values, np.float64), np.asarray(weights, np.float64)
-    order = np.argsort(p / share, kind="stable")
-    # The share of those not yet rejected, from the largest backwards.
-    remaining = np.cumsum(share[order][::-1])[::-1]
-    adjusted = np.empty(len(p))
-    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] / share[order] * remaining), 1)
-    return [float(value) for value in adjusted]
-
-
 class Finding(NamedTuple):
     """The verdict on one quantity in one slice of the requests.
 
@@ -350,6 +327,8 @@ def compare_requests(
         _answer(question, bandwidth, alpha * weight)
         for question, weight in zip(questions, weights, strict=True)
     ]
+    # Not the false discovery rate: the statistics of one image depend on each other, and an image counts at its site
+    # as well as over all.
     adjusted = holm([difference.p_value for difference in differences], weights)
     return [
         Finding(

@@ -15,7 +15,7 @@ from monai.metrics import compute_froc_curve_data, compute_froc_score
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from cadx import detection, metrics
+from cadx import metrics
 from cadx.detection import (
     AREAS_PX2,
     FROC_RATES,
@@ -26,6 +26,10 @@ from cadx.detection import (
     froc_curve,
     operating_point,
 )
+from cadx.detection.average_precision import coco_tables
+from cadx.detection.froc import pool_classes, sensitivities
+from cadx.detection.matching import match_classes, read_boxes
+from cadx.detection.scoring import _froc
 
 CLASSES = ("mass", "cluster")
 COLUMNS = ["sample_id", "class", "x0", "y0", "x1", "y1"]
@@ -82,12 +86,10 @@ def own_tables(
     answers: pd.DataFrame, truth: pd.DataFrame, names: list[str], weights: np.ndarray | None = None
 ) -> dict[str, Any]:
     """Class -> AP and recall, R A T; of the set itself unless images are weighted."""
-    data = detection._read(answers, truth, names, CLASSES, None, 100)
+    data = read_boxes(answers, truth, names, CLASSES, None, 100)
     drawn = np.ones((1, len(names)), np.uint8) if weights is None else weights
-    matches = detection._match(data, IOU_THRESHOLDS, tuple(AREAS_PX2.values()))
-    return {
-        name: detection._coco_tables(part, data, drawn) for name, part in zip(CLASSES, matches, strict=True)
-    }
+    matches = match_classes(data, IOU_THRESHOLDS, tuple(AREAS_PX2.values()))
+    return {name: coco_tables(part, data, drawn) for name, part in zip(CLASSES, matches, strict=True)}
 
 
 def pycocotools_tables(
@@ -147,12 +149,10 @@ def test_precision_and_recall_are_pycocotools_at_every_iou_threshold_area_and_ma
     seed: int, num_scores: int | None, max_detections: int
 ) -> None:
     answers, truth, names = draw(seed, num_images=6, num_scores=num_scores)
-    data = detection._read(answers, truth, names, CLASSES, None, max_detections)
+    data = read_boxes(answers, truth, names, CLASSES, None, max_detections)
     itself = np.ones((1, len(names)), np.uint8)
-    matches = detection._match(data, IOU_THRESHOLDS, tuple(AREAS_PX2.values()))
-    ours = {
-        name: detection._coco_tables(part, data, itself) for name, part in zip(CLASSES, matches, strict=True)
-    }
+    matches = match_classes(data, IOU_THRESHOLDS, tuple(AREAS_PX2.values()))
+    ours = {name: coco_tables(part, data, itself) for name, part in zip(CLASSES, matches, strict=True)}
     # pycocotools draws among equal scores by the order of rows, where ours takes the image.
     ordered = answers.assign(image=[names.index(name) for name in answers["sample_id"]])
     ordered = ordered.sort_values("image", kind="stable").drop(columns="image")
@@ -289,8 +289,8 @@ def test_froc_is_monai_s_where_no_scores_are_tied(seed: int) -> None:
     answers, truth, names = draw(seed)
     # Never to be found: else MONAI leaves out the lowest threshold.
     truth = pd.concat([truth, lesions((names[0], "mass", 900, 900, 910, 910))], ignore_index=True)
-    data = detection._read(answers, truth, names, CLASSES, None, 100)
-    pool = detection._pool(detection._match(data, (0.5,), (AREAS_PX2["all"],)))
+    data = read_boxes(answers, truth, names, CLASSES, None, 100)
+    pool = pool_classes(match_classes(data, (0.5,), (AREAS_PX2["all"],)))
     missed = np.zeros(pool.num_lesions - int(pool.hit.sum()))
     per_image, sensitivity = compute_froc_curve_data(
         pool.score[~pool.hit] + 0.1,
@@ -306,9 +306,9 @@ def test_froc_is_monai_s_where_no_scores_are_tied(seed: int) -> None:
 def test_a_resample_s_froc_is_that_of_the_images_repeated() -> None:
     answers, truth, names = draw(11, num_images=20, num_scores=30)
     counts = np.random.default_rng(0).integers(0, 4, len(names))
-    data = detection._read(answers, truth, names, CLASSES, None, 100)
-    pool = detection._pool(detection._match(data, (0.5,), (AREAS_PX2["all"],)))
-    ours = detection._sensitivities(data, pool, counts[None].astype(float), FROC_RATES)[0]
+    data = read_boxes(answers, truth, names, CLASSES, None, 100)
+    pool = pool_classes(match_classes(data, (0.5,), (AREAS_PX2["all"],)))
+    ours = sensitivities(data, pool, counts[None].astype(np.uint8), FROC_RATES)[0]
     copies = dict(zip(names, counts.tolist(), strict=True))
     curve = froc_curve(
         repeated(answers, copies),
@@ -420,11 +420,9 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
     for _ in range(200):
         hits = truth[np.repeat(rng.random(40) < 0.7, 2)].assign(score=0.9)
         false = truth[rng.random(80) < 0.5].assign(score=0.5, x0=50, x1=60)
-        data = detection._read(
-            pd.concat([hits, false]), truth, names, ["mass"], np.repeat(np.arange(40), 2), 100
-        )
-        pool = detection._pool(detection._match(data, (0.5,), (AREAS_PX2["all"],)))
-        estimate = detection._froc(data, [pool], weights)["froc"].estimate
+        data = read_boxes(pd.concat([hits, false]), truth, names, ["mass"], np.repeat(np.arange(40), 2), 100)
+        pool = pool_classes(match_classes(data, (0.5,), (AREAS_PX2["all"],)))
+        estimate = _froc(data, [pool], weights)["froc"].estimate
         assert estimate.low is not None
         assert estimate.high is not None
         covered += estimate.low <= 0.7 <= estimate.high

@@ -6,7 +6,6 @@ import pytest
 from scipy import stats
 from scipy.stats import entropy
 from sklearn.metrics.pairwise import rbf_kernel
-from statsmodels.stats.multitest import multipletests
 
 from cadx.drift import (
     STATISTICS,
@@ -15,7 +14,6 @@ from cadx.drift import (
     compare_numbers,
     compare_requests,
     compare_shares,
-    holm,
     image_statistics,
     median_bandwidth,
     unknown_places,
@@ -215,17 +213,6 @@ def test_embeddings_without_any_variance_have_a_p_value():
 
 
 # --- Many questions -----------------------------------------------------------------------------------
-
-
-def test_equal_weights_give_holms_adjustment():
-    p = np.random.default_rng(6).random(20) ** 3
-    np.testing.assert_allclose(holm(p, np.full(20, 1 / 20)), multipletests(p, method="holm")[1])
-
-
-def test_a_test_with_half_of_alpha_is_judged_at_half_of_it():
-    adjusted = holm([0.024, 0.3, 0.3, 0.3], [0.5, *[0.5 / 3] * 3])
-    assert adjusted[0] == pytest.approx(0.048)
-    assert adjusted == sorted(adjusted)
 
 
 def answers(seed: int, number: int, sites: int = 3, ill: float = 0.1) -> tuple[pd.DataFrame, pd.DataFrame]:

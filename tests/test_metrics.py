@@ -29,7 +29,8 @@ from cadx.metrics import (
     tango_difference,
     wilson,
 )
-from cadx.metrics.estimates import Cases
+from cadx.metrics.estimates import Cases, difference_of
+from cadx.metrics.multiplicity import holm
 from cadx.metrics.proportions import balanced, f1, sensitivity, specificity
 from cadx.metrics.ranking import average_precision
 from cadx.metrics.reliability import probability_scores
@@ -877,7 +878,14 @@ def test_copies_of_a_pair_are_no_evidence() -> None:
 @settings(max_examples=200, deadline=None)
 def test_holm_equals_statsmodels(p_values: list[float]) -> None:
     expected = multipletests(p_values, method="holm")[1]
-    assert metrics.holm(p_values) == pytest.approx(expected)
+    assert holm(p_values) == pytest.approx(expected)
+    assert holm(p_values, [1 / len(p_values)] * len(p_values)) == pytest.approx(expected)
+
+
+def test_a_test_with_half_of_alpha_is_judged_at_half_of_it() -> None:
+    adjusted = holm([0.024, 0.3, 0.3, 0.3], [0.5, *[0.5 / 3] * 3])
+    assert adjusted[0] == pytest.approx(0.048)
+    assert adjusted == sorted(adjusted)
 
 
 @given(
@@ -980,7 +988,7 @@ def test_a_difference_of_proportions_is_newcombes() -> None:
         rng = np.random.default_rng(seed)
         n, m = rng.integers(5, 200, 2)
         k, j = rng.integers(0, n + 1), rng.integers(0, m + 1)
-        found = metrics.difference_of(
+        found = difference_of(
             metrics.share_of([True] * k + [False] * (n - k)), metrics.share_of([True] * j + [False] * (m - j))
         )
         low, high = confint_proportions_2indep(k, n, j, m, compare="diff", method="newcomb")

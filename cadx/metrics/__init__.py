@@ -28,32 +28,11 @@ Invariants: what is undefined has the value None and a method that says why, nev
 seed give equal output.
 """
 
-from cadx.metrics.decisions import DecisionCurve, decision_curve, with_chosen_threshold
-from cadx.metrics.estimates import (
-    LEVEL,
-    Difference,
-    Meaning,
-    Weights,
-    chunks,
-    difference_of,
-    holm,
-    patient_codes,
-    replicated,
-    resample,
-    resampled_sums,
-    wilson,
-)
+from cadx.metrics.decisions import decision_curve, with_chosen_threshold
+from cadx.metrics.estimates import LEVEL, Difference, Meaning, resample, wilson
 from cadx.metrics.proportions import at_threshold, predictive_values, share_of, tango_difference
-from cadx.metrics.ranking import (
-    PrecisionRecallCurve,
-    RocCurve,
-    auc,
-    by_threshold,
-    delong_difference,
-    precision_recall,
-    roc,
-)
-from cadx.metrics.reliability import CALIBRATION_BINS, CalibrationCurve, calibration_curve
+from cadx.metrics.ranking import auc, delong_difference, precision_recall, roc
+from cadx.metrics.reliability import calibration_curve
 from cadx.metrics.scoring import (
     METRICS,
     Confusion,
@@ -68,37 +47,24 @@ from cadx.metrics.scoring import (
 from cadx.types import Estimate
 
 __all__ = [
-    "CALIBRATION_BINS",
     "LEVEL",
     "METRICS",
-    "CalibrationCurve",
     "Confusion",
-    "DecisionCurve",
     "Difference",
     "Estimate",
     "Gap",
     "Meaning",
-    "PrecisionRecallCurve",
-    "RocCurve",
     "Scores",
     "Subgroup",
-    "Weights",
     "at_threshold",
     "auc",
-    "by_threshold",
     "calculate_medical_classification_metrics",
     "calibration_curve",
-    "chunks",
     "decision_curve",
     "delong_difference",
-    "difference_of",
-    "holm",
-    "patient_codes",
     "precision_recall",
     "predictive_values",
-    "replicated",
     "resample",
-    "resampled_sums",
     "roc",
     "score",
     "score_subgroups",

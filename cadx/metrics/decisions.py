@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cadx.metrics.estimates import (
-    LEVEL,
+    TAILS,
+    Cases,
     FloatArray,
     one_score,
     require_probabilities,
@@ -47,11 +48,11 @@ def decision_curve(
     """The net benefit of calling probability >= threshold: TP/n - FP/n * threshold / (1 - threshold).
 
     Who acts at a threshold of 0.1 accepts nine false alarms for each case found: that is the rate at which false
-    positives are subtracted. The limits come from a bootstrap of whole patients.
+    positives are subtracted. The limits come from a bootstrap of whole patients. Of several models it is the mean.
 
     Args:
         labels: N of 0 and 1; NaN = unlabelled, left out.
-        probabilities: N.
+        probabilities: N, or S N for S models.
         thresholds: above 0 and below 1.
         patients: N, as in `auc`.
         resamples: of patients; with 0 the limits are NaN.
@@ -65,15 +66,15 @@ def decision_curve(
     >>> decision_curve([0, 1, 1], [0.2, 0.4, 0.9], thresholds=[0.5], resamples=0).model.round(3).tolist()
     [0.333]
     """
-    cases = one_score(labels, probabilities, patients)
+    cases = _of_models(labels, probabilities, patients)
     require_probabilities(cases.p)
     at = np.asarray(thresholds, dtype=np.float64)
     if not ((at > 0) & (at < 1)).all():
         raise ValueError(f"thresholds {list(thresholds)}: give numbers above 0 and below 1")
     odds = at / (1 - at)
-    called = cases.p[0][:, None] >= at
+    called = (cases.p[..., None] >= at).mean(axis=0)  # the share of the models that call a case
     y = cases.y[:, None]
-    worth = np.hstack([(called & y) - odds * (called & ~y), y - odds * ~y, np.ones_like(y)])
+    worth = np.hstack([called * y - odds * (called * ~y), y - odds * ~y, np.ones_like(y)])
     totals = np.stack([cases.by_patient(column) for column in worth.T], axis=1)
     whole = totals.sum(axis=0)
     with np.errstate(invalid="ignore"):
@@ -82,27 +83,29 @@ def decision_curve(
     if resamples and cases.y.size:
         wanted = [*range(at.size), totals.shape[1] - 1]
         drawn = resampled_sums(resample(cases.num_patients, resamples, seed), totals[:, wanted])
-        low, high = np.quantile(drawn[:, :-1] / drawn[:, -1:], [0.5 - LEVEL / 2, 0.5 + LEVEL / 2], axis=0)
+        low, high = np.percentile(drawn[:, :-1] / drawn[:, -1:], TAILS, axis=0)
     return DecisionCurve(at, model, low, high, everyone)
 
 
 def with_chosen_threshold(
     labels: ArrayLike,
     scores: ArrayLike,
-    threshold: float,
-    choices: Sequence[float],
+    threshold: ArrayLike,
+    choices: ArrayLike,
     patients: ArrayLike | None = None,
 ) -> dict[str, Estimate]:
     """Sensitivity and specificity at `threshold`, with intervals that count how it might have been chosen otherwise.
 
     The variance over `choices` of each share, on these very cases, is added to the share's own: both parts are
-    independent, since the threshold was chosen on other patients.
+    independent, since the threshold was chosen on other patients. Of several models it is the mean share, and each
+    resample of the calibration split chooses for all of them.
 
     Args:
         labels: N of 0 and 1; NaN = unlabelled, left out.
-        scores: N.
-        threshold: the one in use.
-        choices: what resamples of the calibration split would have chosen (`calibration.resampled_thresholds`).
+        scores: N, or S N for S models.
+        threshold: the one in use, or S.
+        choices: R that resamples of the calibration split would have chosen (`calibration.resampled_thresholds`), or
+            S R.
         patients: N, as in `auc`.
 
     Raises:
@@ -112,19 +115,43 @@ def with_chosen_threshold(
     >>> found["sensitivity"].method.split(";")[1]
     " the threshold's choice counted"
     """
-    cases = one_score(labels, scores, patients)
-    cases = replace(cases, called=cases.p >= threshold)
+    cases = _of_models(labels, scores, patients)
+    cases = replace(cases, called=cases.p >= np.asarray(threshold).reshape(-1, 1))
+    chosen = np.atleast_2d(choices)
     found = {}
     for name, right, among, empty in (
         ("sensitivity", cases.called, cases.y, "no positives"),
         ("specificity", ~cases.called, ~cases.y, "no negatives"),
     ):
-        ordered = np.sort(cases.p[0, among])
-        below = np.searchsorted(ordered, choices, side="left") / max(ordered.size, 1)
-        variance = float(np.var(below, ddof=1)) if len(choices) > 1 else 0.0
+        ordered = np.sort(cases.p[:, among], axis=1)
+        ranks = [np.searchsorted(one, at, side="left") for one, at in zip(ordered, chosen, strict=True)]
+        below = np.mean(ranks, axis=0) / max(int(among.sum()), 1)
+        variance = float(np.var(below, ddof=1)) if chosen.shape[1] > 1 else 0.0
         part = share(cases, right, np.broadcast_to(among, right.shape), empty, added_variance=variance)
         method = part.estimate.method.split(";")
         if part.estimate.value is not None:
             method.insert(1, " the threshold's choice counted")
         found[name] = part.estimate.model_copy(update={"method": ";".join(method)})
     return found
+
+
+def mean_share_of(right: ArrayLike, patients: ArrayLike | None = None) -> Estimate:
+    """The share of N cases that are right, the mean over S models, with the interval of `share`.
+
+    Args:
+        right: S N, bool.
+        patients: N, as in `auc`.
+
+    >>> mean_share_of([[True, True, False, True], [True, False, False, True]]).value
+    0.625
+    """
+    calls = np.asarray(right, dtype=bool)
+    cases = replace(_of_models(np.ones(calls.shape[1]), calls, patients), called=calls)
+    return share(cases, calls, np.ones_like(calls), "no cases").estimate
+
+
+def _of_models(labels: ArrayLike, scores: ArrayLike, patients: ArrayLike | None) -> Cases:
+    """As `one_score`, for the scores of one model (N) or of several (S N)."""
+    rows = np.atleast_2d(np.asarray(scores, dtype=np.float64))
+    each = [one_score(labels, row, patients) for row in rows]
+    return replace(each[0], p=np.concatenate([one.p for one in each]))

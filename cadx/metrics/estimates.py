@@ -22,10 +22,11 @@ Weights = NDArray[np.uint8]
 """R P: how often each resample holds each patient."""
 
 LEVEL = 0.95
+TAILS = (50 - 50 * LEVEL, 50 + 50 * LEVEL)
+"""Percentiles that an interval lies between."""
 Z = float(special.ndtri(0.5 + LEVEL / 2))
 EPSILON = float(np.finfo(np.float64).eps)
 
-_TAILS = (50 - 50 * LEVEL, 50 + 50 * LEVEL)
 # A resample without positives has no average precision. Up to this share they are left out.
 _MAX_UNDEFINED_RESAMPLES = 0.05
 _CHUNK_ELEMENTS = 1 << 21
@@ -78,21 +79,6 @@ def difference_of(a: Estimate, b: Estimate) -> Difference:
         else 0.0
     )
     return Difference(value=value, low=value - down, high=value + up, p=p, n=n, method="MOVER")
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """P values of several comparisons, raised so that one of them falls below 0.05 by chance in 5 of 100 reports.
-
-    Source: Holm 1979, Scand J Stat 6:65.
-
-    >>> holm([0.01, 0.04, 0.03])
-    [0.03, 0.06, 0.06]
-    """
-    adjusted, highest = [1.0] * len(p_values), 0.0
-    for rank, place in enumerate(np.argsort(p_values, kind="stable")):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[place]))
-        adjusted[place] = highest
-    return adjusted
 
 
 @dataclass(frozen=True)
@@ -190,6 +176,18 @@ class Part:
     influence: FloatArray | None = None
     replicates: FloatArray | None = None
     patients: int = 0
+
+    @property
+    def seed_values(self) -> tuple[float | None, ...]:
+        """The value of each seed, None where undefined."""
+        return tuple(None if math.isnan(value) else float(value) for value in self.by_seed)
+
+    @property
+    def seed_sd(self) -> float | None:
+        """The standard deviation over seeds (n - 1), None for a single one or where one is undefined."""
+        if self.by_seed.size < 2 or np.isnan(self.by_seed).any():
+            return None
+        return float(self.by_seed.std(ddof=1))
 
 
 def undefined(why: str, n: int, by_seed: FloatArray) -> Part:
@@ -307,7 +305,7 @@ def replicated(name: str, by_seed: FloatArray, replicates: FloatArray, n: int, p
         # Resampling adds noise, and to a sum of absolute gaps noise only adds: shift it back.
         defined = np.maximum(defined - defined.mean() + value, 0.0)
         method += ", centred"
-    low, high = np.percentile(defined, _TAILS)
+    low, high = np.percentile(defined, TAILS)
     return part(min(float(low), value), max(float(high), value), method)
 
 

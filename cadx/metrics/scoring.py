@@ -1,6 +1,5 @@
 """All metrics of a set of predictions at once: overall, by class, and by subgroup."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,6 @@ from cadx.metrics.estimates import (
     Weights,
     average,
     difference_of,
-    holm,
     nothing,
     patient_codes,
     replicated,
@@ -29,6 +27,7 @@ from cadx.metrics.estimates import (
     resampled_sums,
     undefined,
 )
+from cadx.metrics.multiplicity import holm
 from cadx.metrics.proportions import balanced, call_metrics, f1, sensitivity, share, specificity
 from cadx.metrics.ranking import area, average_precision
 from cadx.metrics.reliability import (
@@ -168,8 +167,8 @@ def score(
         clustered=data.clustered,
         metrics={name: part.estimate for name, part in overall.items()},
         by_class={c: {name: part.estimate for name, part in metrics.items()} for c, metrics in parts.items()},
-        by_seed={name: _plain(part.by_seed) for name, part in overall.items()},
-        between_seed_sd={name: _sd(part.by_seed) for name, part in overall.items()},
+        by_seed={name: part.seed_values for name, part in overall.items()},
+        between_seed_sd={name: part.seed_sd for name, part in overall.items()},
         confusion=_confusion(data),
     )
 
@@ -587,11 +586,3 @@ def _confusion(data: _Data) -> Confusion:
 
     called, likeliest = table(data.called), table(data.likeliest)
     return Confusion(classes=data.classes, at_operating_point=called, at_argmax=likeliest)
-
-
-def _plain(by_seed: FloatArray) -> tuple[float | None, ...]:
-    return tuple(None if math.isnan(value) else float(value) for value in by_seed)
-
-
-def _sd(by_seed: FloatArray) -> float | None:
-    return float(by_seed.std(ddof=1)) if by_seed.size > 1 and not np.isnan(by_seed).any() else None

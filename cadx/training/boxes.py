@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cadx.detection import calculate_map
+from cadx.detection.average_precision import calculate_map
 from cadx.loading.boxes import BoxBatch, BoxDataset, BoxItem, augment_boxes, collate_boxes
 from cadx.mining import MinedNegatives, mine_false_positives
 from cadx.models.interface import Detections
