@@ -35,10 +35,11 @@ _OF_BOXES: tuple[ComparedMetric, ...] = ("ap", "ap50", "froc")
 
 
 class Scored(NamedTuple):
-    """A predictions file: its rows, and what they are."""
+    """A predictions file: its rows, what they are, and where it lies."""
 
     frame: pd.DataFrame
     info: PredictionsInfo
+    path: Path
 
 
 class Comparison(NamedTuple):
@@ -77,14 +78,14 @@ def read_scored(path: Path) -> Scored:
     file = path / "predictions.parquet" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"{file}: no predictions there; write them with `cadx evaluate`")
-    return Scored(*read_predictions(file))
+    return Scored(*read_predictions(file), file)
 
 
 def paired(a: Scored, b: Scored) -> Scored:
-    """`b` with its rows in the order of `a`.
+    """`b` with its rows in the order of `a`: the same samples, of the same patients, with the same truth.
 
     Raises:
-        ValueError: if the two are not of the same cases with the same labels.
+        ValueError: if they are not.
     """
     if (a.info.task, a.info.classes) != (b.info.task, b.info.classes):
         raise ValueError("the two have other classes or another task: nothing to be compared")
@@ -92,16 +93,41 @@ def paired(a: Scored, b: Scored) -> Scored:
     if len(a.frame) != len(b.frame) or (rows < 0).any():
         shared = int((rows >= 0).sum())
         raise ValueError(
-            f"the two were scored on other images: {len(a.frame)} and {len(b.frame)}, of which they share {shared}; "
-            "score both on the same split"
+            f"the two were scored on other images: {len(a.frame):,} and {len(b.frame):,}, of which they share "
+            f"{shared:,}; score both on the same split"
         )
     ordered = b.frame.iloc[rows].reset_index(drop=True)
-    known = ["patient", *(f"label_{name}" for name in a.info.classes)]
-    if not ordered[known].equals(a.frame[known].reset_index(drop=True)):
+    truths = [_truth(one, a.info) for one in (a.frame, ordered)]
+    if not all(mine.equals(theirs) for mine, theirs in zip(*truths, strict=True)):
         raise ValueError(
-            "the two know other labels or patients of the same images; score both on one dataset"
+            "the two know other labels, lesions or patients of the same images; score both on one dataset"
         )
-    return Scored(ordered, b.info)
+    return b._replace(frame=ordered)
+
+
+def all_paired(scored: Sequence[Scored]) -> list[Scored]:
+    """Each with its rows in the order of the first, as `paired`.
+
+    Raises:
+        ValueError: as `paired`; it names the files.
+    """
+    first, *others = scored
+    found = [first]
+    for other in others:
+        try:
+            found.append(paired(first, other))
+        except ValueError as error:
+            raise ValueError(f"{first.path}, {other.path}: {error}") from None
+    return found
+
+
+def _truth(frame: pd.DataFrame, info: PredictionsInfo) -> list[pd.DataFrame]:
+    """What is known of the samples, without what was answered."""
+    known = frame[["patient", *(f"label_{name}" for name in info.classes)]].reset_index(drop=True)
+    if info.task != "detection":
+        return [known]
+    lesions = box_table(frame, "lesions")
+    return [known, lesions.sort_values(list(lesions.columns), ignore_index=True)]
 
 
 def compare_metrics(
@@ -121,7 +147,7 @@ def compare_metrics(
         )
     if info.task == "detection":
         return _compare_boxes(a, b, metrics)
-    first, second = arrays(*a), arrays(*b)
+    first, second = arrays(a.frame, a.info), arrays(b.frame, b.info)
     scores = [
         score(
             *rows[:3],
@@ -174,7 +200,8 @@ def _compare_boxes(a: Scored, b: Scored, metrics: Sequence[ComparedMetric]) -> l
 
 def agreement(a: Scored, b: Scored) -> Agreement:
     """How many labelled cases both, one or none of two models answers rightly, in every class."""
-    first, second = arrays(*a), arrays(*paired(a, b))
+    b = paired(a, b)
+    first, second = arrays(a.frame, a.info), arrays(b.frame, b.info)
     labelled = ~np.isnan(first.labels).all(axis=1)
     unknown = np.isnan(first.labels)
     right_a, right_b = (
@@ -303,7 +330,7 @@ def _drawn(first: Scored, second: Scored, found: Sequence[Comparison]) -> "Figur
     if info.positive:
         column = info.classes.index(info.positive)
         for letter, scored in (("A", first), ("B", second)):
-            rows = arrays(*scored)
+            rows = arrays(scored.frame, scored.info)
             labels, scores = rows.labels[:, column], rows.probabilities[:, column]
             known = ~np.isnan(labels)
             labels, scores = labels[known], scores[known]

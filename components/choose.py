@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pandas as pd
 from pydantic import Field, field_validator
 
+from cadx.comparing import Scored, all_paired, read_scored
 from cadx.evaluating import METRICS
 from cadx.explaining import title
 from cadx.files import write_json
 from cadx.gating import Decision, MetricsFile, read_decision, read_metrics
-from cadx.predicting import read_predictions
 from cadx.reporting import Page
 from cadx.types import Estimate
 from components.contract import Ins, Out, Params, step
@@ -43,7 +42,7 @@ class Candidate(NamedTuple):
     metrics: MetricsFile
     decision: Decision
     name: str
-    labelled: pd.DataFrame
+    scored: Scored
 
 
 @step
@@ -78,7 +77,7 @@ def choose(
         _candidate(*paths) for paths in zip(all_metrics, all_decision, all_predictions, strict=True)
     ]
     if params.metric is not None:
-        _require_same_samples(candidates, all_predictions)
+        all_paired([candidate.scored for candidate in candidates])  # else numbers cannot be ranked
     ranked = _ranked(candidates, params.metric)
     promoted = [number for number in ranked if candidates[number].decision.promote]
     chosen = (promoted or ranked)[0]
@@ -103,26 +102,12 @@ def choose(
 
 def _candidate(metrics: Path, decision: Path, predictions: Path) -> Candidate:
     record, decided = read_metrics(metrics), read_decision(decision)
-    frame, info = read_predictions(predictions)
-    if not record.bundle == decided.bundle == info.bundle:
+    scored = read_scored(predictions)
+    if not record.bundle == decided.bundle == scored.info.bundle:
         raise ValueError(
             f"{metrics}, {decision}, {predictions}: of different bundles; give the lists in one order"
         )
-    return Candidate(record, decided, f"{record.experiment}, seed {record.seed}", _labelled(frame))
-
-
-def _require_same_samples(candidates: Sequence[Candidate], paths: Sequence[Path]) -> None:
-    for candidate, path in zip(candidates, paths, strict=True):
-        if not candidate.labelled.equals(candidates[0].labelled):
-            raise ValueError(
-                f"{path}: scored on other samples than {paths[0]}, so that their numbers cannot be ranked; "
-                "score all candidates on one test split, or leave choose.metric out"
-            )
-
-
-def _labelled(frame: pd.DataFrame) -> pd.DataFrame:
-    """What was asked, without what was answered."""
-    return frame[["sample_id", *(name for name in frame if str(name).startswith("label_"))]]
+    return Candidate(record, decided, f"{record.experiment}, seed {record.seed}", scored)
 
 
 def _ranked(candidates: Sequence[Candidate], metric: str | None) -> list[int]:

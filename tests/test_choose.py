@@ -98,7 +98,7 @@ def test_numbers_of_other_samples_are_not_ranked(predictions: list[Path], tmp_pa
     other = write_seed(tmp_path, cohort, 1)
     paths = [predictions[0], other, predictions[2]]
     given = candidates(tmp_path, paths, [(0.9, 0.8)] * 3, [True] * 3)
-    with pytest.raises(ValueError, match="scored on other samples than"):
+    with pytest.raises(ValueError, match="scored on other images"):
         run(tmp_path, given, metric="auc")
     assert not any((tmp_path / "chosen").iterdir())
 

@@ -154,12 +154,20 @@ def test_detectors_are_compared_by_resamples_of_patients(tmp_path: Path) -> None
     assert "<svg" in (tmp_path / "page.html").read_text()
 
 
+def test_detectors_of_other_lesions_are_not_compared(tmp_path: Path) -> None:
+    a = read_scored(boxes_of(tmp_path / "a.parquet", skill=0.9, seed=1))
+    frame = a.frame.copy()
+    frame.at[1, "lesions"] = [{**frame.at[1, "lesions"][0], "x1": 39.0}]  # noqa: PD008 - a list into a cell
+    with pytest.raises(ValueError, match="other labels, lesions or patients"):
+        paired(a, a._replace(frame=frame))
+
+
 def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path: Path) -> None:
     a = scored(tmp_path / "a.parquet", skill=2, seed=1)
     for other, message in (
         (scored(tmp_path / "b.parquet", skill=2, seed=1, start=10), "of which they share 290"),
         (scored(tmp_path / "c.parquet", skill=2, seed=1, task="multilabel"), "other classes"),
-        (scored(tmp_path / "d.parquet", skill=2, seed=1, per_patient=2), "other labels or patients"),
+        (scored(tmp_path / "d.parquet", skill=2, seed=1, per_patient=2), "other labels, lesions or patients"),
         (tmp_path / "none.parquet", "no predictions there"),
     ):
         with pytest.raises(ValueError, match=message) as caught:

@@ -10,8 +10,10 @@ from sklearn.metrics import roc_auc_score
 from test_bundle import write_dataset
 
 from cadx.datasets import DatasetFolder, read_splits
+from cadx.evaluating import Classification, Settings
 from cadx.metrics import score
 from cadx.predicting import PredictionsInfo, arrays, read_predictions, write_predictions
+from cadx.types import Conformal
 from components.summarise import SummariseParams, summarise
 
 
@@ -105,9 +107,71 @@ def test_one_seed_gives_what_its_own_scoring_gives(seeds: list[Path], tmp_path: 
     assert found["metrics"]["auc"] == alone.metrics["auc"].model_dump(mode="json")
 
 
-def test_the_order_of_the_files_does_not_matter(seeds: list[Path], tmp_path: Path) -> None:
+def test_every_number_that_one_seed_is_given_is_joined(
+    cohort: tuple[Path, Path], seeds: list[Path], tmp_path: Path
+) -> None:
+    """Decisions, prediction sets and gaps, too: the mean over seeds of what each seed's scoring says."""
+    conformal = Conformal(coverage=0.9, quantiles={"normal": 0.6, "opacity": 0.7}, absent={}, patients={})
+    paths, alone = [], []
+    for seed in (0, 1, 2):
+        choices = tuple(0.4 + 0.01 * np.random.default_rng(seed).standard_normal(30))
+        changes = {"resampled_thresholds": {"opacity": choices}, "conformal": conformal}
+        paths.append(write_seed(tmp_path, cohort, seed, changes))
+        frame, info = read_predictions(paths[-1])
+        settings = Settings(resamples=0, subgroups=("site", "sex"), minimum_n=5)
+        alone.append(Classification(frame, info, settings).record())
+    found = run(paths, tmp_path / "out")
+    assert set(alone[0]) <= set(found)
+
+    def joined(*path: str) -> None:
+        for end in ("value", "n"):
+            values, mine = alone, found
+            for step in (*path, end):
+                values, mine = [one[step] for one in values], mine[step]
+            assert mine == pytest.approx(np.mean(values)), path
+
+    for metric in ("sensitivity", "specificity"):
+        joined("metrics", metric)
+        joined("operating_point", "opacity", metric)
+        joined("gaps", "site", "north", metric)
+        joined("by_subgroup", "site", "north", metric)
+    for name in ("normal", "opacity"):
+        joined("conformal", "by_class", name)
+    joined("conformal", "referred")
+    at_risk = found["decision_curve"]["opacity"]["model"]
+    assert at_risk == pytest.approx(
+        np.mean([one["decision_curve"]["opacity"]["model"] for one in alone], axis=0), abs=1e-6
+    )
+    mean, *each = (one["operating_point"]["opacity"]["sensitivity"] for one in (found, *alone))
+    assert mean["low"] < mean["value"] < mean["high"]
+    assert mean["high"] - mean["low"] < max(one["high"] - one["low"] for one in each)
+
+
+def test_patients_are_joined_as_one_seed_scores_them(seeds: list[Path], tmp_path: Path) -> None:
+    summarise(
+        predictions=tuple(seeds),
+        metrics=tmp_path / "metrics.json",
+        report=tmp_path / "report.html",
+        params=SummariseParams(resamples=50, minimum_n=5, aggregate="max"),
+    )
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    each = []
+    for path in seeds:
+        frame, _ = read_predictions(path)
+        best = frame.groupby("patient")[["label_opacity", "prob_opacity"]].max()
+        each.append(roc_auc_score(best["label_opacity"], best["prob_opacity"]))
+    assert found["aggregate"] == "max"
+    assert found["n"] == len(best)
+    assert found["by_seed"]["auc"] == pytest.approx(each)
+
+
+def test_neither_the_order_of_the_files_nor_that_of_the_rows_matters(
+    seeds: list[Path], tmp_path: Path
+) -> None:
     run(seeds, tmp_path / "a")
-    run(seeds[::-1], tmp_path / "b")
+    frame, info = read_predictions(seeds[1])
+    write_predictions(tmp_path / "1.parquet", frame.iloc[::-1].reset_index(drop=True), info)
+    run([seeds[2], seeds[0], tmp_path / "1.parquet"], tmp_path / "b")
     for file in ("metrics.json", "report.html"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
@@ -140,12 +204,11 @@ def test_other_samples_labels_or_patients_are_refused(seeds: list[Path], tmp_pat
         with pytest.raises(ValueError, match=message):
             run([*seeds, tmp_path / "9.parquet"], tmp_path / "out")
 
-    refused(frame.iloc[:-1], "other samples")
-    refused(frame.iloc[::-1].reset_index(drop=True), "other samples")
+    refused(frame.iloc[:-1], "other images")
     flipped = frame.copy()
     flipped.loc[0, ["label_normal", "label_opacity"]] = 1 - flipped.loc[0, ["label_normal", "label_opacity"]]
-    refused(flipped, "other labels or patients")
-    refused(frame.assign(patient="pseudonym-x"), "other labels or patients")
+    refused(flipped, "other labels, lesions or patients")
+    refused(frame.assign(patient="pseudonym-x"), "other labels, lesions or patients")
 
 
 def test_unlabelled_rows_are_equal_in_all_seeds(seeds: list[Path], tmp_path: Path) -> None:

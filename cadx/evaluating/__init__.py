@@ -3,7 +3,15 @@
 from cadx import detection, metrics
 from cadx.evaluating.boxes import Detection
 from cadx.evaluating.classification import Classification
-from cadx.evaluating.evaluation import Aggregation, Attribute, Evaluation, Settings, show_assumptions
+from cadx.evaluating.evaluation import (
+    Aggregation,
+    Attribute,
+    Evaluation,
+    Mistake,
+    Settings,
+    judged_on,
+    show_assumptions,
+)
 from cadx.types import Task
 
 METRICS = {**metrics.METRICS, **detection.METRICS}
@@ -22,7 +30,9 @@ __all__ = [
     "Classification",
     "Detection",
     "Evaluation",
+    "Mistake",
     "Settings",
     "evaluation_of",
+    "judged_on",
     "show_assumptions",
 ]

@@ -1,7 +1,8 @@
 """Detection: boxes against lesions, in numbers and in pictures, for one seed or several."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,17 @@ from cadx.detection import (
     froc_limits,
     match_boxes,
 )
-from cadx.evaluating.evaluation import Evaluation, Settings, described, dump
+from cadx.evaluating.evaluation import (
+    LESION_COLOUR,
+    NUM_MISTAKES,
+    Evaluation,
+    Mistake,
+    Settings,
+    described,
+    dump,
+    judged_on,
+    show_metrics,
+)
 from cadx.explaining import Band, draw_band, draw_boxes, show_subgroups, square, title
 from cadx.metrics import Subgroup
 from cadx.predicting import (
@@ -32,22 +43,17 @@ from cadx.predicting import (
 from cadx.reporting import INK, PALETTE, Page, panels
 from cadx.types import Estimate
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 HEADLINE = ("ap50", "sensitivity", "false_positives_per_image", "precision", "froc", "ap")
-NUM_MISTAKES = 6
-LESION_COLOUR, BOX_COLOUR, MISTAKE_COLOUR = PALETTE[2], PALETTE[1], PALETTE[3]
+BOX_COLOUR, MISTAKE_COLOUR = PALETTE[1], PALETTE[3]
 _RATES = np.geomspace(FROC_RATES[0], FROC_RATES[-1], 61)
 _COORDINATES = ["x0", "y0", "x1", "y1"]
 
 
 class Detection(Evaluation):
-    """Boxes of one or several classes; the metrics are those of `cadx.detection`.
-
-    Args:
-        frame: rows of a predictions file.
-        info: what they are.
-        settings: how finely they are scored.
-        others: the same of other seeds, on the same images.
-    """
+    """Boxes of one or several classes; the metrics are those of `cadx.detection`."""
 
     def __init__(
         self,
@@ -56,25 +62,46 @@ class Detection(Evaluation):
         settings: Settings,
         others: Sequence[tuple[pd.DataFrame, PredictionsInfo]] = (),
     ) -> None:
-        if settings.aggregate != "none":
-            raise ValueError("boxes are scored image by image: set evaluate.aggregate to none")
+        self.check(frame, info, settings)
         self.frame, self.info, self._settings = frame, info, settings
         self.seeds = [info.seed, *(one.seed for _, one in others)]
         self._thresholds = [info.thresholds, *(one.thresholds for _, one in others)]
         self._found = [box_table(one, "boxes") for one in (frame, *(other for other, _ in others))]
         self._lesions = box_table(frame, "lesions")
         self._patients = frame["patient"].to_numpy(object) if info.clustered else None
-        self.scores = self._score(np.ones(len(frame), bool), settings.resamples)
-        self.n, self.n_patients = self.scores.n, self.scores.n_patients
-        self.by_subgroup = {
+
+    @staticmethod
+    def check(samples: pd.DataFrame, info: PredictionsInfo, settings: Settings) -> None:
+        """Refuse images that are to be aggregated."""
+        if settings.aggregate != "none":
+            raise ValueError("boxes are scored image by image: set aggregate to none")
+
+    @cached_property
+    def scores(self) -> DetectionScores:
+        """Every metric."""
+        return self._score(np.ones(len(self.frame), bool), self._settings.resamples)
+
+    @property
+    def n(self) -> int:
+        """Images."""
+        return self.scores.n
+
+    @property
+    def n_patients(self) -> int:
+        """Patients among them."""
+        return self.scores.n_patients
+
+    @cached_property
+    def by_subgroup(self) -> dict[str, dict[str, Subgroup]]:
+        """Attribute -> value -> its metrics; lesions by their size, too."""
+        found = {
             attribute: {
                 word: self._subgroup(np.array([value == word for value in values]))
                 for word in sorted(set(values) - {""})
             }
-            for attribute, values in subgroups(frame, settings.subgroups).items()
+            for attribute, values in subgroups(self.frame, self._settings.subgroups).items()
         }
-        if len(self._lesions):
-            self.by_subgroup["lesion size"] = self._by_size()
+        return found | ({"lesion size": self._by_size()} if len(self._lesions) else {})
 
     @staticmethod
     def predict(predictor: Predictor, folder: DatasetFolder, sample_ids: Sequence[str]) -> pd.DataFrame:
@@ -110,19 +137,93 @@ class Detection(Evaluation):
         patients = f" of {self.n_patients:,} patients" if self.info.clustered else ""
         bundles = f", searched by {len(self.seeds)} bundles" if len(self.seeds) > 1 else ""
         page.text(
-            f"{self.n:,} images{patients} of the {self.info.split} split with {self.scores.n_lesions:,} lesions"
+            f"{self.n:,} images{patients} of {judged_on(self.info.split)} with {self.scores.n_lesions:,} lesions"
             f"{bundles}. A box finds a lesion if it shares at least {self.scores.iou_threshold:.0%} of the area that "
             "the two cover together (IoU); AP asks for more as well. In brackets: 95 % confidence intervals."
         )
 
     def show_numbers(self, page: Page) -> None:
         """Add metrics, curves, decisions and subgroups."""
-        self._show_metrics(page)
+        show_metrics(
+            page,
+            self.scores,
+            self.seeds,
+            METRICS,
+            "n counts the cases in the value's denominator: lesions, boxes or images.",
+        )
+        self._show_classes(page)
         self._show_curves(page)
         page.section("Decisions")
         page.text(self._rule())
         note = "Sensitivity is that of lesions; specificity and AUC are those of images."
         show_subgroups(page, self.by_subgroup, _for_forest(self.scores.metrics), note)
+
+    def draw_curve(self, axes: "Axes") -> bool:
+        """Draw the FROC curve; False where there is no lesion to find."""
+        limits = froc_limits(
+            self._found,
+            self._lesions,
+            self.frame["sample_id"].tolist(),
+            _RATES.tolist(),
+            classes=self.info.classes,
+            patients=self._patients,
+            seed=self.info.seed,
+        )
+        if limits is not None:
+            draw_band(axes, Band(_RATES, *limits), "")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(FROC_RATES, ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
+        axes.minorticks_off()
+        axes.set(
+            title="FROC",
+            xlabel="false positives per image",
+            ylabel="sensitivity (lesions)",
+            ylim=(-0.01, 1.01),
+        )
+        return limits is not None
+
+    def mistakes(self) -> dict[str, list[Mistake]]:
+        """Lesions that the first seed missed, and its false alarms, the most confident first."""
+        called, lesions = self._matched
+        least = lesions["class"].map(self.info.thresholds)
+        missed = lesions[~(lesions["score"] >= least)]
+        # Those that got the lowest score first; of those that got none, the largest.
+        area = (missed["x1"] - missed["x0"]) * (missed["y1"] - missed["y0"])
+        missed = missed.assign(rank=missed["score"].fillna(0.0), area=-area).sort_values(
+            ["rank", "area", "sample_id"], kind="stable"
+        )
+        alarms = called[~called["hit"]].sort_values(
+            ["score", "sample_id"], ascending=[False, True], kind="stable"
+        )
+        found = {}
+        for heading, table in (("Missed", missed), ("False alarms", alarms)):
+            found[heading] = [
+                Mistake(
+                    sample_id,
+                    name if heading == "Missed" else f"no {name}",
+                    f"no {name}" if heading == "Missed" else name,
+                    None if np.isnan(score) else score,
+                    corners,
+                )
+                for sample_id, name, score, corners in zip(
+                    table["sample_id"].tolist(),
+                    table["class"].tolist(),
+                    table["score"].tolist(),
+                    table[_COORDINATES].to_numpy(np.float64),
+                    strict=True,
+                )
+            ]
+        return found
+
+    def picture(self, mistake: Mistake, folder: DatasetFolder) -> np.ndarray:
+        """The image with its lesions, the boxes called in it, and above them the mistake itself."""
+        called, lesions = self._matched
+        boxes = [
+            (table.loc[table["sample_id"] == mistake.sample_id, _COORDINATES].to_numpy(np.float64), colour)
+            for table, colour in ((lesions, LESION_COLOUR), (called, BOX_COLOUR))
+        ]
+        assert mistake.box is not None
+        return draw_boxes(folder.pixels(mistake.sample_id), [*boxes, (mistake.box, MISTAKE_COLOUR)])
 
     def show_mistakes(self, page: Page, folder: DatasetFolder, predictor: Predictor) -> None:
         """Add the worst misses and false alarms, drawn on their images."""
@@ -131,44 +232,26 @@ class Detection(Evaluation):
             "Green frames: lesions. Orange frames: boxes called at the operating point. The mistake itself is framed "
             "in pink; below it stands the score."
         )
-        found, lesions = match_boxes(
-            self._found[0], self._lesions, self.frame["sample_id"].tolist(), classes=self.info.classes
-        )
-        called = found[found["score"] >= found["class"].map(self.info.thresholds)]
-        least = lesions["class"].map(self.info.thresholds)
-        missed = lesions[~(lesions["score"] >= least)]
-        # Those that got the lowest score first; of those that got none, the largest.
-        area = (missed["x1"] - missed["x0"]) * (missed["y1"] - missed["y0"])
-        missed = missed.assign(score=missed["score"].fillna(0.0), area=-area).sort_values(
-            ["score", "area", "sample_id"], kind="stable"
-        )
-        alarms = called[~called["hit"]].sort_values(
-            ["score", "sample_id"], ascending=[False, True], kind="stable"
-        )
-        for heading, mistakes in (("Missed", missed), ("False alarms", alarms)):
-            if mistakes.empty:
+        for heading, mistakes in self.mistakes().items():
+            if not mistakes:
                 page.callout("ok", f"{heading}: none.")
                 continue
-            shown = mistakes.head(NUM_MISTAKES)
+            shown = mistakes[:NUM_MISTAKES]
             rest = "" if len(shown) == len(mistakes) else f" of {len(mistakes):,}"
             order = "the lowest score first" if heading == "Missed" else "the highest score first"
             page.text(f"{heading}: {len(shown)}{rest}, {order}.")
-            pictures = []
-            for sample_id, name, score, corners in zip(
-                shown["sample_id"],
-                shown["class"],
-                shown["score"],
-                shown[_COORDINATES].to_numpy(np.float64),
-                strict=True,
-            ):
-                boxes = [
-                    (table.loc[table["sample_id"] == sample_id, _COORDINATES].to_numpy(np.float64), colour)
-                    for table, colour in ((lesions, LESION_COLOUR), (called, BOX_COLOUR))
-                ]
-                boxes.append((corners, MISTAKE_COLOUR))
-                said = f"{score:.3f}" if score else "not seen"
-                pictures.append((draw_boxes(folder.pixels(sample_id), boxes), f"{sample_id}: {name} {said}"))
-            page.images(pictures, max_px=360)
+            page.images(
+                [(self.picture(mistake, folder), f"{mistake.sample_id}: {mistake}") for mistake in shown],
+                max_px=360,
+            )
+
+    @cached_property
+    def _matched(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """The first seed's boxes that are called, and the lesions with the score that each got."""
+        found, lesions = match_boxes(
+            self._found[0], self._lesions, self.frame["sample_id"].tolist(), classes=self.info.classes
+        )
+        return found[found["score"] >= found["class"].map(self.info.thresholds)], lesions
 
     def _score(self, which: np.ndarray, resamples: int) -> DetectionScores:
         chosen = self.frame.loc[which, "sample_id"]
@@ -214,42 +297,12 @@ class Detection(Evaluation):
             groups[size] = _as_subgroup(images, int(inside.sum()), metrics)
         return groups
 
-    def _show_metrics(self, page: Page) -> None:
-        scores, several = self.scores, len(self.seeds) > 1
-        page.section("Metrics")
-        rows = []
-        for name, estimate in scores.metrics.items():
-            by_seed = (
-                {f"seed {seed}": value for seed, value in zip(self.seeds, scores.by_seed[name], strict=True)}
-                | {"SD of seeds": scores.between_seed_sd[name]}
-                if several
-                else {}
-            )
-            rows.append(
-                {"metric": title(name), "value (95 % interval)": estimate, **by_seed, "n": estimate.n}
-                | ({} if several else {"how the interval was made": estimate.method})
-            )
-        page.table(
-            rows,
-            "n counts the cases in the value's denominator: lesions, boxes or images."
-            + (
-                " The interval is over patients; the standard deviation says how far training runs differ."
-                * several
-            ),
-        )
-        with page.details("What each metric is"):
-            page.table(
-                [
-                    {"metric": title(name), "what it is": METRICS[name].meaning}
-                    | ({"how the interval was made": scores.metrics[name].method} if several else {})
-                    for name in scores.metrics
-                ]
-            )
+    def _show_classes(self, page: Page) -> None:
         if len(self.info.classes) > 1:
             page.table(
                 [
                     {"metric": title(metric)}
-                    | {name: estimates[metric] for name, estimates in scores.by_class.items()}
+                    | {name: estimates[metric] for name, estimates in self.scores.by_class.items()}
                     for metric in HEADLINE
                 ],
                 "Each class alone.",
@@ -258,13 +311,11 @@ class Detection(Evaluation):
     def _show_curves(self, page: Page) -> None:
         page.section("Curves")
         images, classes = self.frame["sample_id"].tolist(), self.info.classes
-        what: dict[str, Any] = {"classes": classes, "patients": self._patients, "seed": self.info.seed}
-        limits = froc_limits(self._found, self._lesions, images, _RATES.tolist(), **what)
-        if limits is None:
+        if self._lesions.empty:
             page.text("There is no lesion to find: no curve can be drawn.")
             return
         drawing, (froc_axes, precision_axes) = panels(8.6, 3.6, columns=2)
-        draw_band(froc_axes, Band(_RATES, *limits), "mean" if len(self.seeds) > 1 else "")
+        self.draw_curve(froc_axes)
         for name, colour in zip(classes, PALETTE * len(classes), strict=False):
             lesions = self._lesions[self._lesions["class"] == name]
             for number, table in enumerate(self._found):
@@ -283,15 +334,6 @@ class Detection(Evaluation):
         )
         if rate is not None and found is not None:
             froc_axes.plot(np.clip(rate, _RATES[0], _RATES[-1]), found, "o", color=INK, markersize=5)
-        froc_axes.set_xscale("log", base=2)
-        froc_axes.set_xticks(FROC_RATES, ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
-        froc_axes.minorticks_off()
-        froc_axes.set(
-            title="FROC",
-            xlabel="false positives per image",
-            ylabel="sensitivity (lesions)",
-            ylim=(-0.01, 1.01),
-        )
         square(precision_axes, "recall (sensitivity)", "precision")
         precision_axes.set_title("Precision-recall at an IoU of 0.5")
         precision_axes.legend(loc="lower left", fontsize=8)
@@ -311,7 +353,7 @@ class Detection(Evaluation):
             f"{name!r} is called at a score of {value:.4f} or more"
             for name, value in self.info.thresholds.items()
         )
-        return f"{rules}. Chosen on the calibration split, and frozen in the bundle."
+        return f"{rules}. It is frozen in the bundle."
 
 
 def _nothing(why: str, n: int) -> Estimate:

@@ -1,16 +1,29 @@
 """Classification: probabilities and calls against labels, in numbers and in pictures."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from cadx.datasets import DatasetFolder
 from cadx.evaluating import decisions
-from cadx.evaluating.evaluation import Aggregation, Evaluation, Settings, described, dump
+from cadx.evaluating.evaluation import (
+    LESION_COLOUR,
+    NUM_MISTAKES,
+    Aggregation,
+    Evaluation,
+    Mistake,
+    Settings,
+    described,
+    dump,
+    judged_on,
+    show_metrics,
+)
 from cadx.explaining import (
     draw_band,
+    draw_boxes,
     next_at,
     overlay,
     patient_band,
@@ -21,7 +34,9 @@ from cadx.explaining import (
 )
 from cadx.metrics import (
     METRICS,
+    Gap,
     Scores,
+    Subgroup,
     calibration_curve,
     precision_recall,
     roc,
@@ -39,9 +54,11 @@ from cadx.predicting import (
     subgroups,
 )
 from cadx.reporting import INK, MUTED, PALETTE, Page, panels
-from cadx.types import RawImage
+from cadx.types import Estimate, RawImage
 
-NUM_MISTAKES = 6
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 ROC_POINTS = 101
 HEADLINES = {
     "binary": ("auc", "sensitivity", "specificity", "ppv", "npv", "calibration_slope"),
@@ -50,40 +67,108 @@ HEADLINES = {
 }
 
 
-class Mistake(NamedTuple):
-    """A wrong answer about one class."""
-
-    sample_id: str
-    name: str
-    probability: float
-
-
 class Classification(Evaluation):
-    """Probabilities and calls of one or several classes."""
+    """Probabilities and calls of one or several classes.
 
-    def __init__(self, frame: pd.DataFrame, info: PredictionsInfo, settings: Settings) -> None:
-        self.aggregate, self.info = settings.aggregate, info
-        self.frame = frame if self.aggregate == "none" else by_patient(frame, info, self.aggregate)
-        self.rows = arrays(self.frame, info)
-        what: dict[str, Any] = {"task": info.task, "classes": info.classes, "positive": info.positive}
-        self.scores = score(
-            *self.rows[:3], **what, patients=self.rows.patients, resamples=settings.resamples, seed=info.seed
-        )
-        self.n, self.n_patients = self.scores.n, self.scores.n_patients
-        groups = subgroups(self.frame, settings.subgroups)
-        what |= {"patients": self.rows.patients, "minimum_n": settings.minimum_n}
-        self.by_subgroup = score_subgroups(
-            *self.rows[:3], groups, **what, resamples=settings.resamples, seed=info.seed
-        )
-        self.gaps = subgroup_gaps(*self.rows[:3], groups, **what)
-        self.operating_point = decisions.operating_point(info, self.rows)
-        self.predictive_values = {
-            name: decisions.at_other_prevalences(self.scores.by_class[name])
-            for name in decisions.called_classes(info)
-        }
-        self.net_benefit = decisions.net_benefit(info, self.rows, _of_interest(info))
+    Attributes:
+        seeds: whose answers are scored.
+        infos: what the rows of each seed are; `info` is the first one.
+        frame: rows of the first seed, one a patient where they are aggregated.
+        rows: the same by what they mean.
+        joined: those of all seeds: S N K.
+    """
+
+    def __init__(
+        self,
+        frame: pd.DataFrame,
+        info: PredictionsInfo,
+        settings: Settings,
+        others: Sequence[tuple[pd.DataFrame, PredictionsInfo]] = (),
+    ) -> None:
+        self.check(frame, info, settings)
+        read = [(frame, info), *others]
+        self.info, self.infos = info, [one for _, one in read]
+        self.seeds = [one.seed for one in self.infos]
+        self.aggregate, self._settings = settings.aggregate, settings
         # Sets are promised for images, whatever becomes of a patient's.
-        self.coverage = decisions.coverage(info, arrays(frame, info), frame["site"].astype(str).tolist())
+        self._images, self._sites = _joined(read), frame["site"].astype(str).tolist()
+        if self.aggregate != "none":
+            read = [(by_patient(rows, one, self.aggregate), one) for rows, one in read]
+        self.frame, self.rows, self.joined = read[0][0], arrays(read[0][0], info), _joined(read)
+        self._groups = subgroups(self.frame, settings.subgroups)
+        self._what: dict[str, Any] = {
+            "task": info.task,
+            "classes": info.classes,
+            "positive": info.positive,
+            "patients": self.rows.patients,
+        }
+
+    @staticmethod
+    def check(samples: pd.DataFrame, info: PredictionsInfo, settings: Settings) -> None:
+        """Refuse images without patients, or of patients of several classes, that are to be aggregated."""
+        if settings.aggregate == "none":
+            return
+        if not info.clustered:
+            raise ValueError("the source names no patients to aggregate images by; set aggregate to none")
+        classes = samples.groupby("patient")[[f"label_{name}" for name in info.classes]]
+        if info.task == "multiclass" and (classes.max() - classes.min()).to_numpy().max(initial=0) > 0:
+            raise ValueError(
+                "aggregate: images of a patient differ in class; set aggregate to none for this multiclass task"
+            )
+
+    @cached_property
+    def scores(self) -> Scores:
+        """Every metric."""
+        return score(*self.joined[:3], **self._what, resamples=self._settings.resamples)
+
+    @property
+    def n(self) -> int:
+        """Labelled samples, or patients where they are aggregated."""
+        return self.scores.n
+
+    @property
+    def n_patients(self) -> int:
+        """Patients among them."""
+        return self.scores.n_patients
+
+    @cached_property
+    def by_subgroup(self) -> dict[str, dict[str, Subgroup]]:
+        """Attribute -> value -> its metrics."""
+        return score_subgroups(
+            *self.joined[:3],
+            self._groups,
+            **self._what,
+            minimum_n=self._settings.minimum_n,
+            resamples=self._settings.resamples,
+        )
+
+    @cached_property
+    def gaps(self) -> dict[str, dict[str, dict[str, Gap]]]:
+        """Attribute -> value -> how far it is from all others."""
+        return subgroup_gaps(*self.joined[:3], self._groups, **self._what, minimum_n=self._settings.minimum_n)
+
+    @cached_property
+    def operating_point(self) -> dict[str, dict[str, Estimate]]:
+        """See `decisions.operating_point`."""
+        return decisions.operating_point(self.infos, self.joined)
+
+    @cached_property
+    def predictive_values(self) -> dict[str, dict[str, dict[str, Estimate]]]:
+        """Class -> prevalence -> PPV and NPV there."""
+        return {
+            name: decisions.at_other_prevalences(self.scores.by_class[name])
+            for name in decisions.called_classes(self.info)
+        }
+
+    @cached_property
+    def net_benefit(self) -> dict[str, Any]:
+        """Class -> its decision curve."""
+        return decisions.net_benefit(self.info, self.joined, _of_interest(self.info))
+
+    @cached_property
+    def coverage(self) -> dict[str, Any]:
+        """See `decisions.coverage`."""
+        return decisions.coverage(self.infos, self._images, self._sites)
 
     @staticmethod
     def predict(predictor: Predictor, folder: DatasetFolder, sample_ids: Sequence[str]) -> pd.DataFrame:
@@ -97,9 +182,11 @@ class Classification(Evaluation):
 
     def record(self) -> dict[str, Any]:
         """Metrics, by class, by subgroup and their gaps, the confusion matrix, and what the decisions are worth."""
+        several = {"by_seed": self.scores.by_seed, "between_seed_sd": self.scores.between_seed_sd}
         return {
             "aggregate": self.aggregate,
             "metrics": dump(self.scores.metrics),
+            **(several if len(self.seeds) > 1 else {}),
             "by_class": {name: dump(values) for name, values in self.scores.by_class.items()},
             "by_subgroup": {attribute: dump(groups) for attribute, groups in self.by_subgroup.items()},
             "gaps": decisions.gaps_record(self.gaps),
@@ -115,8 +202,11 @@ class Classification(Evaluation):
         }
 
     def _roc(self) -> dict[str, list[float]] | None:
-        """At most `ROC_POINTS` points of the positive class's curve, for pages that draw it; None without one."""
-        if self.info.positive is None:
+        """At most `ROC_POINTS` points of the positive class's curve, for pages that draw it; None without one.
+
+        None of several seeds, too: the mean of their curves has no thresholds.
+        """
+        if self.info.positive is None or len(self.seeds) > 1:
             return None
         column = self.info.classes.index(self.info.positive)
         curve = roc(self.rows.labels[:, column], self.rows.probabilities[:, column])
@@ -131,25 +221,276 @@ class Classification(Evaluation):
 
     def show_answer(self, page: Page) -> None:
         """Add the headline."""
-        _answer(page, self.info, self.scores, self.aggregate)
+        self._show_answer(page)
 
     def show_numbers(self, page: Page) -> None:
         """Add metrics, curves, decisions and subgroups."""
-        _metrics(page, self.info, self.scores)
+        show_metrics(page, self.scores, self.seeds, METRICS, "n counts the cases in the value's denominator.")
+        self._show_classes(page)
         decisions.show_calibration(page, self.scores)
-        _curves(page, self.info, self.rows)
-        _calls(page, self.info, self.rows, self.scores)
+        self._show_curves(page)
+        self._show_calls(page)
         decisions.show_operating_point(page, self.operating_point, self.scores.by_class)
         for name, values in self.predictive_values.items():
             decisions.show_prevalences(page, name, values)
-        decisions.show_net_benefit(page, self.info, self.net_benefit)
-        decisions.show_coverage(page, self.info, self.coverage)
+        decisions.show_net_benefit(page, self.infos, self.net_benefit)
+        decisions.show_coverage(page, self.coverage)
         show_subgroups(page, self.by_subgroup, self.scores.metrics)
         decisions.show_gaps(page, self.gaps)
 
+    def draw_curve(self, axes: "Axes") -> bool:
+        """Draw ROC curves: of the positive class, or of each; False where a class is missing."""
+        drawn = False
+        for name in _of_interest(self.info):
+            labels, scores, patients = self._of_class(name)
+            if band := patient_band(roc_heights, labels, scores, patients):
+                curve = roc(labels, scores[0])
+                exact = (curve.false_positive_rate, curve.sensitivity) if len(scores) == 1 else None
+                draw_band(axes, band, name, drawn_as=exact)
+                drawn = True
+        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+        square(axes, "1 - specificity", "sensitivity")
+        axes.set_title("ROC")
+        if len(_of_interest(self.info)) > 1:
+            axes.legend(loc="lower right", fontsize=8)
+        return drawn
+
+    def mistakes(self) -> dict[str, list[Mistake]]:
+        """Misses and false alarms of the first seed, the most confident first."""
+        info, rows = self.info, self.rows
+        found: dict[str, list[Mistake]] = {"Missed": [], "False alarms": []}
+        for name in _of_interest(info):
+            column = info.classes.index(name)
+            for heading, label in (("Missed", 1), ("False alarms", 0)):
+                wrong = (rows.labels[:, column] == label) & (rows.decisions[:, column] != label)
+                found[heading].extend(
+                    Mistake(
+                        str(self.frame["sample_id"].iloc[row]),
+                        self._named(rows.labels[row] == 1, name),
+                        self._named(rows.decisions[row], name),
+                        float(rows.probabilities[row, column]),
+                    )
+                    for row in np.flatnonzero(wrong).tolist()
+                )
+        found["Missed"].sort(key=lambda mistake: (mistake.score, mistake.sample_id))
+        found["False alarms"].sort(key=lambda mistake: (-(mistake.score or 0), mistake.sample_id))
+        return found
+
+    def picture(self, mistake: Mistake, folder: DatasetFolder) -> np.ndarray:
+        """The mistake's sample as one picture, with lesions framed where they are known."""
+        pixels = folder.preview(mistake.sample_id)
+        lesions = folder.boxes.loc[folder.boxes["sample_id"] == mistake.sample_id, ["x0", "y0", "x1", "y1"]]
+        if folder.info.kind != "image" or lesions.empty:
+            return pixels
+        return draw_boxes(pixels, [(lesions.to_numpy(np.float64), LESION_COLOUR)])
+
     def show_mistakes(self, page: Page, folder: DatasetFolder, predictor: Predictor) -> None:
         """Add the worst misses and false alarms."""
-        _mistakes(page, self.info, self.rows, self.frame["sample_id"].tolist(), folder, predictor)
+        page.section("Worst mistakes")
+        with_attention = folder.info.kind == "image"
+        page.text(
+            "Each picture shows the image, with lesions framed where they are known, and the same with the attention "
+            "that the prediction pools by; below it stands the calibrated probability of the class."
+            if with_attention
+            else "Below each sample stands the calibrated probability of the class."
+        )
+        for heading, mistakes in self.mistakes().items():
+            if not mistakes:
+                page.callout("ok", f"{heading}: none.")
+                continue
+            shown = mistakes[:NUM_MISTAKES]
+            pictures = [self.picture(mistake, folder) for mistake in shown]
+            if with_attention:
+                images = [folder.pixels(mistake.sample_id) for mistake in shown]
+                answers = predictor.predict_many([RawImage(pixels) for pixels in images], attention=True)
+                pictures = [
+                    _beside(picture, pixels, answer.attention)
+                    for picture, pixels, answer in zip(pictures, images, answers, strict=True)
+                ]
+            pairs = [
+                (picture, f"{mistake.sample_id}: {mistake}")
+                for mistake, picture in zip(shown, pictures, strict=True)
+            ]
+            rest = "" if len(shown) == len(mistakes) else f" of {len(mistakes)}"
+            page.text(f"{heading}: {len(shown)}{rest}, the most confident first.")
+            page.images(pairs, max_px=360)
+
+    def _of_class(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Labels (n), probabilities (S n) and patients of the cases that are labelled in a class."""
+        column, rows = self.info.classes.index(name), self.joined
+        known = ~np.isnan(rows.labels[:, column])
+        patients = None if rows.patients is None else rows.patients[known]
+        return rows.labels[known, column], rows.probabilities[:, known, column], patients
+
+    def _named(self, held: np.ndarray, name: str) -> str:
+        """One row's truth or call in words; in multilabel tasks as to one class."""
+        if self.info.task == "multilabel":
+            return name if held[self.info.classes.index(name)] else f"no {name}"
+        return self.info.classes[int(held.argmax())]
+
+    def _show_answer(self, page: Page) -> None:
+        info, scores = self.info, self.scores
+        page.facts([(title(name), scores.metrics[name]) for name in HEADLINES[info.task]])
+        about = f"the class {info.positive!r}" if info.positive else "the mean over classes"
+        cases = f"{scores.n:,} labelled images" + (
+            f" of {scores.n_patients:,} patients" if info.clustered else ""
+        )
+        if self.aggregate != "none":
+            word = "highest" if self.aggregate == "max" else "mean"
+            cases = f"{scores.n:,} labelled patients, each with the {word} probability of the images,"
+        joined = f", scored by the bundles of {len(self.seeds)} seeds" if len(self.seeds) > 1 else ""
+        page.text(
+            f"{cases} of {judged_on(info.split)}{joined}; the numbers speak of {about}. In brackets: 95 % confidence "
+            "intervals. An estimate is called too few where errors or patients are so few that its interval is only "
+            "roughly one of 95 %."
+        )
+        if self.aggregate != "none" and info.thresholds:
+            page.callout("warn", "The threshold was chosen on images, and is applied to patients here.")
+
+    def _show_classes(self, page: Page) -> None:
+        if len(self.info.classes) == 2 and self.info.task != "multilabel":
+            return
+        shown = ("auc", "sensitivity", "specificity")
+        page.table(
+            [
+                {"class": name, **{title(m): estimates[m] for m in shown if m in estimates}}
+                for name, estimates in self.scores.by_class.items()
+            ],
+            "Each class against the rest.",
+        )
+
+    def _show_curves(self, page: Page) -> None:
+        info, several = self.info, len(self.seeds) > 1
+        page.section("Curves")
+        drawing, (roc_axes, precision_axes, calibration_axes) = panels(8.6, 2.9, columns=3)
+        self.draw_curve(roc_axes)
+        for name, colour in zip(_of_interest(info), PALETTE * len(info.classes), strict=False):
+            labels, scores, patients = self._of_class(name)
+            if band := patient_band(_precision_heights, labels, scores, patients):
+                precision = precision_recall(labels, scores[0])
+                exact = None if several else (precision.recall, precision.precision)
+                draw_band(precision_axes, band, name, drawn_as=exact)
+            for row in scores:
+                bins = calibration_curve(labels, row)
+                calibration_axes.errorbar(
+                    bins.probability,
+                    bins.observed,
+                    yerr=None if several else np.abs(np.stack([bins.low, bins.high]) - bins.observed),
+                    marker="o",
+                    markersize=3 if several else 4,
+                    linewidth=1 if several else 1.2,
+                    elinewidth=1,
+                    color=colour,
+                )
+            self._draw_operating_points(roc_axes, precision_axes, name)
+        calibration_axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+        square(precision_axes, "recall (sensitivity)", "precision (PPV)")
+        square(calibration_axes, "predicted probability", "observed share")
+        precision_axes.set_title("Precision-recall")
+        calibration_axes.set_title("Calibration")
+        dots = "" if info.task == "multiclass" else "Black dots: operating points. "
+        page.figure(
+            drawing,
+            ("Lines: means over seeds; of calibration, one for each seed. " if several else "")
+            + "Bands: pointwise 95 % limits, bootstrap of "
+            + ("patients" if info.clustered else "images")
+            + (", each resample applied to all seeds. " if several else ". ")
+            + dots
+            + "Calibration in ten bins"
+            + ("." if several else " with Wilson limits."),
+            alt=f"ROC, precision-recall and calibration curves of {', '.join(_of_interest(info))}",
+        )
+
+    def _draw_operating_points(self, roc_axes: "Axes", precision_axes: "Axes", name: str) -> None:
+        column = self.info.classes.index(name)
+        labels = self.joined.labels[:, column]
+        for calls in self.joined.decisions[..., column]:
+            called, known = calls[~np.isnan(labels)], labels[~np.isnan(labels)]
+            if self.info.task == "multiclass" or not called.any() or not 0 < known.sum() < len(known):
+                continue
+            sensitivity, fall_out = called[known == 1].mean(), called[known == 0].mean()
+            roc_axes.plot(fall_out, sensitivity, "o", color=INK, markersize=5)
+            precision_axes.plot(sensitivity, known[called].mean(), "o", color=INK, markersize=5)
+
+    def _show_calls(self, page: Page) -> None:
+        info, confusion = self.info, self.scores.confusion.at_operating_point
+        counts = "Means over seeds of the counts" if len(self.seeds) > 1 else "Counts"
+        page.section("Decisions")
+        page.text(self._rule())
+        if info.task == "multilabel":
+            page.table(
+                [
+                    {
+                        "class": name,
+                        "threshold": float(np.mean([seed.thresholds[name] for seed in self.infos])),
+                        "found": tp,
+                        "missed": fn,
+                        "false alarms": fp,
+                        "rest": tn,
+                    }
+                    for name, ((tn, fp), (fn, tp)) in zip(info.classes, confusion, strict=True)
+                ],
+                f"{counts} of calls at the operating point.",
+            )
+            return
+        if info.task == "multiclass":
+            size = min(8.6, 2.2 + 0.8 * len(info.classes))
+            drawing, (confusion_axes,) = panels(size, size - 0.8, columns=1)
+        else:
+            drawing, (confusion_axes, score_axes) = panels(8.6, 3.2, columns=2)
+            self._draw_scores(score_axes)
+        _draw_confusion(confusion_axes, np.array(confusion), info.classes)
+        page.figure(
+            drawing,
+            f"{counts}, and shares of the true class."
+            + (
+                " Histogram: the dashed line is the threshold, calls lie to its right."
+                if info.positive
+                else ""
+            ),
+            alt="Confusion matrix at the operating point"
+            + (" and histogram of probabilities" if info.positive else ""),
+        )
+
+    def _rule(self) -> str:
+        if self.info.task == "multiclass":
+            return "The most probable class is called."
+        rules = []
+        for name in decisions.called_classes(self.info):
+            at = [f"{one.thresholds[name]:.4f}" for one in self.infos]
+            rules.append(f"{name!r} is called at a probability of {' / '.join(at)} or more")
+        by_seed = f" (seeds {', '.join(map(str, self.seeds))})" if len(self.seeds) > 1 else ""
+        return f"{', '.join(rules)}{by_seed}. It is frozen in the bundle."
+
+    def _draw_scores(self, axes: "Axes") -> None:
+        info = self.info
+        assert info.positive is not None
+        labels, scores, _ = self._of_class(info.positive)
+        bins: Any = np.linspace(0, 1, 41)
+        for value, colour in ((0, PALETTE[0]), (1, PALETTE[1])):
+            name = info.positive if value else next(c for c in info.classes if c != info.positive)
+            chosen = scores[:, labels == value].ravel()
+            n = int((labels == value).sum())
+            weights = np.full(chosen.size, 1 / len(scores))  # of several seeds the mean count
+            axes.hist(chosen, bins, weights=weights, color=colour, alpha=0.25)
+            axes.hist(
+                chosen,
+                bins,
+                weights=weights,
+                color=colour,
+                histtype="step",
+                linewidth=1.4,
+                label=f"{name} (n = {n:,})",
+            )
+        for one in self.infos:
+            axes.axvline(one.thresholds[info.positive], color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set_ylim(0, None)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set(
+            title="Scores", xlabel=f"probability of {info.positive}", ylabel="images (log scale)", xlim=(0, 1)
+        )
+        axes.legend(loc="upper center", fontsize=8)
 
 
 def by_patient(frame: pd.DataFrame, info: PredictionsInfo, how: Aggregation) -> pd.DataFrame:
@@ -157,21 +498,10 @@ def by_patient(frame: pd.DataFrame, info: PredictionsInfo, how: Aggregation) -> 
 
     A patient has a finding if any image has it, and the highest or the mean probability of the images. sample_id is
     the image with the highest probability; a site, scanner, age or sex that differs between images is unknown.
-
-    Raises:
-        ValueError: if the source names no patients, or in a multiclass task a patient's images differ in class.
+    Whether it can be done, `Classification.check` says.
     """
-    if not info.clustered:
-        raise ValueError("aggregate: the source names no patients; set evaluate.aggregate to none")
     labels, answers = [f"label_{name}" for name in info.classes], [f"prob_{name}" for name in info.classes]
     patients = frame.groupby("patient", sort=True)
-    if (
-        info.task == "multiclass"
-        and (patients[labels].max() - patients[labels].min()).to_numpy().max(initial=0) > 0
-    ):
-        raise ValueError(
-            "aggregate: images of a patient differ in class; set evaluate.aggregate to none for this multiclass task"
-        )
     truth, probabilities = patients[labels].max(), getattr(patients[answers], how)()
     if info.task == "binary":
         (other,) = (name for name in info.classes if name != info.positive)
@@ -191,158 +521,24 @@ def by_patient(frame: pd.DataFrame, info: PredictionsInfo, how: Aggregation) -> 
     return pd.concat([whose.join(truth).reset_index(), answered], axis=1)[info.columns]
 
 
+def _joined(read: Sequence[tuple[pd.DataFrame, PredictionsInfo]]) -> Arrays:
+    """The answers of several seeds on the same samples: S N K."""
+    each = [arrays(frame, info) for frame, info in read]
+    return each[0]._replace(
+        probabilities=np.stack([one.probabilities for one in each]),
+        decisions=np.stack([one.decisions for one in each]),
+    )
+
+
 def _of_interest(info: PredictionsInfo) -> list[str]:
     """The classes that curves are drawn of: the positive one, or all."""
     return [info.positive] if info.positive else list(info.classes)
-
-
-def _answer(page: Page, info: PredictionsInfo, scores: Scores, aggregate: Aggregation) -> None:
-    page.facts([(title(name), scores.metrics[name]) for name in HEADLINES[info.task]])
-    about = f"the class {info.positive!r}" if info.positive else "the mean over classes"
-    cases = f"{scores.n:,} labelled images" + (
-        f" of {scores.n_patients:,} patients" if info.clustered else ""
-    )
-    if aggregate != "none":
-        word = "highest" if aggregate == "max" else "mean"
-        cases = f"{scores.n:,} labelled patients, each with the {word} probability of the images,"
-    page.text(
-        f"{cases} of the {info.split} split; the numbers speak of {about}. In brackets: 95 % confidence intervals. "
-        "An estimate is called too few where errors or patients are so few that its interval is only roughly "
-        "one of 95 %."
-    )
-    if aggregate != "none" and info.thresholds:
-        page.callout("warn", "The threshold was chosen on images, and is applied to patients here.")
-
-
-def _metrics(page: Page, info: PredictionsInfo, scores: Scores) -> None:
-    page.section("Metrics")
-    page.table(
-        [
-            {
-                "metric": title(name),
-                "value (95 % interval)": estimate,
-                "n": estimate.n,
-                "how the interval was made": estimate.method,
-            }
-            for name, estimate in scores.metrics.items()
-        ],
-        "n counts the cases in the value's denominator.",
-    )
-    with page.details("What each metric is"):
-        page.table([{"metric": title(name), "what it is": METRICS[name].meaning} for name in scores.metrics])
-    if len(info.classes) > 2 or info.task == "multilabel":
-        shown = ("auc", "sensitivity", "specificity")
-        page.table(
-            [
-                {"class": name, **{title(m): estimates[m] for m in shown if m in estimates}}
-                for name, estimates in scores.by_class.items()
-            ],
-            "Each class against the rest.",
-        )
 
 
 def _precision_heights(labels: np.ndarray, scores: np.ndarray, grid: np.ndarray) -> np.ndarray | None:
     """Precision at the recalls of `grid`; None where there is no positive."""
     curve = precision_recall(labels, scores)
     return next_at(curve.recall, curve.precision, grid) if len(curve.recall) else None
-
-
-def _curves(page: Page, info: PredictionsInfo, rows: Arrays) -> None:
-    page.section("Curves")
-    drawing, (roc_axes, precision_axes, calibration_axes) = panels(8.6, 2.9, columns=3)
-    for name in _of_interest(info):
-        column = info.classes.index(name)
-        known = ~np.isnan(rows.labels[:, column])
-        labels, scores = rows.labels[known, column], rows.probabilities[known, column]
-        patients = None if rows.patients is None else rows.patients[known]
-        curve, precision = roc(labels, scores), precision_recall(labels, scores)
-        if band := patient_band(roc_heights, labels, scores[None], patients, seed=info.seed):
-            draw_band(roc_axes, band, name, drawn_as=(curve.false_positive_rate, curve.sensitivity))
-        if band := patient_band(_precision_heights, labels, scores[None], patients, seed=info.seed):
-            draw_band(precision_axes, band, name, drawn_as=(precision.recall, precision.precision))
-        bins = calibration_curve(labels, scores)
-        calibration_axes.errorbar(
-            bins.probability,
-            bins.observed,
-            yerr=np.abs(np.stack([bins.low, bins.high]) - bins.observed),
-            marker="o",
-            markersize=4,
-            linewidth=1.2,
-            elinewidth=1,
-            label=name,
-        )
-        called = rows.decisions[known, column]
-        if info.task != "multiclass" and called.any() and 0 < labels.sum() < len(labels):
-            sensitivity, fall_out = called[labels == 1].mean(), called[labels == 0].mean()
-            roc_axes.plot(fall_out, sensitivity, "o", color=INK, markersize=5)
-            precision_axes.plot(sensitivity, labels[called].mean(), "o", color=INK, markersize=5)
-    for axes in (roc_axes, calibration_axes):
-        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
-    square(roc_axes, "1 - specificity", "sensitivity")
-    square(precision_axes, "recall (sensitivity)", "precision (PPV)")
-    square(calibration_axes, "predicted probability", "observed share")
-    for axes, heading in (
-        (roc_axes, "ROC"),
-        (precision_axes, "Precision-recall"),
-        (calibration_axes, "Calibration"),
-    ):
-        axes.set_title(heading)
-    if len(_of_interest(info)) > 1:
-        roc_axes.legend(loc="lower right", fontsize=8)
-    dot = "" if info.task == "multiclass" else "the black dot is the operating point; "
-    page.figure(
-        drawing,
-        f"Bands: pointwise 95 % limits, bootstrap of {'patients' if info.clustered else 'images'}; {dot}"
-        "calibration in ten bins with Wilson limits.",
-        alt=f"ROC, precision-recall and calibration curves of {', '.join(_of_interest(info))}",
-    )
-
-
-def _calls(page: Page, info: PredictionsInfo, rows: Arrays, scores: Scores) -> None:
-    page.section("Decisions")
-    page.text(_rule(info))
-    if info.task == "multilabel":
-        page.table(
-            [
-                {
-                    "class": name,
-                    "threshold": info.thresholds[name],
-                    "found": tp,
-                    "missed": fn,
-                    "false alarms": fp,
-                    "rest": tn,
-                }
-                for name, ((tn, fp), (fn, tp)) in zip(
-                    info.classes, scores.confusion.at_operating_point, strict=True
-                )
-            ],
-            "Calls at the operating point.",
-        )
-        return
-    if info.task == "multiclass":
-        size = min(8.6, 2.2 + 0.8 * len(info.classes))
-        drawing, (confusion_axes,) = panels(size, size - 0.8, columns=1)
-    else:
-        drawing, (confusion_axes, score_axes) = panels(8.6, 3.2, columns=2)
-        _draw_scores(score_axes, info, rows)
-    _draw_confusion(confusion_axes, np.array(scores.confusion.at_operating_point), info.classes)
-    page.figure(
-        drawing,
-        "Counts, and shares of the true class."
-        + (" Histogram: the dashed line is the threshold, calls lie to its right." if info.positive else ""),
-        alt="Confusion matrix at the operating point"
-        + (" and histogram of probabilities" if info.positive else ""),
-    )
-
-
-def _rule(info: PredictionsInfo) -> str:
-    if info.task == "multiclass":
-        return "The most probable class is called."
-    rules = ", ".join(
-        f"{name!r} is called at a probability of {value:.4f} or more"
-        for name, value in info.thresholds.items()
-    )
-    return f"{rules}. Chosen on the calibration split, and frozen in the bundle."
 
 
 def _draw_confusion(axes: Any, matrix: np.ndarray, classes: Sequence[str]) -> None:
@@ -364,86 +560,9 @@ def _draw_confusion(axes: Any, matrix: np.ndarray, classes: Sequence[str]) -> No
     axes.grid(visible=False)
 
 
-def _draw_scores(axes: Any, info: PredictionsInfo, rows: Arrays) -> None:
-    assert info.positive is not None
-    column = info.classes.index(info.positive)
-    bins = np.linspace(0, 1, 41)
-    for value, colour in ((0, PALETTE[0]), (1, PALETTE[1])):
-        name = info.positive if value else next(c for c in info.classes if c != info.positive)
-        chosen = rows.probabilities[rows.labels[:, column] == value, column]
-        axes.hist(chosen, bins, color=colour, alpha=0.25)
-        axes.hist(
-            chosen, bins, color=colour, histtype="step", linewidth=1.4, label=f"{name} (n = {len(chosen):,})"
-        )
-    axes.axvline(info.thresholds[info.positive], color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
-    axes.set_yscale("symlog", linthresh=1)
-    axes.set_ylim(0, None)
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.set(
-        title="Scores", xlabel=f"probability of {info.positive}", ylabel="images (log scale)", xlim=(0, 1)
-    )
-    axes.legend(loc="upper center", fontsize=8)
-
-
-def _mistakes(
-    page: Page,
-    info: PredictionsInfo,
-    rows: Arrays,
-    sample_ids: Sequence[str],
-    folder: DatasetFolder,
-    predictor: Predictor,
-) -> None:
-    page.section("Worst mistakes")
-    with_attention = folder.info.kind == "image"
-    page.text(
-        "Each picture shows the "
-        + (
-            "image, and the same with the attention that the prediction pools by"
-            if with_attention
-            else "sample"
-        )
-        + "; below it stands the calibrated probability of the class."
-    )
-    for heading, mistakes in _mistakes_by_kind(info, rows, sample_ids).items():
-        if not mistakes:
-            page.callout("ok", f"{heading}: none.")
-            continue
-        shown = mistakes[:NUM_MISTAKES]
-        pictures = [folder.preview(mistake.sample_id) for mistake in shown]
-        if with_attention:
-            pictures = _beside_their_attention(pictures, predictor)
-        pairs = [
-            (picture, f"{mistake.sample_id}: {mistake.name} {mistake.probability:.3f}")
-            for mistake, picture in zip(shown, pictures, strict=True)
-        ]
-        rest = "" if len(shown) == len(mistakes) else f" of {len(mistakes)}"
-        page.text(f"{heading}: {len(shown)}{rest}, the most confident first.")
-        page.images(pairs, max_px=360)
-
-
-def _beside_their_attention(pictures: list[np.ndarray], predictor: Predictor) -> list[np.ndarray]:
-    answers = predictor.predict_many([RawImage(pixels) for pixels in pictures], attention=True)
-    pairs = []
-    for pixels, answer in zip(pictures, answers, strict=True):
-        assert answer.attention is not None
-        plain = overlay(pixels, np.zeros(pixels.shape[:2]))
-        pairs.append(np.concatenate([plain, overlay(pixels, answer.attention)], axis=1))
-    return pairs
-
-
-def _mistakes_by_kind(
-    info: PredictionsInfo, rows: Arrays, sample_ids: Sequence[str]
-) -> dict[str, list[Mistake]]:
-    """Misses and false alarms, the most confident first."""
-    found: dict[str, list[Mistake]] = {"Missed": [], "False alarms": []}
-    for name in _of_interest(info):
-        column = info.classes.index(name)
-        for heading, label in (("Missed", 1), ("False alarms", 0)):
-            wrong = (rows.labels[:, column] == label) & (rows.decisions[:, column] != label)
-            found[heading].extend(
-                Mistake(sample_ids[i], name, float(rows.probabilities[i, column]))
-                for i in np.flatnonzero(wrong).tolist()
-            )
-    found["Missed"].sort(key=lambda mistake: (mistake.probability, mistake.sample_id))
-    found["False alarms"].sort(key=lambda mistake: (-mistake.probability, mistake.sample_id))
-    return found
+def _beside(picture: np.ndarray, pixels: np.ndarray, attention: np.ndarray | None) -> np.ndarray:
+    """A picture, and to its right the image under its attention."""
+    assert attention is not None
+    nothing = np.zeros(pixels.shape[:2])
+    left = picture if picture.dtype == np.uint8 and picture.ndim == 3 else overlay(picture, nothing)
+    return np.concatenate([left, overlay(pixels, attention)], axis=1)

@@ -18,9 +18,9 @@ from cadx.metrics import (
     Scores,
     decision_curve,
     predictive_values,
-    share_of,
     with_chosen_threshold,
 )
+from cadx.metrics.decisions import mean_share_of
 from cadx.predicting import Arrays, PredictionsInfo
 from cadx.reporting import INK, MUTED, Page, panels
 
@@ -35,28 +35,37 @@ def called_classes(info: PredictionsInfo) -> list[str]:
     return [name for name in info.classes if name in info.thresholds]
 
 
-def operating_point(info: PredictionsInfo, rows: Arrays) -> dict[str, dict[str, Estimate]]:
+def operating_point(infos: Sequence[PredictionsInfo], rows: Arrays) -> dict[str, dict[str, Estimate]]:
     """Class -> the threshold's spread, and sensitivity and specificity that count how it was chosen.
 
-    Empty for classes without a threshold, and of bundles that do not know the spread.
+    Of several seeds all three are means. Empty for classes without a threshold, and of bundles that do not know the
+    spread.
+
+    Args:
+        infos: of each seed.
+        rows: of all seeds, S N K.
     """
     found = {}
-    for name in called_classes(info):
-        if choices := info.resampled_thresholds.get(name, ()):
-            column = info.classes.index(name)
-            threshold = info.thresholds[name]
-            low, high = np.quantile(choices, [0.025, 0.975])
-            spread = Estimate(
-                value=threshold,
-                low=min(float(low), threshold),
-                high=max(float(high), threshold),
-                n=len(choices),
-                method=f"chosen again on {len(choices)} resamples of the calibration patients",
-            )
-            reached = with_chosen_threshold(
-                rows.labels[:, column], rows.probabilities[:, column], threshold, choices, rows.patients
-            )
-            found[name] = {"threshold": spread, **reached}
+    for name in called_classes(infos[0]):
+        choices = [info.resampled_thresholds.get(name, ()) for info in infos]
+        # Each resample of the calibration patients chooses for every seed.
+        if not choices[0] or len({len(one) for one in choices}) > 1:
+            continue
+        column = infos[0].classes.index(name)
+        thresholds = [info.thresholds[name] for info in infos]
+        threshold, resampled = float(np.mean(thresholds)), np.mean(choices, axis=0)
+        low, high = np.quantile(resampled, [0.025, 0.975])
+        spread = Estimate(
+            value=threshold,
+            low=min(float(low), threshold),
+            high=max(float(high), threshold),
+            n=len(resampled),
+            method=f"chosen again on {len(resampled)} resamples of the calibration patients",
+        )
+        reached = with_chosen_threshold(
+            rows.labels[:, column], rows.probabilities[..., column], thresholds, choices, rows.patients
+        )
+        found[name] = {"threshold": spread, **reached}
     return found
 
 
@@ -110,20 +119,23 @@ def show_prevalences(page: Page, name: str, found: Mapping[str, Mapping[str, Est
 
 
 def net_benefit(info: PredictionsInfo, rows: Arrays, classes: Sequence[str]) -> dict[str, Any]:
-    """Class -> its decision curve, as lists."""
+    """Class -> its decision curve, as lists; of rows S N K the mean over seeds."""
     curves = {}
     for name in classes:
         column = info.classes.index(name)
         labels = rows.labels[:, column]
         if not (labels == 1).any():
             continue
-        curve = decision_curve(labels, rows.probabilities[:, column], patients=rows.patients, seed=info.seed)
+        curve = decision_curve(
+            labels, rows.probabilities[..., column], patients=rows.patients, seed=info.seed
+        )
         curves[name] = {field: values.round(6).tolist() for field, values in curve._asdict().items()}
     return curves
 
 
-def show_net_benefit(page: Page, info: PredictionsInfo, curves: Mapping[str, Any]) -> None:
-    """Add the decision curves."""
+def show_net_benefit(page: Page, infos: Sequence[PredictionsInfo], curves: Mapping[str, Any]) -> None:
+    """Add the decision curves; `infos` are those of each seed."""
+    info = infos[0]
     if not curves:
         return
     page.section("Net benefit")
@@ -157,12 +169,14 @@ def show_net_benefit(page: Page, info: PredictionsInfo, curves: Mapping[str, Any
             xlabel="risk at which one acts",
             ylabel="net benefit",
         )
-        if info.task != "multiclass" and name in info.thresholds:
-            one.axvline(info.thresholds[name], color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
+        for seed in infos:
+            if name in seed.thresholds:
+                one.axvline(seed.thresholds[name], color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
     for one in axes[len(curves) :]:
         one.set_axis_off()
     axes[0].legend(loc="center right", fontsize=8)
-    dotted = " Dotted: the operating point." if info.thresholds else ""
+    points = "the operating point" if len(infos) == 1 else "each seed's operating point"
+    dotted = f" Dotted: {points}." if info.thresholds else ""
     page.figure(
         drawing,
         "Net benefit: true positives a case, less false positives weighed as above. Band: pointwise 95 % "
@@ -172,23 +186,33 @@ def show_net_benefit(page: Page, info: PredictionsInfo, curves: Mapping[str, Any
     )
 
 
-def coverage(info: PredictionsInfo, rows: Arrays, sites: Sequence[str]) -> dict[str, Any]:
+def coverage(infos: Sequence[PredictionsInfo], rows: Arrays, sites: Sequence[str]) -> dict[str, Any]:
     """How often prediction sets hold the truth, by class and by site, and how much they leave to a person.
 
+    Of several seeds all of it is the mean.
+
     Args:
-        info: whose `conformal` is told.
-        rows: cases as they were answered, never aggregated.
+        infos: whose `conformal` is told, of each seed.
+        rows: cases as they were answered, never aggregated, S N K.
         sites: of each case, "" = unknown.
 
     Returns:
         nominal, by_class and by_site (name -> Estimate), expected (class -> (low, high) that the size of the
         calibration split explains), mean_size and referred (Estimates); empty where the bundle has no sets.
     """
-    if info.conformal is None:
+    classes, sets = infos[0].classes, [info.conformal for info in infos if info.conformal is not None]
+    if len(sets) < len(infos):
         return {}
-    there = conformal.possible(rows.probabilities, info.conformal, info.classes)
-    refer = conformal.refers(rows.probabilities, rows.decisions, info.conformal, info.classes)
-    truth, everyone = rows.labels == 1, np.ones(len(refer), dtype=bool)
+    there = np.stack(
+        [conformal.possible(p, one, classes) for p, one in zip(rows.probabilities, sets, strict=True)]
+    )
+    refer = np.stack(
+        [
+            conformal.refers(p, calls, one, classes)
+            for p, calls, one in zip(rows.probabilities, rows.decisions, sets, strict=True)
+        ]
+    )
+    truth, everyone = rows.labels == 1, np.ones(len(rows.labels), dtype=bool)
 
     def estimate(right: np.ndarray, which: np.ndarray) -> Estimate:
         if which.sum() < MINIMUM_COVERED:
@@ -196,26 +220,25 @@ def coverage(info: PredictionsInfo, rows: Arrays, sites: Sequence[str]) -> dict[
             return Estimate(
                 value=None, low=None, high=None, n=n, method=f"too few: {n} cases, {MINIMUM_COVERED} needed"
             )
-        return share_of(right[which], None if rows.patients is None else rows.patients[which])
+        return mean_share_of(right[:, which], None if rows.patients is None else rows.patients[which])
 
     # A case is covered if every class that it has is possible.
-    covered, labelled = (there | ~truth).all(axis=1), truth.any(axis=1)
+    covered, labelled = (there | ~truth).all(axis=2), truth.any(axis=1)
     places = np.asarray(sites, dtype=object)
-    size = float(there.sum(axis=1).mean()) if len(there) else 0.0
     return {
-        "nominal": info.conformal.coverage,
+        "nominal": sets[0].coverage,
         "by_class": {
-            name: estimate(there[:, column], truth[:, column]) for column, name in enumerate(info.classes)
+            name: estimate(there[..., column], truth[:, column]) for column, name in enumerate(classes)
         },
         "by_site": {
             str(site) or "unknown": estimate(covered, labelled & (places == site))
             for site in sorted(set(places))
         },
         "expected": {
-            name: conformal.expected_range(info.conformal.patients.get(name, 0), info.conformal.coverage)
-            for name in info.classes
+            name: conformal.expected_range(sets[0].patients.get(name, 0), sets[0].coverage)
+            for name in classes
         },
-        "mean_size": size,
+        "mean_size": float(there.sum(axis=2).mean()) if len(truth) else 0.0,
         "referred": estimate(refer, everyone),
     }
 
@@ -233,7 +256,7 @@ def coverage_record(found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def show_coverage(page: Page, info: PredictionsInfo, found: Mapping[str, Any]) -> None:
+def show_coverage(page: Page, found: Mapping[str, Any]) -> None:
     """Add the section on prediction sets."""
     if not found:
         return
