@@ -39,7 +39,7 @@ from cadx.files import canonical_json, digest_bytes, digest_path, replacing, wri
 from cadx.loading import Input
 from cadx.materials import bill_of_materials
 from cadx.models import ModelConfig, PretrainedOrigin
-from cadx.types import Config, Conformal, Digest, Estimate, Knots, Split, Task
+from cadx.types import Config, Conformal, Digest, Estimate, Judged, Knots, Task
 
 MANIFEST = "bundle.json"
 REFERENCE = "reference.parquet"
@@ -68,7 +68,7 @@ class OperatingPoint(Config):
     class's threshold.
 
     Attributes:
-        target_metric: what the thresholds were chosen to reach; None for multiclass.
+        target_metric: what the thresholds were chosen to reach; None for multiclass, and where they were declared.
         target_value: the declared clinical target of it.
         thresholds: class -> probability; for binary the positive class alone.
         split: where they were chosen.
@@ -82,7 +82,7 @@ class OperatingPoint(Config):
     target_metric: Literal["sensitivity", "false_positives_per_image"] | None = None
     target_value: float | None = Field(default=None, gt=0)
     thresholds: dict[str, float] = Field(default_factory=dict)
-    split: Split
+    split: Judged
     n: int
     achieved: dict[str, dict[str, Estimate]] = Field(default_factory=dict)
     resampled: dict[str, tuple[float, ...]] = Field(default_factory=dict)

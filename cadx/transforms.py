@@ -213,15 +213,22 @@ class _Draws(NamedTuple):
     scale: torch.Tensor
     brightness: torch.Tensor
     contrast: torch.Tensor
+    vertical_flip: torch.Tensor
+    depth_flip: torch.Tensor
 
 
 class Augmentation(Config):
     """Random changes that keep a label; every field is the largest change, 0 means none.
 
-    Of a volume each axial slice is changed, all alike: mirrored between left and right, turned about the body's axis.
+    Of a volume each axial slice is changed, all alike: mirrored between left and right (`horizontal_flip`) or front and
+    back (`vertical_flip`), turned about the body's axis; `depth_flip` turns head to foot.
     """
 
     horizontal_flip: bool = Field(default=False, description="mirror half of the images")
+    vertical_flip: bool = Field(
+        default=False, description="turn half upside down: where no side is up, as in microscopy"
+    )
+    depth_flip: bool = Field(default=False, description="of volumes: turn half head to foot")
     rotation_degrees: float = Field(default=0.0, ge=0, le=180)
     translation_fraction: float = Field(default=0.0, ge=0, le=1, description="of height and width")
     scale_fraction: float = Field(default=0.0, ge=0, lt=1, description="0.1 scales by 0.9 to 1.1")
@@ -246,7 +253,7 @@ class Augmentation(Config):
         """The augmented batch, N C H W, on the batch's device; the batch itself if nothing is to be done.
 
         Args:
-            batch: N C H W float32, preprocessed; C may be slices.
+            batch: N C H W float32, preprocessed; of volumes, C are slices.
             seed: of the run, 0 or more.
             epoch: 0 or more.
             samples: N sample indices: with seed and epoch they alone decide the draws.
@@ -259,6 +266,10 @@ class Augmentation(Config):
         draws = _draw(seed, epoch, indices, batch.device)
         if self.horizontal_flip:
             batch = torch.where(_per_image(draws.flip < 0), batch.flip(-1), batch)
+        if self.vertical_flip:
+            batch = torch.where(_per_image(draws.vertical_flip < 0), batch.flip(-2), batch)
+        if self.depth_flip:
+            batch = torch.where(_per_image(draws.depth_flip < 0), batch.flip(1), batch)
         if self.rotation_degrees or self.translation_fraction or self.scale_fraction:
             grid = self._grid(draws, height_px=batch.shape[2], width_px=batch.shape[3])
             # Zero is the background of the shifted batch, and grid_sample pads with zeros.

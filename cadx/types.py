@@ -23,6 +23,8 @@ Task = Literal["binary", "multiclass", "multilabel", "detection"]
 Kind = Literal["image", "volume", "slide", "features"]
 """What one sample is: a 2D image; a 3D volume; a whole slide; or a bag of feature vectors."""
 Split = Literal["train", "val", "calibration", "test", "excluded"]
+Judged = Literal["val", "calibration", "test", "folds"]
+"""What answers are scored on: a split, or the folds of a cross-validation, each by the network that did not see it."""
 
 Millimetres = NewType("Millimetres", float)
 Micrometres = NewType("Micrometres", float)

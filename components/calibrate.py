@@ -1,7 +1,7 @@
 """Make probabilities honest, choose the operating point and fit prediction sets, on the calibration split alone."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -10,7 +10,7 @@ from cadx import calibration, conformal, detection
 from cadx.bundle import REFERENCE_DECIMALS, Bundle, OperatingPoint
 from cadx.datasets import DatasetFolder, read_splits
 from cadx.metrics import Scores, score
-from cadx.predicting import Predictor, answer_table, decide, detection_table, image_answers
+from cadx.predicting import Predictor, answer_table, decide, detection_table, image_answers, out_of_fold
 from cadx.types import Estimate, Task
 from components.contract import In, Out, Params, step
 
@@ -29,9 +29,20 @@ class CalibrateParams(Params):
         gt=0,
         description="of boxes: false alarms of a class that are allowed, instead of a sensitivity",
     )
-    method: Literal["temperature", "isotonic"] = Field(
+    threshold: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="declared probability, instead of one that reaches a sensitivity",
+    )
+    split: Literal["calibration", "folds"] = Field(
+        default="calibration",
+        description="folds: what each network of a cross-validation says of the fold that it did not see",
+    )
+    method: Literal["temperature", "isotonic", "none"] = Field(
         default="temperature",
-        description="isotonic puts a rising curve behind temperature and bias: for some hundred cases a class or more",
+        description="isotonic puts a rising curve behind temperature and bias: for some hundred cases a class or more;"
+        " none leaves probabilities as the networks give them",
     )
     coverage: float | None = Field(
         default=0.9,
@@ -56,8 +67,11 @@ def calibrate(*, dataset: In, splits: In, trained: In, bundle: Out, params: Cali
 
     The final bundle's answers on this split go into it, as the reference that `monitor` compares with.
 
+    On `folds`, the answers are those of single networks, and the bundle serves the mean of all.
+
     Raises:
-        ValueError: if the calibration split lacks rows or a class, or the dataset has other classes.
+        ValueError: if the calibration split lacks rows or a class, the dataset has other classes, a threshold is
+            declared that the task has no use for, or there are no folds.
     """
     folder = DatasetFolder(dataset)
     opened = Bundle(trained)
@@ -67,17 +81,31 @@ def calibrate(*, dataset: In, splits: In, trained: In, bundle: Out, params: Cali
         raise ValueError(
             f"{dataset}: classes {folder.info.classes}, but {trained} was trained on {classes}; train again"
         )
-    assigned = read_splits(splits)
-    sample_ids = assigned.loc[assigned["split"] == "calibration", "sample_id"].tolist()
+    if task == "multiclass" and params.threshold is not None:
+        raise ValueError(
+            f"calibrate.threshold {params.threshold:g}: of several classes the most probable is called; leave it out"
+        )
+    predictor = Predictor(opened, uncalibrated_ok=True)
+    if params.split == "folds":
+        answering = list(out_of_fold(predictor, folder, splits))
+    else:
+        assigned = read_splits(splits)
+        answering = [(predictor, assigned.loc[assigned["split"] == "calibration", "sample_id"].tolist())]
+    sample_ids = [name for _, names in answering for name in names]
     if task == "detection":
-        _complete_boxes(opened, bundle, folder, sample_ids, splits, params)
+        _complete_boxes(opened, bundle, folder, answering, splits, params)
         return
     labels = folder.labels(sample_ids).astype(np.float64)
     _require_every_class(labels, classes, task, splits)
 
-    predictor = Predictor(opened, uncalibrated_ok=True)
-    logits, features = predictor.logits(predictor.stored(folder, sample_ids))
-    temperature, bias = calibration.fit_temperature_and_bias(logits, labels, task)
+    said = [one.logits(one.stored(folder, names)) for one, names in answering]
+    logits = np.concatenate([part for part, _ in said])
+    features = np.concatenate([part for _, part in said])
+    if len(answering) > 1:  # what is served has the features of all networks side by side
+        _, features = predictor.logits(predictor.stored(folder, sample_ids))
+    temperature, bias = 1.0, np.zeros(len(classes))
+    if params.method != "none":
+        temperature, bias = calibration.fit_temperature_and_bias(logits, labels, task)
     probabilities = calibration.apply(logits, temperature, task, bias)
     isotonic = {}
     if params.method == "isotonic":
@@ -87,13 +115,14 @@ def calibrate(*, dataset: In, splits: In, trained: In, bundle: Out, params: Cali
     called = (
         [] if task == "multiclass" else [name for name in classes if task == "multilabel" or name == positive]
     )
-    thresholds = {
+    chosen = called if params.threshold is None else []
+    thresholds = dict.fromkeys(called, params.threshold or 0.0) | {
         name: calibration.operating_threshold(
             probabilities[:, classes.index(name)],
             labels[:, classes.index(name)],
             sensitivity=params.sensitivity,
         )
-        for name in called
+        for name in chosen
     }
     calls = decide(probabilities, thresholds, task, classes, positive)
     samples = folder.samples.iloc[folder.rows(sample_ids)]
@@ -115,10 +144,10 @@ def calibrate(*, dataset: In, splits: In, trained: In, bundle: Out, params: Cali
         isotonic=isotonic,
         prevalence={name: float(np.nanmean(labels[:, column])) for column, name in enumerate(classes)},
         operating_point=OperatingPoint(
-            target_metric="sensitivity" if called else None,
-            target_value=params.sensitivity if called else None,
+            target_metric="sensitivity" if chosen else None,
+            target_value=params.sensitivity if chosen else None,
             thresholds=thresholds,
-            split="calibration",
+            split=params.split,
             n=scores.n,
             achieved=_achieved(scores, called or list(classes)),
             resampled={
@@ -132,7 +161,7 @@ def calibrate(*, dataset: In, splits: In, trained: In, bundle: Out, params: Cali
                     .round(REFERENCE_DECIMALS)
                     .tolist()
                 )
-                for name in called
+                for name in chosen
             },
         ),
         conformal=None
@@ -150,23 +179,26 @@ def _complete_boxes(
     opened: Bundle,
     bundle: Path,
     folder: DatasetFolder,
-    sample_ids: list[str],
+    answering: list[tuple[Predictor, list[str]]],
     splits: Path,
     params: CalibrateParams,
 ) -> None:
     """Choose each class's score threshold; the scores themselves stay as they are."""
     manifest = opened.manifest
+    sample_ids = [name for _, names in answering for name in names]
     lesions = folder.boxes[folder.boxes["sample_id"].isin(sample_ids)]
     if missing := [name for name in manifest.classes if name not in set(lesions["class"])]:
         raise ValueError(
             f"{splits}: no lesion of class {missing[0]!r} in the calibration split; "
             "give it a larger share in split.fractions, split again"
         )
-    predictor = Predictor(opened, uncalibrated_ok=True)
-    answers = predictor.detect(predictor.stored(folder, sample_ids))
+    answers = (answer for one, names in answering for answer in one.detect(one.stored(folder, names)))
     found = detection_table(dict(zip(sample_ids, answers, strict=True)), manifest.classes)
+    declared = params.threshold
     thresholds = {
-        name: detection.operating_point(
+        name: declared
+        if declared is not None
+        else detection.operating_point(
             found[found["class"] == name],
             lesions[lesions["class"] == name],
             sample_ids,
@@ -186,16 +218,22 @@ def _complete_boxes(
         score_threshold=thresholds,
         seed=manifest.seed,
     )
-    by_rate = params.false_positives_per_image is not None
+    target: dict[str, Any] = {}
+    if declared is None and params.false_positives_per_image is not None:
+        target = {
+            "target_metric": "false_positives_per_image",
+            "target_value": params.false_positives_per_image,
+        }
+    elif declared is None:
+        target = {"target_metric": "sensitivity", "target_value": params.sensitivity}
     said = ("sensitivity", "precision", "false_positives_per_image")
     opened.complete(
         bundle,
         temperature=None,
         operating_point=OperatingPoint(
-            target_metric="false_positives_per_image" if by_rate else "sensitivity",
-            target_value=params.false_positives_per_image if by_rate else params.sensitivity,
+            **target,
             thresholds=thresholds,
-            split="calibration",
+            split=params.split,
             n=scores.n,
             achieved={
                 name: {metric: estimates[metric] for metric in said}

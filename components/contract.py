@@ -376,9 +376,9 @@ def source_digests(step_name: str) -> dict[str, Digest]:
     return {name: digest_path(ROOT / name) for name in code_dependencies(step_name)}
 
 
-def code_digest(step_name: str) -> Digest:
-    """The SHA-256 over a step's `code_dependencies`: relative names and bytes."""
-    listing = (f"{name} {digest}\n" for name, digest in source_digests(step_name).items())
+def code_digest(sources: Mapping[str, Digest]) -> Digest:
+    """The SHA-256 over what `source_digests` gives: relative names and digests of bytes."""
+    listing = (f"{name} {digest}\n" for name, digest in sources.items())
     return digest_bytes("".join(listing).encode())
 
 

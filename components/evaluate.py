@@ -5,9 +5,9 @@ import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
+import pandas as pd
 from pydantic import Field
 
 from cadx.bundle import Bundle, Manifest
@@ -15,17 +15,19 @@ from cadx.datasets import DatasetFolder, read_splits
 from cadx.evaluating import Aggregation, Attribute, Settings, evaluation_of, show_assumptions
 from cadx.files import digest_path, write_json
 from cadx.loading import input_text
-from cadx.predicting import PredictionsInfo, Predictor, write_predictions
+from cadx.predicting import PredictionsInfo, Predictor, out_of_fold, write_predictions
 from cadx.reporting import Page, estimate_text
-from cadx.types import Digest
+from cadx.types import Digest, Judged
 from components.contract import In, Keep, Out, Params, step
 
 
 class EvaluateParams(Params):
     """What is scored, and how finely."""
 
-    split: Literal["val", "calibration", "test"] = Field(
-        default="val", description="test only once the recipe is frozen: each use of it is written down"
+    split: Judged = Field(
+        default="val",
+        description="test only once the recipe is frozen: each use of it is written down; folds: of a"
+        " cross-validation, each sample by the network that did not see it",
     )
     resamples: int = Field(default=1000, ge=0, description="bootstrap resamples of patients")
     subgroups: tuple[Attribute, ...] = ("site", "sex", "age", "scanner")
@@ -63,8 +65,12 @@ def evaluate(
             f"{dataset}: classes {folder.info.classes}, but {bundle} was trained on {manifest.classes}; "
             "train again"
         )
-    assigned = read_splits(splits)
-    sample_ids = assigned.loc[assigned["split"] == params.split, "sample_id"].tolist()
+    if params.split == "folds":
+        answering = list(out_of_fold(predictor, folder, splits))
+    else:
+        assigned = read_splits(splits)
+        answering = [(predictor, assigned.loc[assigned["split"] == params.split, "sample_id"].tolist())]
+    sample_ids = [name for _, names in answering for name in names]
     # Boxes are the labels of a detection task, and an image without any is one without lesions.
     is_labelled = manifest.task == "detection" or not np.isnan(folder.labels(sample_ids)).all()
     if not (sample_ids and is_labelled):
@@ -97,7 +103,7 @@ def evaluate(
         assumptions=tuple(dict.fromkeys((*manifest.assumptions, *folder.info.assumptions))),
     )
     kind = evaluation_of(manifest.task)
-    frame = kind.predict(predictor, folder, sample_ids)
+    frame = pd.concat([kind.predict(one, folder, names) for one, names in answering], ignore_index=True)
     write_predictions(predictions, frame, info)
 
     scored = kind(
@@ -169,7 +175,13 @@ def _provenance_warnings(manifest: Manifest, dataset: Digest, splits: Digest, sp
         yield "The bundle was trained on another dataset, or another version of this one."
     elif manifest.provenance.splits != splits:
         yield "The bundle was trained with other splits: samples scored here may have been trained on."
-    if split == "calibration":
+    if split == "folds":
+        yield (
+            f"Each sample was answered by the one of {manifest.provenance.folds} networks that did not see it; the"
+            " bundle answers with the mean of all, which nothing here judges. The folds' intervals treat their networks"
+            " as one."
+        )
+    elif split == "calibration":
         yield "The operating point and the temperature were chosen on this very split: its numbers flatter."
     elif split == "val" and manifest.provenance.folds:
         yield (

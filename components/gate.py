@@ -162,7 +162,11 @@ def _checks(record: MetricsFile, bundle: Bundle, params: GateParams) -> Iterator
 def _scored_on_test(split: str) -> Check:
     passed = split == "test"
     said = "scored on the test split"
-    fix = f"scored on the {split} split, on which choices were made; freeze the recipe and score test"
+    fix = (
+        "scored fold by fold, by networks of which the bundle holds the mean; score a test split of that"
+        if split == "folds"
+        else f"scored on the {split} split, on which choices were made; freeze the recipe and score test"
+    )
     return Check(what="judged on unseen patients", passed=passed, reason=said if passed else fix)
 
 

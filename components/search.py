@@ -32,7 +32,17 @@ from cadx.searching import (
 )
 from cadx.searching import search as search_recipes
 from cadx.training import Fitted, TrainingConfig, fit, monitored
-from components.contract import In, Keep, Out, Params, code_digest, explain, read_params, step
+from components.contract import (
+    In,
+    Keep,
+    Out,
+    Params,
+    code_digest,
+    explain,
+    read_params,
+    source_digests,
+    step,
+)
 from components.train import TrainParams
 
 if TYPE_CHECKING:
@@ -74,7 +84,7 @@ def search(
     folder.verify()
     frame = read_splits(splits)
     frame = frame[frame["split"].isin(["train", "val"])].reset_index(drop=True)
-    code = code_digest("train")
+    code = code_digest(source_digests("train"))
     plain = _plain(base, base.resolve(imbalance), params)
 
     def build(section: Mapping[str, Any]) -> TrainingConfig:

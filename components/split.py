@@ -1,11 +1,12 @@
 """Who teaches, who tunes, who judges: every image gets one split, and no patient crosses two.
 
-Four strategies, which all keep a patient together and stratify by class:
+Five strategies, which all keep a patient together and stratify by class:
 
     patient         our own splits, stratified by site too
     given           the set's official ones, so that scores compare with published ones; a set without a
                     calibration part gets one cut from its train part, which the reason column records
     kfold           fold `fold` of `num_folds` is test; over all folds, each image is in test once
+    folds           all are train: for a set so small that the folds of `train.folds` judge, and no test part
     leave_site_out  the site `site`, or the site of number `fold`, is test: does the network travel?
 
 kfold and leave_site_out cut train, val and calibration from the rest, in the proportions of `fractions`.
@@ -49,8 +50,8 @@ class Fractions(Config):
 class SplitParams(Params):
     """How images are divided."""
 
-    strategy: Literal["patient", "given", "kfold", "leave_site_out"] = "patient"  # as told above
-    fractions: Fractions = Fractions()  # for every strategy but "given"
+    strategy: Literal["patient", "given", "kfold", "folds", "leave_site_out"] = "patient"  # as told above
+    fractions: Fractions = Fractions()  # for every strategy but "given" and "folds"
     calibration_fraction: Share = 0.1  # of the official train part, where there is no calibration part
     num_folds: Annotated[int, Field(ge=2)] = 5  # for "kfold"
     fold: Annotated[int, Field(ge=0)] = 0  # the fold that is test, or the site's number in the alphabet
@@ -116,6 +117,8 @@ def _place(kept: pd.DataFrame, labels: list[str], params: SplitParams) -> pd.Dat
     """The splits, indexed like `kept`: columns split, reason."""
     if params.strategy == "given":
         return _given(kept, labels, params)
+    if params.strategy == "folds":
+        return pd.DataFrame({"split": "train", "reason": "for cross-validation"}, index=kept.index)
     fractions, seed = params.fractions.model_dump(), params.seed
     if params.strategy == "patient":
         parts = assign_splits(kept, fractions=fractions, seed=seed, labels=labels)

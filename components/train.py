@@ -116,7 +116,8 @@ def train(
     folder.verify()
     frame = read_splits(splits)
     config = params.resolve(imbalance)
-    code = code_digest("train")
+    sources = source_digests("train")  # before the first epoch: what is edited meanwhile has not run
+    code = code_digest(sources)
     folds = _folds(config, folder, frame, seed)
     places = [checkpoints / f"member-{number}" for number in range(len(folds))]
     try:
@@ -149,7 +150,7 @@ def train(
             splits=digest_path(splits),
             parameters=parameters_digest(config),
             code=code,
-            sources=source_digests("train"),
+            sources=sources,
             seed=seed,
             versions=versions(),
             folds=config.folds,

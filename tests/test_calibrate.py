@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,7 +28,7 @@ def trained(cohort: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
     return train_bundle(tmp_path_factory.mktemp("trained") / "trained", *cohort, steps=16)
 
 
-def run(cohort: tuple[Path, Path], trained: Path, bundle: Path, **params: float) -> Bundle:
+def run(cohort: tuple[Path, Path], trained: Path, bundle: Path, **params: Any) -> Bundle:
     dataset, splits = cohort
     calibrate(
         dataset=dataset, splits=splits, trained=trained, bundle=bundle, params=CalibrateParams(**params)
@@ -158,6 +159,21 @@ def test_multilabel_has_a_threshold_per_class_and_multiclass_none(tmp_path: Path
             positive = labels[:, column] == 1
             assert (probabilities[positive, column] >= point.thresholds[name]).mean() >= 0.9
         assert (point.target_value is None) == (task == "multiclass")
+
+
+def test_a_declared_threshold_stands_and_nothing_is_fitted_where_nothing_may_be(
+    cohort: tuple[Path, Path], trained: Path, tmp_path: Path
+) -> None:
+    manifest = run(cohort, trained, tmp_path / "final", threshold=0.25, method="none", coverage=None).manifest
+    point = manifest.operating_point
+    assert (manifest.temperature, manifest.bias, manifest.conformal) == (1, (0, 0), None)
+    assert (point.thresholds, point.target_metric, point.resampled) == ({"opacity": 0.25}, None, {})
+    several = write_dataset(tmp_path / "several", "multiclass")
+    other = train_bundle(tmp_path / "several/trained", *several, steps=1)
+    with pytest.raises(ValueError, match=r"threshold 0\.25: of several classes the most probable is called"):
+        run(several, other, tmp_path / "refused", threshold=0.25)
+    with pytest.raises(ValueError, match=r"was not cross-validated; set train\.folds"):
+        run(cohort, trained, tmp_path / "refused", split="folds")
 
 
 def test_a_finished_bundle_and_a_damaged_one_are_refused(

@@ -23,6 +23,7 @@ from components.contract import (
     code_digest,
     declaration,
     read_params,
+    source_digests,
     step,
 )
 
@@ -111,15 +112,15 @@ def test_an_edited_loss_retrains_and_an_edited_page_does_not() -> None:
 def test_the_code_digest_sees_an_edit_of_what_the_step_is_made_of(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = code_digest("train")
+    before = code_digest(source_digests("train"))
     for name in code_dependencies("train"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((root / name).read_bytes())
     monkeypatch.setattr("components.contract.ROOT", tmp_path)
-    assert code_digest("train") == before
+    assert code_digest(source_digests("train")) == before
     with (tmp_path / "cadx/losses.py").open("a") as stream:
         stream.write("# edited\n")
-    assert code_digest("train") != before
+    assert code_digest(source_digests("train")) != before
 
 
 def test_every_section_of_every_experiment_validates(pipeline: dict, experiments: dict, root: Path) -> None:

@@ -7,15 +7,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score
 
 from cadx.bundle import Bundle
-from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo, preview, write_splits
+from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo, preview, read_splits, write_splits
 from cadx.detection import METRICS, calculate_map
 from cadx.drift import image_statistics
 from cadx.files import digest_bytes
 from cadx.gating import read_decision
 from cadx.predicting import Predictor, box_table, read_predictions
+from cadx.splitting import cross_validation
 from components.calibrate import calibrate
 from components.evaluate import evaluate
 from components.gate import gate
@@ -49,12 +51,12 @@ def _sample(kind: str, rng: np.random.Generator, sick: bool) -> tuple[np.ndarray
     return voxels, {"spacing_mm": (1.0, 1.0, 1.0)}
 
 
-@pytest.mark.parametrize("kind", RECIPES)
-def test_a_kind_goes_from_training_to_a_report(kind: str, tmp_path: Path) -> None:
+def _cohort(folder: Path, kind: str) -> list[str]:
+    """A dataset of this kind with what `train` takes beside it; the ids of its samples."""
     rng = np.random.default_rng(0)
     ids = [f"s{number:03}" for number in range(NUM_SAMPLES)]
     with DatasetWriter(
-        tmp_path / "dataset",
+        folder / "dataset",
         name=kind,
         kind=kind,  # type: ignore[arg-type]
         task="binary",
@@ -76,11 +78,17 @@ def test_a_kind_goes_from_training_to_a_report(kind: str, tmp_path: Path) -> Non
                 statistics=image_statistics(preview(kind, array)),  # type: ignore[arg-type]
                 **extra,
             )
+    recommended = {"recommendation": {"loss": {"kind": "cross_entropy"}, "sampler": "natural"}}
+    (folder / "imbalance.json").write_text(json.dumps(recommended))
+    return ids
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_a_kind_goes_from_training_to_a_report(kind: str, tmp_path: Path) -> None:
+    ids = _cohort(tmp_path, kind)
     split = np.repeat(["train", "val", "calibration", "test"], NUM_SAMPLES // 4)
     splits = tmp_path / "splits.parquet"
     write_splits(splits, pd.DataFrame({"sample_id": ids, "split": split, "reason": ""}))
-    recommended = {"recommendation": {"loss": {"kind": "cross_entropy"}, "sampler": "natural"}}
-    (tmp_path / "imbalance.json").write_text(json.dumps(recommended))
     shared = {"dataset": tmp_path / "dataset", "splits": splits}
     train(
         **shared,
@@ -111,6 +119,79 @@ def test_a_kind_goes_from_training_to_a_report(kind: str, tmp_path: Path) -> Non
     assert record["metrics"]["auc"]["value"] == pytest.approx(roc_auc_score(sick, frame["prob_nodule"]))
     page = (tmp_path / "report.html").read_text()
     assert ("voxels" if kind == "volume" else "12 numbers for each instance") in page
+
+
+def test_cross_validation_answers_each_sample_by_the_network_that_did_not_see_it(tmp_path: Path) -> None:
+    ids = _cohort(tmp_path, "features")
+    splits = tmp_path / "splits.parquet"
+    write_splits(splits, pd.DataFrame({"sample_id": ids, "split": "train", "reason": ""}))
+    shared = {"dataset": tmp_path / "dataset", "splits": splits}
+    made = {
+        "imbalance": tmp_path / "imbalance.json",
+        "checkpoints": tmp_path / "checkpoints",
+        "log": tmp_path / "training.jsonl",
+        "experiment": "features",
+        "seed": 3,
+    }
+    recipe = RECIPES["features"] | {"batch_size": 8, "learning_rate": 3e-3, "epochs": 10, "keep": "last"}
+    train(**shared, **made, trained=tmp_path / "trained", params=json.dumps(recipe | {"folds": 4}))
+    undecided = {"split": "folds", "method": "none", "threshold": 0.5, "coverage": None}
+    calibrate(
+        **shared, trained=tmp_path / "trained", bundle=tmp_path / "bundle", params=json.dumps(undecided)
+    )
+    scoring = {
+        "test_uses": tmp_path / "test_uses.jsonl",
+        "predictions": tmp_path / "predictions.parquet",
+        "metrics": tmp_path / "metrics.json",
+        "report": tmp_path / "report.html",
+        "params": '{"split": "folds"}',
+    }
+    evaluate(**shared, bundle=tmp_path / "bundle", **scoring)
+    frame, info = read_predictions(tmp_path / "predictions.parquet")
+    assert info.split == "folds"
+    assert sorted(frame["sample_id"]) == ids
+    assert not (tmp_path / "test_uses.jsonl").exists()
+
+    bundle, folder = Bundle(tmp_path / "bundle"), DatasetFolder(tmp_path / "dataset")
+    assert all(record["best_epoch"] == 10 for record in _best(tmp_path / "training.jsonl"))
+    answers = []
+    for network in bundle.networks():
+        bags = [torch.from_numpy(folder.pixels(name))[None] for name in frame["sample_id"]]
+        with torch.inference_mode():
+            logits = [network.eval()(bag, torch.ones(bag.shape[:2], dtype=torch.bool)).logits for bag in bags]
+        answers.append(torch.cat(logits).softmax(1)[:, 1].numpy())
+    answered_by = np.array([np.isclose(one, frame["prob_nodule"], atol=1e-6) for one in answers])
+    folds = _seen_by(folder, splits, num_folds=4, seed=3)
+    for number, seen in enumerate(folds):
+        unseen = ~frame["sample_id"].isin(seen)
+        assert answered_by[number, unseen].all()
+        assert not answered_by[number, ~unseen].all()
+
+    gate(
+        metrics=tmp_path / "metrics.json",
+        bundle=tmp_path / "bundle",
+        decision=tmp_path / "decision.json",
+        params='{"at_least": {"auc": 0.1}}',
+    )
+    reasons = [check.reason for check in read_decision(tmp_path / "decision.json").checks if not check.passed]
+    assert len(reasons) == 1
+    assert "fold by fold" in reasons[0]
+
+    write_splits(splits, pd.DataFrame({"sample_id": ids, "split": "train", "reason": "again"}))
+    with pytest.raises(ValueError, match="other splits, so its folds are not these"):
+        evaluate(**shared, bundle=tmp_path / "bundle", **scoring)
+
+
+def _best(log: Path) -> list[dict[str, Any]]:
+    return [record for record in map(json.loads, log.read_text().splitlines()) if "best_epoch" in record]
+
+
+def _seen_by(folder: DatasetFolder, splits: Path, *, num_folds: int, seed: int) -> list[set[str]]:
+    labels = list(folder.info.label_columns)
+    folds = cross_validation(
+        folder.samples, read_splits(splits), num_folds=num_folds, seed=seed, labels=labels
+    )
+    return [set(fold.loc[fold["split"] == "train", "sample_id"]) for fold in folds]
 
 
 # --- Boxes --------------------------------------------------------------------------------------------

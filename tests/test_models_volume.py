@@ -32,6 +32,8 @@ SMALL = [
     DenseNet3DConfig(growth_rate=4, block_config=BLOCKS),
     DenseNet3DConfig(growth_rate=5, block_config=BLOCKS, stem="small", norm="group"),
     DenseNet3DConfig(growth_rate=4, block_config=BLOCKS, stem="thick_slices"),
+    ResNet3DConfig(depth=10, width=0.125, stem="medium"),
+    DenseNet3DConfig(growth_rate=4, block_config=BLOCKS, stem="medium"),
 ]
 
 
@@ -61,7 +63,7 @@ def test_every_configuration_builds_and_trains(
 
 @pytest.mark.parametrize("config", [ResNet3DConfig(width=0.125), DenseNet3DConfig(growth_rate=4)], ids=str)
 @pytest.mark.parametrize(
-    ("size_px", "stem"), [(16, "small"), (24, "small"), (48, "standard"), (96, "standard")]
+    ("size_px", "stem"), [(16, "small"), (24, "small"), (28, "medium"), (48, "standard"), (96, "standard")]
 )
 def test_patches_of_16_to_96_voxels_fit(
     config: ResNet3DConfig | DenseNet3DConfig, size_px: int, stem: Stem
@@ -71,7 +73,7 @@ def test_patches_of_16_to_96_voxels_fit(
         output = model(torch.randn(1, 1, size_px, size_px, size_px))
     assert output.logits.isfinite().all()
     # An edge that strides do not divide: a convolution rounds up, a DenseNet's averages round down.
-    stride_px = config.cells[0].stride_px if stem == "standard" else 8
+    stride_px = {"standard": 32, "medium": 16, "small": 8}[stem]
     edge = math.ceil(size_px / stride_px) if config.family == "resnet3d" else size_px // stride_px
     assert output.attention.shape == (1, edge, edge, edge)
 

@@ -85,6 +85,11 @@ def test_no_row_is_lost_and_no_patient_crosses(tmp_path: Path):
     assert (used.groupby("split")["label_sick"].max() == 1).all()
 
 
+def test_for_cross_validation_all_that_is_kept_is_train(tmp_path: Path):
+    placed = divide(tmp_path, cohort(tmp_path / "d"), {"s003": "blank_image"}, strategy="folds")
+    assert placed["split"].value_counts().to_dict() == {"train": 119, "excluded": 1}
+
+
 def test_equal_seeds_give_equal_bytes_and_other_seeds_other_splits(tmp_path: Path):
     dataset = cohort(tmp_path / "d")
     first = divide(tmp_path, dataset, seed=1)

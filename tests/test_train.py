@@ -165,6 +165,20 @@ def test_cross_validation_trains_a_network_for_each_fold_and_sums_up(inputs: Pat
         train(**_arguments(inputs, tmp_path, folds=3, ensemble=2))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep": "last", "patience": 2}, "patience: stops by what val says"),
+        ({"augmentation": {"depth_flip": True}}, "augmentation.depth_flip: is for volumes"),
+    ],
+)
+def test_what_a_recipe_has_no_use_for_is_refused(
+    inputs: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(**_arguments(inputs, tmp_path, **changes))
+
+
 def test_two_processes_write_one_bundle(inputs: Path, tmp_path: Path) -> None:
     names = (
         "dataset",

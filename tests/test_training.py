@@ -230,6 +230,22 @@ def test_early_stopping_waits_for_patience(binary: DatasetFolder, tmp_path: Path
     assert len(fitted.history) < 30
 
 
+def test_the_last_epoch_is_kept_where_val_is_to_judge(binary: DatasetFolder, tmp_path: Path) -> None:
+    config = _config(epochs=6, learning_rate=0.01)
+    best = fit(config, binary, _splits(binary), seed=0, checkpoints=tmp_path / "best")
+    last = fit(
+        config.model_copy(update={"keep": "last"}),
+        binary,
+        _splits(binary),
+        seed=0,
+        checkpoints=tmp_path / "last",
+    )
+    scored = [[record["val_loss"] for record in fitted.history] for fitted in (best, last)]
+    assert scored[0] == scored[1]
+    assert best.best_epoch < last.best_epoch == 6
+    assert any(not torch.equal(last.state_dict[name], best.state_dict[name]) for name in best.state_dict)
+
+
 class _Killed(Exception):
     pass
 

@@ -298,10 +298,13 @@ def test_the_batch_itself_is_left_alone() -> None:
     assert torch.equal(batch, before)
 
 
-def test_half_of_the_images_are_mirrored_exactly() -> None:
-    batch = batch_of(400, 6, 5)
-    found = augmented(Augmentation(horizontal_flip=True), batch, list(range(400)))
-    mirrored = (found == batch.flip(-1)).flatten(1).all(1)
+@pytest.mark.parametrize(
+    ("name", "axis"), [("horizontal_flip", -1), ("vertical_flip", -2), ("depth_flip", 1)]
+)
+def test_half_of_the_images_are_mirrored_exactly(name: str, axis: int) -> None:
+    batch = batch_of(400, 6, 5).view(200, 2, 6, 5).repeat(2, 1, 1, 1)
+    found = augmented(Augmentation(**{name: True}), batch, list(range(400)))
+    mirrored = (found == batch.flip(axis)).flatten(1).all(1)
     kept = (found == batch).flatten(1).all(1)
     assert (mirrored ^ kept).all()
     assert 160 < mirrored.sum() < 240
@@ -377,7 +380,7 @@ def test_brightness_contrast_and_noise_keep_to_their_limits() -> None:
     assert abs(torch.corrcoef(noise.flatten(1))[0, 1]) < 0.05
 
 
-@pytest.mark.parametrize("change", [{"rotation_degrees": -1}, {"contrast": 1.0}, {"vertical_flip": True}])
+@pytest.mark.parametrize("change", [{"rotation_degrees": -1}, {"contrast": 1.0}, {"sideways_flip": True}])
 def test_impossible_augmentation_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Augmentation.model_validate(change)

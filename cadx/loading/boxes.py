@@ -420,7 +420,6 @@ def augment_boxes(
     epoch: int,
     samples: Sequence[int] | torch.Tensor,
     background: float,
-    vertical_flip: bool = False,
 ) -> tuple[torch.Tensor, list[Detections]]:
     """Images and boxes under the same random changes, on the images' device.
 
@@ -435,7 +434,6 @@ def augment_boxes(
         epoch: 0 or more.
         samples: N sample indices: with seed and epoch they alone decide the draws.
         background: what lies outside of an image (`Preprocessing.background`).
-        vertical_flip: turn half of the images upside down as well.
 
     Raises:
         ValueError: if the augmentation rotates.
@@ -447,11 +445,8 @@ def augment_boxes(
     height_px, width_px = images.shape[2:]
     size = images.new_tensor([width_px, height_px])
     draws = transforms._draw(seed, epoch, indices, images.device)
-    mirrored = torch.stack(
-        [draws.flip < 0 if augmentation.horizontal_flip else torch.zeros_like(draws.flip) > 0] * 2, dim=1
-    )
-    mirrored[:, 1] = torch.tensor(_turned(seed, epoch, indices)) if vertical_flip else False
-    images = torch.where(mirrored[:, 1].view(-1, 1, 1, 1), images.flip(-2), images)
+    flips = ((augmentation.horizontal_flip, draws.flip), (augmentation.vertical_flip, draws.vertical_flip))
+    mirrored = torch.stack([(draw < 0) & wanted for wanted, draw in flips], dim=1)  # N, x and y
     images = augmentation.apply(images, seed=seed, epoch=epoch, samples=indices, background=background)
     factor = 1 + augmentation.scale_fraction * draws.scale
     shift = augmentation.translation_fraction * torch.stack((draws.shift_x, draws.shift_y), dim=1) * size
@@ -464,11 +459,6 @@ def augment_boxes(
         boxes, kept = _visible(boxes, height_px, width_px)
         moved.append(Detections(boxes[kept], target.labels[kept], target.scores[kept]))
     return images, moved
-
-
-def _turned(seed: int, epoch: int, samples: Sequence[int]) -> list[bool]:
-    """Which images are turned upside down; a stream of its own leaves all other draws as they were."""
-    return [bool(np.random.default_rng((seed, epoch, sample, 1)).random() < 0.5) for sample in samples]
 
 
 # --- Answers ------------------------------------------------------------------------------------------

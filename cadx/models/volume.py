@@ -16,11 +16,12 @@ from cadx.models.interface import Norm
 from cadx.transforms import Cells
 from cadx.types import Config
 
-Stem = Literal["standard", "thick_slices", "small"]
+Stem = Literal["standard", "thick_slices", "medium", "small"]
 
 STEM_PX: dict[Stem, tuple[int, int, int]] = {
     "standard": (4, 4, 4),
     "thick_slices": (1, 4, 4),
+    "medium": (2, 2, 2),
     "small": (1, 1, 1),
 }
 """By how many voxels of the input, along D, H, W, a stem moves from one place of its output to the next."""
@@ -32,7 +33,8 @@ class VolumeConfig(Config):
     Attributes:
         stem: "standard", 7x7x7 stride 2 and max pooling: the map is 1/32 of the volume, for patches of 32 voxels
             and more; "thick_slices", the same but without a stride along D, which becomes 1/8, for patches of few
-            slices; "small", 3x3x3 stride 1 and no pooling, for patches of about 16 to 32 voxels: the map is 1/8.
+            slices; "medium", 3x3x3 stride 2 and no pooling, for patches of about 24 to 64 voxels: the map is 1/16;
+            "small", 3x3x3 stride 1 and no pooling, for patches of about 16 to 32: 1/8.
         dropout: share of pooled features that are dropped in training.
         pooling: how the prediction pools the feature map.
         norm: "group" does not depend on the batch: for batches of one or two volumes.

@@ -194,8 +194,8 @@ class _Stem(nn.ModuleList):
     """
 
     def __init__(self, channels: int, planes: int, stem: "Stem") -> None:
-        if stem == "small":  # nothing is pooled: to join parts would cost what parts save
-            super().__init__([Conv3DBlock(channels, planes)])
+        if stem in ("medium", "small"):  # nothing is pooled: to join parts would cost what parts save
+            super().__init__([Conv3DBlock(channels, planes, stride=STEM_PX[stem])])
             return
         depth, height, width = (math.isqrt(px) for px in STEM_PX[stem])  # convolution and pooling share it
         stride = (depth, height, width)

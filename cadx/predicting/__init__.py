@@ -1,6 +1,7 @@
 """Answers: from a bundle and raw samples to probabilities, decisions and tables of them."""
 
 from cadx.predicting.boxes import detection_table, image_answers
+from cadx.predicting.folds import out_of_fold
 from cadx.predicting.predictor import RANGE_MARGIN, Predictor, pool_logits, subject_of
 from cadx.predicting.table import (
     UNCLUSTERED,
@@ -31,6 +32,7 @@ __all__ = [
     "decide",
     "detection_table",
     "image_answers",
+    "out_of_fold",
     "pool_logits",
     "read_predictions",
     "subgroups",

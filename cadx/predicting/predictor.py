@@ -6,6 +6,7 @@ Invariants: a sample's answer does not depend on the batch it is in, nor on the 
 pixels; full float32 precision on every device; nothing is kept of a sample.
 """
 
+import copy
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -122,6 +123,12 @@ class Predictor:
         self.subject = subject_of(self.bundle.manifest)
         self._ranges = _ranges(self.bundle.reference())
         self._prevalence = _prevalence(self.bundle, prevalence or {})
+
+    def member(self, number: int) -> "Predictor":
+        """This predictor with one network of its ensemble alone, 0-based; the rest of the bundle stays."""
+        alone = copy.copy(self)
+        alone._networks = [self._networks[number]]
+        return alone
 
     def predict(self, source: Source, *, attention: bool = False) -> Prediction:
         """The answer for one sample: a file, its bytes, or what was read of them.

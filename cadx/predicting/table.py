@@ -13,7 +13,7 @@ from pydantic import Field
 
 from cadx.bundle import answer_columns
 from cadx.files import replacing
-from cadx.types import Config, Conformal, Digest, Split, Task
+from cadx.types import Config, Conformal, Digest, Judged, Task
 
 
 def decide(
@@ -61,7 +61,7 @@ class PredictionsInfo(Config):
 
     experiment: str
     seed: int
-    split: Split
+    split: Judged
     bundle: Digest
     task: Task
     classes: tuple[str, ...]

@@ -505,7 +505,7 @@ class _Run:
 
     @torch.no_grad()
     def _validate(self, seconds: float) -> None:
-        """Score val, record the epoch and keep its weights if they are the best yet."""
+        """Score val, record the epoch and keep its weights if they are the best yet, or the last are wanted."""
         progress, network = self.progress, self.evaluated.eval()
         answers = self.workload.answers(Forward(network, self.accelerator.autocast), self.val_loader)
         scores = self.workload.score(self._gathered(answers))
@@ -528,7 +528,8 @@ class _Run:
         # Of equal epochs, as where every case of a small val is ranked right, the surer one.
         loss = scores.get("loss")
         loss = math.inf if loss is None else loss
-        if (value, -loss) > (progress.best_value, -progress.best_loss):
+        is_better = (value, -loss) > (progress.best_value, -progress.best_loss)
+        if is_better or self.config.keep == "last":
             progress.best_value, progress.best_loss, progress.best_epoch = value, loss, progress.epoch
             self.best = {name: tensor.clone() for name, tensor in network.state_dict().items()}
 

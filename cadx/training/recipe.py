@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cadx.loading import Input
+from cadx.loading import Input, VolumePreprocessing
 from cadx.losses import LossConfig
 from cadx.models import ModelConfig
 from cadx.transforms import Augmentation
@@ -12,6 +12,7 @@ from cadx.types import Config, Task
 
 SamplerName = Literal["natural", "balanced"]
 Monitor = Literal["auc", "ap50", "loss"]
+Keep = Literal["best", "last"]
 
 WITHOUT_EFFECT = {"num_workers", "cache_mb", "checkpoint_steps", "checkpointing", "tracking"}
 """Fields of a recipe that change how a run goes and what survives a kill, never its weights."""
@@ -35,6 +36,8 @@ class Recipe(Config):
             validated and kept; null for none.
         monitor: what the best epoch is chosen by, on val: "auc" is the mean over classes of one against
             the rest; "ap50" of boxes the average precision at an IoU of .5; null is the one that fits the task.
+        keep: the epoch whose weights are kept: "best" by `monitor`, or the "last", so that val chooses nothing and
+            may judge (`folds`).
         patience: epochs without a better `monitor` after which training stops; null for never.
         grad_clip: largest norm of the gradient; null for any.
         precision: "auto" is bf16 on a GPU that has it, fp16 on another, fp32 on a CPU.
@@ -67,6 +70,7 @@ class Recipe(Config):
     warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     monitor: Monitor | None = None
+    keep: Keep = "best"
     patience: Annotated[int, Field(ge=1)] | None = None
     grad_clip: Annotated[float, Field(gt=0)] | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -88,6 +92,18 @@ class Recipe(Config):
                 raise ValueError(
                     "model.norm: frozen_batch keeps statistics that nobody measured; set pretrained, or group"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _val_chooses_or_does_not(self) -> Self:
+        if self.keep == "last" and self.patience is not None:
+            raise ValueError("patience: stops by what val says; leave it out where keep is last")
+        return self
+
+    @model_validator(mode="after")
+    def _slices_are_turned_of_volumes(self) -> Self:
+        if self.augmentation.depth_flip and not isinstance(self.preprocessing, VolumePreprocessing):
+            raise ValueError("augmentation.depth_flip: is for volumes; leave it out")
         return self
 
     @model_validator(mode="after")
