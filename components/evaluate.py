@@ -12,7 +12,15 @@ from pydantic import Field
 
 from cadx.bundle import Bundle, Manifest
 from cadx.datasets import DatasetFolder, read_splits
-from cadx.evaluating import Aggregation, Attribute, Settings, evaluation_of, show_assumptions
+from cadx.evaluating import (
+    Aggregation,
+    Attribute,
+    Settings,
+    described,
+    evaluation_of,
+    judged_on,
+    show_assumptions,
+)
 from cadx.files import digest_path, write_json
 from cadx.loading import input_text
 from cadx.predicting import PredictionsInfo, Predictor, out_of_fold, write_predictions
@@ -55,7 +63,8 @@ def evaluate(
     Scoring the test split appends a line to `test_uses`, before any number of it can be seen.
 
     Raises:
-        ValueError: if the split has no labelled sample, or the dataset has other classes than the bundle.
+        ValueError: if the split has no labelled sample, the dataset has other classes than the bundle, or images
+            cannot be aggregated like this.
     """
     folder = DatasetFolder(dataset)
     predictor = Predictor(bundle)
@@ -78,16 +87,6 @@ def evaluate(
             f"{splits}: no labelled sample in the {params.split} split; split again or choose another"
         )
 
-    if params.aggregate != "none" and manifest.task == "detection":
-        raise ValueError("boxes are scored image by image: set evaluate.aggregate to none")
-    if params.aggregate != "none" and not folder.info.clustered:
-        raise ValueError(
-            f"{dataset}: names no patients to aggregate images by; set evaluate.aggregate to none"
-        )
-
-    dataset_digest, splits_digest = digest_path(dataset / "dataset.json"), digest_path(splits)
-    if params.split == "test":
-        _record_test_use(test_uses, predictor.bundle, dataset_digest)
     info = PredictionsInfo(
         experiment=manifest.experiment,
         seed=manifest.seed,
@@ -102,20 +101,21 @@ def evaluate(
         conformal=manifest.conformal,
         assumptions=tuple(dict.fromkeys((*manifest.assumptions, *folder.info.assumptions))),
     )
+    settings = Settings(
+        resamples=params.resamples,
+        subgroups=params.subgroups,
+        minimum_n=params.minimum_n,
+        aggregate=params.aggregate,
+    )
     kind = evaluation_of(manifest.task)
+    kind.check(described(folder, sample_ids), info, settings)
+    dataset_digest, splits_digest = digest_path(dataset / "dataset.json"), digest_path(splits)
+    if params.split == "test":
+        _record_test_use(test_uses, predictor.bundle, dataset_digest)
     frame = pd.concat([kind.predict(one, folder, names) for one, names in answering], ignore_index=True)
     write_predictions(predictions, frame, info)
 
-    scored = kind(
-        frame,
-        info,
-        Settings(
-            resamples=params.resamples,
-            subgroups=params.subgroups,
-            minimum_n=params.minimum_n,
-            aggregate=params.aggregate,
-        ),
-    )
+    scored = kind(frame, info, settings)
     warnings = [
         *info.warnings,
         *_provenance_warnings(manifest, dataset_digest, splits_digest, params.split),
@@ -137,7 +137,8 @@ def evaluate(
     }
     write_json(metrics, record)
     page = Page(
-        f"{info.experiment}, seed {info.seed}: {info.split} split", f"{folder.info.source.title}; evaluation"
+        f"{info.experiment}, seed {info.seed}: {judged_on(info.split)}",
+        f"{folder.info.source.title}; evaluation",
     )
     scored.show_answer(page)
     for warning in warnings:

@@ -225,3 +225,15 @@ def test_an_empty_split_is_refused_before_test_is_used(ready: Run, tmp_path: Pat
         run.evaluate(tmp_path / "out", split="test")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "test_uses.jsonl").exists()
+
+
+def test_images_that_cannot_be_aggregated_are_refused_before_test_is_used(tmp_path: Path) -> None:
+    for task, clustered, message in (
+        ("multiclass", True, "images of a patient differ in class; set aggregate to none"),
+        ("binary", False, "names no patients to aggregate images by; set aggregate to none"),
+    ):
+        run = prepare(tmp_path / task, task, clustered=clustered, steps=2)
+        with pytest.raises(ValueError, match=message) as caught:
+            run.evaluate(tmp_path / "out", split="test", aggregate="max")
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "out" / "test_uses.jsonl").exists()

@@ -9,6 +9,7 @@ from cadx.evaluating.evaluation import (
     Evaluation,
     Mistake,
     Settings,
+    described,
     judged_on,
     show_assumptions,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "Evaluation",
     "Mistake",
     "Settings",
+    "described",
     "evaluation_of",
     "judged_on",
     "show_assumptions",
