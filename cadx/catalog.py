@@ -231,24 +231,47 @@ class FilesEntry(_Stored):
     samples: tuple[NamedFile, ...] = Field(min_length=1)
 
 
+class Patches(Config):
+    """Pieces of a volume that are samples by themselves, each of the class at its middle.
+
+    A volume gives `per_class` pieces of each class in its mask, and as many of the class `other` where nothing is
+    marked. A middle lies `margin_mm` or more from every voxel of another class: where exactly a reader drew the
+    border decides about no label. Every piece lies whole inside its volume, none is padded or shifted, so that no
+    edge tells the class; a volume with fewer such middles gives fewer pieces. Values stay the volume's own.
+    `size_mm` (slice, row, column) is rounded to voxels; the middle of n voxels is number n // 2, from 0. Which
+    pieces are taken follows from the bytes of the volume's file alone.
+    """
+
+    size_mm: tuple[Positive, Positive, Positive]
+    per_class: Annotated[int, Field(ge=1)]
+    other: str
+    margin_mm: Annotated[float, Field(ge=0)]
+
+
 class PairsEntry(_Stored):
     """A folder of volumes or images and one of their masks, under equal names.
 
     A class is present where its value in `mask_values` stands in the mask. Every image needs a mask, and every
-    mask an image.
+    mask an image. With `patches`, pieces of the volumes are the samples, and all pieces of a volume are of one
+    patient.
     """
 
     format: Literal["pairs"]
     images: str
     masks: str
     mask_values: dict[str, Annotated[int, Field(ge=1, le=255)]]
+    patches: Patches | None = None
 
     @model_validator(mode="after")
     def _classes_are_known(self) -> Self:
-        if set(self.mask_values) != set(self.classes):
-            raise ValueError("mask_values must give a value for each of the classes")
-        if self.task != "multilabel":
+        other = () if self.patches is None else (self.patches.other,)
+        if sorted((*self.mask_values, *other)) != sorted(self.classes):
+            beyond = f" but {self.patches.other}, which patches.other names" if self.patches else ""
+            raise ValueError(f"mask_values must give a value for each of the classes{beyond}")
+        if self.patches is None and self.task != "multilabel":
             raise ValueError("several classes may stand in one mask: the task must be multilabel")
+        if self.patches is not None and (self.kind != "volume" or self.task not in ("binary", "multiclass")):
+            raise ValueError("patches are of kind volume and of one class each: task binary or multiclass")
         return self
 
 

@@ -25,6 +25,8 @@ from cadx.catalog import (
     BagsEntry,
     Entry,
     NpzEntry,
+    PairsEntry,
+    Patches,
     PhantomEntry,
     StoredEntry,
     digest_as,
@@ -95,7 +97,7 @@ def ingest(*, catalog: In, cache: Keep, dataset: Out, digest: str = "", params: 
             positive=entry.positive,
             kind=layout.kind,
             modality=entry.modality,
-            clustered=entry.patient != "per-image",
+            clustered=entry.patient != "per-image" or _patches(entry) is not None,
             source=source,
         ) as writer:
             if isinstance(layout, NpzEntry):
@@ -259,15 +261,16 @@ class _Loaded:
     statistics: dict[str, float] = field(default_factory=dict)
     phash: str = ""
     checks: dict[str, float] = field(default_factory=dict)
+    piece: str = ""  # which part of the file it is, empty for the whole
 
 
 @dataclass(frozen=True)
 class _Read:
-    """What came of an item: a sample, or why there is none."""
+    """What came of an item: samples of one patient, or why there are none."""
 
     identifiers: tuple[str, ...] = ()
     problem: str = ""
-    loaded: _Loaded | None = None
+    samples: tuple[_Loaded, ...] = ()
 
 
 def _add_files(
@@ -289,9 +292,9 @@ def _add_files(
         if read.identifiers:
             num_identified += 1
             identified.update(read.identifiers)
-        if read.loaded is not None:
+        if read.samples:
             try:
-                patient = _patient(entry, key, sample_id, item.patient or read.loaded.patient or "", "")
+                patient = _patient(entry, key, sample_id, item.patient or read.samples[0].patient or "", "")
             except ValueError as error:
                 problem = str(error)
         if problem and leave_out:
@@ -300,30 +303,29 @@ def _add_files(
             problems.append(f"{item.place}: {problem}")
         if problem or problems or identified:
             continue
-        loaded = read.loaded
-        assert loaded is not None
-        attributes, aged = _attributes(loaded.attributes | item.attributes, entry.deidentify)
-        writer.add(
-            sample_id=sample_id,
-            pixels=loaded.array,
-            labels=item.labels | loaded.labels,
-            patient=patient,
-            sha256=loaded.sha256,
-            given_split=item.given_split,
-            spacing_mm=loaded.spacing_mm,
-            statistics=loaded.statistics,
-            boxes=item.boxes,
-            mask=loaded.mask,
-            tissue=loaded.tissue,
-            slide=loaded.slide,
-            slide_mpp=loaded.slide_mpp,
-            findings=loaded.findings,
-            phash=loaded.phash,
-            checks=loaded.checks,
-            clinical=item.clinical,
-            assumptions=(*entry.assumptions, *loaded.assumptions, *aged),
-            **attributes,
-        )
+        for loaded in read.samples:
+            attributes, aged = _attributes(loaded.attributes | item.attributes, entry.deidentify)
+            writer.add(
+                sample_id=f"{sample_id}{loaded.piece}",
+                pixels=loaded.array,
+                labels=item.labels | loaded.labels,
+                patient=patient,
+                sha256=loaded.sha256,
+                given_split=item.given_split,
+                spacing_mm=loaded.spacing_mm,
+                statistics=loaded.statistics,
+                boxes=item.boxes,
+                mask=loaded.mask,
+                tissue=loaded.tissue,
+                slide=loaded.slide,
+                slide_mpp=loaded.slide_mpp,
+                findings=loaded.findings,
+                phash=loaded.phash,
+                checks=loaded.checks,
+                clinical=item.clinical,
+                assumptions=(*entry.assumptions, *loaded.assumptions, *aged),
+                **attributes,
+            )
     if identified:
         raise ValueError(_identifiers_found(name, identified, num_identified, len(items), entry.kind))
     if problems:
@@ -349,7 +351,11 @@ def _read(item: Item, entry: FileEntry) -> _Read:
         if found:
             return _Read(identifiers=found)
         loaded = _LOADERS[entry.kind](item, entry)
-        return _Read(loaded=replace(loaded, labels=_labels_in(item.mask_values, loaded.mask)))
+        labels = _labels_in(item.mask_values, loaded.mask)
+        patches = _patches(entry)
+        if patches is None:
+            return _Read(samples=(replace(loaded, labels=labels),))
+        return _Read(samples=tuple(_pieces(loaded, item.mask_values, patches, entry.patient)))
     except ValueError as error:
         return _Read(problem=str(error))
     except OSError as error:
@@ -448,6 +454,59 @@ def _labels_in(mask_values: Mapping[str, int], mask: np.ndarray | None) -> dict[
             f"its mask holds {min(foreign)}, and the entry's mask_values are 0 background, {known}"
         )
     return {name: float(np.any(mask == value)) for name, value in mask_values.items()}
+
+
+def _patches(entry: Entry) -> Patches | None:
+    return entry.patches if isinstance(entry, PairsEntry) else None
+
+
+def _pieces(
+    volume: _Loaded, mask_values: Mapping[str, int], patches: Patches, policy: str
+) -> Iterator[_Loaded]:
+    """The pieces that `Patches` describes, called by their middle voxel (slice, row, column).
+
+    Raises:
+        ValueError: if the volume has no place for one.
+    """
+    from scipy.ndimage import distance_transform_edt
+
+    spacing_mm, mask = volume.spacing_mm, volume.mask
+    assert spacing_mm is not None
+    assert mask is not None
+    size_px = [max(1, round(mm / step)) for mm, step in zip(patches.size_mm, spacing_mm, strict=True)]
+    if any(side < size for side, size in zip(mask.shape, size_px, strict=True)):
+        sides, sizes = (" x ".join(map(str, px)) for px in (mask.shape, size_px))
+        raise ValueError(f"its {sides} voxels do not hold a patch of {sizes}; make patches.size_mm smaller")
+    assumed = [f"patches have the class at their middle, {patches.margin_mm:g} mm or more from any other"]
+    if policy == "per-image":
+        assumed.append("every volume is of another patient")
+    middles = tuple(
+        slice(size // 2, side - size + size // 2 + 1) for side, size in zip(mask.shape, size_px, strict=True)
+    )
+    rng = np.random.default_rng(list(bytes.fromhex(volume.sha256.removeprefix("sha256:"))))
+    num_pieces = 0
+    for name, value in (*mask_values.items(), (patches.other, 0)):
+        is_class = mask == value
+        if not is_class.all():  # or else there is nothing to be far from
+            is_class &= distance_transform_edt(is_class, sampling=spacing_mm) >= patches.margin_mm
+        starts = np.argwhere(is_class[middles])
+        chosen = rng.choice(len(starts), min(patches.per_class, len(starts)), replace=False, shuffle=False)
+        for start in starts[np.sort(chosen)]:
+            block = tuple(slice(first, first + size) for first, size in zip(start, size_px, strict=True))
+            voxels = np.ascontiguousarray(volume.array[block])
+            middle = (f"{first + size // 2:03d}" for first, size in zip(start, size_px, strict=True))
+            num_pieces += 1
+            yield replace(
+                volume,
+                array=voxels,
+                mask=None,
+                labels={name: 1.0},
+                piece="-" + "-".join(middle),
+                assumptions=(*volume.assumptions, *assumed),
+                **_looked_at(preview("volume", voxels)),
+            )
+    if not num_pieces:
+        raise ValueError("no place for a patch; make patches.size_mm or patches.margin_mm smaller")
 
 
 def _patient(entry: StoredEntry, key: bytes, sample_id: str, patient: str, place: str) -> str:

@@ -15,6 +15,7 @@ from PIL import Image
 from cadx.catalog import (
     FolderEntry,
     NpzEntry,
+    PairsEntry,
     TableEntry,
     describe_folder,
     fetch,
@@ -105,6 +106,26 @@ def test_labels_of_a_table_must_fit_task_and_classes():
     ):
         with pytest.raises(ValueError, match=reason):
             TableEntry.model_validate(table | fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"classes": ["a", "b"]}, "for each of the classes but none, which patches.other names"),
+        ({"patches": None}, "must give a value for each of the classes"),
+        ({"kind": "image"}, "patches are of kind volume and of one class each"),
+        ({"task": "multilabel"}, "patches are of kind volume and of one class each"),
+    ],
+)
+def test_patches_are_of_volumes_and_name_the_class_between_the_marked(fields, reason):
+    pairs = COMMON | {
+        "format": "pairs", "kind": "volume", "task": "multiclass", "classes": ["none", "a", "b"], "file": "x",
+        "images": "i", "masks": "m", "mask_values": {"a": 1, "b": 2},
+        "patches": {"size_mm": [8, 8, 8], "per_class": 1, "other": "none", "margin_mm": 2},
+    }  # fmt: skip
+    assert PairsEntry.model_validate(pairs).patches
+    with pytest.raises(ValueError, match=reason):
+        PairsEntry.model_validate(pairs | fields)
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1", "\xff"])

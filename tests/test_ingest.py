@@ -5,12 +5,14 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pandas as pd
 import pydicom
 import pytest
 import yaml
 from PIL import Image
+from scipy.spatial import cKDTree
 
 from cadx.catalog import describe_folder
 from cadx.datasets import DatasetFolder
@@ -222,6 +224,101 @@ def test_what_cadx_new_describes_can_be_ingested(run, tmp_path):
     truth = pd.read_csv(tmp_path / "own/labels.csv")
     assert folder.samples["label_opacity"].sum() == truth["label_opacity"].sum()
     assert 1 < folder.samples["patient"].nunique() <= PHANTOM["num_patients"]
+
+
+# --- Pieces of volumes --------------------------------------------------------------------------------
+
+AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])
+
+
+@pytest.fixture
+def volumes(tmp_path) -> dict[str, object]:
+    """An entry for pieces of three volumes, D H W = S A R of 2 x 1 x 1 mm, in each of which two blocks are marked."""
+    rng = np.random.default_rng(5)
+    for folder in ("images", "masks"):
+        (tmp_path / "own" / folder).mkdir(parents=True)
+    for name, side in (("a", 26), ("b", 30), ("c", 34)):
+        mask = np.zeros((side // 2, side, side), np.uint8)
+        mask[4:9, 7:13, 9:17] = 7
+        mask[4:9, 13:19, 9:17] = 3
+        voxels = rng.normal(100 * side, 20, mask.shape).astype(np.float32)
+        for folder, array in (("images", voxels), ("masks", mask)):
+            nibabel.save(nibabel.Nifti1Image(array.T, AFFINE), tmp_path / f"own/{folder}/{name}.nii.gz")
+    return COMMON | {
+        "format": "pairs", "kind": "volume", "task": "multiclass", "classes": ["neither", "front", "back"],
+        "positive": None, "file": str(tmp_path / "own"), "images": "images", "masks": "masks",
+        "mask_values": {"front": 3, "back": 7}, "patient": "per-image",
+        "patches": {"size_mm": [8, 8, 7], "per_class": 3, "other": "neither", "margin_mm": 2},
+    }  # fmt: skip
+
+
+def test_a_pieces_label_is_what_the_mask_says_at_its_middle(run, volumes, tmp_path):
+    folder = run(volumes)
+    samples = folder.samples
+    assert len(samples) == 3 * 3 * 3
+    for sample in samples.itertuples():
+        name, *middle = sample.sample_id.split("-")
+        d, h, w = map(int, middle)
+        voxels, mask = (
+            np.asarray(nibabel.load(tmp_path / f"own/{kind}/{name}.nii.gz").dataobj).T
+            for kind in ("images", "masks")
+        )
+        value = mask[d, h, w]
+        label = {0: "neither", 3: "front", 7: "back"}[int(value)]
+        assert [getattr(sample, f"label_{other}") for other in volumes["classes"]] == [
+            float(other == label) for other in volumes["classes"]
+        ]
+        piece = folder.pixels(sample.sample_id)
+        assert piece.shape == (4, 8, 7), "whole, in voxels of 2 x 1 x 1 mm"
+        np.testing.assert_array_equal(piece, voxels[d - 2 : d + 2, h - 4 : h + 4, w - 3 : w + 4])
+        others = cKDTree(np.argwhere(mask != value) * [2, 1, 1])
+        assert others.query([2 * d, h, w])[0] >= 2
+    assert samples[["spacing_slice_mm", "spacing_row_mm", "spacing_column_mm"]].to_numpy().tolist() == (
+        len(samples) * [[2, 1, 1]]
+    )
+
+
+def test_all_pieces_of_a_volume_are_of_one_patient(run, volumes):
+    folder = run(volumes)
+    assert folder.info.clustered
+    assert folder.samples["patient"].tolist() == folder.samples["sample_id"].str.partition("-")[0].tolist()
+    assert folder.samples["patient"].nunique() == 3
+
+
+def test_pieces_are_the_same_bytes_twice_and_hang_on_their_own_volume_alone(run, volumes, tmp_path):
+    one, other = run(volumes, "one"), run(volumes, "other")
+    assert digest_path(one.path) == digest_path(other.path)
+    for kind in ("images", "masks"):
+        (tmp_path / f"own/{kind}/a.nii.gz").unlink()
+    kept = [name for name in one.samples["sample_id"] if not name.startswith("a")]
+    assert run(volumes, "without").samples["sample_id"].tolist() == kept
+
+
+def test_a_volume_that_lacks_a_class_gives_fewer_pieces(run, volumes, tmp_path):
+    mask = np.zeros((13, 26, 26), np.uint8)
+    mask[4:9, 7:13, 9:17] = 7
+    nibabel.save(nibabel.Nifti1Image(mask.T, AFFINE), tmp_path / "own/masks/a.nii.gz")
+    counts = run(volumes).samples.groupby("patient")[["label_front", "label_back"]].sum()
+    assert counts.loc["a"].tolist() == [0, 3]
+
+
+@pytest.mark.parametrize(
+    ("patches", "reason"),
+    [
+        ({"size_mm": [28, 8, 8]}, r"1 of 3 .* its 13 x 26 x 26 voxels do not hold a patch of 14 x 8 x 8"),
+        ({"margin_mm": 40}, r"3 of 3 .* no place for a patch"),
+    ],
+)
+def test_volumes_without_room_for_a_piece_stop(run, volumes, patches, reason):
+    with pytest.raises(ValueError, match=reason):
+        run(volumes | {"patches": volumes["patches"] | patches})
+
+
+def test_a_value_that_is_no_class_stops_pieces_too(run, volumes, tmp_path):
+    mask = np.full((13, 26, 26), 9, np.uint8)
+    nibabel.save(nibabel.Nifti1Image(mask.T, AFFINE), tmp_path / "own/masks/a.nii.gz")
+    with pytest.raises(ValueError, match="image 1 in sorted order: its mask holds 9"):
+        run(volumes)
 
 
 # --- Identifiers --------------------------------------------------------------------------------------

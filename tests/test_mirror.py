@@ -24,8 +24,11 @@ SETS: dict[str, tuple[str, int, dict[str, int]]] = {
     "pneumoniamnist": ("image", 5856, {"normal": 1583, "pneumonia": 4273}),
     "pneumoniamnist-9to1": ("image", 5030, {"normal": 757, "pneumonia": 4273}),
     "nih-rsna": ("image", 60, {"no_opacity": 28, "opacity": 32}),
+    "nih-rsna-boxes": ("image", 60, {"opacity": 32}),
     "adrenalmnist3d": ("volume", 1584, {"normal": 1234, "hyperplasia": 350}),
     "hippocampus": ("volume", 200, {"anterior": 200, "posterior": 200}),
+    # Three volumes have fewer than two places 3 mm inside of the posterior part.
+    "hippocampus-patches": ("volume", 1196, {"neither": 400, "anterior": 400, "posterior": 396}),
     "bccd": ("image", 364, {"RBC": 349, "WBC": 358, "Platelets": 201}),
     "musk1": ("features", 92, {"musk": 47, "non_musk": 45}),
     "uci-heart": ("features", 920, {"absent": 411, "present": 509}),
@@ -119,6 +122,16 @@ def test_the_mr_series_is_stopped_by_its_name_and_cleaned_on_request(
     assert b"LIFEx" not in stored
     shapes = dataset.samples[["depth_px", "height_px", "width_px"]].to_numpy().tolist()
     assert [22, 320, 280] in shapes or [22, 280, 320] in shapes
+
+
+def test_the_boxes_of_the_rsna_readers_are_all_there_and_their_other_images_too(
+    root: Path, tmp_path: Path, mirror: Path
+) -> None:
+    dataset = made("nih-rsna-boxes", root, tmp_path)
+    table = pd.read_csv(mirror / "nih_rsna_cxr/boxes.csv")
+    assert len(dataset.boxes) == (table["source"] == "RSNA2018").sum()
+    assert set(dataset.boxes["class"]) == {"opacity"}
+    assert (~dataset.samples["sample_id"].isin(dataset.boxes["sample_id"])).sum() == 28
 
 
 def test_bccds_two_boxes_without_area_are_named(root: Path, tmp_path: Path) -> None:
