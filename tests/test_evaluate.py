@@ -175,7 +175,7 @@ def test_the_report_shows_the_worst_mistakes_by_sample_id(scored: Path) -> None:
     alarms = frame[(frame["label_opacity"] == 0) & (frame["decision"] == "opacity")]
     assert len(missed), "no mistake: the test shows nothing"
     assert len(alarms), "no mistake: the test shows nothing"
-    html = (scored / "report.html").read_text()
+    html = (scored / "report.html").read_text().split("Worst mistakes")[-1].split("Explanations")[0]
     assert missed.loc[missed["prob_opacity"].idxmin(), "sample_id"] in html
     assert alarms.loc[alarms["prob_opacity"].idxmax(), "sample_id"] in html
     right = frame[(frame["label_opacity"] == 1) & (frame["decision"] == "opacity")]

@@ -21,11 +21,11 @@ from cadx.evaluating.evaluation import (
     judged_on,
     show_metrics,
 )
+from cadx.evaluating.explanations import cases_of, explain, show_explanations
 from cadx.explaining import (
     draw_band,
     draw_boxes,
     next_at,
-    overlay,
     patient_band,
     roc_heights,
     show_subgroups,
@@ -54,13 +54,13 @@ from cadx.predicting import (
     subgroups,
 )
 from cadx.reporting import INK, MUTED, PALETTE, Page, panels
-from cadx.types import Estimate, RawImage
+from cadx.types import Estimate, Task
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ROC_POINTS = 101
-HEADLINES = {
+HEADLINES: dict[Task, tuple[str, ...]] = {
     "binary": ("auc", "sensitivity", "specificity", "ppv", "npv", "calibration_slope"),
     "multiclass": ("auc", "accuracy", "balanced_accuracy", "f1", "brier", "calibration_slope"),
     "multilabel": ("auc", "average_precision", "sensitivity", "specificity", "f1", "calibration_slope"),
@@ -285,35 +285,23 @@ class Classification(Evaluation):
         return draw_boxes(pixels, [(lesions.to_numpy(np.float64), LESION_COLOUR)])
 
     def show_mistakes(self, page: Page, folder: DatasetFolder, predictor: Predictor) -> None:
-        """Add the worst misses and false alarms."""
+        """Add the worst misses and false alarms, and why a few answers are as they are."""
         page.section("Worst mistakes")
-        with_attention = folder.info.kind == "image"
         page.text(
-            "Each picture shows the image, with lesions framed where they are known, and the same with the attention "
-            "that the prediction pools by; below it stands the calibrated probability of the class."
-            if with_attention
-            else "Below each sample stands the calibrated probability of the class."
+            "Lesions are framed where they are known; below each picture stands the calibrated probability of the "
+            "class."
         )
         for heading, mistakes in self.mistakes().items():
             if not mistakes:
                 page.callout("ok", f"{heading}: none.")
                 continue
             shown = mistakes[:NUM_MISTAKES]
-            pictures = [self.picture(mistake, folder) for mistake in shown]
-            if with_attention:
-                images = [folder.pixels(mistake.sample_id) for mistake in shown]
-                answers = predictor.predict_many([RawImage(pixels) for pixels in images], attention=True)
-                pictures = [
-                    _beside(picture, pixels, answer.attention)
-                    for picture, pixels, answer in zip(pictures, images, answers, strict=True)
-                ]
-            pairs = [
-                (picture, f"{mistake.sample_id}: {mistake}")
-                for mistake, picture in zip(shown, pictures, strict=True)
-            ]
+            pairs = [(self.picture(mistake, folder), f"{mistake.sample_id}: {mistake}") for mistake in shown]
             rest = "" if len(shown) == len(mistakes) else f" of {len(mistakes)}"
             page.text(f"{heading}: {len(shown)}{rest}, the most confident first.")
-            page.images(pairs, max_px=360)
+            page.images(pairs, max_px=240)
+        cases = cases_of(self.info, self.rows, self.frame["sample_id"].tolist())
+        show_explanations(page, explain(predictor, folder, cases))
 
     def _of_class(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Labels (n), probabilities (S n) and patients of the cases that are labelled in a class."""
@@ -558,11 +546,3 @@ def _draw_confusion(axes: Any, matrix: np.ndarray, classes: Sequence[str]) -> No
     axes.set(title="Confusion matrix", xlabel="called", ylabel="truth")
     axes.tick_params(length=0)
     axes.grid(visible=False)
-
-
-def _beside(picture: np.ndarray, pixels: np.ndarray, attention: np.ndarray | None) -> np.ndarray:
-    """A picture, and to its right the image under its attention."""
-    assert attention is not None
-    nothing = np.zeros(pixels.shape[:2])
-    left = picture if picture.dtype == np.uint8 and picture.ndim == 3 else overlay(picture, nothing)
-    return np.concatenate([left, overlay(pixels, attention)], axis=1)

@@ -1,0 +1,158 @@
+"""Explanations: scores of maps, Grad-CAM in 2D and 3D, and whether a map depends on what was learnt."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_evaluate import Run, prepare
+from torch import nn
+
+from cadx.datasets import DatasetFolder
+from cadx.evaluating.explanations import (
+    CONTROL,
+    Case,
+    deletion_and_insertion,
+    explain,
+    grad_cam,
+    with_random_weights,
+)
+from cadx.models.radiograph import ConvNeXtConfig, DenseNetConfig, ResNetConfig
+from cadx.models.volume import DenseNet3DConfig, ResNet3DConfig
+from cadx.predicting import Predictor
+
+
+def test_areas_equal_a_walk_place_by_place() -> None:
+    rng = np.random.default_rng(0)
+    for num_places in (3, 7, 12):
+        importance, weights = rng.integers(0, 4, num_places), rng.normal(size=num_places)
+        order = sorted(range(num_places), key=lambda place: (-importance[place], place))
+        deletion, insertion = [], []
+        for count in range(num_places + 1):
+            first = set(order[:count])
+            deletion.append(np.tanh(sum(weights[place] for place in range(num_places) if place not in first)))
+            insertion.append(np.tanh(sum(weights[place] for place in first)))
+        expected = [
+            sum((a + b) / 2 for a, b in itertools.pairwise(curve)) / num_places
+            for curve in (deletion, insertion)
+        ]
+        found = deletion_and_insertion(
+            importance.astype(float), lambda shown, w=weights: np.tanh(shown @ w), steps=num_places
+        )
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_no_map_beats_the_true_contributions() -> None:
+    """Of a model that adds its places up, the true weights have the least deletion and the largest insertion."""
+    rng = np.random.default_rng(1)
+    weights = rng.exponential(size=9)
+    weights /= weights.sum()
+
+    def ask(shown: np.ndarray) -> np.ndarray:
+        return shown @ weights
+
+    deletion, insertion = deletion_and_insertion(weights, ask, steps=9)
+    for _ in range(100):
+        other = deletion_and_insertion(rng.random(9), ask, steps=9)
+        assert other[0] >= deletion - 1e-12
+        assert other[1] <= insertion + 1e-12
+
+
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [
+        (ResNetConfig(width=0.25, stem="small", pooling="average"), (32, 40)),
+        (DenseNetConfig(growth_rate=4, block_config=(1, 1, 1, 1), stem="small", pooling="average"), (32, 40)),
+        (ResNet3DConfig(depth=10, width=0.125, stem="small", pooling="average"), (16, 24, 16)),
+        (DenseNet3DConfig(growth_rate=4, block_config=(1, 1, 1, 1), stem="small", pooling="average"), (16, 24, 16)),
+    ],
+    ids=lambda value: getattr(value, "family", ""),
+)  # fmt: skip
+def test_grad_cam_under_average_pooling_is_the_class_activation_map(config, size: tuple[int, ...]) -> None:
+    """There the slope is known without any gradient: the classifier's weights, over the number of cells."""
+    torch.manual_seed(0)
+    network = config.build(2, 1).eval()
+    inputs = torch.randn(3, 1, *size)
+    with torch.no_grad():
+        features = network.backbone.extract_features(inputs)
+        weights = network.classifier.weight[1] - network.classifier.weight[0]
+        expected = torch.einsum("f,nf...->n...", weights, features).relu() / features[0, 0].numel()
+    found = grad_cam(network, inputs, 1)
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    assert "extract_features" not in network.backbone.__dict__, "the network is left as it was"
+
+
+def test_grad_cam_knows_attention_and_normalised_features() -> None:
+    """By finite differences of the log-odds, cell by cell, in a family whose head is not linear."""
+    torch.manual_seed(0)
+    network = ConvNeXtConfig(width=0.125, depths=(1, 1, 1, 1), stem="small").build(3, 1).eval().double()
+    nn.init.normal_(network.attention.weight)
+    inputs = torch.randn(1, 1, 16, 16, dtype=torch.float64)
+    with torch.no_grad():
+        features = network.backbone.extract_features(inputs)
+
+        def odds(moved: torch.Tensor) -> torch.Tensor:
+            attention = network.attention(moved).float().flatten(1).softmax(1).view(1, 1, 2, 2)
+            pooled = network.backbone.normalise((moved * attention).sum((2, 3)))
+            logits = network.classifier(pooled)[0]
+            return logits[0] - logits[1:].logsumexp(0)
+
+        slopes = torch.zeros_like(features)
+        step = 1e-3  # attention is float32
+        for place in itertools.product(*map(range, features.shape)):
+            moved = features.clone()
+            moved[place] += step
+            above = odds(moved)
+            moved[place] -= 2 * step
+            slopes[place] = (above - odds(moved)) / (2 * step)
+        expected = (slopes.mean((2, 3), keepdim=True) * features).sum(1).relu()
+    torch.testing.assert_close(grad_cam(network, inputs, 0), expected, rtol=2e-2, atol=1e-4)
+
+
+def test_random_weights_are_seeded_and_leave_the_network_and_torch_alone() -> None:
+    network = ResNetConfig(width=0.25).build(2, 1).eval()
+    before, state = [p.clone() for p in network.parameters()], torch.random.get_rng_state()
+    one, same, other = (with_random_weights(network, seed) for seed in (3, 3, 4))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+    image = torch.randn(1, 1, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(one(image).attention, same(image).attention)
+        assert not torch.allclose(one(image).attention, other(image).attention)
+        # An attention that starts from zero would be level, and comparable with nothing.
+        assert one(image).attention.std() > 0
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return prepare(tmp_path_factory.mktemp("run"), steps=30)
+
+
+def test_maps_that_name_the_evidence_beat_the_moved_map_and_forget_with_the_weights(ready: Run) -> None:
+    predictor, folder = Predictor(ready.bundle, device="cpu"), DatasetFolder(ready.dataset)
+    samples = folder.samples
+    ids = samples.loc[samples["label_opacity"] == 1, "sample_id"].tolist()[:8]
+    found = explain(predictor, folder, [Case(name, "opacity", "found", 0.9) for name in ids])
+    gain = {
+        method: np.mean([m.insertion - m.deletion for one in found for m in one.maps if m.method == method])
+        for method in ("attention", "Grad-CAM", CONTROL)
+    }
+    assert gain["attention"] > gain[CONTROL] + 0.05
+    assert gain["Grad-CAM"] > gain[CONTROL] + 0.05
+    random = [m.when_random for one in found for m in one.maps if m.when_random is not None]
+    assert abs(np.mean(random)) < 0.5
+    for one in found:
+        height, width = folder.pixels(one.case.sample_id).shape
+        assert one.picture.shape == (height, len(one.maps) * width, 3)
+        assert all(0 <= area <= 1 for m in one.maps for area in (m.deletion, m.insertion))
+
+
+def test_every_map_of_a_report_has_its_scores(ready: Run, tmp_path: Path) -> None:
+    ready.evaluate(tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    assert "Explanations" in html
+    assert "moved by half" in html
+    assert "random weights" in html
+    assert html.count("attention 0.") >= 2
