@@ -36,6 +36,14 @@ _EXAMPLES = {
         "--decision chosen/decision.json --archive chosen/model.mar --predictions chosen/predictions.parquet "
         "--params params.yaml:phantom-xray"
     ),
+    "notify": (
+        "CADX_WEBHOOK=https://chat.hospital.example/hook cadx notify --notification notification.json "
+        '--experiment phantom-xray --status \'{"state": "FAILED"}\' --params {}'
+    ),
+    "fetch": (
+        "AWS_ENDPOINT_URL=https://s3.hospital.example cadx fetch --dataset data/work/phantom-xray/dataset --params "
+        '\'{"remote": "s3://cadx/datasets", "md5": "0123456789abcdef0123456789abcdef.dir", "digest": "sha256:..."}\''
+    ),
     "predict": (
         "cadx predict --bundle data/work/phantom-xray/0/bundle --images inbox --predictions answers.parquet "
         "--unreadable unreadable.jsonl --params params.yaml:phantom-xray"
@@ -133,14 +141,41 @@ def show(experiment: str, /, *, work: Path = Path("data/work"), reports: Path = 
     write_overview(experiment, work / experiment, reports / experiment)
 
 
-def results() -> None:
-    """Print every experiment's results as Markdown, beside what others report on the same data.
+def results(
+    *,
+    output: Path = Path("docs"),
+    work: Path = Path("data/work"),
+    reports: Path = Path("data/reports"),
+) -> None:
+    """Write the page of every experiment's results, with curves, failures, and what others report on the same data.
 
-    Example: `cadx results > docs/results.md`.
+    Example: `cadx results` writes `docs/results.md` and the pictures in `docs/results`.
+
+    Parameters
+    ----------
+    output
+        The folder of the page.
+    work
+        Where the steps keep data sets and bundles.
+    reports
+        Where the steps write what people read.
     """
-    from cadx.overview import results_markdown
+    import yaml
 
-    print(results_markdown(Path("data/catalog.yaml"), Path("params.yaml"), Path("data/reports")), end="")
+    from cadx.results import write_results
+
+    planned = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["vars"][0]["seeds"]
+    missing = write_results(
+        Path("data/catalog.yaml"),
+        Path("params.yaml"),
+        seeds=planned,
+        work=work,
+        reports=reports,
+        output=output,
+    )
+    for what in missing:
+        print(f"missing: {what}")
+    print(f"wrote {output / 'results.md'}")
 
 
 def new(folder: Path, /, *, name: str = "", positive: str = "") -> None:
@@ -346,6 +381,8 @@ def compile_pipeline(
     params: Path = Path("params.yaml"),
     resources: Path | None = None,
     picture: Path | None = None,
+    remote: str = "",
+    notify: bool = False,
 ) -> None:
     """Compile an experiment to a Kubeflow pipeline: the commands of dvc.yaml, in containers.
 
@@ -370,6 +407,10 @@ def compile_pipeline(
         Where each step runs; pipelines/resources.yaml by default.
     picture
         Also draw the compiled pipeline, as an SVG file.
+    remote
+        A DVC remote on S3, such as s3://cadx/datasets: the dataset is fetched from there as dvc.lock names it.
+    notify
+        End every run, failed or not, in a message to the webhook of the section `notify` in the file of resources.
     """
     from pipelines import RESOURCES, compile_experiment, draw_pipeline
 
@@ -381,6 +422,8 @@ def compile_pipeline(
         pipeline=pipeline,
         against=against,
         resources=resources or RESOURCES,
+        remote=remote,
+        notify=notify,
     )
     print(f"wrote {output}")
     if picture:

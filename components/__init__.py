@@ -4,6 +4,7 @@ from components.contract import Step
 
 STEPS = (
     Step("ingest"),
+    Step("fetch", reproducible=False),
     Step("validate"),
     Step("split"),
     Step("imbalance"),
@@ -18,4 +19,5 @@ STEPS = (
     Step("deploy", reproducible=False),
     Step("monitor", reproducible=False),
     Step("predict", reproducible=False),
+    Step("notify", reproducible=False),
 )

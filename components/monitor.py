@@ -54,7 +54,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
@@ -62,17 +61,16 @@ from pydantic import Field
 
 from cadx.bundle import EMBEDDING_DECIMALS, REFERENCE_DECIMALS, Bundle, Manifest
 from cadx.drift import Finding, called, compare_requests, unknown_places
-from cadx.files import plain, write_json
+from cadx.files import write_json
 from cadx.outcomes import COVERAGE, Outcome, live_outcomes
 from cadx.reporting import PALETTE, Page, panels
 from cadx.request_log import compact, read_labels, read_requests, short
+from cadx.webhook import check_webhook, post
 from components.contract import Alarm, In, Keep, MaybeIn, Out, Params, step
 
 NUM_NAMED = 4  # findings in the alarm's one line, and drawn
 _FORMATS = {"distance": ".2f", "chance": ".2g", "before": ".3g", "now": ".3g"}
 CALLED, NOT_CALLED = "called", "not called"
-WEBHOOK_TRIES = 4
-WEBHOOK_TIMEOUT_S = 5.0
 
 # A browser then refuses every request that Evidently's page might make; of its own accord it makes none.
 CONTENT_POLICY = (
@@ -150,8 +148,8 @@ def monitor(
         Alarm: if anything has drifted or is no longer as declared; all outputs are written.
         ValueError: if the log holds no request of this bundle, or the bundle no held-out answers.
     """
-    if webhook and urlsplit(webhook).scheme not in ("http", "https"):
-        raise ValueError("--webhook: not an http or https address; give the whole URL")
+    if webhook:
+        check_webhook(webhook, "--webhook")
     opened = Bundle(bundle)
     manifest, heldout, reference = opened.manifest, opened.heldout(), opened.reference()
     compacted = compact(request_log, requests)
@@ -230,7 +228,9 @@ def monitor(
     if moved or broken:
         if webhook:
             told = ("schema", "experiment", "seed", "bundle", "n", "window", "retrain", "trigger", "message")
-            _post(webhook, {name: record[name] for name in told})
+            refusal = post(webhook, {name: record[name] for name in told})
+            if refusal:
+                print(f"{refusal}; the alarm stands in the report", file=sys.stderr)
         raise Alarm(f"{record['message']}; look at the report")
     print(record["message"])
 
@@ -621,32 +621,3 @@ def _write_prometheus(
         [({"metric": outcome.name, "class": outcome.of}, float(outcome.broken)) for outcome in outcomes],
     )
     write_to_textfile(str(path), registry)
-
-
-def _post(url: str, alert: Mapping[str, Any]) -> None:
-    """Send an alert; where nobody takes it, say so on stderr: the alarm itself stands."""
-    import urllib3
-
-    retries = urllib3.Retry(
-        total=WEBHOOK_TRIES - 1,
-        backoff_factor=0.2,
-        status_forcelist=(429, 500, 502, 503, 504),
-        allowed_methods={"POST"},
-        redirect=0,
-        raise_on_status=False,
-    )
-    try:
-        with urllib3.PoolManager() as pool:
-            reply = pool.request(
-                "POST", url, json=plain(dict(alert)), retries=retries, timeout=WEBHOOK_TIMEOUT_S
-            )
-        if reply.status < 300:
-            return
-        why = f"status {reply.status}"
-    except urllib3.exceptions.HTTPError as error:
-        why = type(getattr(error, "reason", None) or error).__name__
-    # By its host alone: the rest of such an address is often a secret.
-    print(
-        f"webhook at {urlsplit(url).hostname}: the alert was not taken ({why}); the alarm stands in the report",
-        file=sys.stderr,
-    )

@@ -19,6 +19,8 @@ def compile_experiment(
     pipeline: Pipeline = "training",
     against: tuple[str, ...] = (),
     resources: Path = RESOURCES,
+    remote: str = "",
+    notify: bool = False,
 ) -> None:
     """Write a pipeline of an experiment as Kubeflow Pipelines reads it.
 
@@ -31,6 +33,8 @@ def compile_experiment(
         pipeline: which of them.
         against: for `families`, the experiments that it is compared with.
         resources: where each step runs.
+        remote: a DVC remote on S3: the dataset is fetched from there, as dvc.lock names it, in place of ingested.
+        notify: tell a webhook how each run has ended: `pipelines.notifying`.
 
     Raises:
         ValueError: if the experiment, a parameter or a name cannot serve, or kfp is not installed.
@@ -46,6 +50,8 @@ def compile_experiment(
         pipeline=pipeline,
         against=against,
         resources=resources,
+        remote=remote,
+        notify=notify,
     )
 
 

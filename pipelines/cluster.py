@@ -31,11 +31,10 @@ import kfp_server_api
 import requests
 import urllib3
 import yaml
-from google.protobuf import json_format
-from kfp.pipeline_spec import pipeline_spec_pb2
 
 from components import STEPS
 from components.contract import read_params
+from pipelines.compiled import read_pipeline
 
 ENDPOINT = "KF_PIPELINES_ENDPOINT"
 IN_CLUSTER = "http://ml-pipeline.kubeflow.svc.cluster.local:8888"
@@ -201,12 +200,7 @@ def checked_arguments(pipeline: Path, settings: Sequence[str]) -> dict[str, Any]
 
 
 def _parameters(pipeline: Path) -> dict[str, Any]:
-    try:
-        spec = next(yaml.safe_load_all(pipeline.read_text(encoding="utf-8")))
-        json_format.ParseDict(spec, pipeline_spec_pb2.PipelineSpec())
-        found: dict[str, Any] = spec["root"].get("inputDefinitions", {}).get("parameters", {})
-    except (yaml.YAMLError, json_format.ParseError, KeyError, TypeError, AttributeError, StopIteration):
-        raise ValueError(f"{pipeline}: no compiled pipeline; write one with `cadx compile`") from None
+    found: dict[str, Any] = read_pipeline(pipeline)["root"].get("inputDefinitions", {}).get("parameters", {})
     return found
 
 

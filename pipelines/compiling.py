@@ -14,7 +14,7 @@ from pipelines.evaluation import evaluation
 from pipelines.families import families
 from pipelines.inference import inference
 from pipelines.monitoring import monitoring
-from pipelines.placement import read_placements
+from pipelines.placement import Setting, read_placements
 from pipelines.training import training
 
 PIPELINES: Mapping[str, Callable[..., Any]] = {
@@ -35,6 +35,8 @@ def compile_experiment(
     pipeline: str,
     against: tuple[str, ...],
     resources: Path,
+    remote: str,
+    notify: bool,
 ) -> None:
     """Write an experiment's pipeline, whole or not at all: see `pipelines.compile_experiment`."""
     if output.suffix not in {".yaml", ".yml"}:
@@ -45,11 +47,13 @@ def compile_experiment(
         raise ValueError(
             f"--against {' '.join(against)}: only the pipeline families compares; add --pipeline families"
         )
-    placements = read_placements(resources)
+    if remote and pipeline == "inference":
+        raise ValueError(f"--remote {remote}: the pipeline inference reads no dataset; leave it out")
+    setting = Setting(params, image, read_placements(resources), remote, notify)
     if pipeline == "families":
-        built = families((experiment, *against), params, image, placements)
+        built = families((experiment, *against), setting)
     else:
-        built = PIPELINES[pipeline](experiment, params, image, placements)
+        built = PIPELINES[pipeline](experiment, setting)
     with TemporaryDirectory() as folder:
         compiled = Path(folder) / "pipeline.yaml"
         compiler.Compiler().compile(built, str(compiled))

@@ -1,14 +1,13 @@
 """Batch inference on Kubeflow: a bundle's answers for a folder of files."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from pipelines.placement import Placement
+from pipelines.placement import Setting
 from pipelines.tasks import add_jobs, alone, imported, parameter, parameters, pipeline, step_named
 
 
-def inference(experiment: str, params: Path, image: str, placements: Mapping[str, Placement]) -> Any:
+def inference(experiment: str, setting: Setting) -> Any:
     """A pipeline that answers every file at an address.
 
     Raises:
@@ -18,15 +17,14 @@ def inference(experiment: str, params: Path, image: str, placements: Mapping[str
     asked = {
         "bundle_uri": parameter("bundle_uri", str),
         "images_uri": parameter("images_uri", str),
-        **parameters([job], experiment, params),
+        **parameters([job], experiment, setting.params),
     }
 
     def tasks(given: Mapping[str, Any]) -> None:
         there = {
             name: (imported(given[f"{name}_uri"], name, name), "artifact") for name in ("bundle", "images")
         }
-        add_jobs([job], there, given, image, placements)
+        add_jobs([job], there, given, setting)
 
-    return pipeline(
-        f"{experiment}-inference", f"The answers of {experiment} for a folder of files.", asked, tasks
-    )
+    summary = f"The answers of {experiment} for a folder of files."
+    return pipeline(f"{experiment}-inference", summary, asked, tasks, experiment, setting)

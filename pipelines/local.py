@@ -16,7 +16,7 @@ from kfp import local
 
 from cadx.files import digest_path
 from components import STEPS
-from pipelines.placement import Placement
+from pipelines.placement import Placement, Setting
 from pipelines.tasks import Job, stages
 from pipelines.training import training, training_jobs
 
@@ -62,8 +62,8 @@ def run_in_containers(experiment: str, *, image: str, params: Path, folder: Path
     earlier = set(folder.iterdir())
     local.init(local.DockerRunner(**_container(user)), pipeline_root=str(folder))
     # Here a failed step is not tried again, and no resource is asked for.
-    placements = {step.name: Placement() for step in STEPS}
-    pipeline = training(experiment, params, image, placements, deploys=False)
+    setting = Setting(params, image, {step.name: Placement() for step in STEPS})
+    pipeline = training(experiment, setting, deploys=False)
     heard = _Heard(sys.stdout)
     failure: Exception | None = None
     with redirect_stdout(heard):

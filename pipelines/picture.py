@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-import yaml
-
 from cadx.files import replacing
+from pipelines.compiled import read_pipeline
 
 WIDTH_PX, HEIGHT_PX, GAP_X_PX, GAP_Y_PX, MARGIN_PX = 168, 34, 46, 12, 16
 _STYLE = (
@@ -28,11 +27,8 @@ def draw(pipeline: Path, picture: Path) -> None:
     """
     if picture.suffix != ".svg":
         raise ValueError(f"{picture}: pictures are SVG; name it so")
-    try:
-        spec = next(yaml.safe_load_all(pipeline.read_text(encoding="utf-8")))
-        tasks: dict[str, Any] = spec["root"]["dag"]["tasks"]
-    except (yaml.YAMLError, KeyError, TypeError, StopIteration):
-        raise ValueError(f"{pipeline}: no compiled pipeline; write one with `cadx compile`") from None
+    spec = read_pipeline(pipeline)
+    tasks: dict[str, Any] = spec["root"]["dag"]["tasks"]
     needed = _needed(tasks)
     columns = _columns(tasks, needed)
     places = {

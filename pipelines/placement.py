@@ -1,19 +1,22 @@
 """Where a step runs on a cluster: resources.yaml, read and applied to Kubeflow's tasks."""
 
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import yaml
-from kfp import kubernetes
 from pydantic import Field, ValidationError
 
 from cadx.types import Config
 from components import STEPS
-from components.contract import explain
+from components.contract import Step, explain
 
 EVERY = "every"
 """The section that holds for every step; a step's own completes it."""
+
+VOLUME_PATH = PurePosixPath("/data")
+"""Where the nodes of a training mount what they share."""
 
 SHARED_MEMORY_PATH = "/dev/shm"  # noqa: S108 - where the operating system looks for it
 
@@ -44,6 +47,14 @@ class Volume(Config):
     path: str = Field(pattern="^/")
 
 
+class Nodes(Config):
+    """Machines that share one training out: `pipelines.nodes`."""
+
+    count: int = Field(ge=2, description="machines; `accelerator` is what each of them has")
+    claim: str = Field(description="a volume that they and the task mount at once, such as ReadWriteMany")
+    runtime: str = Field(default="torch-distributed", description="the cluster's training runtime")
+
+
 class Placement(Config):
     """What a step asks of the cluster."""
 
@@ -67,8 +78,22 @@ class Placement(Config):
         default=(), description="only for uncached steps: Kubeflow's cache does not see what lies on them"
     )
 
+    nodes: Nodes | None = Field(
+        default=None,
+        description="only of train: it runs on several machines, all else of this section on each",
+    )
+
     def apply(self, task: Any, *, retry: bool) -> None:
-        """Ask all of it for a task."""
+        """Ask all of it for a task; with `nodes`, what the task needs that starts them and waits."""
+        if self.nodes is not None:
+            kept = self.model_dump(include={"retries", "timeout_s", "secrets", "config_maps"})
+            waiting = Placement(**kept, volumes=(Volume(claim=self.nodes.claim, path=str(VOLUME_PATH)),))
+            waiting.apply(task, retry=retry)
+            return
+        from kfp import (
+            kubernetes,  # not in the images of the steps, where `pipelines.nodes` reads a placement
+        )
+
         for limit, request, amount in (
             (task.set_cpu_limit, task.set_cpu_request, self.cpu),
             (task.set_memory_limit, task.set_memory_request, self.memory),
@@ -98,6 +123,30 @@ class Placement(Config):
             kubernetes.mount_pvc(task, volume.claim, volume.path)
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What pipelines are compiled with, whichever they are.
+
+    Attributes:
+        params: the parameter file.
+        image: the container's.
+        placements: step -> where it runs.
+        remote: the DVC remote that the dataset is fetched from; "" where it is ingested.
+        notifies: whether the end of a run is told to a webhook.
+    """
+
+    params: Path
+    image: str
+    placements: Mapping[str, Placement]
+    remote: str = ""
+    notifies: bool = False
+
+
+def is_cached(step: Step) -> bool:
+    """Whether an earlier answer to equal parameters and inputs serves: a stage's does, and a fetch by digest."""
+    return step.reproducible or step.name == "fetch"
+
+
 def read_placements(path: Path) -> dict[str, Placement]:
     """Step -> where it runs, from a file of sections by step; what a step leaves out is taken from `every`.
 
@@ -120,7 +169,9 @@ def read_placements(path: Path) -> dict[str, Placement]:
     for step in STEPS:
         merged = {**(sections.get(EVERY) or {}), **(sections.get(step.name) or {})}
         placements[step.name] = _placement(merged, f"{path}: {step.name}")
-        if step.reproducible and placements[step.name].volumes:
+        if step.name != "train" and placements[step.name].nodes:
+            raise ValueError(f"{path}: {step.name}.nodes: only train runs on several machines; take it out")
+        if is_cached(step) and placements[step.name].volumes:
             raise ValueError(
                 f"{path}: {step.name}.volumes: Kubeflow's cache does not see what lies on a volume, and {step.name} "
                 "is cached; only uncached steps may have one"

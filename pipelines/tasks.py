@@ -7,10 +7,11 @@ decision runs only if it says promote; one without an own stage in dvc.yaml runs
 """
 
 import inspect
+import json
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from kfp import dsl
 
 from components import STEPS
 from components.contract import ROOT, Step, read_params
-from pipelines.placement import Placement
+from pipelines.placement import Setting, is_cached
 
 ARTIFACTS: dict[str, Any] = {
     "dataset": dsl.Dataset,
@@ -32,6 +33,7 @@ ARTIFACTS: dict[str, Any] = {
     "metrics": dsl.Metrics,
     "report": dsl.HTML,
     "card": dsl.HTML,
+    "evidently": dsl.HTML,
 }
 """What an output is to Kubeflow, by its name; any other is a plain artifact."""
 
@@ -47,6 +49,9 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 SCRATCH = Path("/tmp/cadx")  # noqa: S108 - in a container, which is its own
 """Where a stage's `Keep` paths lie in its container: caches and checkpoints, which end with it."""
+
+FINAL_STATUS = dsl.PipelineTaskFinalStatus
+"""The type of a parameter that Kubeflow fills in: how the tasks before have ended."""
 
 ALL = "all_"
 """Begins the name of an input that takes an output of every seed."""
@@ -67,11 +72,13 @@ class Job:
         step: the step.
         seed: None where it is not repeated per seed.
         arguments: option -> its values in the command; empty where a parameter of the run holds it.
+        changed: what has another default in its section than the parameter file says.
     """
 
     step: Step
     seed: int | None
     arguments: Mapping[str, tuple[str, ...]]
+    changed: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -109,6 +116,39 @@ def stages(experiment: str) -> Iterator[Job]:
                 yield Job(step, seed, _options(line.replace("${item.seed}", str(seed))))
 
 
+def sourced(jobs: Iterable[Job], experiment: str, remote: str) -> Iterator[Job]:
+    """`jobs`; where there is a remote, with the dataset fetched from it in place of ingested.
+
+    Raises:
+        ValueError: if there is a remote, and dvc.lock or the validation that goes with it do not know the dataset.
+    """
+    for job in jobs:
+        if remote and job.step.name == "ingest":
+            changed = {"remote": remote, **_revision(experiment)}
+            options = {"dataset": job.arguments["dataset"], "params": job.arguments["params"]}
+            yield Job(step_named("fetch"), None, options, changed)
+        else:
+            yield job
+
+
+def _revision(experiment: str) -> dict[str, str]:
+    """An experiment's dataset in the checked-out revision: DVC's name of the folder, and its digest."""
+    made = {job.step.name: list(job.outputs) for job in stages(experiment)}
+    [dataset], validation = made["ingest"], ROOT / made["validate"][0]
+    try:
+        # The C loader: the pure one takes seconds for a lock of this size.
+        text = (ROOT / "dvc.lock").read_text(encoding="utf-8")
+        locked = yaml.load(text, Loader=yaml.CSafeLoader)["stages"][f"ingest@{experiment}"]["outs"]
+        [md5] = [out["md5"] for out in locked if out["path"] == dataset]
+        digest = json.loads(validation.read_text(encoding="utf-8"))["dataset"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"dvc.lock and {made['validate'][0]}: the dataset of {experiment} is not in both; run "
+            f"`dvc repro validate@{experiment}` and `dvc push`"
+        ) from None
+    return {"md5": str(md5), "digest": str(digest)}
+
+
 def one_seed(experiment: str, *names: str) -> Iterator[Job]:
     """The named stages for the first seed alone, and without its number in their names."""
     seen: set[str] = set()
@@ -141,7 +181,7 @@ def followers(jobs: Sequence[Job]) -> Iterator[Job]:
         inputs = [name for name in step.declaration().inputs if not _may_be_left_out(step, name)]
         # Without a choice among seeds, the first is meant.
         sources = {name: of_seeds.get(name) or made.get(name, [])[:1] for name in inputs}
-        if not step.reproducible and all(sources.values()):
+        if not step.reproducible and inputs and all(sources.values()):
             job = alone(step, **{name: tuple(paths) for name, paths in sources.items()})
             made |= {name: [path] for path, name in job.outputs.items()}
             yield job
@@ -190,7 +230,7 @@ def parameters(
         ValueError: if `params` does not hold the experiment, or a section does not validate.
     """
     found: dict[str, inspect.Parameter] = {}
-    for step in dict.fromkeys(job.step for job in jobs):
+    for step, job in {job.step: job for job in jobs}.items():
         cls = step.declaration().params
         assert cls is not None
         section = read_params(f"{params}:{experiment}", step.name, cls)
@@ -199,29 +239,29 @@ def parameters(
         assert cls.model_validate(plain) == section, (
             f"{step.name}: a default that is not None, where None may be"
         )
-        found[step.name] = parameter(step.name, dict, plain | dict(changed.get(step.name, {})))
+        default = plain | dict(job.changed) | dict(changed.get(step.name, {}))
+        read_params(json.dumps(default), step.name, cls)
+        found[step.name] = parameter(step.name, dict, default)
     for job in jobs:
         for name, declared in signature(job.step).parameters.items():
-            if name != "params" and not job.arguments.get(name, True):
-                found[name] = parameter(name, _kind(job.step, name), declared.default)
+            kind = _kind(job.step, name)
+            if name != "params" and not job.arguments.get(name, True) and kind is not FINAL_STATUS:
+                found[name] = parameter(name, kind, declared.default)
     return found
 
 
-def add_jobs(
-    jobs: Iterable[Job], made: Made, given: Mapping[str, Any], image: str, placements: Mapping[str, Placement]
-) -> Made:
+def add_jobs(jobs: Iterable[Job], made: Made, given: Mapping[str, Any], setting: Setting) -> Made:
     """Add tasks to the pipeline that is being built; `made` with what they make.
 
     Args:
         jobs: what is to be run, in an order in which each comes after those that it needs.
         made: what there is already.
         given: the pipeline's parameters.
-        image: the container's.
-        placements: step -> where it runs.
+        setting: what it is compiled with.
     """
     for job in jobs:
         with _promoted_only(job, made):
-            task = add_job(job, made, given, image, placements)
+            task = add_job(job, made, given, setting)
         made = made | {path: (task, name) for path, name in job.outputs.items()}
     return made
 
@@ -239,8 +279,7 @@ def add_job(
     job: Job,
     made: Made,
     given: Mapping[str, Any],
-    image: str,
-    placements: Mapping[str, Placement],
+    setting: Setting,
     *,
     alarms: bool = False,
 ) -> Any:
@@ -250,8 +289,7 @@ def add_job(
         job: what is to be run.
         made: what there is already.
         given: the pipeline's parameters.
-        image: the container's.
-        placements: step -> where it runs.
+        setting: what it is compiled with.
         alarms: the step's alarm (exit status 3) is an answer that the pipeline branches on, and no failure.
     """
     declared = job.step.declaration()
@@ -278,12 +316,19 @@ def add_job(
         else:
             interface[name] = _kind(job.step, name)
             held = job.step.name if name == "params" else name
-            arguments[name] = given[held] if held in given else interface[name](*values)
+            if interface[name] is not FINAL_STATUS:  # which Kubeflow itself fills in
+                arguments[name] = given[held] if held in given else interface[name](*values)
             words.append(_PARAMETER % name)
     command = ["cadx", job.step.name]
     if alarms:
         command = ["sh", "-c", f'cadx {job.step.name} "$@" || test $? = 3', job.step.name]
-    container = dsl.ContainerSpec(image=image, command=command, args=[*words, "--executor-input", "{{$}}"])
+    placement = setting.placements[job.step.name]
+    if placement.nodes is not None:
+        asked = placement.model_dump_json(exclude_defaults=True)
+        command = ["python", "-m", "pipelines.nodes", setting.image, asked, *command]
+    container = dsl.ContainerSpec(
+        image=setting.image, command=command, args=[*words, "--executor-input", "{{$}}"]
+    )
     component = dsl.container_component(
         function(
             job.name,
@@ -293,8 +338,8 @@ def add_job(
         )
     )
     task = component(**arguments)
-    task.set_display_name(job.title).set_caching_options(job.step.reproducible)
-    placements[job.step.name].apply(task, retry=job.step.reproducible)
+    task.set_display_name(job.title).set_caching_options(is_cached(job.step))
+    placement.apply(task, retry=is_cached(job.step))
     return task
 
 
@@ -314,6 +359,8 @@ def _kind(step: Step, name: str) -> Any:
     declared = step.declaration()
     if name == "params":
         return dict
+    if (step.name, name) == ("notify", "status"):
+        return FINAL_STATUS
     return str if name in (*declared.keeps, *declared.inputs) else signature(step).parameters[name].annotation
 
 
@@ -327,6 +374,9 @@ def pipeline(
     summary: str,
     asked: Mapping[str, inspect.Parameter],
     body: Callable[[dict[str, Any]], Any],
+    experiment: str,
+    setting: Setting,
+    *,
     returns: Any = inspect.Signature.empty,
 ) -> Any:
     """A pipeline, as kfp compiles and runs it.
@@ -336,15 +386,30 @@ def pipeline(
         summary: what it does, in one line.
         asked: its parameters, by name.
         body: adds the tasks; takes the parameters' channels by name, gives what the pipeline hands on.
-        returns: the type of that; nothing for a pipeline that hands on nothing.
+        experiment: the one that a notice of the run's end names.
+        setting: what it is compiled with.
+        returns: the type of what it hands on; nothing for a pipeline that hands on nothing.
     """
+    options = dict.fromkeys(signature(step_named("notify")).parameters, ())
+    notice = Job(
+        step_named("notify"),
+        None,
+        {**options, "notification": ("notify/notification",), "experiment": (experiment,)},
+    )
+    ends = [notice] if setting.notifies else []
+    asked = {**asked, **parameters(ends, experiment, setting.params)}
     # kfp turns the docstring into the pipeline's description and into its parameters' help.
     steps = {step.name: f"Section of the step: {step.summary}" for step in STEPS}
     lines = [f"    {one}: {steps.get(one) or HELP[one]}" for one in asked]
     doc = "\n".join([summary, "", "Args:", *lines]) + "\n"
 
     def tasks(*channels: Any) -> Any:
-        return body(dict(zip(asked, channels, strict=True)))
+        given = dict(zip(asked, channels, strict=True))
+        with ExitStack() as stack:
+            for job in ends:
+                told = add_job(job, {}, given, setting)
+                stack.enter_context(dsl.ExitHandler(told, name=name))
+            return body(given)
 
     return dsl.pipeline(name=name)(function(name, doc, asked.values(), tasks, returns))
 

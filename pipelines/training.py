@@ -5,13 +5,12 @@ Invariant: one task per stage and seed, as in DVC's matrix.
 
 import inspect
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from kfp import dsl
 
-from pipelines.placement import Placement
-from pipelines.tasks import Job, add_jobs, followers, parameter, parameters, pipeline, stages
+from pipelines.placement import Setting
+from pipelines.tasks import Job, add_jobs, followers, parameter, parameters, pipeline, sourced, stages
 
 
 class Trained(NamedTuple):
@@ -24,21 +23,23 @@ class Trained(NamedTuple):
     predictions: dsl.Dataset
 
 
-def training_jobs(experiment: str) -> list[Job]:
+def training_jobs(experiment: str, remote: str = "") -> list[Job]:
     """The stages of an experiment, and what follows from them: the choice of a seed, its deployment.
 
+    Args:
+        experiment: its name.
+        remote: a DVC remote that the dataset is fetched from, in place of ingested.
+
     Raises:
-        ValueError: if dvc.yaml does not hold the experiment.
+        ValueError: if dvc.yaml does not hold the experiment, or dvc.lock no dataset of it to be fetched.
     """
-    jobs = [*stages(experiment)]
+    jobs = [*sourced(stages(experiment), experiment, remote)]
     return [*jobs, *followers(jobs)]
 
 
 def training(
     experiment: str,
-    params: Path,
-    image: str,
-    placements: Mapping[str, Placement],
+    setting: Setting,
     *,
     deploys: bool = True,
 ) -> Any:
@@ -49,22 +50,20 @@ def training(
 
     Args:
         experiment: a section of `params` that dvc.yaml names too.
-        params: the parameter file.
-        image: the container's.
-        placements: step -> where it runs.
+        setting: what it is compiled with.
         deploys: end in deployment; else hand on the chosen seed's files, for a pipeline around this one.
 
     Raises:
-        ValueError: if `params` or dvc.yaml does not hold the experiment, or a section does not validate.
+        ValueError: if the parameter file or dvc.yaml does not hold the experiment, or a section does not validate.
     """
-    jobs = [job for job in training_jobs(experiment) if deploys or job.step.name != "deploy"]
+    jobs = [job for job in training_jobs(experiment, setting.remote) if deploys or job.step.name != "deploy"]
     asked = {
         "experiment": parameter("experiment", str, experiment),
-        **parameters(jobs, experiment, params),
+        **parameters(jobs, experiment, setting.params),
     }
 
     def tasks(given: Mapping[str, Any]) -> Trained | None:
-        made = add_jobs(jobs, {}, given, image, placements)
+        made = add_jobs(jobs, {}, given, setting)
         if deploys:
             return None
         chosen, _ = made["choose/choice"]
@@ -72,4 +71,5 @@ def training(
         return Trained(dataset.outputs["dataset"], *(chosen.outputs[name] for name in Trained._fields[1:]))
 
     summary = f"From the source to a packaged model, step by step as under DVC: {experiment}."
-    return pipeline(experiment, summary, asked, tasks, inspect.Signature.empty if deploys else Trained)
+    returns = inspect.Signature.empty if deploys else Trained
+    return pipeline(experiment, summary, asked, tasks, experiment, setting, returns=returns)

@@ -8,10 +8,8 @@ import pytest
 import yaml
 from kfp_stub import PASSWORD, TOKEN, USER, Refusal, Stub, conform, conform_pipeline, kfp_stub
 
-from cadx.__main__ import command_line, main
+from cadx.__main__ import main
 from pipelines import cluster, compile_experiment
-from pipelines.nodes import train_job
-from pipelines.placement import Placement, Toleration
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGE = "registry.example/cadx@sha256:" + "0" * 64
@@ -246,61 +244,3 @@ def test_a_broken_pipeline_is_refused_here_and_by_the_stub(compiled: Path) -> No
     spec = next(yaml.safe_load_all(compiled.read_text()))
     with pytest.raises(Refusal, match=r"missing \['bundle_uri', 'images_uri'\]"):
         conform_pipeline({"pipeline_spec": spec})
-
-
-# --- Several machines ---------------------------------------------------------------------------------
-
-TRAIN = [
-    "--dataset", "/data/dataset", "--splits", "/data/splits", "--imbalance", "/data/imbalance",
-    "--checkpoints", "/data/checkpoints", "--trained", "/data/trained", "--log", "/data/log",
-    "--experiment", "phantom-xray", "--seed", "0", "--params", "{}",
-]  # fmt: skip
-
-
-def job(**changed: Any) -> dict[str, Any]:
-    asked = {"image": IMAGE, "nodes": 2, "devices": 4, "claim": "runs", "placement": Placement(cpu="8")}
-    made: dict[str, Any] = train_job("phantom", TRAIN, **(asked | changed)).to_dict()
-    return made
-
-
-def test_a_train_job_says_what_the_sdks_models_know() -> None:
-    placement = Placement(
-        memory="32Gi",
-        shared_memory="8Gi",
-        node_selector={"pool": "gpu"},
-        tolerations=(Toleration(key="gpu"),),
-    )
-    made = job(placement=placement)
-    trainer = made["spec"]["trainer"]
-    assert (trainer["numNodes"], trainer["numProcPerNode"]) == (2, 4)
-    assert trainer["resourcesPerNode"]["limits"] == {"memory": "32Gi", "nvidia.com/gpu": "4"}
-    [patch] = made["spec"]["runtimePatches"]
-    [node] = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
-    pod = node["template"]["spec"]["template"]["spec"]
-    assert pod["nodeSelector"] == {"pool": "gpu"}
-    assert pod["tolerations"] == [{"key": "gpu", "operator": "Exists"}]
-    assert {one["name"] for one in pod["volumes"]} == {"data", "shm"}
-    assert [one["mountPath"] for one in pod["containers"][0]["volumeMounts"]] == ["/data", "/dev/shm"]
-
-
-def test_its_command_is_torchruns_and_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.distributed.run import parse_args
-
-    trainer = job()["spec"]["trainer"]
-    # What Kubeflow's Trainer gives each node.
-    for name, value in {"NNODES": "2", "NPROC_PER_NODE": "4", "NODE_RANK": "1", "MASTER_ADDR": "n0"}.items():
-        monkeypatch.setenv(f"PET_{name}", value)
-    asked = parse_args([*trainer["command"][1:], *trainer["args"]])
-    assert (asked.nnodes, asked.nproc_per_node, asked.node_rank, asked.master_addr) == ("2", "4", 1, "n0")
-    assert (asked.module, asked.training_script) == (True, "cadx")
-    words = asked.training_script_args
-    command_line(words).parse_args(words, print_error=False, exit_on_error=False)
-
-
-def test_what_not_all_nodes_see_is_refused() -> None:
-    with pytest.raises(ValueError, match="give a path under /data"):
-        train_job(
-            "x", ["--dataset", "/tmp/d"], image=IMAGE, nodes=2, devices=1, claim="c", placement=Placement()
-        )
-    with pytest.raises(ValueError, match="at least one node"):
-        job(nodes=0)

@@ -547,7 +547,7 @@ def test_a_webhook_that_does_not_answer_costs_a_line_and_not_the_alarm(
             said = capsys.readouterr().err
             assert (
                 said
-                == f"webhook at 127.0.0.1: the alert was not taken ({why}); the alarm stands in the report\n"
+                == f"webhook at 127.0.0.1: the message was not taken ({why}); the alarm stands in the report\n"
             )
     assert not taken
     with pytest.raises(ValueError, match="not an http or https address"):

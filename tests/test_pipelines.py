@@ -27,7 +27,7 @@ from cadx.files import digest_path, write_json
 from components import STEPS
 from components.contract import Alarm, In, Out, Params, read_params, step
 from pipelines import compile_experiment, tasks
-from pipelines.placement import read_placements
+from pipelines.placement import Setting, read_placements
 from pipelines.training import training
 from serving.server import TorchServe, free_ports
 
@@ -317,6 +317,58 @@ def test_a_folder_is_answered(others: dict[str, ir.PipelineSpec]) -> None:
     assert kinds == {"bundle": "system.Model", "images": "system.Dataset"}
 
 
+@pytest.fixture(scope="module")
+def fetched(tmp_path_factory: pytest.TempPathFactory) -> tuple[ir.PipelineSpec, dict[str, Any]]:
+    """The training pipeline on a DVC remote with a notice of its end, and what it asks of Kubernetes."""
+    path = tmp_path_factory.mktemp("fetched") / "p.yaml"
+    compile_experiment(
+        EXPERIMENTS[0], path, params=PARAMS, image=IMAGE, remote="s3://cadx/datasets", notify=True
+    )
+    platform = list(yaml.safe_load_all(path.read_text()))[1]["platforms"]["kubernetes"]
+    return parse(path.read_text()), platform["deploymentSpec"]["executors"]
+
+
+def test_a_remotes_dataset_is_fetched_as_dvc_lock_names_it(
+    fetched: tuple[ir.PipelineSpec, dict[str, Any]], compiled: dict[str, str]
+) -> None:
+    pipeline, kubernetes = fetched
+    found = inside(pipeline, "exit-handler-1")
+    usual = parse(compiled[EXPERIMENTS[0]]).root.dag.tasks
+    steps = {name for name in usual if name not in {"ingest", "condition-1"}} | {"fetch"}
+    assert {name for name in found if not name.startswith("condition")} == steps
+    for name in steps - {"fetch"}:
+        assert ("fetch" in makers(found[name])) == ("ingest" in makers(usual[name])), name
+    assert found["fetch"].caching_options.enable_cache, "its parameters name one content"
+    asked = json_format.MessageToDict(pipeline.root.input_definitions.parameters["fetch"].default_value)
+    lock = yaml.load((ROOT / "dvc.lock").read_text(), Loader=yaml.CSafeLoader)["stages"]
+    [made] = lock[f"ingest@{EXPERIMENTS[0]}"]["outs"]
+    validation = json.loads((ROOT / f"data/reports/{EXPERIMENTS[0]}/validation.json").read_text())
+    assert asked == {
+        "remote": "s3://cadx/datasets", "md5": made["md5"], "digest": validation["dataset"], "connections": 8
+    }  # fmt: skip
+    keys = {entry["envVar"] for entry in kubernetes["exec-fetch"]["secretAsEnv"][0]["keyToEnv"]}
+    assert keys == {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+
+
+def test_no_cached_task_sees_a_volume(fetched: tuple[ir.PipelineSpec, dict[str, Any]]) -> None:
+    """What lies on one is unknown to the cache, which would answer with what was made of former content."""
+    pipeline, kubernetes = fetched
+    cached = {name for name, task in all_tasks(pipeline).items() if task.caching_options.enable_cache}
+    mounting = {name.removeprefix("exec-") for name, executor in kubernetes.items() if "pvcMount" in executor}
+    assert mounting == {"deploy"}
+    assert {*STAGES} - {"ingest"} | {"fetch"} <= {name.partition("-")[0] for name in cached}
+    assert not cached & mounting
+
+
+def test_a_remote_is_s3_and_holds_datasets(tmp_path: Path) -> None:
+    for words, message in (
+        ({"remote": "/mnt/volume"}, "fetch.remote: string should match pattern"),
+        ({"remote": "s3://cadx", "pipeline": "inference"}, "the pipeline inference reads no dataset"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compile_experiment(EXPERIMENTS[0], tmp_path / "p.yaml", params=PARAMS, image=IMAGE, **words)
+
+
 def test_every_parameter_has_help(compiled: dict[str, str], others: dict[str, ir.PipelineSpec]) -> None:
     for pipeline in (parse(compiled[EXPERIMENTS[0]]), *others.values()):
         for name, asked in pipeline.root.input_definitions.parameters.items():
@@ -385,6 +437,7 @@ train:
         ("train: {cpus: 1}", "train.cpus: unknown parameter; did you mean 'cpu'?"),
         ("train: {memory: lots}", "train.memory: string should match pattern"),
         ("train: {volumes: [{claim: data, path: /data}]}", "train.volumes: Kubeflow's cache does not see"),
+        ("fetch: {volumes: [{claim: data, path: /data}]}", "fetch.volumes: Kubeflow's cache does not see"),
         ("- cpu", "no sections; give every or a step"),
         ("train: {", "not YAML"),
     ],
@@ -414,7 +467,9 @@ def test_seeds_have_names_and_titles_of_their_own(pipeline: ir.PipelineSpec) -> 
     assert len(set(components)) == len(components)
 
 
-def test_artifacts_have_types_that_kubeflow_can_draw(pipeline: ir.PipelineSpec) -> None:
+def test_artifacts_have_types_that_kubeflow_can_draw(
+    pipeline: ir.PipelineSpec, others: dict[str, ir.PipelineSpec]
+) -> None:
     outputs = {
         (component, name): artifact.artifact_type.schema_title
         for component, spec in pipeline.components.items()
@@ -427,6 +482,9 @@ def test_artifacts_have_types_that_kubeflow_can_draw(pipeline: ir.PipelineSpec) 
     assert outputs["comp-evaluate-0", "roc"] == "system.ClassificationMetrics"
     assert outputs["comp-evaluate-0", "report"] == "system.HTML"
     assert outputs["comp-validate", "validation"] == "system.Artifact"
+    watch = others["monitoring"].components["comp-monitor"].output_definitions.artifacts
+    for page in ("report", "evidently"):
+        assert watch[page].artifact_type.schema_title == "system.HTML"
     known = {name for s in STEPS for name in s.declaration().outputs}
     taken = {name for s in STEPS for name in s.declaration().inputs}
     assert set(tasks.ARTIFACTS) | set(tasks.FIELDS) <= known | taken
@@ -683,7 +741,7 @@ def test_the_whole_pipeline_ends_in_a_served_model(
     sections = yaml.safe_load(PARAMS.read_text())["phantom-xray"]
     quick = {"epochs": 1, "preprocessing": {"height_px": 32, "width_px": 32}}
     with TorchServe(tmp_path_factory.mktemp("serve"), free_ports()) as server:
-        training("phantom-xray", PARAMS, IMAGE, read_placements(RESOURCES))(
+        training("phantom-xray", Setting(PARAMS, IMAGE, read_placements(RESOURCES)))(
             train={**sections["train"], **quick},
             evaluate={"split": "test", "resamples": 0, "minimum_n": 5},
             summarise={"resamples": 0, "minimum_n": 5},

@@ -1,0 +1,329 @@
+"""Training on several machines: the TrainJob, and what launches it, against a stub of Kubernetes that runs it here.
+
+The stub knows the few addresses that Kubeflow's SDK asks. It starts each node of a job as an agent of its own,
+with the variables that Kubeflow's Trainer gives to one: two `torchrun` agents find each other on loopback.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+import yaml
+from kubeflow_trainer_api import models
+from safetensors.torch import load_file
+from test_dvc import free_ports
+from test_train import PARAMS, inputs  # noqa: F401
+from torch.distributed.run import parse_args
+
+from cadx.__main__ import command_line
+from cadx.bundle import Bundle
+from components.contract import ROOT
+from components.train import train
+from pipelines import compile_experiment
+from pipelines.nodes import train_job
+from pipelines.placement import Accelerator, Nodes, Placement, Toleration, read_placements
+
+IMAGE = "registry.example/cadx@sha256:" + "0" * 64
+TRAIN = [
+    "--dataset", "/data/dataset", "--splits", "/data/splits", "--imbalance", "/data/imbalance",
+    "--checkpoints", "/data/checkpoints", "--trained", "/data/trained", "--log", "/data/log",
+    "--experiment", "phantom-xray", "--seed", "0", "--params", "{}",
+]  # fmt: skip
+NODES = Nodes(count=2, claim="runs")
+LABELS = {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
+
+
+def job(**asked: Any) -> dict[str, Any]:
+    made: dict[str, Any] = train_job(
+        "phantom", TRAIN, image=IMAGE, placement=Placement(nodes=NODES, **asked)
+    ).to_dict()
+    return made
+
+
+def test_a_train_job_says_what_the_sdks_models_know() -> None:
+    made = job(
+        memory="32Gi",
+        accelerator=Accelerator(count=4),
+        shared_memory="8Gi",
+        node_selector={"pool": "gpu"},
+        tolerations=(Toleration(key="gpu"),),
+    )
+    trainer = made["spec"]["trainer"]
+    assert (trainer["numNodes"], trainer["numProcPerNode"]) == (2, 4)
+    assert trainer["resourcesPerNode"]["limits"] == {"memory": "32Gi", "nvidia.com/gpu": "4"}
+    [patch] = made["spec"]["runtimePatches"]
+    [node] = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    pod = node["template"]["spec"]["template"]["spec"]
+    assert pod["nodeSelector"] == {"pool": "gpu"}
+    assert pod["tolerations"] == [{"key": "gpu", "operator": "Exists"}]
+    assert {one["name"] for one in pod["volumes"]} == {"data", "shm"}
+    assert [one["mountPath"] for one in pod["containers"][0]["volumeMounts"]] == ["/data", "/dev/shm"]
+
+
+def test_its_command_is_torchruns_and_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = job(accelerator=Accelerator(count=4))["spec"]["trainer"]
+    for name, value in node_variables(1, nodes=2, processes=4, port=1).items():
+        monkeypatch.setenv(name, value)
+    asked = parse_args([*trainer["command"][1:], *trainer["args"]])
+    assert (asked.nnodes, asked.nproc_per_node, asked.node_rank) == ("2", "4", 1)
+    assert (asked.module, asked.training_script) == (True, "cadx")
+    words = asked.training_script_args
+    command_line(words).parse_args(words, print_error=False, exit_on_error=False)
+
+
+def test_what_not_all_nodes_see_is_refused() -> None:
+    with pytest.raises(ValueError, match="give a path under /data"):
+        train_job("x", ["--dataset", "/tmp/d"], image=IMAGE, placement=Placement(nodes=NODES))
+
+
+def test_resources_turn_the_task_of_train_into_a_launcher(tmp_path: Path) -> None:
+    resources = tmp_path / "resources.yaml"
+    section = {"accelerator": {"count": 4}, "nodes": {"count": 2, "claim": "runs"}, "retries": 2}
+    resources.write_text(yaml.safe_dump({"train": section}))
+    path = tmp_path / "p.yaml"
+    compile_experiment("phantom-xray", path, params=ROOT / "params.yaml", image=IMAGE, resources=resources)
+    spec, platform = yaml.safe_load_all(path.read_text())
+    container = spec["deploymentSpec"]["executors"]["exec-train-0"]["container"]
+    assert container["command"][:4] == ["python", "-m", "pipelines.nodes", IMAGE]
+    assert Placement.model_validate_json(container["command"][4]) == read_placements(resources)["train"]
+    assert container["command"][5:] == ["cadx", "train"]
+    assert "accelerator" not in container.get("resources", {}), "the task waits, the nodes compute"
+    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert executors["exec-train-0"]["pvcMount"][0]["mountPath"] == "/data"
+    resources.write_text(yaml.safe_dump({"evaluate": {"nodes": section["nodes"]}}))
+    with pytest.raises(ValueError, match=r"evaluate\.nodes: only train runs on several machines"):
+        read_placements(resources)
+
+
+# --- Run ----------------------------------------------------------------------------------------------
+
+
+def node_variables(rank: int, *, nodes: int, processes: int, port: int) -> dict[str, str]:
+    """What Kubeflow's Trainer gives to a node of a job by its runtime torch-distributed."""
+    given = {"NNODES": nodes, "NPROC_PER_NODE": processes, "NODE_RANK": rank, "MASTER_PORT": port}
+    return {"PET_MASTER_ADDR": "127.0.0.1", **{f"PET_{name}": str(value) for name, value in given.items()}}
+
+
+def lose_node(rank: int, port: int) -> None:
+    """Kill all that runs on a node; `torchrun` gives its workers sessions of their own."""
+    marks = {f"PET_NODE_RANK={rank}".encode(), f"PET_MASTER_PORT={port}".encode()}
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if marks <= set((place / "environ").read_bytes().split(b"\0")):
+                os.kill(int(place.name), signal.SIGKILL)
+
+
+class Cluster:
+    """Jobs by name, and the processes of their nodes.
+
+    Attributes:
+        lose: kills the second node of the next job as soon as this file is there.
+    """
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, dict[str, Any]] = {}
+        self.said: dict[str, str] = {}
+        self.lose = ""
+
+    def create(self, body: dict[str, Any]) -> dict[str, Any]:
+        assert models.TrainerV1alpha1TrainJob.from_dict(body) is not None
+        body["metadata"] |= {"namespace": "default", "creationTimestamp": "2026-01-01T00:00:00Z"}
+        self.jobs[body["metadata"]["name"]] = body
+        Thread(target=self._run, args=(body,), daemon=True).start()
+        return body
+
+    def _run(self, body: dict[str, Any]) -> None:
+        trainer = body["spec"]["trainer"]
+        [port] = free_ports(["master"]).values()
+        nodes = []
+        for rank in range(trainer["numNodes"]):
+            given = node_variables(
+                rank, nodes=trainer["numNodes"], processes=trainer["numProcPerNode"], port=port
+            )
+            nodes.append(
+                subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-m",
+                        "torch.distributed.run",
+                        *trainer["command"][1:],
+                        *trainer["args"],
+                    ],
+                    cwd=ROOT,
+                    env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **given},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            )
+        if self.lose:
+            while not [*Path(trainer["args"][1]).parent.glob(self.lose)] and nodes[1].poll() is None:
+                time.sleep(0.01)
+            self.lose = ""
+            lose_node(1, port)
+            time.sleep(1)
+            lose_node(0, port)  # as a job ends its other nodes when one is lost
+        self.said[body["metadata"]["name"]] = nodes[0].communicate()[0]
+        ended = "Complete" if all(node.wait() == 0 for node in nodes) else "Failed"
+        condition = {"type": ended, "status": "True", "reason": "x", "message": "x"}
+        body["status"] = {"conditions": [condition | {"lastTransitionTime": "2026-01-01T00:00:00Z"}]}
+
+    def answer(self, method: str, parts: list[str], body: dict[str, Any]) -> dict[str, Any] | str | None:
+        match method, parts:
+            case "POST", [*_, "trainjobs"]:
+                return self.create(body)
+            case "GET", [*_, "trainjobs", name]:
+                return self.jobs.get(name)
+            case "DELETE", [*_, "trainjobs", name]:
+                return self.jobs.pop(name, None)
+            case "GET", [*_, "clustertrainingruntimes", name]:
+                node = {"name": "node", "image": "torch"}
+                pod = {"spec": {"template": {"spec": {"containers": [node]}}}, "metadata": {"labels": LABELS}}
+                jobs = [{"name": "node", "template": pod}]
+                return {
+                    "kind": "ClusterTrainingRuntime",
+                    "metadata": {"name": name, "labels": {"trainer.kubeflow.org/framework": "torch"}},
+                    "spec": {"mlPolicy": {"torch": {}}, "template": {"spec": {"replicatedJobs": jobs}}},
+                }
+            case "GET", [*_, "pods"]:
+                return {"items": [self._pod(name) for name in self.jobs]}
+            case "GET", [*_, "pods", name, "log"]:
+                return self.said[name.removesuffix("-node-0")]
+        return None
+
+    @staticmethod
+    def _pod(name: str) -> dict[str, Any]:
+        labels = {
+            "jobset.sigs.k8s.io/replicatedjob-name": "node",
+            "batch.kubernetes.io/job-completion-index": "0",
+        }
+        return {
+            "metadata": {"name": f"{name}-node-0", "labels": labels},
+            "spec": {"containers": [{"name": "node"}]},
+            "status": {"phase": "Running"},
+        }
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    """A running stub; `kubeconfig` in the test's folder leads to it."""
+    stub = Cluster()
+
+    class Handler(BaseHTTPRequestHandler):
+        def _serve(self) -> None:
+            length = int(self.headers.get("Content-Length") or 0)
+            body = json.loads(self.rfile.read(length) or b"{}")
+            found = stub.answer(self.command, self.path.partition("?")[0].strip("/").split("/"), body)
+            data = found.encode() if isinstance(found, str) else json.dumps(found or {"code": 404}).encode()
+            self.send_response(200 if found is not None else 404)
+            self.send_header("Content-Type", "text/plain" if isinstance(found, str) else "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_GET = do_POST = do_DELETE = _serve
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        Thread(target=listening.serve_forever, daemon=True).start()
+        config = {
+            "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{listening.server_port}"}}],
+            "users": [{"name": "u", "user": {}}],
+            "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u", "namespace": "default"}}],
+            "current-context": "x",
+        }
+        (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
+        yield stub
+        listening.shutdown()
+
+
+def launch(inputs: Path, work: Path, params: dict[str, Any]) -> subprocess.CompletedProcess[str]:  # noqa: F811
+    """The launching task's command, with the test's folder in the place of the volume."""
+    options = {
+        "dataset": inputs / "dataset",
+        "splits": inputs / "splits.parquet",
+        "imbalance": inputs / "imbalance.json",
+        "checkpoints": "/tmp/cadx/checkpoints",
+        "trained": work / "trained",
+        "log": work / "training.jsonl",
+        "experiment": "noise",
+        "seed": 3,
+        "params": json.dumps(params),
+    }
+    words = [
+        "cadx",
+        "train",
+        *(str(word) for name, value in options.items() for word in (f"--{name}", value)),
+    ]
+    (work / "volume").mkdir(exist_ok=True)
+    program = (
+        "import sys; from pathlib import Path; import pipelines.nodes as nodes; nodes.POLL_S = 1; "
+        "nodes.VOLUME_PATH = sys.argv.pop(1); nodes.main(sys.argv[1:])"
+    )
+    placement = Placement(nodes=NODES).model_dump_json()
+    return subprocess.run(
+        [sys.executable, "-c", program, str(work / "volume"), IMAGE, placement, *words],
+        cwd=ROOT,
+        env={**os.environ, "KUBECONFIG": str(work / "kubeconfig")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_nodes_of_which_one_is_lost_train_what_one_process_trains(
+    cluster: Cluster,
+    inputs: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    model = {"family": "resnet", "width": 0.125, "norm": "group"}
+    params = {**PARAMS, "model": model, "augmentation": {}, "epochs": 2, "checkpoint_steps": 2}
+    cluster.lose = "**/checkpoint.pt"
+    lost = launch(inputs, tmp_path, params)
+    assert lost.returncode == 1
+    assert not (tmp_path / "trained").exists()
+    [kept] = (tmp_path / "volume").iterdir()
+    assert [*kept.rglob("checkpoint.pt")], lost.stderr
+    again = launch(inputs, tmp_path, params)
+    assert again.returncode == 0, again.stderr
+    assert not [*(tmp_path / "volume").iterdir()]
+    assert not cluster.jobs
+    train(
+        dataset=inputs / "dataset", splits=inputs / "splits.parquet", imbalance=inputs / "imbalance.json",
+        checkpoints=tmp_path / "one/checkpoints", trained=tmp_path / "one/trained", log=tmp_path / "one/log",
+        experiment="noise", seed=3, params=json.dumps(params),
+    )  # fmt: skip
+    [one], [two] = ([*(folder / "trained").glob("*.safetensors")] for folder in (tmp_path / "one", tmp_path))
+    mine, theirs = load_file(one), load_file(two)
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        assert tensor.float().allclose(theirs[name].float(), atol=1e-4), name
+    history = [[record["val_auc"] for record in Bundle(one.parent).history()]]
+    assert [record["val_auc"] for record in Bundle(two.parent).history()] == pytest.approx(
+        history[0], abs=1e-3
+    )
+
+
+@pytest.mark.slow
+def test_the_nodes_own_error_is_the_last_line(
+    cluster: Cluster,
+    inputs: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    failed = launch(inputs, tmp_path, {**PARAMS, "folds": 3, "ensemble": 2})
+    assert failed.returncode == 1
+    assert "folds 3 give as many networks; leave ensemble at 1" in failed.stderr.strip().splitlines()[-1]
+    assert not (tmp_path / "trained").exists()
