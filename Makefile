@@ -92,7 +92,7 @@ lock: setup  ## pin the dependencies anew, hashed and without addresses
 	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-annotate --no-header --quiet --upgrade --output-file $(LOCK)
 	for image in "steps" "serving --extra serving"; do set -- $$image; \
-		uv pip compile pyproject.toml --extra search --extra tracking --extra registry $${@:2} --constraint $(LOCK) --universal \
+		uv pip compile pyproject.toml --extra search --extra tracking --extra registry --extra nodes $${@:2} --constraint $(LOCK) --universal \
 			--python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header --quiet \
 			--output-file requirements/$$1.txt || exit 1; \
 	done
