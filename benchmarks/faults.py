@@ -1,8 +1,10 @@
 """What clients see while a server is ill-treated: sixteen ask without pause, and one fault follows the other.
 
-Each request ends in the right answer, or in an error that says what happened. What does neither is lost.
+Each request ends in the right answer, or in an error that says what happened. What does neither is lost. An answer
+that does not say that the request log lacks it must stand there.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -34,33 +36,52 @@ BURST = 150
 PAUSE_S = 10.0
 RESPONSE_TIMEOUT_S = 5
 FROZEN_S = 8.0
+DISTURBED_S = 3.0
+TOKEN_MINUTES = 2
 TOLERANCE = 1e-5
 
 
 def claims() -> Iterator[dict[str, Any]]:
-    """Requests that were lost, of all that were sent."""
+    """What became of all requests: none is lost, none answered wrongly, each answer is kept or says that it is not."""
     rng = np.random.default_rng(0)
     pngs = [encode_png(rng.integers(0, 255, (64, 64), np.uint8)) for _ in range(8)]
     with tempfile.TemporaryDirectory(prefix="cadx") as folder:
         bundle = write_demo_bundle(Path(folder) / "bundle", "radiograph")
         predictor = Predictor(bundle, "cpu")
         expected = [predictor.predict(png).probabilities["finding"] for png in pngs]
-        server = TorchServe(Path(folder) / "served", free_ports())
+        server = TorchServe(Path(folder) / "served", free_ports(), token_minutes=TOKEN_MINUTES)
         server.model_store.mkdir(parents=True)
         write_archive(server.model_store / "demo.mar", bundle, demo_release(bundle, "demo"))
         counted: Counter[str] = Counter()
+        kept: list[str] = []
         try:
             _start(server)
-            _run(server, pngs, expected, counted)
+            _run(server, pngs, expected, counted, kept)
         finally:
             server.stop()
-    for name in ("answered", "refused", "unreachable", "wrong"):
+        logged = {
+            json.loads(line)["prediction_id"]
+            for file in server.request_log.glob("*.jsonl")
+            for line in file.read_text().splitlines()
+        }
+    for name in ("answered", "answered_unlogged", "refused", "unreachable"):
         yield claim(f"faults.{name}", counted[name], counted["sent"], "requests", goal=0)
-    lost = counted["sent"] - counted["answered"] - counted["refused"] - counted["unreachable"]
-    yield claim("faults.lost", lost, counted["sent"], "requests", ratio=float(lost == 0))
+    for name in sorted(counted):
+        if name.startswith("fault "):
+            yield claim(f"faults.{name[6:]}", counted[name], counted[name], "times", goal=0)
+    clear = ("answered", "answered_unlogged", "refused", "unreachable", "wrong")
+    lost = counted["sent"] - sum(counted[name] for name in clear)
+    for name, number in (
+        ("wrong", counted["wrong"]),
+        ("lost", lost),
+        ("missing_in_the_log", len(set(kept) - logged)),
+    ):
+        yield claim(f"faults.{name}", number, counted["sent"], "requests", ratio=float(number == 0))
 
 
-def _run(server: TorchServe, pngs: list[bytes], expected: list[float], counted: Counter[str]) -> None:
+def _run(
+    server: TorchServe, pngs: list[bytes], expected: list[float], counted: Counter[str], kept: list[str]
+) -> None:
     done, lock = threading.Event(), threading.Lock()
 
     def ask(client: Client, number: int) -> None:
@@ -68,7 +89,13 @@ def _run(server: TorchServe, pngs: list[bytes], expected: list[float], counted: 
         try:
             answer = client.predict(pngs[number % len(pngs)])
             gap = abs(answer.probabilities["finding"] - expected[number % len(pngs)])
-            outcome = "answered" if gap <= TOLERANCE else "wrong"
+            if not gap <= TOLERANCE:
+                outcome = "wrong"
+            elif any("not in the request log" in warning for warning in answer.warnings):
+                outcome = "answered_unlogged"
+            else:
+                outcome = "answered"
+                kept.append(answer.prediction_id)
         except Refused:
             outcome = "refused"
         except (ConnectionError, ValueError):  # no server, or no key file while it starts: one line each
@@ -87,25 +114,28 @@ def _run(server: TorchServe, pngs: list[bytes], expected: list[float], counted: 
         with ThreadPoolExecutor(BURST) as crowd:
             list(crowd.map(lambda number: ask(client, number), range(BURST)))
 
-    faults: list[Callable[[], None]] = [
-        lambda: _signal_worker(server, signal.SIGKILL),
-        lambda: _freeze(server),
-        burst,
-        lambda: _without_log(server),
-        server.renew_tokens,
-        lambda: _kill_front_end(server),
-    ]
+    faults: dict[str, Callable[[], None]] = {
+        "worker killed": lambda: _signal_worker(server, signal.SIGKILL),
+        "slow handler": lambda: _freeze(server),
+        "full queue": burst,
+        "full disk": lambda: _full_disk(server),
+        "log folder gone": lambda: _without_log(server),
+        "front end killed": lambda: _kill_front_end(server),
+        "expired token": lambda: _expire(server),
+    }
     end = time.monotonic() + DURATION_S
     with ThreadPoolExecutor(NUM_CLIENTS) as pool:
         asking = [pool.submit(keep_asking, number) for number in range(NUM_CLIENTS)]
         try:
-            number = 0
-            while time.monotonic() < end:
-                time.sleep(min(PAUSE_S, DURATION_S / (2 * len(faults))))
+            for name in itertools.cycle(faults):
+                time.sleep(PAUSE_S)
+                if time.monotonic() >= end:
+                    break
                 # A fault may find what the last one left not up again yet.
                 with suppress(ValueError, ConnectionError):
-                    faults[number % len(faults)]()
-                number += 1
+                    server.renew_tokens()
+                    faults[name]()
+                    counted[f"fault {name}"] += 1
         finally:
             done.set()
         for task in asking:
@@ -134,11 +164,30 @@ def _freeze(server: TorchServe) -> None:
     _signal_worker(server, signal.SIGCONT)
 
 
+def _full_disk(server: TorchServe) -> None:
+    """The workers' files lie on a device that is always full."""
+    aside = server.request_log.with_name("aside")
+    aside.mkdir(exist_ok=True)
+    files = [*server.request_log.glob("*.jsonl")]
+    for file in files:
+        file.rename(aside / file.name)
+        file.symlink_to("/dev/full")
+    time.sleep(DISTURBED_S)
+    for file in files:
+        (aside / file.name).replace(file)
+
+
 def _without_log(server: TorchServe) -> None:
     away = server.request_log.with_name("away")
     server.request_log.rename(away)
-    time.sleep(2)
+    time.sleep(DISTURBED_S)
     away.rename(server.request_log)
+
+
+def _expire(server: TorchServe) -> None:
+    """Nobody renews the tokens in time."""
+    time.sleep(60 * TOKEN_MINUTES + DISTURBED_S)
+    server.renew_tokens()
 
 
 def _kill_front_end(server: TorchServe) -> None:
