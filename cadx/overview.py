@@ -1,34 +1,29 @@
-"""One experiment on one page (`cadx show`), and every experiment in one table (`cadx results`).
+"""One experiment on one page (`cadx show`).
 
 Reads only what the steps left: the dataset, splits and bundles, and the reports' JSON and Parquet files.
 """
 
 import json
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from cadx.bundle import Bundle
-from cadx.catalog import load_catalog
 from cadx.datasets import DatasetFolder, read_splits
-from cadx.explaining import overlay, title
+from cadx.evaluating import HEADLINES, Settings, evaluation_of, judged_on, meanings_of
+from cadx.explaining import draw_boxes, overlay, title
 from cadx.files import digest_path
 from cadx.gating import Decision, read_decisions
-from cadx.metrics import METRICS, roc
 from cadx.predicting import Predictor, read_predictions
-from cadx.reporting import INK, PALETTE, Page, estimate_text, figure, panels
-from cadx.types import Estimate, RawImage
+from cadx.reporting import PALETTE, Page, estimate_text, figure, panels
+from cadx.types import Estimate, RawImage, Task
 
-_HEADLINES = ("auc", "sensitivity", "specificity", "ppv", "npv", "accuracy", "balanced_accuracy", "brier")
 _NUM_PICTURES = 6
-_LINE_PX = 2
 
 
 def write_overview(experiment: str, work: Path, reports: Path) -> Path:
@@ -57,7 +52,7 @@ def write_overview(experiment: str, work: Path, reports: Path) -> Path:
         *((f"seed {seed}", f"{seed}/report.html") for seed in seeds),
         ("all seeds", "report.html"),
     ])  # fmt: skip
-    _answer(page, summary)
+    _answer(page, summary, folder.info.task)
     _data(page, folder, splits, json.loads((reports / "validation.json").read_text(encoding="utf-8")))
     _imbalance(page, json.loads((reports / "imbalance.json").read_text(encoding="utf-8")))
     _training(page, work, seeds)
@@ -70,79 +65,18 @@ def write_overview(experiment: str, work: Path, reports: Path) -> Path:
     target = reports / "index.html"
     page.write(target)
 
-    _print(summary, decisions)
+    _print(summary, folder.info.task, decisions)
     print(f"open   {target}")
     print("next   cadx new FOLDER   for your own images, then make reproduce EXPERIMENT=...")
     return target
 
 
-def results_markdown(catalog: Path, params: Path, reports: Path) -> str:
-    """Every summarised experiment as Markdown: its metrics with intervals, and what others report beside it.
-
-    Args:
-        catalog: data/catalog.yaml.
-        params: params.yaml, which names each experiment's source.
-        reports: data/reports.
-    """
-    entries = load_catalog(catalog)
-    experiments = yaml.safe_load(params.read_text(encoding="utf-8"))
-    parts = [
-        "# Results",
-        "Written by `cadx results > docs/results.md` from `data/reports/*/metrics.json`. Intervals are 95 % ones over "
-        "patients, of the mean over seeds.",
-    ]
-    for name, sections in experiments.items():
-        file = reports / name / "metrics.json"
-        if not file.is_file():
-            continue
-        summary = json.loads(file.read_text(encoding="utf-8"))
-        entry = entries[sections["ingest"]["source"]]
-        metrics = _estimates(summary)
-        seeds = ", ".join(map(str, summary["seeds"]))
-        parts.append(
-            f"## {name}\n\n{entry.title}, {summary['split']} split: {summary['n']} images, seeds {seeds}. "
-            f"Command: `make reproduce EXPERIMENT={name}`{_commit(file)}. {entry.note}".rstrip()
-        )
-        parts.extend(f"> {warning}" for warning in summary["warnings"])
-        by_seed = summary["by_seed"]
-        rows = [
-            f"| {title(metric)} | {estimate_text(estimate)} | {_each(by_seed.get(metric, []))} | {estimate.method} |"
-            for metric, estimate in metrics.items()
-        ]
-        parts.append(
-            "\n".join(["| metric | value (95 % interval) | each seed | method |", "|---|---|---|---|", *rows])
-        )
-        if entry.published:
-            compared = list(entry.published[0].metrics)
-            ours = " | ".join(estimate_text(metrics[metric]) for metric in compared)
-            others = [
-                f"| {item.what} | {' | '.join(f'{item.metrics[m]:.3f}' for m in compared)} | {item.source} |"
-                for item in entry.published
-            ]
-            header = f"| model | {' | '.join(map(title, compared))} | source |"
-            rule = "|---" * (len(compared) + 2) + "|"
-            parts.append("\n".join([header, rule, f"| **cadx** | {ours} | this repository |", *others]))
-    return "\n\n".join(parts) + "\n"
-
-
-def _commit(file: Path) -> str:
-    """Where in history these numbers entered; nothing outside of a git checkout."""
-    found = subprocess.run(
-        ["git", "log", "-1", "--format=%h", "--", str(file)], capture_output=True, text=True, check=False
-    )
-    commit = found.stdout.strip()
-    return f", numbers of commit {commit}" if found.returncode == 0 and commit else ""
-
-
-def _each(values: Sequence[float | None]) -> str:
-    return ", ".join("-" if value is None else f"{value:.3f}" for value in values)
-
-
-def _answer(page: Page, summary: dict[str, Any]) -> None:
+def _answer(page: Page, summary: dict[str, Any], task: Task) -> None:
     metrics = _estimates(summary)
-    page.facts([(title(name), metrics[name]) for name in _HEADLINES[:3] if name in metrics])
+    page.facts([(title(name), metrics[name]) for name in HEADLINES[task][:3] if name in metrics])
+    patients = f" of {summary['n_patients']:,} patients" if summary["clustered"] else ""
     page.text(
-        f"Scored on the {summary['split']} split: {summary['n']} images of {summary['n_patients']} patients, "
+        f"Scored on {judged_on(summary['split'])}: {summary['n']:,} samples{patients}, "
         f"{len(summary['seeds'])} training seeds. Each number stands with its 95 % interval."
     )
     for warning in summary["warnings"]:
@@ -154,11 +88,12 @@ def _data(page: Page, folder: DatasetFolder, splits: pd.DataFrame, validation: d
     page.section("Data")
     page.text(f"{info.source.title}. Licence: {info.source.licence}. {info.source.note}")
     page.images(
-        list(_examples(folder, splits)), caption="Images of the training split, as stored; boxes where known."
+        list(_examples(folder, splits)),
+        caption="Samples of the training split, as stored; boxes where known.",
     )
     merged = folder.samples.merge(splits, on="sample_id")
     counts = merged.groupby("split")[list(info.label_columns)].sum().astype(int)
-    counts.insert(0, "images", merged.groupby("split").size())
+    counts.insert(0, "samples", merged.groupby("split").size())
     counts.insert(1, "patients", merged.groupby("split")["patient"].nunique())
     order = [name for name in ("train", "val", "calibration", "test", "excluded") if name in counts.index]
     page.table(
@@ -198,34 +133,30 @@ def _training(page: Page, work: Path, seeds: Sequence[int]) -> None:
 
 def _results(page: Page, summary: dict[str, Any], reports: Path, seeds: Sequence[int]) -> None:
     page.section("Results")
-    metrics = _estimates(summary)
+    read = [read_predictions(reports / str(seed) / "predictions.parquet") for seed in seeds]
+    (frame, info), *others = read
+    meanings = meanings_of(info.task)
     page.table(
         [
             {
                 "metric": title(name),
                 "value (95 % interval)": estimate,
                 "n": estimate.n,
-                "what it says": METRICS[name].meaning,
+                "what it says": meanings[name].meaning,
             }
-            for name, estimate in metrics.items()
+            for name, estimate in _estimates(summary).items()
         ],
         "Mean over seeds; the interval is over patients.",
     )
     drawing, axes = figure(4.4, 3.8)
-    for seed in seeds:
-        frame, info = read_predictions(reports / str(seed) / "predictions.parquet")
-        name = info.positive or info.classes[-1]
-        curve = roc(frame[f"label_{name}"], frame[f"prob_{name}"])
-        axes.plot(curve.false_positive_rate, curve.sensitivity, label=f"seed {seed}")
-    axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":")
-    axes.set(xlabel="1 - specificity", ylabel="sensitivity")
-    axes.legend(frameon=False, loc="lower right")
-    page.figure(drawing, f"ROC curves for {name}.")
+    settings = Settings(resamples=0, subgroups=(), minimum_n=1)
+    if evaluation_of(info.task)(frame, info, settings, others).draw_curve(axes):
+        page.figure(drawing, "The mean over seeds, with pointwise 95 % limits from a bootstrap of patients.")
 
 
 def _cases(page: Page, folder: DatasetFolder, bundle: Path, predictions: Path) -> None:
     frame, info = read_predictions(predictions)
-    if info.task != "binary":
+    if info.task != "binary" or folder.info.kind != "image":
         return
     page.section("What it looks at")
     score, truth = frame[f"prob_{info.positive}"], frame[f"label_{info.positive}"] == 1
@@ -343,31 +274,24 @@ def _examples(folder: DatasetFolder, splits: pd.DataFrame) -> "Sequence[tuple[np
 
 
 def _with_boxes(folder: DatasetFolder, sample_id: str) -> np.ndarray:
-    pixels = folder.pixels(sample_id)
+    pixels = folder.preview(sample_id)
     boxes = folder.boxes[folder.boxes["sample_id"] == sample_id]
-    if boxes.empty:
+    if folder.info.kind != "image" or boxes.empty:
         return pixels
-    gray = (pixels.astype(np.float64) / np.iinfo(pixels.dtype).max * 255).astype(np.uint8)
-    shown = gray if gray.ndim == 3 else np.repeat(gray[..., None], 3, axis=2)
-    for x0, y0, x1, y1 in boxes[["x0", "y0", "x1", "y1"]].to_numpy().astype(int):
-        frame = np.zeros(shown.shape[:2], bool)
-        frame[y0:y1, x0:x1] = True
-        frame[y0 + _LINE_PX : y1 - _LINE_PX, x0 + _LINE_PX : x1 - _LINE_PX] = False
-        shown[frame] = (255, 176, 0)
-    return shown
+    return draw_boxes(pixels, [(boxes[["x0", "y0", "x1", "y1"]].to_numpy(np.float64), PALETTE[4])])
 
 
 def _estimates(summary: dict[str, Any]) -> dict[str, Estimate]:
     return {name: Estimate.model_validate(value) for name, value in summary["metrics"].items()}
 
 
-def _print(summary: dict[str, Any], decisions: Sequence[Decision]) -> None:
+def _print(summary: dict[str, Any], task: Task, decisions: Sequence[Decision]) -> None:
     table = Table(
         "metric", "value (95 % interval)", "n",
         title=f"{summary['experiment']}, {summary['split']} split, {len(summary['seeds'])} seeds",
     )  # fmt: skip
     metrics = _estimates(summary)
-    for name in _HEADLINES:
+    for name in HEADLINES[task]:
         if name in metrics:
             table.add_row(title(name), estimate_text(metrics[name]), str(metrics[name].n))
     Console().print(table)

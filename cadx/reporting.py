@@ -379,6 +379,16 @@ def _finish(drawing: "Figure") -> None:
             legend.set_frame_on(False)
 
 
+def svg_file(drawing: "Figure") -> bytes:
+    """A drawing as an SVG file of its own, as Markdown shows it; the same drawing gives the same bytes."""
+    _finish(drawing)
+    width, height = (round(float(inches) * 100) for inches in drawing.get_size_inches())
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+    # In a picture the page's font is not at hand, and matplotlib's may not be installed.
+    svg = str(_svg(drawing, prefix="")).replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
+    return svg.replace("<svg ", opening, 1).encode("utf-8")
+
+
 def _png(drawing: "Figure") -> bytes:
     out = io.BytesIO()
     drawing.savefig(out, format="png", dpi=160, metadata={"Software": None})

@@ -1,6 +1,7 @@
 """Evidence: from answers to numbers with intervals, and to the sections of a report."""
 
 from cadx import detection, metrics
+from cadx.evaluating import boxes, classification
 from cadx.evaluating.boxes import Detection
 from cadx.evaluating.classification import Classification
 from cadx.evaluating.evaluation import (
@@ -13,10 +14,14 @@ from cadx.evaluating.evaluation import (
     judged_on,
     show_assumptions,
 )
+from cadx.metrics import Meaning
 from cadx.types import Task
 
 METRICS = {**metrics.METRICS, **detection.METRICS}
 """Every metric that an evaluation may hold: what can be bounded, or ranked by."""
+
+HEADLINES: dict[Task, tuple[str, ...]] = {**classification.HEADLINES, "detection": boxes.HEADLINE}
+"""The few metrics of each task that a reader looks for first."""
 
 
 def evaluation_of(task: Task) -> type[Evaluation]:
@@ -24,7 +29,13 @@ def evaluation_of(task: Task) -> type[Evaluation]:
     return Detection if task == "detection" else Classification
 
 
+def meanings_of(task: Task) -> dict[str, Meaning]:
+    """What each metric of a task is; some names stand for one thing of boxes and another of labels."""
+    return detection.METRICS if task == "detection" else metrics.METRICS
+
+
 __all__ = [
+    "HEADLINES",
     "METRICS",
     "Aggregation",
     "Attribute",
@@ -36,5 +47,6 @@ __all__ = [
     "described",
     "evaluation_of",
     "judged_on",
+    "meanings_of",
     "show_assumptions",
 ]

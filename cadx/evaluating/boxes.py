@@ -201,7 +201,7 @@ class Detection(Evaluation):
                 Mistake(
                     sample_id,
                     name if heading == "Missed" else f"no {name}",
-                    f"no {name}" if heading == "Missed" else name,
+                    "nothing" if heading == "Missed" else name,
                     None if np.isnan(score) else score,
                     corners,
                 )
