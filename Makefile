@@ -86,7 +86,7 @@ bench: setup  ## every benchmark, as a table
 
 evidence: setup  ## recompute every committed result: all experiments and seeds
 	dvc repro
-	cadx results > docs/results.md
+	cadx results
 
 lock: setup  ## pin the dependencies anew, hashed and without addresses
 	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \
