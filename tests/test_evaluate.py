@@ -96,7 +96,7 @@ def test_the_record_has_its_form(scored: Path, ready: Run) -> None:
     assert list(found) == [
         "schema", "experiment", "seed", "split", "bundle", "dataset", "splits", "predictions", "n", "n_patients",
         "clustered", "warnings", "aggregate", "metrics", "by_class", "by_subgroup", "gaps", "confusion",
-        "operating_point", "predictive_values", "decision_curve", "conformal", "roc",
+        "operating_point", "predictive_values", "decision_curve", "conformal", "uncertainty", "roc",
     ]  # fmt: skip
     assert (found["schema"], found["experiment"], found["split"]) == (1, "squares", "test")
     assert found["bundle"] == Bundle(ready.bundle).digest

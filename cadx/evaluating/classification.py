@@ -22,6 +22,8 @@ from cadx.evaluating.evaluation import (
     show_metrics,
 )
 from cadx.evaluating.explanations import cases_of, explain, show_explanations
+from cadx.evaluating.lesion_sizes import largest_lesions, only_sized, size_groups, with_reasons
+from cadx.evaluating.uncertainty import disagreement, show_uncertainty, uncertainty, uncertainty_record
 from cadx.explaining import (
     draw_band,
     draw_boxes,
@@ -96,6 +98,9 @@ class Classification(Evaluation):
             read = [(by_patient(rows, one, self.aggregate), one) for rows, one in read]
         self.frame, self.rows, self.joined = read[0][0], arrays(read[0][0], info), _joined(read)
         self._groups = subgroups(self.frame, settings.subgroups)
+        if info.positive is not None:
+            ill = self.rows.labels[:, info.classes.index(info.positive)] == 1
+            self._groups |= size_groups(self.frame, ill)
         self._what: dict[str, Any] = {
             "task": info.task,
             "classes": info.classes,
@@ -134,18 +139,27 @@ class Classification(Evaluation):
     @cached_property
     def by_subgroup(self) -> dict[str, dict[str, Subgroup]]:
         """Attribute -> value -> its metrics."""
-        return score_subgroups(
+        found = score_subgroups(
             *self.joined[:3],
             self._groups,
             **self._what,
             minimum_n=self._settings.minimum_n,
             resamples=self._settings.resamples,
         )
+        return with_reasons(only_sized(found))
 
     @cached_property
     def gaps(self) -> dict[str, dict[str, dict[str, Gap]]]:
         """Attribute -> value -> how far it is from all others."""
-        return subgroup_gaps(*self.joined[:3], self._groups, **self._what, minimum_n=self._settings.minimum_n)
+        found = subgroup_gaps(
+            *self.joined[:3], self._groups, **self._what, minimum_n=self._settings.minimum_n
+        )
+        return only_sized(found)
+
+    @cached_property
+    def uncertainty(self) -> dict[str, Any]:
+        """See `uncertainty.uncertainty`; empty where nothing was kept of the members."""
+        return uncertainty(self.info, self.rows, self.frame)
 
     @cached_property
     def operating_point(self) -> dict[str, dict[str, Estimate]]:
@@ -172,13 +186,15 @@ class Classification(Evaluation):
 
     @staticmethod
     def predict(predictor: Predictor, folder: DatasetFolder, sample_ids: Sequence[str]) -> pd.DataFrame:
-        """The rows of the predictions file."""
+        """The rows of the predictions file; columns beyond its own are for this evaluation alone."""
         manifest = predictor.bundle.manifest
-        probabilities = predictor.probabilities(predictor.stored(folder, sample_ids))
+        logits, features = predictor.logits(predictor.stored(folder, sample_ids))
+        probabilities = predictor.calibrated(logits)
         answers = answer_table(
             probabilities, predictor.decide(probabilities), manifest.task, manifest.classes
         )
-        return pd.concat([described(folder, sample_ids), answers], axis=1)
+        beside = {**largest_lesions(folder, sample_ids), **disagreement(predictor, logits, features)}
+        return pd.concat([described(folder, sample_ids), answers, pd.DataFrame(beside)], axis=1)
 
     def record(self) -> dict[str, Any]:
         """Metrics, by class, by subgroup and their gaps, the confusion matrix, and what the decisions are worth."""
@@ -198,6 +214,7 @@ class Classification(Evaluation):
             },
             "decision_curve": self.net_benefit,
             "conformal": decisions.coverage_record(self.coverage),
+            "uncertainty": uncertainty_record(self.uncertainty),
             "roc": self._roc(),
         }
 
@@ -235,6 +252,7 @@ class Classification(Evaluation):
             decisions.show_prevalences(page, name, values)
         decisions.show_net_benefit(page, self.infos, self.net_benefit)
         decisions.show_coverage(page, self.coverage)
+        show_uncertainty(page, self.uncertainty)
         show_subgroups(page, self.by_subgroup, self.scores.metrics)
         decisions.show_gaps(page, self.gaps)
 

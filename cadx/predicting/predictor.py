@@ -210,7 +210,11 @@ class Predictor:
 
     def probabilities(self, items: Iterable[Any]) -> np.ndarray:
         """Calibrated probabilities, N K float64, of `stored` samples; they are streamed."""
-        return self._here(self._calibrated(self.logits(items)[0]))
+        return self.calibrated(self.logits(items)[0])
+
+    def calibrated(self, logits: np.ndarray) -> np.ndarray:
+        """The probabilities, N K, that `logits` stand for."""
+        return self._here(self._calibrated(logits))
 
     @property
     def thresholds(self) -> dict[str, float]:
