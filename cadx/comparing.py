@@ -260,7 +260,6 @@ def _row(one: Comparison) -> dict[str, str]:
         "B (95 % interval)": estimate_text(one.b),
         "A - B (95 % interval)": difference_text(one.difference),
         "p": MISSING if p is None else "<0.001" if p < 0.001 else f"{p:.3f}",
-        "method": one.difference.method,
     }
 
 
@@ -285,7 +284,10 @@ def _page(
         "of A - B that leaves out 0 speaks for one of them; one that holds 0 says that these patients cannot tell "
         "them apart, not that they are alike. Where many metrics are compared, some differ by chance."
     )
-    page.table([_row(one) for one in found])
+    # On one line each: there is room.
+    page.table([{name: text.replace(" ", "\u00a0") for name, text in _row(one).items()} for one in found])
+    with page.details("How each interval was made"):
+        page.table([{"metric": _name(one), "A - B": one.difference.method} for one in found])
     page.figure(
         _drawn(first, second, found),
         "Left: the ROC curves with 95 % bands. Right: A - B with its 95 % interval; to the right of the line A is "
@@ -312,11 +314,12 @@ def _page(
                 "": letter,
                 "experiment": one.info.experiment,
                 "seed": str(one.info.seed),
-                "bundle": one.info.bundle,
+                "bundle": one.info.bundle[7:23],
                 "thresholds": ", ".join(f"{name} {value:.4f}" for name, value in one.info.thresholds.items()),
             }
             for letter, one in (("A", first), ("B", second))
-        ]
+        ],
+        "Of each bundle the first 16 digits of its digest.",
     )
     for warning in dict.fromkeys((*first.info.warnings, *second.info.warnings)):
         page.callout("warn", warning)
@@ -339,6 +342,7 @@ def _drawn(first: Scored, second: Scored, found: Sequence[Comparison]) -> "Figur
             if (band := patient_band(roc_heights, labels, scores[None], patients)) is not None:
                 draw_band(axes[0], band, letter, drawn_as=(curve.false_positive_rate, curve.sensitivity))
         square(axes[0], "1 - specificity", "sensitivity")
+        axes[0].set_title("ROC")
         if axes[0].lines:
             axes[0].legend(loc="lower right")
     forest = axes[-1]
@@ -351,6 +355,6 @@ def _drawn(first: Scored, second: Scored, found: Sequence[Comparison]) -> "Figur
             forest.plot([low, high], [-height, -height], color=PALETTE[0], linewidth=1.6)
         forest.plot([value], [-height], marker="s", markersize=4.5, color=PALETTE[0])
     forest.set_yticks([-height for height in range(len(found))], [_name(one) for one in found])
-    forest.set(ylim=(0.6 - len(found), 0.6), xlabel="A - B")
+    forest.set(ylim=(0.6 - len(found), 0.6), xlabel="A - B", title="Differences")
     forest.grid(visible=False, axis="y")
     return drawing

@@ -137,7 +137,7 @@ def evaluate(
     }
     write_json(metrics, record)
     page = Page(
-        f"{info.experiment}, seed {info.seed}: {judged_on(info.split)}",
+        f"{info.experiment}, seed {info.seed}, on {judged_on(info.split)}",
         f"{folder.info.source.title}; evaluation",
     )
     scored.show_answer(page)

@@ -62,7 +62,7 @@ def summarise(*, predictions: Ins, metrics: Out, report: Out, params: SummariseP
         },
     )
     plural = "seed" if len(read) == 1 else "seeds"
-    page = Page(f"{info.experiment}: {judged_on(info.split)}", f"{len(read)} training {plural} joined")
+    page = Page(f"{info.experiment} on {judged_on(info.split)}", f"{len(read)} training {plural} joined")
     joined.show_answer(page)
     for warning in info.warnings:
         page.callout("warn", warning)

@@ -353,7 +353,7 @@ class Detection(Evaluation):
             f"{name!r} is called at a score of {value:.4f} or more"
             for name, value in self.info.thresholds.items()
         )
-        return f"{rules}. It is frozen in the bundle."
+        return f"{rules}. The threshold is frozen in its bundle."
 
 
 def _nothing(why: str, n: int) -> Estimate:

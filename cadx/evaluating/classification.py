@@ -449,11 +449,7 @@ class Classification(Evaluation):
         page.figure(
             drawing,
             f"{counts}, and shares of the true class."
-            + (
-                " Histogram: the dashed line is the threshold, calls lie to its right."
-                if info.positive
-                else ""
-            ),
+            + (" Dashed: the threshold (of each seed); calls lie to its right." if info.positive else ""),
             alt="Confusion matrix at the operating point"
             + (" and histogram of probabilities" if info.positive else ""),
         )
@@ -461,12 +457,15 @@ class Classification(Evaluation):
     def _rule(self) -> str:
         if self.info.task == "multiclass":
             return "The most probable class is called."
+        several = len(self.seeds) > 1
         rules = []
         for name in decisions.called_classes(self.info):
-            at = [f"{one.thresholds[name]:.4f}" for one in self.infos]
-            rules.append(f"{name!r} is called at a probability of {' / '.join(at)} or more")
-        by_seed = f" (seeds {', '.join(map(str, self.seeds))})" if len(self.seeds) > 1 else ""
-        return f"{', '.join(rules)}{by_seed}. It is frozen in the bundle."
+            at = [
+                f"{one.thresholds[name]:.4f}" + (f" (seed {one.seed})" if several else "")
+                for one in self.infos
+            ]
+            rules.append(f"{name!r} is called at a probability of {', '.join(at)} or more")
+        return f"{'; '.join(rules)}. {'Each' if several else 'The'} threshold is frozen in its bundle."
 
     def _draw_scores(self, axes: "Axes") -> None:
         info = self.info

@@ -174,7 +174,7 @@ def show_net_benefit(page: Page, infos: Sequence[PredictionsInfo], curves: Mappi
                 one.axvline(seed.thresholds[name], color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
     for one in axes[len(curves) :]:
         one.set_axis_off()
-    axes[0].legend(loc="center right", fontsize=8)
+    axes[0].legend(loc="best", fontsize=8)
     points = "the operating point" if len(infos) == 1 else "each seed's operating point"
     dotted = f" Dotted: {points}." if info.thresholds else ""
     page.figure(
