@@ -6,6 +6,7 @@ import threading
 import warnings
 from pathlib import Path
 
+import gdcm
 import numpy as np
 import pydicom
 import pytest
@@ -13,8 +14,14 @@ from PIL import Image
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.pixels import apply_modality_lut, apply_windowing
+from pydicom.pixels.decoders.base import get_decoder
 from pydicom.sequence import Sequence
-from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian, RLELossless
+from pydicom.uid import (
+    ComputedRadiographyImageStorage,
+    ExplicitVRLittleEndian,
+    JPEGLosslessSV1,
+    RLELossless,
+)
 
 from cadx.reading.dicom import dicom_identifiers
 from cadx.reading.images import read_arrays, read_image
@@ -117,6 +124,36 @@ def test_window_equals_pydicom(ramp12, function, signed):
     assert "the first of 2 display windows was taken" in image.assumptions
 
 
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("bits", range(8, 17))
+def test_every_depth_of_8_to_16_bits_equals_pydicom(bits, signed):
+    lowest = -(1 << bits - 1) if signed else 0
+    values = np.linspace(lowest, lowest + (1 << bits) - 1, 4096).round().reshape(64, 64)
+    stored = values.astype(f"{'i' if signed else 'u'}{1 if bits == 8 else 2}")
+    ds = dicom_dataset(
+        stored, bits=bits, WindowCenter=str(lowest + (1 << bits - 1)), WindowWidth=str(1 << bits - 1)
+    )
+    image = read_image(encode(ds))
+    reference = apply_windowing(stored, ds)
+    unit = (reference - reference.min()) / (reference.max() - reference.min())
+    top = np.iinfo(image.pixels.dtype).max
+    assert image.pixels.dtype == (np.uint8 if bits == 8 else np.uint16)
+    np.testing.assert_allclose(image.pixels / top, unit, atol=0.51 / top)
+
+
+def test_a_modality_lookup_table_comes_before_the_window_as_in_pydicom(ramp12):
+    entries = np.rint(np.sqrt(np.linspace(0, 1, 3000)) * 4000).astype(np.uint16)
+    item = Dataset()
+    item.LUTDescriptor, item.LUTData = [3000, 200, 16], entries.tolist()
+    item.ModalityLUTType = "US"
+    for keyword in ("LUTDescriptor", "LUTData"):
+        item[keyword].VR = "US"
+    window = {"WindowCenter": "2500", "WindowWidth": "1000", "VOILUTFunction": "LINEAR_EXACT"}
+    ds = dicom_dataset(ramp12, bits=12, ModalityLUTSequence=Sequence([item]), **window)
+    expected = np.clip((apply_modality_lut(ramp12, ds) - 2500.0) / 1000 + 0.5, 0, 1)
+    np.testing.assert_allclose(read_image(encode(ds)).pixels / 65535, expected, atol=0.51 / 65535)
+
+
 def test_twelve_bits_without_window_fill_the_range_and_say_so(ramp12):
     image = read_image(dicom_bytes(ramp12, bits=12))
     np.testing.assert_array_equal(image.pixels, np.rint(ramp12 / 4095 * 65535))
@@ -181,6 +218,34 @@ def test_jpeg_baseline_in_dicom_reads_as_the_jpeg_itself():
     ds.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit
     ds.PixelData = pydicom.encaps.encapsulate([jpeg])
     np.testing.assert_array_equal(read_image(encode(ds)).pixels, read_image(jpeg).pixels)
+
+
+def test_lossless_jpeg_the_archives_commonest_form_gives_the_uncompressed_pixels(ramp12, tmp_path):
+    ds = dicom_dataset(ramp12, bits=12, WindowCenter="1800", WindowWidth="1500")
+    plain, packed = tmp_path / "plain.dcm", tmp_path / "packed.dcm"
+    plain.write_bytes(encode(ds))
+    reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
+    reader.SetFileName(str(plain))
+    assert reader.Read()
+    change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGLosslessProcess14_1))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    writer.SetFileName(str(packed))
+    assert writer.Write()
+    assert pydicom.dcmread(packed).file_meta.TransferSyntaxUID == JPEGLosslessSV1
+    np.testing.assert_array_equal(read_image(packed).pixels, read_image(plain).pixels)
+
+
+@pytest.mark.parametrize("file", ["693_J2KI.dcm", "JPEG2000.dcm"])
+def test_lossy_jpeg_2000_reads_as_another_decoder_reads_it(file):
+    path = Path(get_testdata_file(file, download=False))
+    ds = pydicom.dcmread(path)
+    stored, _ = get_decoder(ds.file_meta.TransferSyntaxUID).as_array(ds, raw=True, decoding_plugin="gdcm")
+    ds.decompress(decoding_plugin="gdcm", generate_instance_uid=False)
+    assert stored.min() < stored.max()
+    np.testing.assert_array_equal(read_image(path).pixels, read_image(encode(ds)).pixels)
 
 
 def test_colour_dicom_is_rgb_and_collapses_where_it_is_gray():
@@ -386,7 +451,8 @@ def test_missing_file_and_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "file", ["image_dfl.dcm", "rtdose_1frame.dcm", "test-SR.dcm", "MR_truncated.dcm", "badVR.dcm"]
+    "file",
+    ["image_dfl.dcm", "rtdose_1frame.dcm", "test-SR.dcm", "MR_truncated.dcm", "badVR.dcm", "JPGExtended.dcm"],
 )
 def test_dicom_that_is_no_plain_image_is_refused(file):
     with pytest.raises(ValueError, match=r"^DICOM: "):
