@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cadx import detection
+from cadx.evaluating import judged_on
 from cadx.explaining import draw_band, patient_band, roc_heights, square, title
 from cadx.metrics import Difference, delong_difference, roc, score, tango_difference
 from cadx.predicting import PredictionsInfo, arrays, box_table, read_predictions
@@ -280,12 +281,19 @@ def _page(
     page.section("Differences")
     patients = f" of {first.frame['patient'].nunique():,} patients" if info.clustered else ""
     page.text(
-        f"Both models answered the same {len(first.frame):,} images{patients} of the {info.split} split. An interval "
+        f"Both models answered the same {len(first.frame):,} images{patients} of {judged_on(info.split)}. An interval "
         "of A - B that leaves out 0 speaks for one of them; one that holds 0 says that these patients cannot tell "
         "them apart, not that they are alike. Where many metrics are compared, some differ by chance."
     )
-    # On one line each: there is room.
-    page.table([{name: text.replace(" ", "\u00a0") for name, text in _row(one).items()} for one in found])
+    page.table(
+        [
+            {
+                name: text.replace(" ", "\u00a0") if "interval" in name else text
+                for name, text in _row(one).items()
+            }
+            for one in found
+        ]
+    )
     with page.details("How each interval was made"):
         page.table([{"metric": _name(one), "A - B": one.difference.method} for one in found])
     page.figure(
