@@ -1,5 +1,6 @@
-"""The form of a claim: one line of what `python -m benchmarks` prints."""
+"""The form of a claim, one line of what `python -m benchmarks` prints; and the sections of a page that it writes."""
 
+from pathlib import Path
 from typing import Any
 
 
@@ -17,3 +18,9 @@ def claim(
         "goal": goal,
         "holds": ratio >= goal,
     }
+
+
+def put_section(page: Path, heading: str, text: str) -> None:
+    """Write a section at the end of a page, in place of the one of that heading and all that follows it."""
+    before = page.read_text(encoding="utf-8").split(f"\n## {heading}\n")[0].rstrip("\n")
+    page.write_text(f"{before}\n\n## {heading}\n\n{text}\n", encoding="utf-8")

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import integrate, special, stats
 
-from benchmarks._claim import claim
+from benchmarks._claim import claim, put_section
 from cadx.calibration import resampled_thresholds
 from cadx.metrics import (
     Difference,
@@ -34,6 +34,7 @@ ELSEWHERE = 0.05  # another prevalence
 MIN_CASES, MIN_ERRORS = 50, 5
 WITHIN = (0.93, 0.97)
 PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
+SETS = "Prediction sets"  # the section of the page that `benchmarks/conformal.py` writes
 
 _PATIENT_SHARE = 0.5  # of the variance of a score lies between patients
 _WORSE = 0.05  # by how much the second model's AUC and sensitivity are lower
@@ -319,4 +320,7 @@ def write_page(rows: list[Row], chosen: list[tuple[Cell, dict[str, float]]]) -> 
         + " |"
         for cell, held in chosen
     ]
+    _, _, sets = PAGE.read_text(encoding="utf-8").partition(f"\n## {SETS}\n\n")
     PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if sets:
+        put_section(PAGE, SETS, sets.rstrip("\n"))

@@ -63,7 +63,8 @@ def size_groups(frame: pd.DataFrame, positive: np.ndarray) -> dict[str, list[str
     if np.unique(sizes[known]).size < 3:
         return {}
     low, high = np.quantile(sizes[known], [1 / 3, 2 / 3])
-    names = (f"1 up to {low:.3g} {unit}", f"2 up to {high:.3g} {unit}", f"3 above {high:.3g} {unit}")
+    small, large = (f"{float(f'{limit:.3g}'):g} {unit}" for limit in (low, high))
+    names = (f"1 up to {small}", f"2 up to {large}", f"3 above {large}")
     third = (sizes > low).astype(int) + (sizes > high)
     return {ATTRIBUTE: [names[place] if one else "" for place, one in zip(third, known, strict=True)]}
 
