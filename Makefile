@@ -55,7 +55,7 @@ test: setup  ## every fast test
 	python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu and not container and not browser"
 
 test-all: setup  ## the slow, container and browser tests
-	python -m pytest -rs -m "slow or container or browser"
+	python -m pytest -rs -n 2 --dist loadgroup -m "slow or container or browser"
 
 check: setup  ## style, types, layers, contract, dependency audit
 	ruff check .
