@@ -42,10 +42,13 @@ STAGES = [s.name for s in STEPS if s.reproducible]
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Experiment -> its pipeline, as text."""
+    """Experiment -> its pipeline, as text; of a file without the others, which would be parsed for every task."""
     folder = tmp_path_factory.mktemp("compiled")
-    for experiment in EXPERIMENTS:
-        compile_experiment(experiment, folder / f"{experiment}.yaml", params=PARAMS, image=IMAGE)
+    params = folder / "params/params.yaml"
+    params.parent.mkdir()
+    for experiment, sections in yaml.safe_load(PARAMS.read_text()).items():
+        params.write_text(yaml.safe_dump({experiment: sections}, sort_keys=False))
+        compile_experiment(experiment, folder / f"{experiment}.yaml", params=params, image=IMAGE)
     return {experiment: (folder / f"{experiment}.yaml").read_text() for experiment in EXPERIMENTS}
 
 
