@@ -55,7 +55,7 @@ def write_overview(experiment: str, work: Path, reports: Path) -> Path:
     _answer(page, summary, folder.info.task)
     _data(page, folder, splits, json.loads((reports / "validation.json").read_text(encoding="utf-8")))
     _imbalance(page, json.loads((reports / "imbalance.json").read_text(encoding="utf-8")))
-    _training(page, work, seeds)
+    _training(page, work, seeds, folder.info.task)
     _results(page, summary, reports, seeds)
     _cases(page, folder, work / str(seeds[0]) / "bundle", reports / str(seeds[0]) / "predictions.parquet")
     decisions = read_decisions(reports.name, reports.parent)
@@ -112,9 +112,10 @@ def _imbalance(page: Page, imbalance: dict[str, Any]) -> None:
     page.text(imbalance["recommendation"]["reason"])
 
 
-def _training(page: Page, work: Path, seeds: Sequence[int]) -> None:
+def _training(page: Page, work: Path, seeds: Sequence[int], task: Task) -> None:
     page.section("Training")
     drawing, (loss, monitor) = panels(7.2, 2.8, columns=2)
+    watched = "ap50" if task == "detection" else "auc"
     for seed in seeds:
         history = pd.DataFrame(Bundle(work / str(seed) / "bundle").history())
         for member, epochs in history.groupby("member"):
@@ -122,13 +123,14 @@ def _training(page: Page, work: Path, seeds: Sequence[int]) -> None:
             (line,) = loss.plot(
                 epochs["epoch"], epochs["train_loss"], label=label, color=PALETTE[seed % len(PALETTE)]
             )
-            loss.plot(epochs["epoch"], epochs["val_loss"], color=line.get_color(), linestyle="--")
-            if "val_auc" in epochs:
-                monitor.plot(epochs["epoch"], epochs["val_auc"].astype(float), color=line.get_color())
+            if "val_loss" in epochs:
+                loss.plot(epochs["epoch"], epochs["val_loss"], color=line.get_color(), linestyle="--")
+            if f"val_{watched}" in epochs:
+                monitor.plot(epochs["epoch"], epochs[f"val_{watched}"].astype(float), color=line.get_color())
     loss.set(xlabel="epoch", ylabel="loss (dashed: val)")
-    monitor.set(xlabel="epoch", ylabel="AUC on val")
+    monitor.set(xlabel="epoch", ylabel=f"{title(watched)} on val")
     loss.legend(frameon=False)
-    page.figure(drawing, "Loss and validation AUC, epoch by epoch.")
+    page.figure(drawing, f"Loss, and {title(watched)} on the validation split, epoch by epoch.")
 
 
 def _results(page: Page, summary: dict[str, Any], reports: Path, seeds: Sequence[int]) -> None:
@@ -288,7 +290,7 @@ def _estimates(summary: dict[str, Any]) -> dict[str, Estimate]:
 def _print(summary: dict[str, Any], task: Task, decisions: Sequence[Decision]) -> None:
     table = Table(
         "metric", "value (95 % interval)", "n",
-        title=f"{summary['experiment']}, {summary['split']} split, {len(summary['seeds'])} seeds",
+        title=f"{summary['experiment']} on {judged_on(summary['split'])}, {len(summary['seeds'])} seeds",
     )  # fmt: skip
     metrics = _estimates(summary)
     for name in HEADLINES[task]:

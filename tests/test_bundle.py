@@ -131,7 +131,13 @@ def train_bundle(
         ),
     )
     reference = folder.samples.iloc[folder.rows(ids)]
-    write_bundle(path, manifest, states, reference, history=[{"epoch": 0, "train_loss": 0.5}])
+    write_bundle(
+        path,
+        manifest,
+        states,
+        reference,
+        history=[{"member": 0, "epoch": 1, "train_loss": 0.5, "val_loss": 0.6}],
+    )
     return path
 
 
