@@ -197,6 +197,17 @@ def test_a_detection_table_takes_its_labels_from_the_boxes(tmp_path: Path) -> No
     assert math.isnan(with_box.clinical["crp_mg_l"])
 
 
+def test_the_rsna_readers_boxes_are_all_there_and_images_without_any_too(mirror: Path, root: Path) -> None:
+    entry = load_catalog(root / "data/catalog.yaml")["nih-rsna-boxes"]
+    assert isinstance(entry, TableEntry)
+    items = list_items(entry, mirror / entry.file)
+    lines = (mirror / "nih_rsna_cxr/boxes.csv").read_text().splitlines()
+    boxes = [box for item in items for box in item.boxes]
+    assert len(boxes) == sum(",RSNA2018," in line for line in lines)
+    assert {name for name, *_ in boxes} == {"opacity"}
+    assert Counter(item.labels["opacity"] for item in items) == {1: 32, 0: 28}
+
+
 # --- Pairs, files, bags ------------------------------------------------------------------------------
 
 

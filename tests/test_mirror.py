@@ -2,6 +2,8 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,33 +70,48 @@ def judged(folder: Path, **severities: str) -> dict[str, Any]:
     return json.loads((folder / "validation.json").read_text())
 
 
+@pytest.fixture(scope="module")
+def read(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
+    """Name of a set -> the folder of its dataset, and what `validate` said of it; each is made once."""
+
+    @cache
+    def reading(name: str) -> tuple[Path, Any]:
+        folder = tmp_path_factory.mktemp(name)
+        made(name, root, folder)
+        return folder, judged(folder)
+
+    return reading
+
+
 @pytest.mark.parametrize("name", SETS)
-def test_the_set_is_read_whole_judged_split_and_counted(name: str, root: Path, tmp_path: Path) -> None:
+def test_the_set_is_read_whole_judged_split_and_counted(
+    name: str, read: Callable[[str], tuple[Path, Any]]
+) -> None:
     kind, num_samples, positives = SETS[name]
-    dataset = made(name, root, tmp_path)
+    folder, validation = read(name)
+    dataset = DatasetFolder(folder / "dataset")
     assert (dataset.info.kind, dataset.info.num_samples) == (kind, num_samples)
     labels = dataset.samples[list(dataset.info.label_columns)]
     assert {column.removeprefix("label_"): int((labels[column] == 1).sum()) for column in labels} == positives
-    validation = judged(tmp_path)
     assert validation["passed"]
     if name in TOO_SMALL_TO_SPLIT:
         return
     split(
-        dataset=tmp_path / "dataset",
-        validation=tmp_path / "validation.json",
-        splits=tmp_path / "splits.parquet",
+        dataset=folder / "dataset",
+        validation=folder / "validation.json",
+        splits=folder / "splits.parquet",
         params=SplitParams(strategy="given" if name in GIVEN else "patient"),
     )
-    placed = read_splits(tmp_path / "splits.parquet")
+    placed = read_splits(folder / "splits.parquet")
     assert Counter(placed["split"])["excluded"] == len(validation["quarantined"])
     imbalance(
-        dataset=tmp_path / "dataset",
-        splits=tmp_path / "splits.parquet",
-        imbalance=tmp_path / "imbalance.json",
-        report=tmp_path / "imbalance.html",
+        dataset=folder / "dataset",
+        splits=folder / "splits.parquet",
+        imbalance=folder / "imbalance.json",
+        report=folder / "imbalance.html",
         params=ImbalanceParams(),
     )
-    counted = json.loads((tmp_path / "imbalance.json").read_text())["overall"]
+    counted = json.loads((folder / "imbalance.json").read_text())["overall"]
     assert set(counted) == set(positives)
 
 
@@ -124,19 +141,9 @@ def test_the_mr_series_is_stopped_by_its_name_and_cleaned_on_request(
     assert [22, 320, 280] in shapes or [22, 280, 320] in shapes
 
 
-def test_the_boxes_of_the_rsna_readers_are_all_there_and_their_other_images_too(
-    root: Path, tmp_path: Path, mirror: Path
-) -> None:
-    dataset = made("nih-rsna-boxes", root, tmp_path)
-    table = pd.read_csv(mirror / "nih_rsna_cxr/boxes.csv")
-    assert len(dataset.boxes) == (table["source"] == "RSNA2018").sum()
-    assert set(dataset.boxes["class"]) == {"opacity"}
-    assert (~dataset.samples["sample_id"].isin(dataset.boxes["sample_id"])).sum() == 28
-
-
-def test_bccds_two_boxes_without_area_are_named(root: Path, tmp_path: Path) -> None:
-    made("bccd", root, tmp_path)
-    rules = {rule["name"]: rule for rule in judged(tmp_path)["rules"]}
+def test_bccds_two_boxes_without_area_are_named(read: Callable[[str], tuple[Path, Any]]) -> None:
+    _, validation = read("bccd")
+    rules = {rule["name"]: rule for rule in validation["rules"]}
     assert [name[-5:] for name in rules["invalid_box"]["sample_ids"]] == ["00338", "00343"]
 
 
@@ -191,8 +198,8 @@ def test_a_mask_of_another_shape_is_refused(root: Path, tmp_path: Path, mirror: 
         )
 
 
-def test_pneumoniamnist_still_has_its_eight_leaks(root: Path, tmp_path: Path) -> None:
-    made("pneumoniamnist", root, tmp_path)
-    quarantined = pd.DataFrame(judged(tmp_path)["quarantined"])
+def test_pneumoniamnist_still_has_its_eight_leaks(read: Callable[[str], tuple[Path, Any]]) -> None:
+    _, validation = read("pneumoniamnist")
+    quarantined = pd.DataFrame(validation["quarantined"])
     leaks = quarantined[quarantined["reason"].str.contains("duplicate_across_splits")]
     assert leaks["sample_id"].str.startswith("val").sum() == 8
