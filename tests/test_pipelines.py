@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -609,12 +610,15 @@ class AnswerParams(Params):
 
     promote: bool = True
     alarm: bool = False
+    killed: bool = False
 
 
 @step
 def answer(*, source: In, decision: Out, metrics: Out, log: Out, params: AnswerParams) -> None:
     """Answer as a gate and an evaluation would."""
     write_json(decision, {"promote": params.promote, "reasons": []})
+    if params.killed:
+        os.kill(os.getpid(), signal.SIGKILL)
     metrics.write_text(
         '{"metrics": {"auc": {"value": 0.9, "low": NaN, "high": null}},'
         ' "confusion": {"classes": ["a", "b"], "at_operating_point": [[[1, 2], [3, 4]], [[5, 6], [7, 8]]]},'
@@ -694,6 +698,22 @@ def test_an_alarm_is_raised_after_the_answer(ask: Callable[..., ir.ExecutorOutpu
     with pytest.raises(Alarm, match="look here"):
         ask(alarm=True)
     assert (tmp_path / "kfp_outputs/output_metadata.json").exists()
+
+
+def test_a_task_that_is_killed_half_way_leaves_nothing_and_runs_again(
+    ask: Callable[..., ir.ExecutorOutput], tmp_path: Path
+) -> None:
+    child = os.fork()
+    if not child:
+        try:
+            ask(killed=True)
+        finally:
+            os._exit(0)  # not reached
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} == {"source"}
+    ask()
+    made = {"source", "decision", "metrics", "log", "kfp_outputs"}
+    assert {path.name for path in tmp_path.iterdir()} == made
 
 
 @pytest.mark.parametrize("text", ["{{$}}", '{"outputs": {}}', "[]"])
