@@ -644,7 +644,7 @@ def verify(
     reports
         Where the steps write what people read.
     signature
-        Of the bundle; the file `bundle.sig` beside it by default.
+        Of the bundle; the file `bundle.sig` beside it by default. An archive's `model.mar.sig` is looked at too.
     public_key
         The signer's, PEM: without it the signature is not checked.
     endpoint

@@ -202,7 +202,7 @@ def decision_links(decision: Path | None, expected: Digest | None, witness: str)
 
 
 def signature_link(target: Path, signature: Path | None, public_key: Path | None) -> Link:
-    """Whether a bundle's signature holds."""
+    """Whether the signature of a bundle, or of an archive, holds."""
     if signature is None or not signature.exists():
         return Link("signature", "not at hand", said="not signed; `cadx sign` does that")
     if public_key is None:

@@ -153,6 +153,8 @@ def _links(at: Evidence) -> Iterator[Link]:
         yield from _archive(at, at.archive, release, decided, manifest, digest)
         if deployment:
             yield compare("archive", at.archive, deployment.get("archive"), "deployment.json")
+    if at.archive is not None and (signed := signature_of(at.archive)).exists():
+        yield signature_link(at.archive, signed, at.public_key)
     yield _endpoint(at, release, digest)
 
 

@@ -258,6 +258,24 @@ def test_a_bundle_alone_is_verified_as_far_as_it_goes(
         chain.verify("circles")
 
 
+def test_an_archive_on_its_own_is_held_against_the_signature_beside_it(
+    chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a hospital gets: one file, its signature and a public key; no bundle, no reports."""
+    private, public = make_key(tmp_path)
+    alone = tmp_path / "received" / "model.mar"
+    alone.parent.mkdir()
+    shutil.copy(chain.archive, alone)
+    before = alone.read_bytes()
+    sign(alone, private, signature_of(alone))
+    assert alone.read_bytes() == before, "an archive holds no signature: equal inputs give equal bytes"
+    assert chain.verify(str(alone), public_key=public)
+    assert "model.mar.sig" in capsys.readouterr().out
+    flip(alone, 0.9)
+    assert not chain.verify(str(alone), public_key=public)
+    assert any("model.mar.sig" in line for line in broken(capsys.readouterr().out))
+
+
 def test_a_signature_holds_for_these_bytes_and_this_key_alone(chain: Chain) -> None:
     private, public = make_key(chain.folder)
     _, other = make_key(chain.folder, "other")
