@@ -6,6 +6,7 @@ digest of the numbers that it belongs to: on a machine without predictions it is
 
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -292,9 +293,10 @@ def _window(pixels: np.ndarray, mistake: Mistake) -> np.ndarray:
 
 def _paste(sheet: Image.Image, pixels: np.ndarray, left: int, upper: int) -> None:
     picture = Image.open(io.BytesIO(thumbnail_png(pixels, _TILE_PX))).convert("RGB")
-    # Small pictures are enlarged by a whole number, so that a pixel stays a pixel.
-    scale = max(1, _TILE_PX // max(picture.size))
-    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    scale, how = _TILE_PX / max(picture.size), Image.Resampling.BICUBIC
+    if scale >= 4:  # tiny: by a whole number, so that a pixel stays a pixel
+        scale, how = math.floor(scale), Image.Resampling.NEAREST
+    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), how)
     sheet.paste("#eef1f4", (left, upper, left + _TILE_PX, upper + _TILE_PX))
     sheet.paste(picture, (left + (_TILE_PX - picture.width) // 2, upper + (_TILE_PX - picture.height) // 2))
 

@@ -223,7 +223,9 @@ class Detection(Evaluation):
             for table, colour in ((lesions, LESION_COLOUR), (called, BOX_COLOUR))
         ]
         assert mistake.box is not None
-        return draw_boxes(folder.pixels(mistake.sample_id), [*boxes, (mistake.box, MISTAKE_COLOUR)])
+        pixels = draw_boxes(folder.pixels(mistake.sample_id), boxes)
+        thick = max(3, max(pixels.shape) // 90)
+        return draw_boxes(pixels, [(mistake.box, MISTAKE_COLOUR)], thick)
 
     def show_mistakes(self, page: Page, folder: DatasetFolder, predictor: Predictor) -> None:
         """Add the worst misses and false alarms, drawn on their images."""
