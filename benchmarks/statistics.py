@@ -13,17 +13,18 @@ from cadx.metrics import score
 RESAMPLES = 1000
 _CASES, _PATIENTS = 100_000, 40_000
 _PEER_RESAMPLES = 5
+_SECONDS = 5.0
 _SETS, _POSITIVES, _SEEDS, _SENSITIVITY = 1000, 60, 3, 0.95
 
 
 def claims() -> Iterator[dict[str, Any]]:
     """Speed against a loop over scikit-learn's metrics; coverage against percentiles."""
-    yield _speed()
+    yield from _speed()
     yield _coverage()
 
 
-def _speed() -> dict[str, Any]:
-    """All classification metrics of 100,000 cases of 40,000 patients with 1,000 resamples.
+def _speed() -> Iterator[dict[str, Any]]:
+    """All classification metrics of 100,000 cases of 40,000 patients with 1,000 resamples, in processor time.
 
     The peer draws the same number of patients and calls scikit-learn once per metric and resample. It is
     timed over 5 resamples and its time multiplied by 200; every resample costs it the same. It leaves out
@@ -35,7 +36,7 @@ def _speed() -> dict[str, Any]:
     patients = rng.integers(0, _PATIENTS, _CASES)
     calls = p >= 0.3
 
-    start = time.perf_counter()
+    start = time.process_time()
     score(
         np.stack([1 - y, y], axis=1),
         np.stack([1 - p, p], axis=1),
@@ -46,19 +47,23 @@ def _speed() -> dict[str, Any]:
         patients=patients,
         resamples=RESAMPLES,
     )
-    ours = time.perf_counter() - start
+    ours = time.process_time() - start
 
     order = np.argsort(patients, kind="stable")
     bounds = np.searchsorted(patients[order], np.arange(_PATIENTS + 1))
     rows = [order[bounds[i] : bounds[i + 1]] for i in range(_PATIENTS)]
     _scikit_learn(y[:100], p[:100], calls[:100])  # its import is not its speed
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(_PEER_RESAMPLES):
         drawn = np.concatenate([rows[i] for i in rng.integers(0, _PATIENTS, _PATIENTS)])
         _scikit_learn(y[drawn], p[drawn], calls[drawn])
-    peer = (time.perf_counter() - start) * RESAMPLES / _PEER_RESAMPLES
-    unit = f"s (peer: scikit-learn in a loop, {_PEER_RESAMPLES} of {RESAMPLES} resamples extrapolated)"
-    return claim("statistics.clustered_bootstrap", ours, peer, unit, ratio=peer / ours, goal=20.0)
+    peer = (time.process_time() - start) * RESAMPLES / _PEER_RESAMPLES
+    unit = (
+        f"processor s (peer: scikit-learn in a loop, {_PEER_RESAMPLES} of {RESAMPLES} resamples extrapolated)"
+    )
+    yield claim("statistics.clustered_bootstrap", ours, peer, unit, ratio=peer / ours, goal=20.0)
+    unit = f"processor s for {_CASES:,} cases (peer: the limit)"
+    yield claim("statistics.clustered_bootstrap_limit", ours, _SECONDS, unit, ratio=_SECONDS / ours)
 
 
 def _scikit_learn(y: NDArray[Any], p: NDArray[Any], calls: NDArray[Any]) -> None:
