@@ -1,3 +1,4 @@
+import base64
 import json
 import os
 import re
@@ -241,6 +242,35 @@ def test_a_stop_writes_nothing_and_says_rule_count_and_fix_in_one_line(tmp_path:
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("severity", ["stop", "quarantine", "warn"])
+@pytest.mark.parametrize(
+    ("rule", "fault"),
+    [
+        ("blank_image", {"pixels": np.full((20, 20), 7, np.uint8)}),
+        ("tiny_image", {"pixels": picture(5, (9, 40))}),
+        ("invalid_box", {"boxes": [("sick", 1, 1, 1, 9)]}),
+        ("age_range", {"age": 140.0}),
+        ("duplicate_across_patients", {"pixels": picture(0)}),
+    ],
+)
+def test_the_severity_alone_decides_what_a_failed_rule_does(
+    tmp_path: Path, rule: str, fault: dict[str, Any], severity: str
+):
+    dataset = cohort(tmp_path / "d", {5: fault})
+    if severity == "stop":
+        with pytest.raises(ValueError, match=f"rule {rule}: 1 .*s005"):
+            judge(tmp_path, dataset, **{rule: severity})
+        assert not (tmp_path / "validation.json").exists()
+        assert not (tmp_path / "validation.html").exists()
+        return
+    result = judge(tmp_path, dataset, **{rule: severity})
+    assert failed(result) == {rule: ["s005"]}
+    out = [entry["sample_id"] for entry in result["quarantined"]]
+    assert out == (["s005"] if severity == "quarantine" else [])
+    if out:
+        assert rule in result["quarantined"][0]["reason"]
+
+
 def test_no_patient_appears_in_a_message_or_report(tmp_path: Path):
     parts = {row: {"given_split": "val" if row % 8 == 1 else "train"} for row in range(24)}
     parts[6] |= {"pixels": picture(4), "age": -3.0, "labels": {}}
@@ -340,6 +370,13 @@ def test_blur_clipping_narrow_range_and_letters_are_found_and_shown(tmp_path: Pa
     page = (tmp_path / "validation.html").read_text()
     for rule in ("Blurred image", "Clipped image", "Narrow range", "Burned in text"):
         assert f"{rule}: 1 image." in page
+    found = page.rpartition("What was found")[2].partition("look like")[0]
+    thumbnails = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="(s\d+)"', found)
+    assert [name for _, name in thumbnails] == ["s002", "s004", "s006", "s009"]
+    for data, name in thumbnails:
+        shown, meant = read_image(base64.b64decode(data)).pixels, images[int(name[1:])]
+        reduced = np.asarray(Image.fromarray(meant).resize(shown.shape[::-1], Image.Resampling.BOX))
+        assert np.corrcoef(shown.ravel(), reduced.ravel())[0, 1] > 0.9, name
     assert judge(tmp_path, dataset, burned_in_text="quarantine")["quarantined"] == [
         {"sample_id": "s009", "reason": "burned_in_text"}
     ]
