@@ -120,7 +120,7 @@ def launch(job: models.TrainerV1alpha1TrainJob, *, timeout_s: int = 7 * 86400) -
     What its first node has printed is printed here. No cluster has seen this function yet.
 
     Raises:
-        ValueError: if it failed: with the last line that its first node has printed.
+        ValueError: if it failed: with what the step said on its first node, or else the last line there.
         TimeoutError: if it did not end in time.
     """
     from kubeflow.common.types import KubernetesBackendConfig
@@ -146,7 +146,8 @@ def launch(job: models.TrainerV1alpha1TrainJob, *, timeout_s: int = 7 * 86400) -
     )
     said = ""
     for line in trainer.get_job_logs(name):
-        said = line.strip() or said
+        if line.startswith("cadx ") or (line.strip() and not said.startswith("cadx ")):
+            said = line.strip()  # the step's own word, before that of `torchrun`, which tells where and not why
         print(line, flush=True)
     trainer.delete_job(name)
     if ended.status == constants.TRAINJOB_FAILED:
