@@ -146,8 +146,9 @@ def launch(job: models.TrainerV1alpha1TrainJob, *, timeout_s: int = 7 * 86400) -
     )
     said = ""
     for line in trainer.get_job_logs(name):
+        # The step's own word stands before that of `torchrun`, which tells where it failed and not why.
         if line.startswith("cadx ") or (line.strip() and not said.startswith("cadx ")):
-            said = line.strip()  # the step's own word, before that of `torchrun`, which tells where and not why
+            said = line.strip()
         print(line, flush=True)
     trainer.delete_job(name)
     if ended.status == constants.TRAINJOB_FAILED:
