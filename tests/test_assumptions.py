@@ -1,0 +1,93 @@
+"""What a file does not say and the catalogue gives is recorded, and shown to whoever judges the data or the model."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from test_evaluate import prepare
+from test_volumes import write_nifti
+
+from cadx.bundle import Bundle
+from cadx.datasets import DatasetFolder
+from components.gate import GateParams, gate
+from components.ingest import IngestParams, ingest
+from components.package import PackageParams, package
+from components.validate import ValidateParams, validate
+
+ENTRY: dict[str, Any] = {
+    "title": "Scans",
+    "task": "binary",
+    "classes": ["normal", "sick"],
+    "positive": "sick",
+    "modality": "CT",
+    "licence": "none",
+    "citation": "none",
+    "patient": "per-image",
+}
+
+
+def ingested(folder: Path, **fields: Any) -> DatasetFolder:
+    (folder / "catalog.yaml").write_text(yaml.safe_dump({"scans": ENTRY | fields}))
+    ingest(
+        catalog=folder / "catalog.yaml",
+        cache=folder / "cache",
+        dataset=folder / "dataset",
+        params=IngestParams(source="scans"),
+    )
+    return DatasetFolder(folder / "dataset")
+
+
+def report(folder: Path) -> str:
+    validate(
+        dataset=folder / "dataset",
+        validation=folder / "validation.json",
+        report=folder / "validation.html",
+        params=ValidateParams(),
+    )
+    return (folder / "validation.html").read_text()
+
+
+def test_a_volume_without_spacing_is_refused_until_the_catalogue_gives_it(tmp_path: Path) -> None:
+    (tmp_path / "scans").mkdir()
+    samples = []
+    for number in range(8):
+        voxels = np.random.default_rng(number).normal(size=(20, 18, 8)).astype(np.float32)
+        write_nifti(tmp_path / f"scans/{number}.nii", voxels, codes=(0, 0), pixdim=(0, 0, 0))
+        samples.append({"file": f"{number}.nii", "label": ("normal", "sick")[number % 2]})
+    entry = {"format": "files", "kind": "volume", "file": str(tmp_path / "scans"), "samples": samples}
+    with pytest.raises(ValueError, match=r"no spacing in qform, sform or pixdim; .*give spacing_mm"):
+        ingested(tmp_path, **entry)
+    assert not (tmp_path / "dataset").exists()
+    dataset = ingested(tmp_path, **entry, spacing_mm=[3.0, 0.8, 0.8])
+    assert set(dataset.samples["spacing_slice_mm"]) == {3.0}
+    (said,) = (text for text in dataset.info.assumptions if "taken as given" in text)
+    assert "3 x 0.8 x 0.8 mm" in said
+    assert said in report(tmp_path)
+
+
+def test_arrays_of_volumes_need_their_spacing_from_the_catalogue(tmp_path: Path) -> None:
+    voxels = np.random.default_rng(0).integers(0, 255, (8, 8, 20, 18), dtype=np.uint8)
+    np.savez(tmp_path / "scans.npz", train_images=voxels, train_labels=np.arange(8) % 2)
+    entry = {"format": "npz", "kind": "volume", "file": str(tmp_path / "scans.npz")}
+    with pytest.raises(ValueError, match=r"how far voxels are apart; give spacing_mm in its entry"):
+        ingested(tmp_path, **entry)
+    dataset = ingested(tmp_path, **entry, spacing_mm=[3.0, 0.8, 0.8])
+    page = report(tmp_path)
+    assert dataset.info.assumptions
+    assert all(said in page for said in dataset.info.assumptions)
+
+
+def test_the_model_card_states_what_was_assumed_of_the_data(tmp_path: Path) -> None:
+    run = prepare(tmp_path)
+    run.evaluate(tmp_path / "scored", split="test", minimum_n=5)
+    files = {"bundle": run.bundle, "metrics": tmp_path / "scored/metrics.json"}
+    decision = tmp_path / "decision.json"
+    gate(**files, decision=decision, params=GateParams(at_least={"auc": 0.01}))
+    outputs = {"archive": tmp_path / "model.mar", "card": tmp_path / "card.html"}
+    package(**files, decision=decision, **outputs, params=PackageParams())
+    assumptions = Bundle(run.bundle).manifest.assumptions
+    assert assumptions, "or this test shows nothing"
+    card = (tmp_path / "card.html").read_text()
+    assert all(said in card for said in assumptions)
