@@ -114,6 +114,8 @@ def command_line(tokens: Sequence[str] = ()) -> App:
         verify,
         sign,
         compare,
+        benchmark,
+        recommend,
         doctor,
         dataset_form,
     ):
@@ -768,6 +770,113 @@ def _champion(group: Group) -> App:
         print(f"wrote {output}: version {made.version}, bundle {made.bundle}")
 
     return app
+
+
+def benchmark(
+    *,
+    measure: Literal["all", "runs", "steps", "nothing"] = "all",
+    work: Path = Path("data/work"),
+    reports: Path = Path("data/reports"),
+    docs: Path = Path("docs"),
+    readme: Path = Path("README.md"),
+) -> None:
+    """Measure every family on this machine, beside the figures of the handbook's table; five minutes on two cores.
+
+    Writes docs/benchmark.json, a figure beside it, and the table in README.md. Experiments are measured where they
+    have been run; a training step at the handbook's sizes needs no data.
+
+    Example: `cadx benchmark`; `cadx benchmark --measure nothing` shows the figures that are there.
+
+    Parameters
+    ----------
+    measure
+        Runs: what finished experiments reached, and the time and memory of an answer. Steps: the memory of a training
+        step. What is not measured again stays.
+    work
+        Where the steps keep data sets and bundles.
+    reports
+        Where the steps write what people read.
+    docs
+        The folder of benchmark.json.
+    readme
+        The page that holds the table.
+    """
+    from cadx import benchmarking
+
+    file = docs / benchmarking.BENCHMARK.name
+    if measure == "nothing":
+        found = benchmarking.read_benchmark(file)
+    else:
+        before = benchmarking.read_benchmark(file) if file.is_file() and measure != "all" else None
+        found = benchmarking.measure(
+            Path("params.yaml"),
+            Path("data/catalog.yaml"),
+            work,
+            reports,
+            before=before,
+            runs=measure != "steps",
+            steps=measure != "runs",
+        )
+        benchmarking.write(found, docs, readme)
+    benchmarking.show(found)
+
+
+def recommend(
+    dataset: str,
+    /,
+    *,
+    memory_gb: float | None = None,
+    work: Path = Path("data/work"),
+    figures: Path = Path("docs/benchmark.json"),
+) -> None:
+    """Advise a family and a recipe for a data set, from what `cadx benchmark` measured, and say why.
+
+    Example: `cadx recommend bccd --memory-gb 4`.
+
+    Parameters
+    ----------
+    dataset
+        A name of the catalogue, or the folder of an ingested data set.
+    memory_gb
+        For training, instead of what is free here.
+    work
+        Where the steps keep data sets.
+    figures
+        What `cadx benchmark` wrote.
+    """
+    from tempfile import TemporaryDirectory
+
+    from cadx.benchmarking import read_benchmark
+    from cadx.datasets import DatasetFolder
+    from cadx.recommending import advise, facts_of, memory_at_hand
+    from cadx.recommending import show as show_advice
+    from components.ingest import IngestParams, ingest
+
+    if memory_gb is not None and not memory_gb > 0:
+        raise ValueError(f"--memory-gb {memory_gb:g}: give GB above 0")
+    measured = read_benchmark(figures)
+    places = (Path(dataset), work / dataset / "dataset")
+    found = next((place for place in places if (place / "dataset.json").is_file()), None)
+    if found is not None:
+        facts = facts_of(DatasetFolder(found))
+    else:
+        with TemporaryDirectory(prefix="cadx-recommend-") as temporary:
+            made = Path(temporary) / "dataset"
+            ingest(
+                catalog=Path("data/catalog.yaml"),
+                cache=Path("data/sources"),
+                dataset=made,
+                params=IngestParams(source=dataset),
+            )
+            facts = facts_of(DatasetFolder(made))
+    free_mb, whose = memory_at_hand()
+    advice = advise(
+        facts,
+        free_mb if memory_gb is None else memory_gb * 1000,
+        measured,
+        gpu=whose != "free main memory",
+    )
+    show_advice(facts, advice, {step.name: advice.sections.get(step.name, {}) for step in STEPS})
 
 
 def doctor() -> None:

@@ -1,0 +1,446 @@
+"""A family and a recipe for a data set, out of measured figures, with reasons.
+
+Memory is what `cadx benchmark` saw a training step take, brought to the advised input and batch: weights, gradients
+and the optimizer's state stay, activations go with the number of values in a batch. Nothing is advised that does not
+fit. Between families that fit, a figure decides where two were measured on the same data; else the one that takes
+less, as long as nothing measured speaks for more.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import yaml
+from rich.console import Console
+
+from cadx.benchmarking import Benchmark, Run, Step, network_text
+from cadx.datasets import DatasetFolder
+from cadx.reporting import estimate_text
+from cadx.types import Kind, Task
+
+FEW_SAMPLES = 1000
+"""Under so many a held-out val is small: cross-validation uses every case."""
+_MARGIN = 1.15
+_STATE_BYTES = 16  # of a parameter: itself, its gradient, and AdamW's two moments
+_SMALLEST_LESION_PX = 8
+
+
+class Facts(NamedTuple):
+    """What the advice rests on.
+
+    Attributes:
+        name: of the data set.
+        kind: of its samples.
+        task: of them.
+        classes: class -> samples that have it.
+        num_samples: all of them.
+        num_patients: all of them.
+        given_splits: the set has official splits.
+        size_px: median depth, height, width; of bags 1, instances, numbers.
+        anisotropy: slice distance / distance within the slice; 1 where unknown.
+        signed: values below 0 occur in its files' type, as in CT.
+        lesion_px: 5th, 50th and 95th percentile of the boxes' sides (root of their areas), in stored pixels.
+    """
+
+    name: str
+    kind: Kind
+    task: Task
+    classes: dict[str, int]
+    num_samples: int
+    num_patients: int
+    given_splits: bool
+    size_px: tuple[int, int, int]
+    anisotropy: float = 1.0
+    signed: bool = False
+    lesion_px: tuple[float, float, float] | None = None
+
+
+class Candidate(NamedTuple):
+    """A recipe, and which measured step tells its memory.
+
+    Attributes:
+        train: section of params.yaml.
+        step: name in `Benchmark.steps`; None: `run` tells it.
+        run: experiment in `Benchmark.runs`.
+        values: numbers in one sample of the network's input.
+    """
+
+    train: dict[str, Any]
+    step: str | None
+    run: str | None
+    values: int
+
+
+class Advice(NamedTuple):
+    """What is advised, and why.
+
+    Attributes:
+        sections: of params.yaml, by step.
+        memory_mb: what training takes, margin included.
+        reasons: why, each with the figure that it rests on.
+        others: what was not chosen -> why not.
+    """
+
+    sections: dict[str, Any]
+    memory_mb: float
+    reasons: tuple[str, ...]
+    others: dict[str, str]
+
+
+def facts_of(folder: DatasetFolder) -> Facts:
+    """What a dataset folder tells."""
+    samples, info = folder.samples, folder.info
+    size = [int(samples[name].median()) for name in ("depth_px", "height_px", "width_px")]
+    spacing = samples[["spacing_slice_mm", "spacing_row_mm"]].median()
+    ratio = float(spacing["spacing_slice_mm"] / spacing["spacing_row_mm"]) if info.kind == "volume" else 1.0
+    lesion = None
+    boxes = folder.boxes
+    if info.task == "detection" and len(boxes):
+        sides = np.sqrt((boxes["x1"] - boxes["x0"]) * (boxes["y1"] - boxes["y0"]))
+        low, middle, high = np.quantile(sides, [0.05, 0.5, 0.95]).tolist()
+        lesion = (low, middle, high)
+    return Facts(
+        name=info.name,
+        kind=info.kind,
+        task=info.task,
+        classes={name: int((samples[f"label_{name}"] == 1).sum()) for name in info.classes},
+        num_samples=len(samples),
+        num_patients=int(samples["patient"].nunique()),
+        given_splits=bool((samples["given_split"] != "").any()),
+        size_px=(size[0], size[1], size[2]),
+        anisotropy=ratio if math.isfinite(ratio) else 1.0,
+        signed=bool(samples["dtype"].isin(["int16", "float32"]).all()),
+        lesion_px=lesion,
+    )
+
+
+def memory_at_hand() -> tuple[float, str]:
+    """MB of memory that training can have here, and whose they are: the GPU's, else what is free of the machine's."""
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        return free / 1e6, torch.cuda.get_device_name()
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    free_kb = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+    text = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
+    free = free_kb * 1024
+    return min(free, free if text == "max" else int(text)) / 1e6, "free main memory"
+
+
+def image_recipe(side_px: int, model: dict[str, Any]) -> dict[str, Any]:
+    """The `train` section for classes of whole images: careful augmentation, each image's own brightness undone."""
+    return {
+        "model": model,
+        "preprocessing": {"height_px": side_px, "width_px": side_px, "intensity": "image"},
+        "augmentation": {
+            "rotation_degrees": 10,
+            "translation_fraction": 0.05,
+            "scale_fraction": 0.1,
+            "brightness": 0.3,
+            "contrast": 0.2,
+        },
+        "ema_decay": 0.99,
+    }
+
+
+def advise(facts: Facts, memory_mb: float, benchmark: Benchmark, *, gpu: bool = False) -> Advice:
+    """The family and the recipe for a data set and so much memory.
+
+    Args:
+        facts: of the data set.
+        memory_mb: at hand.
+        benchmark: the measured figures.
+        gpu: the memory is a GPU's, which holds tensors alone and no libraries.
+
+    Raises:
+        ValueError: one line, if no family fits, or nothing was measured that tells.
+    """
+    others: dict[str, str] = {}
+    fitting: list[tuple[Candidate, dict[str, Any], float, str]] = []
+    least: list[float] = []
+    for candidate in _candidates(facts):
+        name = network_text(candidate.train["model"])
+        found = _fitted(candidate, memory_mb, benchmark, gpu=gpu)
+        if found is None:
+            others[name] = "its memory was never measured: `cadx benchmark`"
+            continue
+        train, needs_mb, how = found
+        if needs_mb > memory_mb:
+            others[name] = f"needs {needs_mb / 1000:.1f} GB even so ({how})"
+            least.append(needs_mb)
+        else:
+            fitting.append((candidate, train, needs_mb, how))
+    if not fitting:
+        least_text = f"the least takes {min(least) / 1000:.1f} GB" if least else "no figure tells of any"
+        raise ValueError(
+            f"{facts.name}: no family fits {memory_mb / 1000:.1f} GB; {least_text}: free memory, or use another machine"
+        )
+    chosen, train, needs_mb, how = fitting[0]
+    reasons = [*_about_data(facts)]
+    for candidate, *_ in fitting[1:]:
+        ours, theirs = (
+            _same_data(benchmark, pair, facts) for pair in ((chosen, candidate), (candidate, chosen))
+        )
+        name = network_text(candidate.train["model"])
+        if ours and theirs and _worse(ours, theirs):
+            others[network_text(chosen.train["model"])] = _beaten(ours, theirs)
+            chosen, train, needs_mb, how = next(item for item in fitting if item[0] is candidate)
+        elif ours and theirs:
+            others[name] = (
+                _beaten(theirs, ours)
+                if _worse(theirs, ours)
+                else (
+                    f"no better on {ours.data}: {_quality(theirs)} against {_quality(ours)}"
+                    " (runs of docs/benchmark.json)"
+                )
+            )
+        else:
+            others[name] = "more to train, and no figure on common data says that it is better"
+    reasons.append(
+        f"memory: {needs_mb / 1000:.1f} GB of {memory_mb / 1000:.1f} GB at hand ({how}, from {_figure(chosen)})"
+    )
+    evidence = next((run for run in benchmark.runs if run.experiment == chosen.run), None) or next(
+        (
+            run
+            for run in benchmark.runs
+            if run.family == chosen.train["model"]["family"] and run.kind == facts.kind
+        ),
+        None,
+    )
+    if evidence:
+        reasons.append(
+            f"the family works: {_quality(evidence)} on {evidence.data} (run {evidence.experiment})"
+        )
+    else:
+        reasons.append(
+            "no experiment of this family has been run here: `cadx benchmark` says which there are"
+        )
+    return Advice(
+        {
+            "ingest": {"source": facts.name},
+            "split": {"strategy": "given" if facts.given_splits else "patient"},
+            "train": train,
+            # Score the test split only once the recipe is frozen.
+            "evaluate": {"split": "val"},
+        },
+        needs_mb,
+        tuple(reasons),
+        others,
+    )
+
+
+def show(facts: Facts, advice: Advice, section: dict[str, Any], console: Console | None = None) -> None:
+    """Print the advice on one screen, with the section to paste."""
+    console = console or Console()
+    classes = ", ".join(f"{name} {count:,}" for name, count in facts.classes.items())
+    size = " x ".join(map(str, facts.size_px if facts.kind == "volume" else facts.size_px[1:]))
+    console.print(
+        f"[bold]{facts.name}[/bold]: {facts.task} of {facts.num_samples:,} {facts.kind} samples, "
+        f"{facts.num_patients:,} patients; {classes}; {size}",
+        highlight=False,
+    )
+    console.print(f"\n[bold green]{network_text(advice.sections['train']['model'])}[/bold green]")
+    for reason in advice.reasons:
+        console.print(f"  because  {reason}", highlight=False)
+    for name, why in advice.others.items():
+        console.print(f"  not      {name}: {why}", highlight=False, style="dim")
+    console.print("\nFor params.yaml, and its name under `vars` in dvc.yaml:\n")
+    console.print(yaml.safe_dump({facts.name: section}, sort_keys=False, width=100), highlight=False, end="")
+
+
+def _candidates(facts: Facts) -> Iterator[Candidate]:
+    """Recipes that suit the data, the lighter ones first."""
+    if facts.task == "detection":
+        yield from _detectors(facts)
+    elif facts.kind == "image":
+        longest = max(facts.size_px[1:])
+        side_px = 56 if longest <= 40 else min(224, 32 * math.ceil(longest / 32))
+        for step, model in (
+            ("ResNet-18", {"family": "resnet", "depth": 18}),
+            ("DenseNet121", {"family": "densenet"}),
+            ("ResNet50", {"family": "resnet", "depth": 50}),
+        ):
+            yield Candidate(image_recipe(side_px, model) | _sizes(facts, 32), step, None, side_px**2)
+    elif facts.kind == "volume":
+        yield from _volumes(facts)
+    elif facts.kind == "slide":
+        model = {
+            "family": "mil",
+            "hidden_dim": 64,
+            "attention_dim": 32,
+            "encoder": {"depth": 18, "width": 0.25, "frozen": False},
+        }
+        made = {"channels": 3, "height_px": 64, "width_px": 64, "tile_px": 64, "mpp": 1.0}
+        train = {
+            "model": model,
+            "preprocessing": made,
+            "max_instances": 48,
+            "ema_decay": 0.98,
+            "monitor": "loss",
+        }
+        yield Candidate(train | {"epochs": 30, "batch_size": 4}, None, "phantom-slide", 48 * 3 * 64**2)
+    else:
+        _, instances, channels = facts.size_px
+        model = {"family": "mil", "hidden_dim": 64, "attention_dim": 32}
+        train = {"model": model, "preprocessing": {"channels": channels}} | _sizes(facts, 8)
+        yield Candidate(train, "Attention MIL", None, max(1, instances) * channels)
+
+
+def _detectors(facts: Facts) -> Iterator[Candidate]:
+    low, middle, high = facts.lesion_px or (16.0, 32.0, 64.0)
+    longest = max(facts.size_px[1:])
+    scale = min(1.0, 512 / longest)
+    made: dict[str, Any]
+    tiles: dict[str, Any] = {}
+    if low * scale < _SMALLEST_LESION_PX and scale < 1:
+        made, scale = {"height_px": 256, "width_px": 256, "fit": "tile"}, 1.0
+        tiles = {"patches_per_sample": 8, "positive_fraction": 0.8}
+    else:
+        side_px = min(512, 32 * math.ceil(longest / 32))
+        made = {"height_px": side_px, "width_px": side_px}
+    first = 8 if low * scale >= 32 else 4
+    last = first
+    while last < min(16, high * scale / 2):
+        last *= 2
+    strides = [stride for stride in (4, 8, 16) if first <= stride <= last]
+    sizes = [max(4, round(middle * scale * factor / 2)) for factor in (1, 2, 4, 8)]
+    shared = {
+        "preprocessing": made,
+        "augmentation": {"horizontal_flip": True, "scale_fraction": 0.15},
+        **tiles,
+    }
+    shared |= {"loss": {}, "sampler": "natural", "epochs": 30, "ema_decay": 0.995, "grad_clip": 10}
+    values = made["height_px"] * made["width_px"]
+    yolo = {"family": "yolo", "width": 0.5, "strides": strides}
+    yield Candidate({"model": yolo, **shared, "batch_size": 8}, "YOLOv5", None, values)
+    rcnn = {
+        "family": "faster_rcnn",
+        "depth": 50,
+        "fpn_channels": 256,
+        "anchor_sizes_px": [[px] for px in sizes],
+    }
+    yield Candidate({"model": rcnn, **shared, "batch_size": 4}, "Faster R-CNN", None, values)
+
+
+def _volumes(facts: Facts) -> Iterator[Candidate]:
+    window = {"window_hu": [-1000, 1000]} if facts.signed else {}
+    shared = {"loss": {}, "augmentation": {"horizontal_flip": True}, "ema_decay": 0.98}
+    small = [min(32, 8 * math.ceil(side / 8)) for side in facts.size_px]
+    light = {"family": "resnet3d", "depth": 10, "width": 0.5, "stem": "small"}
+    train = {
+        "model": light,
+        "preprocessing": {"patch_px": small, **window},
+        **shared,
+        "epochs": 16,
+        "batch_size": 16,
+    }
+    yield Candidate(train, "3D ResNet-10, small stem", None, math.prod(small))
+    if min(facts.size_px[1:]) >= 64:
+        large = [min(96, 16 * math.ceil(side / 16)) for side in facts.size_px]
+        deep: dict[str, Any] = {"family": "resnet3d", "depth": 18}
+        if facts.anisotropy >= 3:
+            deep["stem"] = "thick_slices"
+        train = {"model": deep, "preprocessing": {"patch_px": large, **window}, **shared, "epochs": 16}
+        # A stem that keeps the slices has four times the activations.
+        values = math.prod(large) * (4 if "stem" in deep else 1)
+        yield Candidate(train | {"batch_size": 2}, "3D ResNet", None, values)
+
+
+def _sizes(facts: Facts, batch_size: int) -> dict[str, Any]:
+    """Batch, epochs and folds for so many samples."""
+    found: dict[str, Any] = {"batch_size": min(batch_size, max(4, facts.num_samples // 16))}
+    found["epochs"] = 16 if facts.num_samples >= FEW_SAMPLES else 40
+    if facts.num_samples < FEW_SAMPLES and not facts.given_splits:
+        found["folds"] = 5
+    return found
+
+
+def _fitted(
+    candidate: Candidate, memory_mb: float, benchmark: Benchmark, *, gpu: bool
+) -> tuple[dict[str, Any], float, str] | None:
+    """The recipe, made to fit by what costs time and not weights; what it needs; and how. None: nobody knows."""
+    train = candidate.train
+    if candidate.step is None:
+        run = next((run for run in benchmark.runs if run.experiment == candidate.run), None)
+        if run is None or run.training is None:
+            return None
+        return train, run.training.peak_memory_mb * _MARGIN, "as that run took"
+    steps = {step.checkpointing: step for step in benchmark.steps if step.name == candidate.step}
+    if len(steps) < 2:
+        return None
+    for checkpointing, parts in ((False, 1), (True, 1), (True, 2), (True, 4)):
+        rows = math.ceil(train["batch_size"] / parts)
+        needs_mb = needed_mb(steps[checkpointing], rows * candidate.values, gpu=gpu)
+        how = f"batches of {train['batch_size']}" + (f" in {parts} parts" if parts > 1 else "")
+        how += ", activations computed twice" if checkpointing else ", activations kept"
+        if needs_mb <= memory_mb:
+            break
+    extra = ({"checkpointing": True} if checkpointing else {}) | (
+        {"accumulation": parts} if parts > 1 else {}
+    )
+    return train | extra, needs_mb, how
+
+
+def needed_mb(step: Step, values: int, *, gpu: bool) -> float:
+    """MB that training takes with so many values in a part of a batch, from a measured step; a margin is included.
+
+    Args:
+        step: of the same network.
+        values: numbers in the input of one part.
+        gpu: count tensors alone, else the whole process.
+    """
+    state_mb = step.num_parameters * _STATE_BYTES / 1e6
+    fixed_mb = state_mb + (0 if gpu else step.libraries_mb)
+    peak_mb = step.tensors_mb if gpu else step.process_mb
+    return (
+        fixed_mb + max(0.0, peak_mb - fixed_mb) * values / (step.batch_size * math.prod(step.shape))
+    ) * _MARGIN
+
+
+def _about_data(facts: Facts) -> Iterator[str]:
+    rarest = min(facts.classes, key=lambda name: facts.classes[name])
+    if facts.classes[rarest] < 100:
+        yield f"{rarest!r} has {facts.classes[rarest]} samples: a light network, and intervals will be wide"
+    if facts.lesion_px:
+        low, middle, high = facts.lesion_px
+        yield f"lesions of {low:.0f} to {high:.0f} px (half under {middle:.0f}): these set strides, anchors and tiles"
+    if facts.anisotropy >= 3:
+        yield f"slices lie {facts.anisotropy:.1f} times as far apart as pixels: a stem that keeps them"
+    if facts.kind == "features" and facts.size_px[1] <= 1:
+        yield "one row a sample: a table and no bag; the network is then a plain classifier"
+
+
+def _same_data(benchmark: Benchmark, pair: tuple[Candidate, Candidate], facts: Facts) -> Run | None:
+    """The run of the first candidate's family on data on which the second's has been run too."""
+    mine, other = (candidate.train["model"]["family"] for candidate in pair)
+    fitting: Sequence[Run] = [
+        run for run in benchmark.runs if (run.kind, run.task) == (facts.kind, facts.task)
+    ]
+    common = {run.source for run in fitting if run.family == mine} & {
+        run.source for run in fitting if run.family == other
+    }
+    if mine == other:
+        return None
+    return next((run for run in fitting if run.family == mine and run.source in common), None)
+
+
+def _worse(one: Run, other: Run) -> bool:
+    """Whether the interval of the first lies wholly below that of the other."""
+    high, low = one.metrics[one.quality].high, other.metrics[other.quality].low
+    return high is not None and low is not None and high < low
+
+
+def _beaten(one: Run, other: Run) -> str:
+    return f"worse on {one.data}: {_quality(one)} against {_quality(other)} (runs of docs/benchmark.json)"
+
+
+def _quality(run: Run) -> str:
+    return f"{run.quality} {estimate_text(run.metrics[run.quality])}"
+
+
+def _figure(candidate: Candidate) -> str:
+    where = f"step {candidate.step}" if candidate.step else f"run {candidate.run}"
+    return f"{where} of docs/benchmark.json"

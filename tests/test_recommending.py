@@ -1,0 +1,182 @@
+"""Advice: every kind of data gets a recipe that `train` takes, that fits, and that says why."""
+
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from test_benchmarking import benchmark, estimate, run, step
+
+from cadx.benchmarking import STEPS, Benchmark, Step, Training
+from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
+from cadx.recommending import Facts, advise, facts_of, memory_at_hand, needed_mb, show
+from components.train import TrainParams
+
+LIGHT = {"normal": 900, "opacity": 300}
+
+
+def measured(*runs: object) -> Benchmark:
+    """Figures of every step, 1 GB of tensors kept and .6 GB computed twice, and a run on slides."""
+    steps: list[Step] = []
+    for spec in STEPS:
+        shared = {
+            "name": spec.name,
+            "kind": spec.kind,
+            "model": dict(spec.recipe["model"]),
+            "shape": spec.shape,
+            "batch_size": spec.batch_size,
+            "num_parameters": 1_000_000,
+        }
+        steps += [
+            step(checkpointing=False, tensors_mb=1000, **shared),
+            step(checkpointing=True, tensors_mb=600, **shared),
+        ]
+    slides = run(
+        "phantom-slide",
+        kind="slide",
+        model={"family": "mil"},
+        training=Training(seconds=500, peak_memory_mb=1300, device="CPU", threads=1),
+    )
+    return benchmark(run(), slides, *runs).model_copy(update={"steps": tuple(steps)})  # type: ignore[arg-type]
+
+
+FACTS = {
+    "image": Facts("chest", "image", "binary", LIGHT, 1200, 800, False, (1, 512, 512)),
+    "tiny images": Facts("mnist", "image", "binary", LIGHT, 5856, 5856, True, (1, 28, 28)),
+    "labels": Facts("labels", "image", "multilabel", LIGHT, 1200, 800, False, (1, 512, 512)),
+    "boxes": Facts(
+        "cells", "image", "detection", LIGHT, 364, 364, True, (1, 480, 640), lesion_px=(30, 90, 150)
+    ),
+    "specks": Facts(
+        "mammo", "image", "detection", LIGHT, 900, 600, False, (1, 2048, 1536), lesion_px=(3, 9, 40)
+    ),
+    "volume": Facts("adrenal", "volume", "binary", LIGHT, 1584, 1584, True, (28, 28, 28)),
+    "thick CT": Facts("ct", "volume", "binary", LIGHT, 700, 700, False, (60, 512, 512), 5.0, signed=True),
+    "slide": Facts("slides", "slide", "binary", LIGHT, 130, 130, False, (1, 200, 300)),
+    "features": Facts("musk", "features", "binary", LIGHT, 92, 92, False, (1, 5, 166)),
+}
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_every_kind_gets_a_recipe_that_training_takes(name: str) -> None:
+    facts = FACTS[name]
+    advice = advise(facts, 16_000, measured())
+    params = TrainParams.model_validate(advice.sections["train"])
+    takes = {"image": "images", "volume": "volumes", "slide": "bags", "features": "bags"}[facts.kind]
+    assert params.model.takes == ("boxes" if facts.task == "detection" else takes)
+    assert advice.memory_mb < 16_000
+    assert any("docs/benchmark.json" in reason for reason in advice.reasons)
+    assert advice.sections["split"] == {"strategy": "given" if facts.given_splits else "patient"}
+    assert advice.sections["evaluate"] == {"split": "val"}, "test is for a frozen recipe"
+
+
+def test_small_lesions_in_large_images_are_looked_at_in_tiles() -> None:
+    assert advise(FACTS["specks"], 16_000, measured()).sections["train"]["preprocessing"]["fit"] == "tile"
+    assert "fit" not in advise(FACTS["boxes"], 16_000, measured()).sections["train"]["preprocessing"]
+
+
+@pytest.mark.parametrize("name", FACTS)
+@pytest.mark.parametrize("memory_mb", [100, 900, 1200, 1600, 2500])
+def test_nothing_is_advised_that_does_not_fit(name: str, memory_mb: float) -> None:
+    with suppress(ValueError):
+        assert advise(FACTS[name], memory_mb, measured()).memory_mb <= memory_mb
+
+
+def test_it_says_when_nothing_fits() -> None:
+    with pytest.raises(ValueError, match=r"chest: no family fits 0\.1 GB; the least takes 1\.\d GB"):
+        advise(FACTS["image"], 100, measured())
+
+
+def test_memory_is_saved_before_a_family_is_given_up() -> None:
+    roomy = advise(FACTS["image"], 16_000, measured()).sections["train"]
+    assert "checkpointing" not in roomy
+    kept = advise(FACTS["image"], 16_000, measured(), gpu=True).memory_mb
+    tight = advise(FACTS["image"], 0.7 * kept, measured(), gpu=True)
+    assert tight.sections["train"]["checkpointing"] is True
+    assert tight.memory_mb <= 0.7 * kept
+
+
+def test_activations_go_with_the_batch_and_weights_do_not() -> None:
+    one = step(checkpointing=False, tensors_mb=1761)
+    whole, half = (needed_mb(one, share * 224 * 224, gpu=True) for share in (16, 8))
+    state_mb = 16 * one.num_parameters / 1e6
+    assert whole == pytest.approx(1761 * 1.15)
+    assert half == pytest.approx((state_mb + (1761 - state_mb) / 2) * 1.15)
+
+
+def test_a_figure_on_common_data_decides_between_families() -> None:
+    def cells(family: str, low: float, high: float) -> object:
+        return run(
+            f"cells-{family}",
+            source="sha256:cells",
+            data="Cells",
+            task="detection",
+            model={"family": family},
+            quality="ap50",
+            metrics={"ap50": estimate((low + high) / 2, low, high)},
+        )
+
+    better = measured(cells("yolo", 0.70, 0.75), cells("faster_rcnn", 0.80, 0.86))
+    advice = advise(FACTS["boxes"], 16_000, better)
+    assert advice.sections["train"]["model"]["family"] == "faster_rcnn"
+    assert "worse on Cells" in advice.others["YOLO x 0.5"]
+    alike = measured(cells("yolo", 0.70, 0.83), cells("faster_rcnn", 0.80, 0.86))
+    advice = advise(FACTS["boxes"], 16_000, alike)
+    assert advice.sections["train"]["model"]["family"] == "yolo"
+    assert "no better on Cells" in advice.others["Faster R-CNN, ResNet-50"]
+    unknown = advise(FACTS["boxes"], 16_000, measured())
+    assert "no figure on common data" in unknown.others["Faster R-CNN, ResNet-50"]
+
+
+def test_without_figures_nothing_is_advised() -> None:
+    nothing = measured().model_copy(update={"steps": (), "runs": ()})
+    with pytest.raises(ValueError, match="no figure tells of any"):
+        advise(FACTS["image"], 16_000, nothing)
+
+
+def test_facts_come_from_the_folder(tmp_path: Path) -> None:
+    writer = DatasetWriter(
+        tmp_path / "dataset",
+        name="cells",
+        task="detection",
+        classes=("red", "white"),
+        positive=None,
+        modality="microscopy",
+        clustered=True,
+        source=SourceInfo(title="cells", licence="none", citation="none"),
+    )
+    with writer:
+        for number in range(4):
+            writer.add(
+                sample_id=str(number),
+                pixels=np.zeros((30, 40), np.uint8),
+                labels={"red": 1.0, "white": float(number == 0)},
+                patient=str(number // 2),
+                sha256="sha256:" + "0" * 64,  # type: ignore[arg-type]
+                statistics={},
+                boxes=[("red", 2.0, 2.0, 11.0, 6.0)],
+            )
+    facts = facts_of(DatasetFolder(tmp_path / "dataset"))
+    assert facts.classes == {"red": 4, "white": 1}
+    assert (facts.num_samples, facts.num_patients, facts.size_px) == (4, 2, (1, 30, 40))
+    assert facts.lesion_px == pytest.approx((6, 6, 6))
+    assert not facts.given_splits
+
+
+def test_the_screen_holds_reasons_and_a_section_to_paste() -> None:
+    facts = FACTS["image"]
+    advice = advise(facts, 16_000, measured())
+    with Path("/dev/null").open("w", encoding="utf-8") as nowhere:
+        console = Console(width=100, record=True, file=nowhere)
+        show(facts, advice, advice.sections, console)
+    text = console.export_text()
+    assert "because" in text
+    assert "ResNet-18" in text
+    assert "chest:\n  ingest:\n    source: chest" in text
+
+
+def test_there_is_memory_at_hand() -> None:
+    free_mb, whose = memory_at_hand()
+    assert free_mb > 0
+    assert whose
