@@ -44,11 +44,11 @@ class CalibrateParams(Params):
         description="isotonic puts a rising curve behind temperature and bias: for some hundred cases a class or more;"
         " none leaves probabilities as the networks give them",
     )
-    coverage: float | None = Field(
+    coverage: float = Field(
         default=0.9,
-        gt=0,
+        ge=0,
         lt=1,
-        description="share of cases whose prediction set holds the truth; null for no sets",
+        description="share of cases whose prediction set holds the truth; 0 for no sets",
     )
 
 
@@ -165,7 +165,7 @@ def calibrate(*, dataset: In, splits: In, trained: In, bundle: Out, params: Cali
             },
         ),
         conformal=None
-        if params.coverage is None
+        if not params.coverage
         else conformal.fit(probabilities, labels, task, classes, coverage=params.coverage, patients=patients),
         heldout=answer_table(probabilities, calls, task, classes).assign(
             site=samples["site"].to_numpy(object),

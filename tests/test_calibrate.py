@@ -164,7 +164,7 @@ def test_multilabel_has_a_threshold_per_class_and_multiclass_none(tmp_path: Path
 def test_a_declared_threshold_stands_and_nothing_is_fitted_where_nothing_may_be(
     cohort: tuple[Path, Path], trained: Path, tmp_path: Path
 ) -> None:
-    manifest = run(cohort, trained, tmp_path / "final", threshold=0.25, method="none", coverage=None).manifest
+    manifest = run(cohort, trained, tmp_path / "final", threshold=0.25, method="none", coverage=0).manifest
     point = manifest.operating_point
     assert (manifest.temperature, manifest.bias, manifest.conformal) == (1, (0, 0), None)
     assert (point.thresholds, point.target_metric, point.resampled) == ({"opacity": 0.25}, None, {})

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from cadx.__main__ import command_line
+from cadx.catalog import load_catalog
 from components import STEPS
 from components.contract import (
     In,
@@ -121,6 +122,15 @@ def test_the_code_digest_sees_an_edit_of_what_the_step_is_made_of(
     with (tmp_path / "cadx/losses.py").open("a") as stream:
         stream.write("# edited\n")
     assert code_digest(source_digests("train")) != before
+
+
+def test_an_experiment_has_the_name_of_its_entry_in_the_catalogue(experiments: dict, root: Path) -> None:
+    """DVC watches the entry of the experiment's name: an edited entry of another name would rerun nothing."""
+    catalogue = load_catalog(root / "data/catalog.yaml")
+    assert {name: sections["ingest"]["source"] for name, sections in experiments.items()} == {
+        name: name for name in experiments
+    }
+    assert set(experiments) <= set(catalogue)
 
 
 def test_every_section_of_every_experiment_validates(pipeline: dict, experiments: dict, root: Path) -> None:

@@ -135,7 +135,7 @@ def test_cross_validation_answers_each_sample_by_the_network_that_did_not_see_it
     }
     recipe = RECIPES["features"] | {"batch_size": 8, "learning_rate": 3e-3, "epochs": 10, "keep": "last"}
     train(**shared, **made, trained=tmp_path / "trained", params=json.dumps(recipe | {"folds": 4}))
-    undecided = {"split": "folds", "method": "none", "threshold": 0.5, "coverage": None}
+    undecided = {"split": "folds", "method": "none", "threshold": 0.5, "coverage": 0}
     calibrate(
         **shared, trained=tmp_path / "trained", bundle=tmp_path / "bundle", params=json.dumps(undecided)
     )

@@ -212,7 +212,7 @@ def test_the_rsna_readers_boxes_are_all_there_and_images_without_any_too(mirror:
 
 
 def test_hippocampus_orphans_are_found_on_both_sides(mirror: Path, root: Path) -> None:
-    entry = load_catalog(root / "data/catalog.yaml")["hippocampus"]
+    entry = load_catalog(root / "data/catalog.yaml")["hippocampus-volumes"]
     assert isinstance(entry, PairsEntry)
     items = list_items(entry, mirror / entry.file)
     assert len(items) == 200

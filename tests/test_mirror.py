@@ -28,9 +28,9 @@ SETS: dict[str, tuple[str, int, dict[str, int]]] = {
     "nih-rsna": ("image", 60, {"no_opacity": 28, "opacity": 32}),
     "nih-rsna-boxes": ("image", 60, {"opacity": 32}),
     "adrenalmnist3d": ("volume", 1584, {"normal": 1234, "hyperplasia": 350}),
-    "hippocampus": ("volume", 200, {"anterior": 200, "posterior": 200}),
+    "hippocampus-volumes": ("volume", 200, {"anterior": 200, "posterior": 200}),
     # Three volumes have fewer than two places 3 mm inside of the posterior part.
-    "hippocampus-patches": ("volume", 1196, {"neither": 400, "anterior": 400, "posterior": 396}),
+    "hippocampus": ("volume", 1196, {"neither": 400, "anterior": 400, "posterior": 396}),
     "bccd": ("image", 364, {"RBC": 349, "WBC": 358, "Platelets": 201}),
     "musk1": ("features", 92, {"musk": 47, "non_musk": 45}),
     "uci-heart": ("features", 920, {"absent": 411, "present": 509}),
@@ -172,7 +172,7 @@ def test_a_label_image_stops_until_somebody_has_looked_at_it(root: Path, tmp_pat
 
 def test_orphans_are_refused_on_both_sides(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="have no mask of the same name"):
-        made("hippocampus", root, tmp_path, {"images": "orphans/images", "masks": "orphans/labels"})
+        made("hippocampus-volumes", root, tmp_path, {"images": "orphans/images", "masks": "orphans/labels"})
 
 
 def test_a_mask_of_another_shape_is_refused(root: Path, tmp_path: Path, mirror: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_mask_of_another_shape_is_refused(root: Path, tmp_path: Path, mirror: 
         "samples": [{"file": f"images/{image.name}", "mask": f"labels/{other.name}"}],
         "digest": None,
     }
-    raw = yaml.safe_load((root / "data/catalog.yaml").read_text())["hippocampus"]
+    raw = yaml.safe_load((root / "data/catalog.yaml").read_text())["hippocampus-volumes"]
     for key in ("images", "masks", "mask_values"):
         raw.pop(key)
     (tmp_path / "catalog.yaml").write_text(yaml.safe_dump({"one": raw | entry}))
