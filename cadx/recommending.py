@@ -248,7 +248,11 @@ def show(facts: Facts, advice: Advice, section: dict[str, Any], console: Console
     for name, why in advice.others.items():
         console.print(f"  not      {name}: {why}", highlight=False, style="dim")
     console.print("\nFor params.yaml, and its name under `vars` in dvc.yaml:\n")
-    console.print(yaml.safe_dump({facts.name: section}, sort_keys=False, width=100), highlight=False, end="")
+    console.print(
+        yaml.safe_dump({facts.name: section}, sort_keys=False, width=100, default_flow_style=None),
+        highlight=False,
+        end="",
+    )
 
 
 def _candidates(facts: Facts) -> Iterator[Candidate]:

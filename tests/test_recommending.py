@@ -173,7 +173,7 @@ def test_the_screen_holds_reasons_and_a_section_to_paste() -> None:
     text = console.export_text()
     assert "because" in text
     assert "ResNet-18" in text
-    assert "chest:\n  ingest:\n    source: chest" in text
+    assert "chest:\n  ingest: {source: chest}\n" in text
 
 
 def test_there_is_memory_at_hand() -> None:
