@@ -32,6 +32,8 @@ from components.contract import Step, report_outputs, source_digests
 from pipelines.placement import SHARED_MEMORY_PATH, VOLUME_PATH, Placement
 
 POLL_S = 5
+OWN = "cadx train: "
+"""Begins the line in which the step says what stopped it."""
 
 
 def train_job(
@@ -147,7 +149,7 @@ def launch(job: models.TrainerV1alpha1TrainJob, *, timeout_s: int = 7 * 86400) -
     said = ""
     for line in trainer.get_job_logs(name):
         # The step's own word stands before that of `torchrun`, which tells where it failed and not why.
-        if line.startswith("cadx ") or (line.strip() and not said.startswith("cadx ")):
+        if line.startswith(OWN) or (line.strip() and not said.startswith(OWN)):
             said = line.strip()
         print(line, flush=True)
     trainer.delete_job(name)
