@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,45 @@ MAX_MAP_BYTES = 32 << 20
 """Of a packed attention map; the response may not become larger than the server lets through."""
 
 
-class RadiographAnswerer(Answerer):
+class LabelAnswerer(Answerer):
+    """Answers with the probabilities of classes, and on request with where the model looked."""
+
+    def predict(self, raws: Sequence[Any], *, attention: bool) -> list[Outcome]:
+        """What the model says of samples."""
+        return [
+            self._outcome(raw, prediction)
+            for raw, prediction in zip(
+                raws, self._predictor.predict_many(raws, attention=attention), strict=True
+            )
+        ]
+
+    @abstractmethod
+    def explained(self, raw: Any, attention: np.ndarray) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """Fields of the answer that show the attention over a raw sample, and warnings about them."""
+
+    def findings(self, raw: Any) -> tuple[str, ...]:
+        """What was noticed of a raw sample while it was read."""
+        return ()
+
+    def _outcome(self, raw: Any, prediction: Prediction) -> Outcome:
+        explanation, warnings = (
+            ({}, ()) if prediction.attention is None else self.explained(raw, prediction.attention)
+        )
+        said = {
+            "probabilities": prediction.probabilities,
+            "prediction_set": prediction.prediction_set,
+            "refer": prediction.refer,
+        }
+        return Outcome(
+            {**said, "decision": prediction.decision, **explanation},
+            said,
+            prediction.statistics,
+            prediction.embedding,
+            (*prediction.warnings, *self.findings(raw), *warnings),
+        )
+
+
+class RadiographAnswerer(LabelAnswerer):
     """DICOM, PNG or JPEG in; probabilities out, and on request the attention map in the image's own size."""
 
     kind = "radiograph"
@@ -42,15 +81,9 @@ class RadiographAnswerer(Answerer):
         """The image."""
         return read_image(body)
 
-    def predict(self, raws: Sequence[Any], *, attention: bool) -> list[Outcome]:
-        """What the model says of images."""
-        outcomes = []
-        for prediction in self._predictor.predict_many(raws, attention=attention):
-            explanation = {}
-            if prediction.attention is not None:
-                explanation["attention_png"] = png_text(_levels(prediction.attention))
-            outcomes.append(_labelled(prediction, explanation))
-        return outcomes
+    def explained(self, raw: RawImage, attention: np.ndarray) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """The map."""
+        return {"attention_png": png_text(_levels(attention))}, ()
 
 
 class DetectionAnswerer(Answerer):
@@ -97,7 +130,7 @@ class DetectionAnswerer(Answerer):
         return outcomes
 
 
-class VolumeAnswerer(Answerer):
+class VolumeAnswerer(LabelAnswerer):
     """A NIfTI file or a zip of one DICOM series in; probabilities out, and on request where the model looked.
 
     That is a NIfTI overlay on the volume's own place in space, which any viewer lays over the original, and a
@@ -116,22 +149,12 @@ class VolumeAnswerer(Answerer):
         finally:
             os.close(file)
 
-    def predict(self, raws: Sequence[Any], *, attention: bool) -> list[Outcome]:
-        """What the model says of volumes."""
-        outcomes = []
-        for raw, prediction in zip(
-            raws, self._predictor.predict_many(raws, attention=attention), strict=True
-        ):
-            explanation: dict[str, Any] = {}
-            warnings: tuple[str, ...] = raw.findings
-            if prediction.attention is not None:
-                explanation["attention"], more = self._explained(raw, prediction.attention)
-                warnings += more
-            outcomes.append(_labelled(prediction, explanation, warnings))
-        return outcomes
+    def findings(self, raw: RawVolume) -> tuple[str, ...]:
+        """What is unusual in the series."""
+        return raw.findings
 
-    def _explained(self, raw: RawVolume, attention: np.ndarray) -> tuple[dict[str, Any], tuple[str, ...]]:
-        """The explanation, and warnings about it."""
+    def explained(self, raw: RawVolume, attention: np.ndarray) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """The map over the volume, and a picture of the slice with most of it."""
         most = int(attention.max(axis=(1, 2)).argmax())
         preprocessing = self._predictor.bundle.manifest.preprocessing
         assert isinstance(preprocessing, VolumePreprocessing)
@@ -143,11 +166,13 @@ class VolumeAnswerer(Answerer):
         explained: dict[str, Any] = {"slice": most, "slice_png": png_text(shown), "nifti": None}
         packed = gzip.compress(encode_nifti(_levels(attention), raw.affine, raw.spacing_mm), 1, mtime=0)
         if len(packed) > MAX_MAP_BYTES:
-            return explained, ("the attention map is too large to be sent; its slice is sent alone",)
-        return explained | {"nifti": base64.b64encode(packed).decode()}, ()
+            return {"attention": explained}, (
+                "the attention map is too large to be sent; its slice is sent alone",
+            )
+        return {"attention": explained | {"nifti": base64.b64encode(packed).decode()}}, ()
 
 
-class SlideAnswerer(Answerer):
+class SlideAnswerer(LabelAnswerer):
     """The path of a slide under the allowed root in; probabilities out, and on request the tiles that decided.
 
     Slides are gigabytes, so they are not sent: the server reads them where they lie. What a slide's tiles were
@@ -172,24 +197,13 @@ class SlideAnswerer(Answerer):
         """What the file says."""
         return raw.summary.attributes
 
-    def predict(self, raws: Sequence[Any], *, attention: bool) -> list[Outcome]:
-        """What the model says of slides."""
-        outcomes = []
-        for raw, prediction in zip(
-            raws, self._predictor.predict_many(raws, attention=attention), strict=True
-        ):
-            explanation = {}
-            if prediction.attention is not None:
-                explanation["attention"] = self._explained(raw, prediction.attention)
-            outcomes.append(_labelled(prediction, explanation))
-        return outcomes
-
-    def _explained(self, raw: RawSlide, attention: np.ndarray) -> dict[str, Any]:
+    def explained(self, raw: RawSlide, attention: np.ndarray) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """The thumbnail with the map over it, and the tiles with most of it."""
         preprocessing = self._predictor.bundle.manifest.preprocessing
         side_um = preprocessing.tile_px * preprocessing.mpp  # type: ignore[union-attr]
         mpp = raw.summary.slide_mpp
         order = np.argsort(-raw.tiles.weights, kind="stable")[:SHOWN_TILES]
-        return {
+        shown = {
             "thumbnail_png": png_text(overlay(raw.summary.thumbnail, np.nan_to_num(attention))),
             "num_tiles": len(raw.tiles.weights),
             "tiles": [
@@ -204,6 +218,7 @@ class SlideAnswerer(Answerer):
                 )
             ],
         }
+        return {"attention": shown}, ()
 
 
 def slide_under(root: Path | None, path: str) -> Path:
@@ -263,24 +278,6 @@ def _asked_path(body: bytes) -> str:
 def _slide_root(golden: bool) -> Path | None:
     root = os.environ.get(GOLDEN_SLIDES if golden else SLIDE_ROOT)
     return Path(root) if root else None
-
-
-def _labelled(
-    prediction: Prediction, explanation: Mapping[str, Any], warnings: tuple[str, ...] = ()
-) -> Outcome:
-    """The outcome of a model that answers with classes."""
-    said = {
-        "probabilities": prediction.probabilities,
-        "prediction_set": prediction.prediction_set,
-        "refer": prediction.refer,
-    }
-    return Outcome(
-        {**said, "decision": prediction.decision, **explanation},
-        said,
-        prediction.statistics,
-        prediction.embedding,
-        (*prediction.warnings, *warnings),
-    )
 
 
 def _levels(attention: np.ndarray) -> np.ndarray:

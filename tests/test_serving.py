@@ -24,6 +24,7 @@ import numpy as np
 import pydicom
 import pytest
 import urllib3
+import yaml
 from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
@@ -657,11 +658,11 @@ def test_nothing_listens_beyond_loopback_without_tls(tmp_path: Path) -> None:
     assert open_to_others == ["inference_address"]
 
 
-@pytest.mark.slow
-def test_over_tls_with_a_token_from_a_function(bundle: Bundle, tmp_path: Path) -> None:
+def certified(folder: Path) -> Tls:
+    """A certificate of its own for this machine."""
     if shutil.which("openssl") is None:
         pytest.skip("no openssl: no certificate")
-    tls = Tls(tmp_path / "certificate.pem", tmp_path / "key.pem")
+    tls = Tls(folder / "certificate.pem", folder / "key.pem")
     subprocess.run(
         [
             *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"),
@@ -671,6 +672,12 @@ def test_over_tls_with_a_token_from_a_function(bundle: Bundle, tmp_path: Path) -
         check=True,
         capture_output=True,
     )
+    return tls
+
+
+@pytest.mark.slow
+def test_over_tls_with_a_token_from_a_function(bundle: Bundle, tmp_path: Path) -> None:
+    tls = certified(tmp_path)
     served = TorchServe(tmp_path / "served", free_ports(), tls=tls, token_minutes=2)
     write_archive(served.model_store / "squares.mar", bundle.path, release_of(bundle))
     fetched: list[str] = []
@@ -694,6 +701,65 @@ def test_over_tls_with_a_token_from_a_function(bundle: Bundle, tmp_path: Path) -
 
 
 # --- Models in and out of service ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def gateway(server: TorchServe, tmp_path: Path) -> Iterator[dict[str, int]]:
+    """The gateway of the manifests before the server, by nginx: port in the manifest -> port here."""
+    if shutil.which("nginx") is None:
+        pytest.skip("no nginx: the gateway of the manifests is tried where there is one")
+    tls = certified(tmp_path)
+    for name in ("config", "clients", "certificate", "tmp"):
+        (tmp_path / name).mkdir()
+    tls.certificate.rename(tmp_path / "certificate" / "tls.crt")
+    tls.private_key.rename(tmp_path / "certificate" / "tls.key")
+    (tmp_path / "clients" / "clients.conf").write_text(f'"Bearer {"a" * 64}" ward-3;\n')
+    spare = free_ports()
+    ports = {8443: spare.inference, 9090: spare.metrics}
+    moved = {8080: server.ports.inference, 8082: server.ports.metrics} | ports
+    files = yaml.safe_load((ROOT / "manifests/serving/base/gateway.yaml").read_text())["data"]
+    for name, text in files.items():
+        for port, own in moved.items():
+            text = re.sub(rf"\b{port}\b", str(own), text)
+        text = text.replace("/tmp/", f"{tmp_path}/tmp/")
+        text = text.replace("key_file=/gateway/server/key_file.json", f"key_file='{server.key_file}'")
+        (tmp_path / "config" / name).write_text(text.replace("/gateway/", f"{tmp_path}/"))
+    with subprocess.Popen(["sh", tmp_path / "config" / "gateway.sh"]) as process:
+        deadline = time.monotonic() + 20
+        while not is_listening(spare.inference):
+            assert time.monotonic() < deadline, "the gateway did not come up"
+            time.sleep(0.1)
+        yield ports
+        process.terminate()
+        assert process.wait(timeout=20) == 0
+
+
+def test_behind_the_gateway_each_client_has_a_token_that_outlives_the_servers(
+    server: TorchServe, client: Client, gateway: dict[str, int], tmp_path: Path
+) -> None:
+    trusted = tmp_path / "certificate" / "tls.crt"
+    address = f"https://127.0.0.1:{gateway[8443]}"
+    ward = Client(address, MODEL, token="a" * 64, ca_file=trusted)
+    said = ward.predict(SENT["PNG"])
+    assert said.probabilities == client.predict(SENT["PNG"]).probabilities
+    with pytest.raises(Refused, match=r"refused \(401\): no client has this token"):
+        Client(address, MODEL, token="b" * 64, ca_file=trusted).predict(SENT["PNG"])
+    (tmp_path / "clients" / "clients.conf").write_text(f'"Bearer {"b" * 64}" ward-4;\n')
+    server.renew_tokens()
+    time.sleep(3)
+    assert (
+        Client(address, MODEL, token="b" * 64, ca_file=trusted).predict(SENT["PNG"]).probabilities
+        == said.probabilities
+    )
+    with pytest.raises(Refused, match="no client"):
+        ward.predict(SENT["PNG"])
+    with pytest.raises(Refused, match=r"\(404\): no such address"):
+        Endpoint(address, "management", token="b" * 64, ca_file=trusted).request("GET", "/models")
+    assert (
+        "ts_inference_requests_total"
+        in urllib3.request("GET", f"http://127.0.0.1:{gateway[9090]}/metrics").data.decode()
+    )
+    assert urllib3.request("GET", f"http://127.0.0.1:{gateway[9090]}/models").status == 404
 
 
 def test_failures_of_the_management_are_one_line_with_the_servers_reason(
@@ -782,10 +848,8 @@ def test_in_the_foreground_it_says_where_it_is_and_stops_when_told(tmp_path: Pat
 
 
 def test_a_server_whose_starter_was_killed_keeps_its_folder(tmp_path: Path) -> None:
-    code = (
-        f"from serving.server import *; TorchServe(Path({str(tmp_path)!r}), free_ports()).start(); print(1)"
-    )
-    code += "; time.sleep(60)"
+    code = f"from serving.server import *; TorchServe(Path({str(tmp_path)!r}), free_ports()).start(); "
+    code += "print(1, flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"1\n"
