@@ -70,7 +70,8 @@ class GateParams(Params):
                 raise ValueError(f"{name}: {worse} is better there; set the bound in the other direction")
             if not math.isfinite(bound):
                 raise ValueError(f"{name}: {bound} is no bound")
-        return bounds
+        # In one order: Kubeflow hands mappings on sorted, and equal inputs give equal bytes.
+        return {name: bounds[name] for name in METRICS if name in bounds}
 
     @field_validator("margins")
     @classmethod

@@ -98,6 +98,12 @@ def test_every_reason_is_given_not_the_first_alone(
     assert [reason.split(" is ")[0] for reason in reasons] == ["AUC", "sensitivity", "Brier score"]
 
 
+def test_the_order_of_bounds_decides_nothing(judge: Callable[..., Decision]) -> None:
+    bounds = {"sensitivity": 0.1, "auc": 0.5, "specificity": 0.1}
+    decision = judge(at_least=bounds)
+    assert decision == judge(at_least=dict(sorted(bounds.items())))
+
+
 def test_a_metric_without_an_interval_is_no_evidence(
     judge: Callable[..., Decision], ready: tuple[Run, dict[str, Any]]
 ) -> None:
