@@ -20,7 +20,7 @@ from cadx.predicting import PredictionsInfo, read_predictions
 from cadx.reading.images import encode_png
 from cadx.types import Digest
 from components.contract import In, Keep, Out, Params, step
-from serving.archive import Release, read_release
+from serving.archive import Release, read_release, require_endpoint
 from serving.client import RESPONSE_TIMEOUTS_S, AnyAnswer, Client, DetectionAnswer, SlideAnswer
 from serving.kinds import encode_nifti
 from serving.management import (
@@ -96,6 +96,7 @@ def deploy(
         ConnectionError: if the server cannot be reached.
     """
     release, decided = read_release(archive), read_decision(decision)
+    require_endpoint(archive)
     _require_promotion(release, decided, archive, decision)
     frame, info = read_predictions(predictions)
     if info.bundle != release.bundle:

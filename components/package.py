@@ -88,7 +88,7 @@ def _card(
     page.section("What it is known to do")
     patients = f" of {record.n_patients:,} patients" if record.clustered else ""
     page.text(
-        f"Scored on {record.n:,} images{patients} of the {record.split} split. "
+        f"Scored on {record.n:,} images{patients} of the {_part(record.split)}. "
         "In brackets: 95 % confidence intervals."
     )
     page.table(
@@ -172,7 +172,7 @@ def _known(bundle: Bundle, decided: Decision, record: MetricsFile, params: Packa
         "deidentification": "Ingest stops on identifiers; patients are known by pseudonyms alone.",
         "missing": "Unlabelled images take no part in scoring; unknown site, age or sex is a subgroup of none.",
         "splits": f"train, val, calibration and test; digest {trained.splits}.",
-        "sample": f"{record.n:,} images{patients} were scored, of the {record.split} split.",
+        "sample": f"{record.n:,} images{patients} were scored, of the {_part(record.split)}.",
         "model": f"{manifest.model.family}.",
         "software": ", ".join(f"{name} {version}" for name, version in trained.versions.items())
         + "; sbom.json.",
@@ -182,7 +182,7 @@ def _known(bundle: Bundle, decided: Decision, record: MetricsFile, params: Packa
         "ensemble": f"{members} networks, averaged." if members > 1 else "None: one network.",
         "metrics": ", ".join(title(name) for name in record.metrics) + ".",
         "intervals": f"95 % intervals: {'; '.join(methods)}.",
-        "evaluation": f"On the {record.split} split of the same source." if apart else "",
+        "evaluation": f"On the {_part(record.split)} of the same source." if apart else "",
         "external": "" if apart else "Scored on another dataset, or version of it, than it was trained on.",
         "disjoint": "By patient." if manifest.clustered and apart else "",
         "performance": "; ".join(f"{title(name)} {estimate_text(record.metrics[name])}" for name in shown)
@@ -202,7 +202,7 @@ def _known(bundle: Bundle, decided: Decision, record: MetricsFile, params: Packa
         facts["calibration"] = f"Temperature {manifest.temperature:.3f} and a bias per class, on calibration."
     if point is not None:
         chosen = f", chosen for {point.target_metric} {point.target_value:g}" if point.target_value else ""
-        facts["operating_point"] = f"Frozen on the {point.split} split{chosen}."
+        facts["operating_point"] = f"Frozen on the {_part(point.split)}{chosen}."
         limits = ", ".join(f"{name} {value:.4f}" for name, value in point.thresholds.items())
         what = "Boxes with a score" if manifest.task == "detection" else "A probability"
         facts["outputs"] = f"{what} for each of {classes}; called from {limits or 'the largest on'}."
@@ -247,7 +247,7 @@ def _facts(manifest: Manifest) -> list[dict[str, str]]:
         {"what": "pixel spacing", "value": "required" if manifest.requires_spacing else "not needed"},
         {"what": "classes", "value": ", ".join(manifest.classes)},
         {"what": "calls", "value": f"{calls or 'the most probable class'}{target}"},
-        {"what": f"on the {point.split} split (n = {point.n:,})", "value": achieved},
+        {"what": f"on the {_part(point.split)} (n = {point.n:,})", "value": achieved},
         {"what": "network", "value": ", ".join(f"{k} {v}" for k, v in settings.items())},
         {"what": "input", "value": input_text(manifest.preprocessing)},
     ]
@@ -270,3 +270,8 @@ def _subgroups(page: Page, by_subgroup: Mapping[str, Mapping[str, Subgroup]]) ->
         "In subgroups; a dash where there are too few patients to say.",
         empty="Nothing is known of sites, scanners, age and sex: no subgroup can be judged.",
     )
+
+
+def _part(split: str) -> str:
+    """What was scored, in words that follow "the"."""
+    return "folds of a cross-validation" if split == "folds" else f"{split} split"

@@ -2,7 +2,8 @@
 
     MAR-INF/MANIFEST.json    what TorchServe reads
     release.json             the Release
-    <kind>_handler.py        the class that TorchServe calls: radiograph, volume, slide or detection
+    <kind>_handler.py        the class that TorchServe calls: radiograph, volume, slide or detection; of bags of
+                             numbers none, as no endpoint takes them
     bundle/...               the bundle folder
 
 The same bundle and release give the same bytes, wherever and whenever they are packed.
@@ -101,8 +102,7 @@ def write_archive(path: Path, bundle: Path, release: Release) -> None:
     """Write the archive of a bundle, whole or not at all.
 
     Raises:
-        ValueError: if the bundle is damaged, incomplete, another than the release says, or takes what no
-            endpoint does.
+        ValueError: if the bundle is damaged, incomplete, or another than the release says.
     """
     # Here, since it imports torch, which readers of an archive do without.
     from cadx.bundle import MANIFEST as BUNDLE_MANIFEST
@@ -114,10 +114,11 @@ def write_archive(path: Path, bundle: Path, release: Release) -> None:
     # A detector is complete without an operating point, but no box could be called.
     if not opened.is_complete or opened.manifest.operating_point is None:
         raise ValueError(f"{bundle}: no temperature and operating point yet; run `cadx calibrate` first")
-    handler, source = _handler(opened.manifest, bundle)
+    handler = _handler(opened.manifest)
+    model = {"modelName": release.name, "modelVersion": release.version}
     manifest = {
         "runtime": "python",
-        "model": {"modelName": release.name, "modelVersion": release.version, "handler": handler},
+        "model": model | ({"handler": handler[0]} if handler else {}),
         # TorchServe warns of an archive without these two.
         "archiverVersion": "0.12.0",
         "createdOn": "01/01/1980 00:00:00",
@@ -125,8 +126,9 @@ def write_archive(path: Path, bundle: Path, release: Release) -> None:
     members = {
         MANIFEST: canonical_json(manifest).encode(),
         RELEASE: canonical_json(release.model_dump(mode="json")).encode(),
-        handler: source.encode(),
     }
+    if handler:
+        members[handler[0]] = handler[1].encode()
     for file in (BUNDLE_MANIFEST, *opened.manifest.files):
         members[f"{BUNDLE}/{file}"] = (bundle / file).read_bytes()
     with replacing(path) as partial, zipfile.ZipFile(partial, "w") as archive:
@@ -137,8 +139,8 @@ def write_archive(path: Path, bundle: Path, release: Release) -> None:
             archive.writestr(member, members[name], zipfile.ZIP_STORED)
 
 
-def _handler(manifest: "Manifest", bundle: Path) -> tuple[str, str]:
-    """File name and source of the handler of a bundle's endpoint."""
+def _handler(manifest: "Manifest") -> tuple[str, str] | None:
+    """File name and source of the handler of a bundle's endpoint; None if no endpoint takes its samples."""
     # Imported, though only its text is needed: so it shows what an archive depends on.
     from cadx.predicting import subject_of
     from serving import detection_handler, radiograph_handler, slide_handler, volume_handler
@@ -151,9 +153,7 @@ def _handler(manifest: "Manifest", bundle: Path) -> tuple[str, str]:
         "detection": detection_handler,
     }
     if kind not in handlers:
-        raise ValueError(
-            f"{bundle}: no endpoint takes {kind}; ask such a model with `cadx.predicting.Predictor`"
-        )
+        return None
     return f"{handlers[kind].__name__.rpartition('.')[2]}.py", inspect.getsource(handlers[kind])
 
 
@@ -171,6 +171,20 @@ def read_release(path: Path) -> Release:
     except (zipfile.BadZipFile, KeyError, IsADirectoryError):
         raise ValueError(f"{path}: no archive with a {RELEASE}; write it with `cadx package`") from None
     return parse_release(text, f"{path}: {RELEASE}")
+
+
+def require_endpoint(path: Path) -> None:
+    """Check that TorchServe can answer from an archive.
+
+    Raises:
+        ValueError: if it holds no handler.
+    """
+    with zipfile.ZipFile(path) as archive:
+        model = json.loads(archive.read(MANIFEST))["model"]
+    if "handler" not in model:
+        raise ValueError(
+            f"{path}: no endpoint takes samples of its kind; ask such a model with `cadx.predicting.Predictor`"
+        )
 
 
 def parse_release(text: bytes, where: str) -> Release:

@@ -24,6 +24,7 @@ from components.gate import gate
 from components.package import package
 from components.summarise import summarise
 from components.train import train
+from serving.archive import read_release, require_endpoint
 
 NUM_SAMPLES = 100
 RECIPES: dict[str, dict[str, Any]] = {
@@ -176,6 +177,18 @@ def test_cross_validation_answers_each_sample_by_the_network_that_did_not_see_it
     reasons = [check.reason for check in read_decision(tmp_path / "decision.json").checks if not check.passed]
     assert len(reasons) == 1
     assert "fold by fold" in reasons[0]
+
+    package(
+        bundle=tmp_path / "bundle",
+        decision=tmp_path / "decision.json",
+        metrics=tmp_path / "metrics.json",
+        archive=tmp_path / "model.mar",
+        card=tmp_path / "card.html",
+        params="{}",
+    )
+    assert read_release(tmp_path / "model.mar").bundle == bundle.digest
+    with pytest.raises(ValueError, match="no endpoint takes samples of its kind"):
+        require_endpoint(tmp_path / "model.mar")
 
     write_splits(splits, pd.DataFrame({"sample_id": ids, "split": "train", "reason": "again"}))
     with pytest.raises(ValueError, match="other splits, so its folds are not these"):
