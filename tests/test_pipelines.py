@@ -41,16 +41,27 @@ IMAGE = "registry.example/cadx@sha256:" + "0" * 64
 STAGES = [s.name for s in STEPS if s.reproducible]
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Experiment -> its pipeline, as text; of a file without the others, which would be parsed for every task."""
-    folder = tmp_path_factory.mktemp("compiled")
-    params = folder / "params/params.yaml"
-    params.parent.mkdir()
-    for experiment, sections in yaml.safe_load(PARAMS.read_text()).items():
+class Compiled(dict[str, str]):
+    """Experiment -> its pipeline, as text, compiled when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def __missing__(self, experiment: str) -> str:
+        # A file of this experiment alone: it is parsed for every task.
+        params, output = self._folder / "params.yaml", self._folder / f"{experiment}-pipeline.yaml"
+        sections = yaml.safe_load(PARAMS.read_text())[experiment]
         params.write_text(yaml.safe_dump({experiment: sections}, sort_keys=False))
-        compile_experiment(experiment, folder / f"{experiment}.yaml", params=params, image=IMAGE)
-    return {experiment: (folder / f"{experiment}.yaml").read_text() for experiment in EXPERIMENTS}
+        compile_experiment(experiment, output, params=params, image=IMAGE)
+        self[experiment] = output.read_text()
+        return self[experiment]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """Experiment -> its pipeline, as text."""
+    return Compiled(tmp_path_factory.mktemp("compiled"))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +82,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ir.PipelineSpe
 
 
 @pytest.fixture
-def pipeline(compiled: dict[str, str]) -> ir.PipelineSpec:
+def pipeline(compiled: Compiled) -> ir.PipelineSpec:
     """The first experiment's pipeline."""
     return parse(compiled[EXPERIMENTS[0]])
 
@@ -107,14 +118,14 @@ def command(pipeline: ir.PipelineSpec, task: str) -> list[str]:
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_kubeflow_reads_every_pipeline(experiment: str, compiled: dict[str, str]) -> None:
+def test_kubeflow_reads_every_pipeline(experiment: str, compiled: Compiled) -> None:
     pipeline = parse(compiled[experiment])
     assert pipeline.pipeline_info.name == experiment
     assert set(stage_items(experiment)) <= set(pipeline.root.dag.tasks)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_command_is_the_stages_line(experiment: str, compiled: dict[str, str]) -> None:
+def test_every_command_is_the_stages_line(experiment: str, compiled: Compiled) -> None:
     """Each placeholder stands for the very path that DVC's line has there, whoever makes it."""
     pipeline = parse(compiled[experiment])
     lines = {name: shlex.split(stage["cmd"]) for name, stage in stage_items(experiment).items()}
@@ -146,7 +157,7 @@ def as_in_dvc(pipeline: ir.PipelineSpec, lines: dict[str, list[str]], name: str,
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_tasks_wait_for_one_another_as_stages_do(experiment: str, compiled: dict[str, str]) -> None:
+def test_tasks_wait_for_one_another_as_stages_do(experiment: str, compiled: Compiled) -> None:
     pipeline, stages = parse(compiled[experiment]), stage_items(experiment)
 
     def paths(entries: list[Any]) -> set[str]:
@@ -159,7 +170,7 @@ def test_tasks_wait_for_one_another_as_stages_do(experiment: str, compiled: dict
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_defaults_are_the_experiments_parameters(experiment: str, compiled: dict[str, str]) -> None:
+def test_defaults_are_the_experiments_parameters(experiment: str, compiled: Compiled) -> None:
     found = json_format.MessageToDict(parse(compiled[experiment]).root)["inputDefinitions"]["parameters"]
     assert found.pop("experiment")["defaultValue"] == experiment
     assert set(STAGES) <= set(found)
@@ -333,7 +344,7 @@ def fetched(tmp_path_factory: pytest.TempPathFactory) -> tuple[ir.PipelineSpec, 
 
 
 def test_a_remotes_dataset_is_fetched_as_dvc_lock_names_it(
-    fetched: tuple[ir.PipelineSpec, dict[str, Any]], compiled: dict[str, str]
+    fetched: tuple[ir.PipelineSpec, dict[str, Any]], compiled: Compiled
 ) -> None:
     pipeline, kubernetes = fetched
     found = inside(pipeline, "exit-handler-1")
@@ -373,7 +384,7 @@ def test_a_remote_is_s3_and_holds_datasets(tmp_path: Path) -> None:
             compile_experiment(EXPERIMENTS[0], tmp_path / "p.yaml", params=PARAMS, image=IMAGE, **words)
 
 
-def test_every_parameter_has_help(compiled: dict[str, str], others: dict[str, ir.PipelineSpec]) -> None:
+def test_every_parameter_has_help(compiled: Compiled, others: dict[str, ir.PipelineSpec]) -> None:
     for pipeline in (parse(compiled[EXPERIMENTS[0]]), *others.values()):
         for name, asked in pipeline.root.input_definitions.parameters.items():
             assert asked.description, f"{pipeline.pipeline_info.name}: {name}"
@@ -494,7 +505,7 @@ def test_artifacts_have_types_that_kubeflow_can_draw(
     assert set(tasks.ARTIFACTS) | set(tasks.FIELDS) <= known | taken
 
 
-def test_the_same_bytes_in_another_process(compiled: dict[str, str], tmp_path: Path) -> None:
+def test_the_same_bytes_in_another_process(compiled: Compiled, tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from pipelines import compile_experiment; "
         "compile_experiment(sys.argv[1], Path(sys.argv[2]), params=Path(sys.argv[3]), image=sys.argv[4])"
@@ -510,8 +521,8 @@ def test_the_same_bytes_in_another_process(compiled: dict[str, str], tmp_path: P
     assert [p.name for p in tmp_path.iterdir()] == ["again.yaml"]
 
 
-def test_nothing_of_this_machine_is_compiled_in(compiled: dict[str, str]) -> None:
-    for text in compiled.values():
+def test_nothing_of_this_machine_is_compiled_in(compiled: Compiled) -> None:
+    for text in map(compiled.__getitem__, EXPERIMENTS):
         for private in (str(ROOT), str(Path.home()), socket.gethostname(), sys.prefix):
             assert private not in text
 
