@@ -576,7 +576,9 @@ def _answers(bundle: Path, dataset: Path, splits: Path, split: str) -> Inference
 
     predictor, folder = Predictor(bundle), DatasetFolder(dataset)
     frame = read_splits(splits)
-    names = frame.loc[frame["split"] == split, "sample_id"].sort_values().head(1 + _TIMED).tolist()
+    # The folds of a cross-validation are all of train.
+    asked = frame["split"] == ("train" if split == "folds" else split)
+    names = frame.loc[asked, "sample_id"].sort_values().head(1 + _TIMED).tolist()
     detects = folder.info.task == "detection"
 
     def ask(name: str) -> float:
