@@ -654,8 +654,9 @@ def _train_on_noise(place: Path, spec: StepSpec, checkpointing: bool) -> Step:
     names = folder.samples["sample_id"].tolist()
     splits = pd.DataFrame({"sample_id": names, "split": ["train"] * (len(names) - 2) + ["val"] * 2})
     started = time.perf_counter()
-    with _counting(place) as tensors_mb:
-        fitted = fit(config, folder, splits, seed=0, checkpoints=place / "checkpoints")
+    with _counting(place) as tensors_mb, TemporaryDirectory() as fresh:
+        # Each in a folder of its own: with equal weights in prospect, one run would take up where the other ended.
+        fitted = fit(config, folder, splits, seed=0, checkpoints=Path(fresh))
     cuda = torch.cuda.is_available()
     return Step(
         name=spec.name,

@@ -231,4 +231,5 @@ def test_a_step_is_measured_in_a_process_of_its_own() -> None:
     # The weights, gradients and moments alone take 16 bytes of a parameter.
     assert twice.tensors_mb < kept.tensors_mb
     assert 16 * kept.num_parameters / 1e6 < kept.tensors_mb < 200
+    assert 16 * twice.num_parameters / 1e6 < twice.tensors_mb
     assert kept.libraries_mb < kept.process_mb
