@@ -219,11 +219,11 @@ def test_a_step_is_measured_in_a_process_of_its_own() -> None:
         "tiny",
         "image",
         "binary",
-        (64, 64),
+        (192, 192),  # so large that activations weigh more than weights
         8,
         {
             "model": {"family": "resnet", "depth": 18, "width": 0.25},
-            "preprocessing": {"height_px": 64, "width_px": 64},
+            "preprocessing": {"height_px": 192, "width_px": 192},
         },
     )
     kept, twice = measure_step(spec)
