@@ -39,6 +39,7 @@ from cadx.explaining import title
 from cadx.files import replacing, write_json
 from cadx.loading import input_text
 from cadx.reporting import INK, MISSING, MUTED, PALETTE, estimate_text, panels
+from cadx.results import read_numbers
 from cadx.training import TrainingConfig, fit
 from cadx.types import Config, Digest, Estimate, Kind, Task
 
@@ -444,11 +445,14 @@ def measure_run(
     """
     recipe = section["train"]
     family = str(recipe["model"]["family"])
-    record = _numbers(reports)
-    if record is None:
+    scored = read_numbers(
+        reports, sorted(int(path.name) for path in reports.glob("*") if path.name.isdigit())
+    )
+    if scored is None:
         return Missing(
             experiment=name, family=family, reason=f"not run here: make reproduce EXPERIMENT={name}"
         )
+    record = scored.record
     seeds: tuple[int, ...] = tuple(record.get("seeds", [record.get("seed")]))
     digests = record.get("bundles", [record.get("bundle")])
     places = [work / str(seed) / "bundle" for seed in seeds]
@@ -534,13 +538,6 @@ def _quietly(function: Callable[..., T], *arguments: Any) -> T:
         for stream in (1, 2):  # the profiler speaks past Python
             os.dup2(nowhere.fileno(), stream)
     return function(*arguments)
-
-
-def _numbers(reports: Path) -> dict[str, Any] | None:
-    """metrics.json of all seeds, else of the first one that has some."""
-    places = [reports, *sorted(path for path in reports.glob("*") if path.name.isdigit())]
-    file = next((place / "metrics.json" for place in places if (place / "metrics.json").is_file()), None)
-    return None if file is None else json.loads(file.read_text(encoding="utf-8"))
 
 
 def _training(logs: Sequence[Path]) -> tuple[Training | None, int | None]:

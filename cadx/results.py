@@ -10,10 +10,10 @@ import math
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -141,23 +141,47 @@ def write_results(
     return missing
 
 
+class Numbers(NamedTuple):
+    """What the steps left of an experiment's scores.
+
+    Attributes:
+        file: the metrics.json that stands for the experiment: of all seeds joined, else of the first one.
+        record: its content.
+        by_seed: seed -> the content of its own metrics.json.
+    """
+
+    file: Path
+    record: dict[str, Any]
+    by_seed: dict[int, dict[str, Any]]
+
+
+def read_numbers(reports: Path, seeds: Iterable[int]) -> Numbers | None:
+    """The scores in an experiment's folder of reports; None where no seed has been evaluated."""
+    by_seed = {}
+    for seed in seeds:
+        file = reports / str(seed) / "metrics.json"
+        if file.is_file():
+            by_seed[seed] = json.loads(file.read_text(encoding="utf-8"))
+    if not by_seed:
+        return None
+    file = reports / "metrics.json"
+    record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if record.get("bundles") != [one["bundle"] for one in by_seed.values()]:
+        # Not joined yet, or joined before a seed was trained again.
+        first = next(iter(by_seed))
+        file, record = reports / str(first) / "metrics.json", by_seed[first]
+    return Numbers(file, record, by_seed)
+
+
 def _read(
     name: str, section: Mapping[str, Any], entry: Entry, reports: Path, planned: tuple[int, ...]
 ) -> _Experiment | None:
     """What has been left of an experiment; None where no seed has been evaluated."""
-    each = {}
-    for seed in planned:
-        file = reports / str(seed) / "metrics.json"
-        if file.is_file():
-            each[seed] = json.loads(file.read_text(encoding="utf-8"))
-    if not each:
+    found = read_numbers(reports, planned)
+    if found is None:
         return None
+    file, record, each = found
     seeds = tuple(each)
-    file = reports / "metrics.json"
-    record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if record.get("bundles") != [one["bundle"] for one in each.values()]:
-        # Not joined yet, or joined before a seed was trained again.
-        file, record = reports / str(seeds[0]) / "metrics.json", each[seeds[0]]
     log = reports / "test_uses.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     uses = [json.loads(line)["bundle"] for line in lines]

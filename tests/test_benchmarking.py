@@ -208,6 +208,9 @@ def test_numbers_without_weights_are_taken_as_they_are(root: Path, tmp_path: Pat
         "metrics": metrics,
     }
     (tmp_path / "metrics.json").write_text(json.dumps(record), encoding="utf-8")
+    (tmp_path / "0").mkdir()
+    of_seed = record | {"seed": 0, "bundle": "sha256:0"}
+    (tmp_path / "0" / "metrics.json").write_text(json.dumps(of_seed), encoding="utf-8")
     found = measure_run("phantom-xray", section, entry, tmp_path / "work", tmp_path)
     assert isinstance(found, Run)
     assert (found.metrics, found.inference, found.training) == (run().metrics, None, None)
