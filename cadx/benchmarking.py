@@ -52,7 +52,7 @@ HALF = 0.5
 """What we want to need of the text's memory."""
 
 _WIDTH = 140
-_LINE_OF_TEXT = 0.012  # of quality, in the drawing
+_LINE_OF_TEXT = 0.036  # of the axis of quality, in the drawing
 _TIMED = 20
 _TIMED_S = 20.0
 _MB = 1e6
@@ -978,9 +978,10 @@ def draw(benchmark: Benchmark, path: Path) -> None:
             markerfacecolor="white" if run.synthetic else colour,
         )
         points.append((estimate.value, memory_gb, run.experiment))
-    below = math.inf
+    lowest, highest = left.get_ylim()
+    line, below = _LINE_OF_TEXT * (highest - lowest), math.inf
     for value, memory_gb, name in sorted(points, reverse=True):
-        below = min(value, below - _LINE_OF_TEXT)
+        below = min(value, below - line)
         left.annotate(
             name,
             (memory_gb, value),
