@@ -780,7 +780,7 @@ def benchmark(
     docs: Path = Path("docs"),
     readme: Path = Path("README.md"),
 ) -> None:
-    """Measure every family on this machine, beside the figures of the handbook's table; five minutes on two cores.
+    """Measure every family on this machine, beside the figures of the handbook's table: about ten minutes.
 
     Writes docs/benchmark.json, a figure beside it, and the table in README.md. Experiments are measured where they
     have been run; a training step at the handbook's sizes needs no data.
