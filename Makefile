@@ -52,10 +52,10 @@ reproduce: setup  ## one experiment: make reproduce EXPERIMENT=pneumoniamnist
 	@cadx show $(EXPERIMENT)
 
 test: setup  ## every fast test
-	python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu and not container and not browser"
+	python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not container and not browser"
 
 test-all: setup  ## the slow, container and browser tests
-	python -m pytest -rs -n 2 --dist loadgroup -m "slow or container or browser"
+	python -m pytest -rs -n 2 --dist loadfile -m "slow or container or browser"
 
 check: setup  ## style, types, layers, contract, dependency audit
 	ruff check .

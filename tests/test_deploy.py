@@ -35,8 +35,6 @@ from serving.client import Client
 from serving.management import Management
 from serving.server import TorchServe, free_ports
 
-pytestmark = pytest.mark.xdist_group("torchserve")
-
 
 @dataclass
 class Packaged:

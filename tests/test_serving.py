@@ -42,8 +42,6 @@ from serving.management import Management
 from serving.radiograph_handler import RadiographHandler
 from serving.server import MAX_REQUEST_BYTES, Ports, Tls, TorchServe, free_ports
 
-pytestmark = pytest.mark.xdist_group("torchserve")
-
 MODEL = "squares"
 BATCH_SIZE = 4
 PATIENT = "Quagmire^Zebediah"

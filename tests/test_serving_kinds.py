@@ -41,8 +41,6 @@ from serving.management import Management
 from serving.schema import answer_schema
 from serving.server import TorchServe, free_ports
 
-pytestmark = pytest.mark.xdist_group("torchserve")
-
 ROOT = Path(__file__).resolve().parent.parent
 ANSWERERS: dict[str, type[Answerer]] = {
     "volume": VolumeAnswerer,
