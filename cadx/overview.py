@@ -288,9 +288,10 @@ def _estimates(summary: dict[str, Any]) -> dict[str, Estimate]:
 
 
 def _print(summary: dict[str, Any], task: Task, decisions: Sequence[Decision]) -> None:
+    scored = judged_on(summary["split"]).removeprefix("the ")
     table = Table(
         "metric", "value (95 % interval)", "n",
-        title=f"{summary['experiment']} on {judged_on(summary['split'])}, {len(summary['seeds'])} seeds",
+        title=f"{summary['experiment']}, {scored}, {len(summary['seeds'])} seeds",
     )  # fmt: skip
     metrics = _estimates(summary)
     for name in HEADLINES[task]:
