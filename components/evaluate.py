@@ -144,7 +144,8 @@ def evaluate(
     for warning in warnings:
         page.callout("warn", warning)
     scored.show_numbers(page)
-    scored.show_mistakes(page, folder, predictor)
+    scored.show_mistakes(page, folder)
+    scored.show_explanations(page, folder, predictor)
     _model(page, predictor.bundle, dataset_digest, splits_digest, folder)
     show_assumptions(page, info)
     _test_uses(page, test_uses)

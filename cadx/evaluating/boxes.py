@@ -20,7 +20,6 @@ from cadx.detection import (
 )
 from cadx.evaluating.evaluation import (
     LESION_COLOUR,
-    NUM_MISTAKES,
     Evaluation,
     Mistake,
     Settings,
@@ -55,6 +54,12 @@ _COORDINATES = ["x0", "y0", "x1", "y1"]
 class Detection(Evaluation):
     """Boxes of one or several classes; the metrics are those of `cadx.detection`."""
 
+    frames = (
+        "Green frames: lesions. Orange frames: boxes called at the operating point. The mistake itself is framed in "
+        "pink; below it stands the score, the lowest first of misses, the highest first of false alarms."
+    )
+    picture_px = 360
+
     def __init__(
         self,
         frame: pd.DataFrame,
@@ -80,16 +85,6 @@ class Detection(Evaluation):
     def scores(self) -> DetectionScores:
         """Every metric."""
         return self._score(np.ones(len(self.frame), bool), self._settings.resamples)
-
-    @property
-    def n(self) -> int:
-        """Images."""
-        return self.scores.n
-
-    @property
-    def n_patients(self) -> int:
-        """Patients among them."""
-        return self.scores.n_patients
 
     @cached_property
     def by_subgroup(self) -> dict[str, dict[str, Subgroup]]:
@@ -227,25 +222,8 @@ class Detection(Evaluation):
         thick = max(3, max(pixels.shape) // 90)
         return draw_boxes(pixels, [(mistake.box, MISTAKE_COLOUR)], thick)
 
-    def show_mistakes(self, page: Page, folder: DatasetFolder, predictor: Predictor) -> None:
-        """Add the worst misses and false alarms, drawn on their images."""
-        page.section("Worst mistakes")
-        page.text(
-            "Green frames: lesions. Orange frames: boxes called at the operating point. The mistake itself is framed "
-            "in pink; below it stands the score."
-        )
-        for heading, mistakes in self.mistakes().items():
-            if not mistakes:
-                page.callout("ok", f"{heading}: none.")
-                continue
-            shown = mistakes[:NUM_MISTAKES]
-            rest = "" if len(shown) == len(mistakes) else f" of {len(mistakes):,}"
-            order = "the lowest score first" if heading == "Missed" else "the highest score first"
-            page.text(f"{heading}: {len(shown)}{rest}, {order}.")
-            page.images(
-                [(self.picture(mistake, folder), f"{mistake.sample_id}: {mistake}") for mistake in shown],
-                max_px=360,
-            )
+    def show_explanations(self, page: Page, folder: DatasetFolder, predictor: Predictor) -> None:
+        """Nothing: a box says itself where the evidence lies."""
 
     @cached_property
     def _matched(self) -> tuple[pd.DataFrame, pd.DataFrame]:

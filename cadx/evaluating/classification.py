@@ -11,7 +11,6 @@ from cadx.datasets import DatasetFolder
 from cadx.evaluating import decisions
 from cadx.evaluating.evaluation import (
     LESION_COLOUR,
-    NUM_MISTAKES,
     Aggregation,
     Evaluation,
     Mistake,
@@ -80,6 +79,11 @@ class Classification(Evaluation):
         joined: those of all seeds: S N K.
     """
 
+    frames = (
+        "Lesions are framed where they are known; below each stands the calibrated probability of the class."
+    )
+    picture_px = 240
+
     def __init__(
         self,
         frame: pd.DataFrame,
@@ -125,16 +129,6 @@ class Classification(Evaluation):
     def scores(self) -> Scores:
         """Every metric."""
         return score(*self.joined[:3], **self._what, resamples=self._settings.resamples)
-
-    @property
-    def n(self) -> int:
-        """Labelled samples, or patients where they are aggregated."""
-        return self.scores.n
-
-    @property
-    def n_patients(self) -> int:
-        """Patients among them."""
-        return self.scores.n_patients
 
     @cached_property
     def by_subgroup(self) -> dict[str, dict[str, Subgroup]]:
@@ -302,22 +296,8 @@ class Classification(Evaluation):
             return pixels
         return draw_boxes(pixels, [(lesions.to_numpy(np.float64), LESION_COLOUR)])
 
-    def show_mistakes(self, page: Page, folder: DatasetFolder, predictor: Predictor) -> None:
-        """Add the worst misses and false alarms, and why a few answers are as they are."""
-        page.section("Worst mistakes")
-        page.text(
-            "Lesions are framed where they are known; below each picture stands the calibrated probability of the "
-            "class."
-        )
-        for heading, mistakes in self.mistakes().items():
-            if not mistakes:
-                page.callout("ok", f"{heading}: none.")
-                continue
-            shown = mistakes[:NUM_MISTAKES]
-            pairs = [(self.picture(mistake, folder), f"{mistake.sample_id}: {mistake}") for mistake in shown]
-            rest = "" if len(shown) == len(mistakes) else f" of {len(mistakes)}"
-            page.text(f"{heading}: {len(shown)}{rest}, the most confident first.")
-            page.images(pairs, max_px=240)
+    def show_explanations(self, page: Page, folder: DatasetFolder, predictor: Predictor) -> None:
+        """Add maps of hits, misses and false alarms, each with its scores."""
         cases = cases_of(self.info, self.rows, self.frame["sample_id"].tolist())
         show_explanations(page, explain(predictor, folder, cases))
 

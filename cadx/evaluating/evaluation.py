@@ -2,15 +2,16 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 from pydantic import Field
 
 from cadx.datasets import DatasetFolder
+from cadx.detection import DetectionScores
 from cadx.explaining import title
-from cadx.metrics import Meaning
+from cadx.metrics import Meaning, Scores
 from cadx.predicting import PredictionsInfo, Predictor
 from cadx.reporting import PALETTE, Page
 from cadx.types import Config, Judged
@@ -81,9 +82,16 @@ class Evaluation(ABC):
         settings: how finely they are scored.
         others: the same of other seeds, on the same samples in the same order.
 
+    Attributes:
+        frames: what the pictures of mistakes show, in words.
+        picture_px: the longer side of such a picture.
+
     Raises:
         ValueError: as `check`.
     """
+
+    frames: ClassVar[str]
+    picture_px: ClassVar[int]
 
     @abstractmethod
     def __init__(
@@ -110,13 +118,18 @@ class Evaluation(ABC):
 
     @property
     @abstractmethod
-    def n(self) -> int:
-        """Labelled samples."""
+    def scores(self) -> Scores | DetectionScores:
+        """Every metric."""
 
     @property
-    @abstractmethod
+    def n(self) -> int:
+        """Labelled samples, or patients where samples are aggregated."""
+        return self.scores.n
+
+    @property
     def n_patients(self) -> int:
         """Patients among them."""
+        return self.scores.n_patients
 
     @staticmethod
     @abstractmethod
@@ -147,9 +160,25 @@ class Evaluation(ABC):
     def picture(self, mistake: Mistake, folder: DatasetFolder) -> np.ndarray:
         """The mistake's sample as one picture, H W or H W 3, with lesions framed where they are known."""
 
-    @abstractmethod
-    def show_mistakes(self, page: Page, folder: DatasetFolder, predictor: Predictor) -> None:
+    def show_mistakes(self, page: Page, folder: DatasetFolder) -> None:
         """Add the section of the worst misses and false alarms, with their pictures."""
+        page.section("Worst mistakes")
+        page.text(self.frames)
+        for heading, mistakes in self.mistakes().items():
+            if not mistakes:
+                page.callout("ok", f"{heading}: none.")
+                continue
+            shown = mistakes[:NUM_MISTAKES]
+            rest = "" if len(shown) == len(mistakes) else f" of {len(mistakes):,}"
+            page.text(f"{heading}: {len(shown)}{rest}, the most confident first.")
+            page.images(
+                [(self.picture(mistake, folder), f"{mistake.sample_id}: {mistake}") for mistake in shown],
+                max_px=self.picture_px,
+            )
+
+    @abstractmethod
+    def show_explanations(self, page: Page, folder: DatasetFolder, predictor: Predictor) -> None:
+        """Add the section on why a few answers are as they are; nothing where no map can show it."""
 
 
 def judged_on(split: Judged) -> str:
