@@ -82,6 +82,43 @@ def test_a_volume_of_one_patch_is_answered_as_the_patch_is() -> None:
     assert torch.equal(whole.features, patch.features)
 
 
+def test_with_mirrors_a_volume_and_its_mirror_image_get_one_answer_and_mirrored_maps() -> None:
+    torch.manual_seed(0)
+    config = ResNet3DConfig(depth=10, width=0.125, stem="small")
+    network = config.build(2, 1).eval()
+    torch.nn.init.normal_(network.attention.weight)
+    preprocessing = VolumePreprocessing(patch_px=(16, 18, 20), window_hu=(0, 100), mirrors=True)
+    voxels = np.random.default_rng(0).integers(0, 100, (24, 18, 30)).astype(np.int16)
+    voxels[5:9, 3:6, 20:25] = 1000
+
+    def answer(voxels: np.ndarray, made: VolumePreprocessing) -> Output:
+        volume = VolumeSource.of_array(np.ascontiguousarray(voxels), (1.0, 1.0, 1.0))
+        with torch.inference_mode():
+            return slide_over(network, volume, made, "multiclass", None, config.cells, CPU)
+
+    whole = answer(voxels, preprocessing)
+    plain = answer(voxels, preprocessing.model_copy(update={"mirrors": False}))
+    assert not torch.allclose(whole.logits, plain.logits, atol=1e-4)
+    for axes in [(0,), (1,), (2,), (0, 2), (0, 1, 2)]:
+        turned = answer(np.flip(voxels, axes), preprocessing)
+        torch.testing.assert_close(turned.logits, whole.logits, atol=1e-5, rtol=0)
+        torch.testing.assert_close(turned.features, whole.features, atol=1e-5, rtol=0)
+        back = turned.attention[0].flip(axes)
+        torch.testing.assert_close(back, whole.attention[0], atol=1e-6, rtol=1e-3)
+    one = answer(voxels[:16, :, :20], preprocessing)
+    patch = preprocessing.apply(
+        VolumeSource.of_array(np.ascontiguousarray(voxels[:16, :, :20]), (1.0, 1.0, 1.0)), (0, 0, 0)
+    )
+    with torch.inference_mode():
+        views = [
+            network(patch[None].flip([2] * d + [3] * h + [4] * w)).logits
+            for d in (0, 1)
+            for h in (0, 1)
+            for w in (0, 1)
+        ]
+    torch.testing.assert_close(one.logits, torch.stack(views).mean(0), atol=1e-5, rtol=0)
+
+
 def test_a_file_and_its_dataset_give_one_answer(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     source = SourceInfo(title="t", licence="CC0", citation="c")

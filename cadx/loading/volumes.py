@@ -128,6 +128,11 @@ class VolumePreprocessing(Config):
         description="the values that become 0 and 1, all beyond them cut off: for CT, in HU; null takes each "
         "volume's own mean and standard deviation as 0 and 1: for MR, which has no common scale",
     )
+    mirrors: bool = Field(
+        default=False,
+        description="answer with the mean over a patch and its mirror images along all axes, of all sets of axes: "
+        "eight times the work; for networks that have learned from mirror images",
+    )
 
     @model_validator(mode="after")
     def _meaningful(self) -> Self:

@@ -6,6 +6,7 @@ exclude each other without one being a finding are averaged over all windows.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from cadx.transforms import Cells
 from cadx.types import RawVolume, Task
 
 _WINDOWS_AT_ONCE = 8
+_MIRRORS = [axes for number in range(4) for axes in combinations((-3, -2, -1), number)]
+"""Sets of axes, D H W, along which a patch can be turned about; first the patch as it is."""
 
 
 def slide_over(
@@ -55,11 +58,15 @@ def slide_over(
         all of them do.
     """
     windows = GridPatches(volume, preprocessing)
+    mirrors = _MIRRORS if preprocessing.mirrors else _MIRRORS[:1]
     answers: list[Output] = []
     for start in range(0, len(windows), _WINDOWS_AT_ONCE):
         stop = min(start + _WINDOWS_AT_ONCE, len(windows))
-        answers.append(network(torch.stack([windows[index] for index in range(start, stop)]).to(device)))
-    logits, attention, features = (torch.cat(parts).float() for parts in zip(*answers, strict=True))
+        patches = torch.stack([windows[index] for index in range(start, stop)]).to(device)
+        by_view = [network(patches.flip(axes) if axes else patches) for axes in mirrors]
+        views = Output(*(torch.stack(parts).float() for parts in zip(*by_view, strict=True)))
+        answers.append(Output(views.logits.mean(0), views.attention.transpose(0, 1), views.features.mean(0)))
+    logits, attention, features = (torch.cat(parts) for parts in zip(*answers, strict=True))
     if len(windows) == 1:
         weights, pooled, seen = torch.ones(1), logits, features
     elif task == "multilabel":
@@ -76,11 +83,17 @@ def slide_over(
         return Output(pooled, attention[:0], seen)
     # One window at a time: all of them at full size would be many times the volume.
     maps = (
-        weight * _spread(one[None], preprocessing.patch_px, cells).numpy()
-        for one, weight in zip(attention.cpu(), weights.tolist(), strict=True)
+        weight * _turned_back(_spread(window, preprocessing.patch_px, cells), mirrors).numpy()
+        for window, weight in zip(attention.cpu(), weights.tolist(), strict=True)
     )
     whole = torch.from_numpy(windows.assemble(maps)).clamp_min(0)
     return Output(pooled, whole / whole.sum().clamp_min(torch.finfo(torch.float32).tiny), seen)
+
+
+def _turned_back(maps: Tensor, mirrors: Sequence[tuple[int, ...]]) -> Tensor:
+    """The mean of the maps of a patch's mirror images, V D H W, each turned back onto the patch: 1 D H W."""
+    turned = [view.flip(axes) for view, axes in zip(maps, mirrors, strict=True)]
+    return torch.stack(turned).mean(0, keepdim=True)
 
 
 def _spread(maps: Tensor, size_px: Sequence[int], cells: Sequence[Cells]) -> Tensor:
