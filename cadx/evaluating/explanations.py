@@ -14,7 +14,8 @@ same map moved by half of the picture. A map that does no better than its contro
 The second check is whether a map changes when every weight is drawn anew (Adebayo et al. 2018, "Sanity checks for
 saliency maps"): one that stays the same shows the picture's edges and not what was learnt.
 
-A volume is looked at in the window that decides, the one in which the class is likeliest.
+A volume is looked at in the window that decides, the one in which the class is likeliest, and of its mirror images
+(`VolumePreprocessing.mirrors`) only as it lies.
 """
 
 import copy
@@ -434,7 +435,7 @@ def show_explanations(page: Page, found: Sequence[Explanation]) -> None:
         f"away what it names first, in {STEPS} parts, while the probability of the class is watched (deletion: the "
         "lower the area, the better), and by bringing it in first (insertion: the higher, the better). Places that are "
         "taken away get the median of the picture; tiles of a slide are taken out. A volume is shown in the window "
-        "that decides, at the slice where the first map is largest."
+        "that decides, as it lies and not mirrored, at the slice where the first map is largest."
     )
     page.images(
         [
