@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import gdcm
+import imagecodecs
 import numpy as np
 import pydicom
 import pytest
@@ -17,8 +18,10 @@ from pydicom.pixels import apply_modality_lut, apply_windowing
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.sequence import Sequence
 from pydicom.uid import (
+    JPEG2000,
     ComputedRadiographyImageStorage,
     ExplicitVRLittleEndian,
+    JPEGExtended12Bit,
     JPEGLosslessSV1,
     RLELossless,
 )
@@ -248,6 +251,55 @@ def test_lossy_jpeg_2000_reads_as_another_decoder_reads_it(file):
     np.testing.assert_array_equal(read_image(path).pixels, read_image(encode(ds)).pixels)
 
 
+def test_colour_jpeg_2000_that_pillow_refuses_reads_as_another_decoder_reads_it():
+    path = Path(get_testdata_file("GDCMJ2K_TextGBR.dcm", download=False))
+    ds = pydicom.dcmread(path)
+    by_gdcm, _ = get_decoder(ds.file_meta.TransferSyntaxUID).as_array(ds, decoding_plugin="gdcm")
+    assert by_gdcm.shape == (400, 400, 3)
+    np.testing.assert_array_equal(read_image(path).pixels, by_gdcm)
+
+
+def test_jpeg_of_12_bits_reads_as_what_was_encoded_and_never_when_truncated():
+    rows, columns = np.mgrid[:64, :80]
+    stored = (2000 + 1500 * np.sin(rows / 9) * np.cos(columns / 11)).astype(np.uint16)
+    stream = imagecodecs.jpeg8_encode(stored, level=100, bitspersample=12)
+    ds = dicom_dataset(stored, bits=12, RescaleSlope=1, RescaleIntercept=0)
+    plain = read_image(encode(ds)).pixels
+    ds.file_meta.TransferSyntaxUID = JPEGExtended12Bit
+    ds.PixelData = pydicom.encaps.encapsulate([stream])
+    coded = read_image(encode(ds)).pixels
+    step = 65535 / 4095  # of the stored values, in those of the image
+    assert np.abs(coded.astype(float) - plain).max() < 3 * step, (
+        "quantisation by 1 is off by at most 3 of 4096"
+    )
+    ds.PixelData = pydicom.encaps.encapsulate([stream[: len(stream) // 2]])
+    with pytest.raises(ValueError, match="damaged or truncated"):
+        read_image(encode(ds))
+
+
+def test_jpeg_of_12_bits_made_elsewhere_shows_the_picture_of_its_jpeg_2000_twin():
+    lossy, twin = (
+        read_image(Path(get_testdata_file(name, download=False))).pixels.astype(float).ravel()
+        for name in ("JPGExtended.dcm", "JPEG2000.dcm")
+    )
+    assert np.corrcoef(lossy, twin)[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("syntax", [JPEG2000, JPEGExtended12Bit])
+def test_a_stream_of_another_size_than_its_header_says_is_refused(syntax):
+    stored = np.full((600, 900), 77, np.uint16)
+    stream = (
+        imagecodecs.jpeg2k_encode(stored, codecformat="J2K", bitspersample=12)
+        if syntax == JPEG2000
+        else imagecodecs.jpeg8_encode(stored, bitspersample=12)
+    )
+    ds = dicom_dataset(stored[:32, :32].copy(), bits=12)
+    ds.file_meta.TransferSyntaxUID = syntax
+    ds.PixelData = pydicom.encaps.encapsulate([stream])
+    with pytest.raises(ValueError, match="^DICOM: "):
+        read_image(encode(ds))
+
+
 def test_colour_dicom_is_rgb_and_collapses_where_it_is_gray():
     rgb = read_image(Path(get_testdata_file("SC_ybr_full_422_uncompressed.dcm", download=False)))
     assert rgb.pixels.shape == (100, 100, 3)
@@ -452,7 +504,7 @@ def test_missing_file_and_folder(tmp_path):
 
 @pytest.mark.parametrize(
     "file",
-    ["image_dfl.dcm", "rtdose_1frame.dcm", "test-SR.dcm", "MR_truncated.dcm", "badVR.dcm", "JPGExtended.dcm"],
+    ["image_dfl.dcm", "rtdose_1frame.dcm", "test-SR.dcm", "MR_truncated.dcm", "badVR.dcm"],
 )
 def test_dicom_that_is_no_plain_image_is_refused(file):
     with pytest.raises(ValueError, match=r"^DICOM: "):

@@ -16,8 +16,9 @@ import pydicom.config
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 from pydicom.pixels.decoders.base import get_decoder
-from pydicom.uid import JPEG2000, UID, JPEG2000Lossless, JPEGBaseline8Bit
+from pydicom.uid import UID
 
+from cadx.reading.codecs import decode_frame
 from cadx.reading.source import HEAD_BYTES, Refusal, check_frame, check_size, gray_if_equal, read_bytes, sniff
 from cadx.types import Millimetres, RawImage
 
@@ -57,9 +58,6 @@ Source: DICOM PS3.15 Annex E, table E.1-1.
 """
 BURNED_IN = "BurnedInAnnotation"
 """The one identifier that cannot be dropped with the header: it stands in the pixels."""
-
-PILLOW_SYNTAXES = (JPEGBaseline8Bit, JPEG2000Lossless, JPEG2000)
-"""What Pillow decodes: it refuses truncated streams, which GDCM, for all other syntaxes, silently fills."""
 
 _COLOUR_SPACES = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
@@ -161,10 +159,7 @@ def read_dicom(data: bytes, frame: int | None = None) -> RawImage:
         attributes = header_attributes(header, assumptions)
         patient = header_text(header, "PatientID") or None
         table = None if colour else _display_table(header, assumptions)
-    plugin = "pillow" if syntax in PILLOW_SYNTAXES else ""
-    stored, _ = get_decoder(syntax).as_array(
-        header, index=(frame or 1) - 1, raw=False, decoding_plugin=plugin
-    )
+    stored = decode_frame(header, (frame or 1) - 1)
     if (stored.shape[0], stored.shape[1]) != (header.Rows, header.Columns):
         raise Refusal("the pixel data have another size than the header says")
     pixels = gray_if_equal(stored) if table is None else _look_up(table, stored)

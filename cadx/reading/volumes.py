@@ -19,11 +19,10 @@ import nibabel
 import numpy as np
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt2axcodes
 from pydicom.dataset import Dataset
-from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import UID, MediaStorageDirectoryStorage
 
+from cadx.reading.codecs import decode_frame
 from cadx.reading.dicom import (
-    PILLOW_SYNTAXES,
     check_pixels,
     discreet,
     header_attributes,
@@ -800,9 +799,7 @@ def _decoded(frames: Sequence[_Frame]) -> Iterator[np.ndarray]:
             with discreet():
                 header = parse_header(frame.read())
             opened = frame.read
-        syntax = UID(str(header.file_meta.TransferSyntaxUID))
-        plugin = "pillow" if syntax in PILLOW_SYNTAXES else ""
-        stored, _ = get_decoder(syntax).as_array(header, index=frame.index, raw=False, decoding_plugin=plugin)
+        stored = decode_frame(header, frame.index)
         if stored.shape != frame.shape:
             raise Refusal("the pixel data have another size than the header says")
         # Bits above BitsStored, which may hold overlays, pydicom has already cleared or filled with the sign.
