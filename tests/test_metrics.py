@@ -468,19 +468,37 @@ def test_weighted_resamples_equal_scikit_learn_on_the_rows_drawn() -> None:
                 assert parts[name].replicates[row] == pytest.approx(value), name
 
 
-def test_limits_are_percentiles_over_whole_patients() -> None:
+def test_limits_are_those_of_a_loop_over_whole_patients() -> None:
     y, p, patients = draw(8, n=150, clusters=True)
-    estimate = score_binary(y, p, patients, resamples=2000).metrics["brier"]
+    found = score_binary(y, p, patients, resamples=2000).metrics
     rng = np.random.default_rng(1)
     ids = np.unique(patients)
     rows = {patient: np.flatnonzero(patients == patient) for patient in ids}
-    values = []
-    for _ in range(2000):
+    values: dict[str, list[float]] = {"brier": [], "log_loss": [], "average_precision": [], "f1": []}
+    for _ in range(600):
         drawn = np.concatenate([rows[patient] for patient in rng.choice(ids, len(ids))])
-        values.append(np.square(p[drawn] - y[drawn]).mean())
-    width = estimate.high - estimate.low
-    assert [estimate.low, estimate.high] == pytest.approx(np.percentile(values, [2.5, 97.5]), abs=0.1 * width)
-    assert estimate.method == "patient bootstrap, percentile, 2000 resamples"
+        values["brier"].append(reference.brier_score_loss(y[drawn], p[drawn]))
+        values["log_loss"].append(reference.log_loss(y[drawn], p[drawn]))
+        values["average_precision"].append(reference.average_precision_score(y[drawn], p[drawn]))
+        values["f1"].append(reference.f1_score(y[drawn], p[drawn] >= 0.4))
+    for name, replicates in values.items():
+        counted = ids if name in ("brier", "log_loss") else np.unique(patients[y == 1])
+        error = stats.t.ppf(0.975, len(counted) - 1) * np.std(replicates, ddof=1)
+        estimate = found[name]
+        v = estimate.value
+        if name == "log_loss":
+            expected = v * math.exp(-error / v), v * math.exp(error / v)
+        else:
+            logit = math.log(v / (1 - v))
+            expected = tuple(1 / (1 + math.exp(-logit - sign * error / (v * (1 - v)))) for sign in (-1, 1))
+        assert (estimate.low, estimate.high) == pytest.approx(
+            expected, abs=0.05 * (expected[1] - expected[0])
+        ), name
+        scale = "log" if name == "log_loss" else "logit"
+        assert estimate.method == f"patient bootstrap, {scale} scale, 2000 resamples"
+    assert (
+        found["expected_calibration_error"].method == "patient bootstrap, percentile, 2000 resamples, centred"
+    )
 
 
 def test_the_same_call_gives_the_same_numbers_whatever_patients_are_called() -> None:

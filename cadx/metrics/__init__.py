@@ -14,9 +14,11 @@ How an interval is made (`Estimate.method` says which one it was):
                   correlation of the parts over patients (Zou and Donner 2008, Stat Med 27:1693).
     calibration   slope and intercept: Wald with the sandwich variance over patients (Liang and Zeger 1986,
                   Biometrika 73:13).
-    the rest      bootstrap of whole patients, percentile (Rutter 2000, Acad Radiol 7:413; Field and Welsh
-                  2007, JRSS B 69:369). Not stratified by outcome: in a cohort the number of positives is
-                  itself random, and a patient with images of both outcomes belongs to no stratum.
+    the rest      bootstrap of whole patients (Rutter 2000, Acad Radiol 7:413; Field and Welsh 2007, JRSS B
+                  69:369): its standard deviation with t on the logit scale, of the log loss on the log scale
+                  (Boyd et al. 2013, LNAI 8190:451), of the calibration error its percentiles. Not stratified
+                  by outcome: in a cohort the number of positives is itself random, and a patient with images
+                  of both outcomes belongs to no stratum.
 
 Several seeds are several models scored on the same patients. The value is the mean over seeds; the
 interval covers the sampling of patients, which is the same for all seeds; the spread between seeds is

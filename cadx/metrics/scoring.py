@@ -27,6 +27,7 @@ from cadx.metrics.estimates import (
     resampled_sums,
     undefined,
 )
+from cadx.metrics.limits import on_scale
 from cadx.metrics.multiplicity import holm
 from cadx.metrics.proportions import balanced, call_metrics, f1, sensitivity, share, specificity
 from cadx.metrics.ranking import area, average_precision
@@ -482,7 +483,7 @@ def _by_class(cases: Cases, weights: Weights) -> dict[str, Part]:
         "calibration_intercept": calibration_intercept(cases),
         "ece_if_calibrated": ece_if_calibrated(cases),
     }
-    return {name: parts[name] for name in METRICS if name in parts}
+    return {name: on_scale(name, parts[name]) for name in METRICS if name in parts}
 
 
 def _overall(
@@ -513,7 +514,7 @@ def _overall(
             replicates = (sums[:, :-1] / sums[:, -1:]).mean(axis=1)
             by_seed = values.mean(axis=1)
             overall[name] = replicated(name, by_seed, replicates, cases.y.size, data.num_patients)
-    return {name: overall[name] for name in METRICS if name in overall}
+    return {name: on_scale(name, overall[name]) for name in METRICS if name in overall}
 
 
 _JUDGED = {
@@ -551,7 +552,10 @@ def _judged(data: _Data, which: BoolArray, positive: str | None, minimum_n: int)
 
 
 def _joined(parts: Mapping[str, Sequence[Part]]) -> dict[str, Part]:
-    return {name: found[0] if len(found) == 1 else average(name, found) for name, found in parts.items()}
+    return {
+        name: found[0] if len(found) == 1 else on_scale(name, average(name, found))
+        for name, found in parts.items()
+    }
 
 
 def _subgroup(
