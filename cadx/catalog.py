@@ -142,8 +142,12 @@ class FolderEntry(_Stored):
 
 
 class Columns(Config):
-    """Optional columns of a table, by what they hold; where a DICOM file says otherwise, the table wins."""
+    """Optional columns of a table, by what they hold; where a DICOM file says otherwise, the table wins.
 
+    `frame` is the number of an image within a file of several, from 1; an empty cell means that the file holds one.
+    """
+
+    frame: str | None = None
     patient: str | None = None
     site: str | None = None
     scanner: str | None = None
@@ -198,6 +202,14 @@ class TableEntry(_Stored):
     clinical: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
+    def _frames_are_images(self) -> Self:
+        if self.columns.frame and (self.kind != "image" or self.boxes):
+            raise ValueError(
+                "columns.frame is for samples of kind image, without boxes: boxes name files, not frames"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _labels_fit_task(self) -> Self:
         if self.task == "detection":
             if self.boxes is None or self.label_column or self.label_columns:
@@ -216,9 +228,13 @@ class TableEntry(_Stored):
 
 
 class NamedFile(Config):
-    """One sample of a `FilesEntry`: its file, or folder of slices, within the source; no label means unlabelled."""
+    """One sample of a `FilesEntry`: its file, or folder of slices, within the source; no label means unlabelled.
+
+    Of a file of several images `frame` says which, from 1.
+    """
 
     file: str
+    frame: Annotated[int, Field(ge=1)] | None = None
     label: str | None = None
     mask: str | None = None
     patient: str = ""
@@ -229,6 +245,14 @@ class FilesEntry(_Stored):
 
     format: Literal["files"]
     samples: tuple[NamedFile, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _frames_are_images(self) -> Self:
+        if self.kind != "image" and any(sample.frame for sample in self.samples):
+            raise ValueError(
+                "a frame is asked for where samples are images; a volume takes all of its frames"
+            )
+        return self
 
 
 class Patches(Config):

@@ -61,6 +61,7 @@ class Column(NamedTuple):
     name: str
     dtype: Literal["string", "float64", "int64"]
     meaning: str
+    required: bool = True
 
 
 SAMPLE_COLUMNS = (
@@ -69,6 +70,12 @@ SAMPLE_COLUMNS = (
     Column("mask_path", "string", "the shard that holds its mask; empty where it has none"),
     Column("slide_path", "string", "the slide's own file, relative to the folder; empty for other kinds"),
     Column("sha256", "string", "digest of the source file"),
+    Column(
+        "frame",
+        "int64",
+        "its frame in the source file, from 1; 0 = the whole; only where frames are asked for",
+        False,
+    ),
     Column("pixels_sha256", "string", "digest of dtype, shape and pixels: equal for exact copies"),
     Column("patient", "string", "pseudonym of the patient; samples that share it never cross a split"),
     Column("site", "string", "hospital or centre; empty where unknown"),
@@ -273,6 +280,7 @@ class DatasetWriter:
         given_split: str = "",
         spacing_mm: Sequence[float] | None = None,
         statistics: Mapping[str, float],
+        frame: int = 0,
         boxes: Sequence[tuple[str, float, float, float, float]] = (),
         mask: np.ndarray | None = None,
         tissue: np.ndarray | None = None,
@@ -302,6 +310,7 @@ class DatasetWriter:
             given_split: the set's official split, or empty.
             spacing_mm: (row, column), or of a volume (slice, row, column), which must be known.
             statistics: name -> value; the same names for every sample.
+            frame: of a source file with several frames, the number of this one, from 1; else 0.
             boxes: (class, x0, y0, x1, y1) in stored pixels, recorded as they are: `validate` judges them.
             mask: uint8 on the grid of `pixels`, 0 = background.
             tissue: of a slide, 0 or 1 on the grid of its thumbnail.
@@ -377,6 +386,7 @@ class DatasetWriter:
             "mask_path": _shard_name(self._num_shards) if mask is not None else "",
             "slide_path": f"slides/{sample_id}{slide.suffix.lower()}" if slide else "",
             "sha256": sha256,
+            "frame": frame,
             "pixels_sha256": _pixels_digest(pixels),
             "patient": patient,
             "site": site,
@@ -466,6 +476,8 @@ class DatasetWriter:
             raise ValueError("dataset: no sample was added; check the source's folder and patterns")
         if self._shard:
             self._flush()
+        if not any(self._samples["frame"]):
+            del self._samples["frame"]
         _write_table(self.path / "samples.parquet", self._samples, SAMPLE_COLUMNS)
         _write_table(self.path / "boxes.parquet", self._boxes, BOX_COLUMNS)
         names = ["samples.parquet", "boxes.parquet", *map(_shard_name, range(self._num_shards))]
@@ -707,6 +719,8 @@ def _read_table(path: Path, columns: Sequence[Column]) -> pd.DataFrame:
         raise ValueError(f"{path}: not a Parquet file; {_RERUN}") from None
     for column in columns:
         if column.name not in table.column_names:
+            if not column.required:
+                continue
             raise ValueError(f"{path}: no column {column.name!r} ({column.dtype}); {_RERUN}")
         found = str(table.schema.field(column.name).type).removeprefix("large_")  # pandas writes large_string
         if found not in (column.dtype, {"float64": "double"}.get(column.dtype)):

@@ -67,6 +67,7 @@ class Item:
         place: finds it in the source without naming it.
         path: the file or folder.
         relative: where it lies in the source.
+        frame: which image of a file of several, from 1; None where the file holds one.
         labels: class -> 1 or 0.
         attributes: any of site, scanner, age, sex, view.
         patient: as the source has it; it becomes a pseudonym.
@@ -88,6 +89,7 @@ class Item:
     mask: Path | None = None
     mask_values: dict[str, int] = field(default_factory=dict)
     clinical: dict[str, float] = field(default_factory=dict)
+    frame: int | None = None
 
 
 @dataclass(frozen=True)
@@ -175,8 +177,11 @@ def _table_items(entry: TableEntry, root: Path) -> list[Item]:
             mask = root / _within(row[entry.mask_column], f"{place}: column {entry.mask_column}")
             if not mask.is_file():
                 raise ValueError(f"{place}: its mask file is not there; add it, or empty the cell")
-        if relative.as_posix() in items:
-            raise ValueError(f"{place}: the same file as {items[relative.as_posix()].place}; keep one row")
+        frame = _frame(row[columns.frame], f"{place}, column {columns.frame}") if columns.frame else None
+        known_as = relative.as_posix() if frame is None else f"{relative.as_posix()}/{frame}"
+        if known_as in items:
+            what = "file" if frame is None else "frame"
+            raise ValueError(f"{place}: the same {what} as {items[known_as].place}; keep one row")
         attributes: dict[str, Any] = {
             "site": row[columns.site] if columns.site else "",
             "scanner": row[columns.scanner] if columns.scanner else "",
@@ -188,10 +193,11 @@ def _table_items(entry: TableEntry, root: Path) -> list[Item]:
         if split and split not in SPLIT_WORDS:
             raise ValueError(f"{place}, column {columns.split}: not train, val, calibration or test")
         item_boxes = boxes.pop(relative.as_posix(), [])
-        items[relative.as_posix()] = Item(
+        items[known_as] = Item(
             place=place,
             path=path,
             relative=relative,
+            frame=frame,
             labels=_present(entry.classes, item_boxes)
             if entry.task == "detection"
             else _row_labels(entry, row, place),
@@ -284,7 +290,17 @@ def _named_items(entry: FilesEntry, root: Path) -> list[Item]:
             if not path.exists():
                 raise ValueError(f"{place}: its file is not in the source; correct the entry")
         labels = {sample.label: 1.0} if sample.label else {}
-        items.append(Item(place, root / relative, relative, labels, patient=sample.patient, mask=mask))
+        items.append(
+            Item(
+                place,
+                root / relative,
+                relative,
+                labels,
+                patient=sample.patient,
+                mask=mask,
+                frame=sample.frame,
+            )
+        )
     return items
 
 
@@ -521,6 +537,13 @@ def _within(text: str, what: str) -> PurePosixPath:
     if not relative.name or relative.is_absolute() or ".." in relative.parts:
         raise ValueError(f"{what} must be a path within the source")
     return relative
+
+
+def _frame(cell: str, where: str) -> int | None:
+    """The number of a frame in a cell, None where it is empty."""
+    if cell and not (cell.isascii() and cell.isdigit() and int(cell) >= 1):
+        raise ValueError(f"{where}: not the number of a frame, counted from 1, or empty")
+    return int(cell) if cell else None
 
 
 def _number(cell: str, where: str) -> float:

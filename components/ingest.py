@@ -24,11 +24,13 @@ from cadx.catalog import (
     SPLIT_WORDS,
     BagsEntry,
     Entry,
+    FilesEntry,
     NpzEntry,
     PairsEntry,
     Patches,
     PhantomEntry,
     StoredEntry,
+    TableEntry,
     digest_as,
     fetch,
     load_catalog,
@@ -97,7 +99,7 @@ def ingest(*, catalog: In, cache: Keep, dataset: Out, digest: str = "", params: 
             positive=entry.positive,
             kind=layout.kind,
             modality=entry.modality,
-            clustered=entry.patient != "per-image" or _patches(entry) is not None,
+            clustered=entry.patient != "per-image" or _patches(entry) is not None or _has_frames(entry),
             source=source,
         ) as writer:
             if isinstance(layout, NpzEntry):
@@ -282,19 +284,21 @@ def _add_files(
         raise ValueError(
             f"{name}: the source cannot be listed ({type(error).__name__}); check its rights"
         ) from None
-    named = sorted(zip(_sample_ids(items, key), items, strict=True), key=lambda pair: pair[0])
+    named = sorted(
+        zip(_file_ids(items, key), items, strict=True), key=lambda pair: (pair[0], pair[1].frame or 0)
+    )
     problems: list[str] = []
     identified: Counter[str] = Counter()
     num_identified = 0
     reads = _in_order(lambda pair: _read(pair[1], entry), named, waiting=4 if entry.kind == "image" else 0)
-    for (sample_id, item), read in zip(named, _progress(reads, f"Reading {name}", len(named)), strict=True):
+    for (file_id, item), read in zip(named, _progress(reads, f"Reading {name}", len(named)), strict=True):
         problem, patient = read.problem, ""
         if read.identifiers:
             num_identified += 1
             identified.update(read.identifiers)
         if read.samples:
             try:
-                patient = _patient(entry, key, sample_id, item.patient or read.samples[0].patient or "", "")
+                patient = _patient(entry, key, file_id, item.patient or read.samples[0].patient or "", "")
             except ValueError as error:
                 problem = str(error)
         if problem and leave_out:
@@ -306,12 +310,13 @@ def _add_files(
         for loaded in read.samples:
             attributes, aged = _attributes(loaded.attributes | item.attributes, entry.deidentify)
             writer.add(
-                sample_id=f"{sample_id}{loaded.piece}",
+                sample_id=f"{file_id}{loaded.piece}",
                 pixels=loaded.array,
                 labels=item.labels | loaded.labels,
                 patient=patient,
                 sha256=loaded.sha256,
                 given_split=item.given_split,
+                frame=item.frame or 0,
                 spacing_mm=loaded.spacing_mm,
                 statistics=loaded.statistics,
                 boxes=item.boxes,
@@ -364,14 +369,19 @@ def _read(item: Item, entry: FileEntry) -> _Read:
 
 def _load_image(item: Item, entry: FileEntry) -> _Loaded:
     data = item.path.read_bytes()
-    image = read_image(data)
+    image = read_image(data, item.frame)
+    one_patient = item.frame is not None and entry.patient == "per-image"
     return _Loaded(
         array=image.pixels,
         sha256=digest_bytes(data),
         spacing_mm=image.spacing_mm,
         attributes=image.attributes,
         patient=image.patient,
-        assumptions=image.assumptions,
+        assumptions=(
+            *image.assumptions,
+            *(("every file of frames is of another patient",) if one_patient else ()),
+        ),
+        piece="" if item.frame is None else f"-frame{item.frame:04d}",
         mask=None if item.mask is None else _picture_mask(item.mask, image.pixels.shape[:2], resize=False),
         **_looked_at(image.pixels),
     )
@@ -460,6 +470,13 @@ def _patches(entry: Entry) -> Patches | None:
     return entry.patches if isinstance(entry, PairsEntry) else None
 
 
+def _has_frames(entry: Entry) -> bool:
+    """Whether several samples may come of one file, and so of one patient."""
+    if isinstance(entry, FilesEntry):
+        return any(sample.frame for sample in entry.samples)
+    return isinstance(entry, TableEntry) and entry.columns.frame is not None
+
+
 def _pieces(
     volume: _Loaded, mask_values: Mapping[str, int], patches: Patches, policy: str
 ) -> Iterator[_Loaded]:
@@ -509,10 +526,10 @@ def _pieces(
         raise ValueError("no place for a patch; make patches.size_mm or patches.margin_mm smaller")
 
 
-def _patient(entry: StoredEntry, key: bytes, sample_id: str, patient: str, place: str) -> str:
+def _patient(entry: StoredEntry, key: bytes, file_id: str, patient: str, place: str) -> str:
     """The pseudonym that the entry's policy gives to a patient of the source."""
     if entry.patient == "per-image":
-        return sample_id
+        return file_id
     if not patient:
         where = f"{place}: " if place else ""
         raise ValueError(
@@ -544,22 +561,25 @@ def _identifiers_found(name: str, identified: Counter[str], num_files: int, num_
     return f"{name}: patient identifiers in {num_files} of {num_all} {kind}s ({keywords}); {advice}"
 
 
-def _sample_ids(items: list[Item], key: bytes) -> list[str]:
-    """Names without extension below the folder that all files share, or pseudonyms of the whole names."""
+def _file_ids(items: list[Item], key: bytes) -> list[str]:
+    """Names without extension below the folder that all files share, or pseudonyms of the whole names.
+
+    What is made of one file, pieces or frames, shares its name, and its patient where the source names none.
+    """
     if key:
-        sample_ids = [pseudonym(key, "sample", item.relative.as_posix()) for item in items]
+        file_ids = [pseudonym(key, "sample", item.relative.as_posix()) for item in items]
     else:
         shared = os.path.commonpath([item.relative.parent.as_posix() or "." for item in items])
         stems = [_stem(item.relative.relative_to(shared)) for item in items]
-        sample_ids = ["-".join(stem.parts) for stem in stems]
-    seen: dict[str, str] = {}
-    for sample_id, item in zip(sample_ids, items, strict=True):
-        if sample_id in seen:
+        file_ids = ["-".join(stem.parts) for stem in stems]
+    seen: dict[tuple[str, int | None], str] = {}
+    for file_id, item in zip(file_ids, items, strict=True):
+        if (file_id, item.frame) in seen:
             raise ValueError(
-                f"{seen[sample_id]} and {item.place}: one file, or names that differ only in the extension"
+                f"{seen[file_id, item.frame]} and {item.place}: one file, or names that differ only in the extension"
             )
-        seen[sample_id] = item.place
-    return sample_ids
+        seen[file_id, item.frame] = item.place
+    return file_ids
 
 
 def _stem(path: PurePosixPath) -> PurePosixPath:

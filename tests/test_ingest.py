@@ -199,6 +199,77 @@ def test_a_table_with_everything(run, table):
     assert folder.boxes.to_numpy().tolist() == [["1", "opacity", 1, 2, 4, 6]], "the other reader is left out"
 
 
+def write_dicom(path: Path, frames: np.ndarray, **elements: object) -> None:
+    """A DICOM file without names: one image H W of 8 bits, or several frames N H W; None removes an element."""
+    path.parent.mkdir(exist_ok=True)
+    ds = pydicom.Dataset()
+    ds.file_meta = pydicom.dataset.FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    ds.SOPClassUID, ds.SOPInstanceUID = pydicom.uid.UltrasoundMultiFrameImageStorage, "1.2.3.4"
+    ds.PatientIdentityRemoved = "YES"
+    if frames.ndim == 3:
+        ds.NumberOfFrames = len(frames)
+    ds.Rows, ds.Columns = frames.shape[-2:]
+    ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PixelRepresentation = 1, "MONOCHROME2", 0
+    ds.BitsAllocated = ds.BitsStored = 8
+    ds.HighBit = 7
+    ds.PixelData = frames.tobytes()
+    ds["PixelData"].VR = "OB"
+    for keyword, value in elements.items():
+        setattr(ds, keyword, value)
+        if value is None:
+            del ds[keyword]
+    pydicom.dcmwrite(path, ds, enforce_file_format=True)
+
+
+@pytest.mark.parametrize("patient", ["per-image", "public", "hmac"])
+def test_a_frame_is_asked_for_by_a_column_and_recorded(run, tmp_path, patient):
+    rng = np.random.default_rng(4)
+    cine, whole = (
+        rng.integers(0, 256, (3, 12, 16), dtype=np.uint8),
+        rng.integers(0, 256, (12, 16), dtype=np.uint8),
+    )
+    write_dicom(tmp_path / "own/cine.dcm", cine, PatientID="A1")
+    write_dicom(tmp_path / "own/whole.dcm", whole, PatientID="B2")
+    (tmp_path / "own/t.csv").write_text(
+        "file,nr,ill\ncine.dcm,3,opacity\ncine.dcm,1,normal\nwhole.dcm,,normal\n"
+    )
+    entry = COMMON | {
+        "format": "table", "file": str(tmp_path / "own"), "table": "t.csv", "label_column": "ill",
+        "patient": patient, "columns": {"frame": "nr"},
+    }  # fmt: skip
+    folder = run(entry)
+    samples = folder.samples.sort_values("frame")
+    assert samples["frame"].tolist() == [0, 1, 3]
+    assert samples["label_opacity"].tolist() == [0, 0, 1]
+    for sample_id, expected in zip(samples["sample_id"], (whole, cine[0], cine[2]), strict=True):
+        np.testing.assert_array_equal(folder.pixels(sample_id), expected)
+    assert samples["patient"].nunique() == 2, "frames of one file are of one patient"
+    assert folder.info.clustered
+    assert ("every file of frames is of another patient" in folder.info.assumptions) == (
+        patient == "per-image"
+    )
+    if patient != "hmac":
+        assert samples["sample_id"].tolist() == ["whole", "cine-frame0001", "cine-frame0003"]
+    named = [{"file": "cine.dcm", "frame": 2, "label": "opacity"}, {"file": "whole.dcm", "label": "normal"}]
+    alone = run(
+        COMMON | {"format": "files", "file": entry["file"], "patient": patient, "samples": named}, "files"
+    )
+    assert sorted(alone.samples["frame"]) == [0, 2]
+    for cells, reason in (
+        ("cine.dcm,3,\ncine.dcm,3,\nwhole.dcm,,", "the same frame as t.csv row 2"),
+        ("cine.dcm,0,\nwhole.dcm,,", "t.csv row 2, column nr: not the number of a frame, counted from 1"),
+        ("cine.dcm,4,\nwhole.dcm,,", "t.csv row 2: DICOM: no frame 4: it has 3"),
+        ("cine.dcm,,\nwhole.dcm,,", "t.csv row 2: DICOM: several frames; .*`frame` in the catalogue's entry"),
+    ):
+        (tmp_path / "own/t.csv").write_text(f"file,nr,ill\n{cells}\n")
+        with pytest.raises(ValueError, match=reason):
+            run(entry, "refused")
+    box_table = {"table": "boxes.csv", "x1": "x1", "y1": "y1"}
+    with pytest.raises(ValueError, match="boxes name files, not frames"):
+        run(entry | {"boxes": box_table}, "refused")
+
+
 def test_multilabel_table(run, tmp_path, table):
     entry = {
         key: value

@@ -296,7 +296,7 @@ def test_a_stream_of_another_size_than_its_header_says_is_refused(syntax):
     ds = dicom_dataset(stored[:32, :32].copy(), bits=12)
     ds.file_meta.TransferSyntaxUID = syntax
     ds.PixelData = pydicom.encaps.encapsulate([stream])
-    with pytest.raises(ValueError, match="^DICOM: "):
+    with pytest.raises(ValueError, match=r"^DICOM: "):
         read_image(encode(ds))
 
 

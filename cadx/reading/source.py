@@ -87,6 +87,9 @@ def check_size(height_px: int, width_px: int) -> None:
 def check_frame(num_frames: int, frame: int | None) -> None:
     """Refuse a file of several frames of which none is asked for, and a frame that it does not have."""
     if frame is None and num_frames != 1:
-        raise Refusal("several frames; export each image on its own, or ask for one by its number")
+        raise Refusal(
+            "several frames; export each image on its own, or ask for one by its number "
+            "(`frame` in the catalogue's entry)"
+        )
     if frame is not None and not 1 <= frame <= num_frames:
         raise Refusal(f"no frame {frame}: it has {num_frames}, counted from 1")
