@@ -171,12 +171,22 @@ def show_subgroups(
         )
         return
     count = sum(len(groups) for groups in by_subgroup.values())
+    reasons = sorted(
+        {
+            why.removeprefix("undefined: ")
+            for groups in by_subgroup.values()
+            for group in groups.values()
+            for why in (getattr(group, metric).method for metric in FOREST_METRICS)
+            if why.startswith("undefined")
+        }
+    )
+    undefined = f" Undefined: {'; '.join(reasons)}." if reasons else ""
     drawing, axes = panels(8.6, 1.0 + 0.27 * count, columns=len(FOREST_METRICS))
     draw_subgroups(axes, by_subgroup, overall)
     page.figure(
         drawing,
         f"{note} In brackets the images, and how many of them are positive (+). The dashed lines are the values "
-        "of all. Intervals of small groups are wide, and among many groups some differ by chance.".strip(),
+        f"of all. Intervals of small groups are wide, and among many groups some differ by chance.{undefined}".strip(),
         alt="Forest plot of sensitivity, specificity and AUC by subgroup; metrics.json holds the numbers",
     )
 
@@ -210,7 +220,7 @@ def draw_subgroups(
         for height, estimate in zip(heights, estimates, strict=True):
             if estimate.value is None:
                 axes.annotate(
-                    "too few",
+                    "undefined" if estimate.method.startswith("undefined") else "too few",
                     (0.03, height),
                     xycoords=("axes fraction", "data"),
                     va="center",

@@ -471,7 +471,8 @@ _TEMPLATE = """\
 {% elif block.kind == "figure" %}
 <figure>
 {% if block.svg is defined %}
-<div class="drawing" role="img" aria-label="{{ block.alt }}" style="max-width:{{ block.width_px }}px">
+<div class="drawing{% if block.width_px > 640 %} wide{% endif %}" role="img" aria-label="{{ block.alt }}"
+style="max-width:{{ block.width_px }}px">
 {{ block.svg }}
 </div>
 {% else %}
@@ -551,7 +552,7 @@ th, td { text-align: left; vertical-align: top; padding: .38rem 1.5rem .38rem 0;
 th:last-child, td:last-child { padding-right: .25rem; }
 thead th { font-size: .82rem; font-weight: 600; color: var(--muted); border-bottom: 1.5px solid var(--ink);
   vertical-align: bottom; white-space: nowrap; }
-tbody th { font-weight: 500; overflow-wrap: anywhere; }
+tbody th { font-weight: 500; overflow-wrap: break-word; max-width: 18rem; }
 tbody tr:last-child > * { border-bottom: 1.5px solid var(--ink); }
 .number { text-align: right; white-space: nowrap; }
 .empty { color: var(--muted); font-style: italic; }
@@ -581,6 +582,11 @@ footer { margin-top: 3.5rem; padding-top: .9rem; border-top: 1px solid var(--lin
   .long > .contents strong { display: block; margin-bottom: .5rem; font-size: .82rem; }
   .long > .contents ul { display: block; border-left: 1px solid var(--line); padding-left: .9rem; }
   .long > .contents li { margin-bottom: .5rem; }
+}
+@media screen and (max-width: 640px) {
+  .frame { padding: 1.5rem 1rem 3rem; }
+  .drawing.wide { overflow-x: auto; }
+  .drawing.wide svg { width: 640px; }
 }
 @media print {
   @page { margin: 18mm 16mm; }

@@ -20,6 +20,7 @@ from cadx.evaluating import (
     evaluation_of,
     judged_on,
     show_assumptions,
+    show_glossary,
 )
 from cadx.files import digest_path, write_json
 from cadx.loading import input_text
@@ -149,6 +150,7 @@ def evaluate(
     _model(page, predictor.bundle, dataset_digest, splits_digest, folder)
     show_assumptions(page, info)
     _test_uses(page, test_uses)
+    show_glossary(page)
     page.write(report)
 
 
@@ -224,7 +226,7 @@ def _model(page: Page, bundle: Bundle, dataset: Digest, splits: Digest, folder: 
         ),
         "declared target": target,
         "thresholds": ", ".join(f"{k} {v:.6f}" for k, v in operating_point.thresholds.items()) or "none",
-        f"reached there (n = {operating_point.n:,})": achieved,
+        f"reached on the calibration split (n = {operating_point.n:,})": achieved,
         "data": f"{source.title}; {folder.info.modality}; {source.licence}",
         "citation": source.citation,
         "note": source.note,
@@ -258,7 +260,7 @@ def _test_uses(page: Page, path: Path) -> None:
     page.table(
         [
             {
-                "time (UTC)": use["time"],
+                "time (UTC)": use["time"][:19].replace("T", " "),
                 "seed": str(use["seed"]),
                 "bundle": use["bundle"][7:19],
                 "dataset": use["dataset"][7:19],

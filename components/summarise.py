@@ -7,7 +7,15 @@ from pathlib import Path
 from pydantic import Field
 
 from cadx.comparing import Scored, all_paired, read_scored
-from cadx.evaluating import Aggregation, Attribute, Settings, evaluation_of, judged_on, show_assumptions
+from cadx.evaluating import (
+    Aggregation,
+    Attribute,
+    Settings,
+    evaluation_of,
+    judged_on,
+    show_assumptions,
+    show_glossary,
+)
 from cadx.files import write_json
 from cadx.reporting import Page
 from components.contract import Ins, Out, Params, step
@@ -68,6 +76,7 @@ def summarise(*, predictions: Ins, metrics: Out, report: Out, params: SummariseP
         page.callout("warn", warning)
     joined.show_numbers(page)
     show_assumptions(page, info)
+    show_glossary(page)
     page.write(report)
 
 

@@ -12,6 +12,7 @@ from test_bundle import CLASSES, NUM, train_bundle, write_dataset
 
 from cadx.bundle import Bundle
 from cadx.datasets import DatasetFolder, read_splits, write_splits
+from cadx.evaluating.glossary import WORDS
 from cadx.metrics import METRICS
 from cadx.predicting import Predictor, read_predictions
 from cadx.types import RawImage
@@ -167,6 +168,20 @@ def test_the_report_fetches_nothing_and_names_no_patient(scored: Path) -> None:
         "Wilson",
     ):
         assert text in html, text
+
+
+def test_no_word_of_the_report_goes_without_its_meaning(scored: Path) -> None:
+    html = (scored / "report.html").read_text()
+    page, _, words = html.partition(">Words</h2>")
+    listed = re.findall(r'<th scope="row">(.*?)</th>', words)
+    assert set(listed) <= set(WORDS)
+    text = re.sub(r"<style>.*?</style>|<[^>]*>", " ", page, flags=re.DOTALL)
+    for word in WORDS:
+        assert (word in listed) == bool(re.search(rf"\b{word}\b", text)), word
+    found = json.loads((scored / "metrics.json").read_text())
+    methods = " ".join(one["method"].partition(";")[0] for one in found["metrics"].values())
+    named = set(re.findall(r"\b[A-Z]\w+", methods)) | {"bootstrap", "logit", "effective n", "operating point"}
+    assert named <= set(listed), "methods that no reader was told of"
 
 
 def test_the_report_shows_the_worst_mistakes_by_sample_id(scored: Path) -> None:

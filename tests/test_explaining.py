@@ -3,9 +3,17 @@
 import numpy as np
 import pytest
 
-from cadx.explaining import draw_subgroups, overlay, patient_band, steps_at, tile_map, visualize_attention_map
+from cadx.explaining import (
+    draw_subgroups,
+    overlay,
+    patient_band,
+    show_subgroups,
+    steps_at,
+    tile_map,
+    visualize_attention_map,
+)
 from cadx.metrics import Subgroup, roc
-from cadx.reporting import panels
+from cadx.reporting import Page, panels
 from cadx.types import Estimate
 
 
@@ -72,24 +80,28 @@ def test_no_band_where_a_class_is_missing() -> None:
 
 
 def test_a_forest_plot_shows_every_interval_whole() -> None:
-    def estimate(value: float | None, low: float | None, high: float | None) -> Estimate:
-        return Estimate(value=value, low=low, high=high, n=9, method="")
+    def estimate(value: float | None, low: float | None, high: float | None, method: str) -> Estimate:
+        return Estimate(value=value, low=low, high=high, n=9, method=method)
 
-    wide, none = estimate(0.5, 0.07, 0.93), estimate(None, None, None)
+    wide, none = estimate(0.5, 0.07, 0.93, "Wilson"), estimate(None, None, None, "too few: 4 patients")
+    nothing = estimate(None, None, None, "undefined: no negatives")
     groups = {
         "site": {
             "a": Subgroup(n=9, n_positive=4, sensitivity=wide, specificity=wide, auc=none),
-            "b": Subgroup(n=8, n_positive=0, sensitivity=none, specificity=wide, auc=none),
+            "b": Subgroup(n=8, n_positive=0, sensitivity=none, specificity=wide, auc=nothing),
         }
     }
     _, axes = panels(8, 2, columns=3)
     draw_subgroups(axes, groups, dict.fromkeys(("sensitivity", "specificity", "auc"), wide))
     assert axes[0].get_xlim()[0] < 0.07
-    assert [text.get_text() for text in axes[2].texts] == ["too few", "too few"]
+    assert [text.get_text() for text in axes[2].texts] == ["too few", "undefined"]
     assert [tick.get_text() for tick in axes[0].get_yticklabels()] == [
         "site: a  (9, 4 +)",
         "site: b  (8, 0 +)",
     ]
+    page = Page("Subgroups")
+    show_subgroups(page, groups, dict.fromkeys(("sensitivity", "specificity", "auc"), wide))
+    assert "Undefined: no negatives." in page.html()
 
 
 @pytest.mark.parametrize("tile_px", [64, 224, 256])

@@ -14,6 +14,7 @@ from cadx.evaluating.evaluation import (
     judged_on,
     show_assumptions,
 )
+from cadx.evaluating.glossary import show_glossary
 from cadx.metrics import Meaning
 from cadx.types import Task
 
@@ -49,4 +50,5 @@ __all__ = [
     "judged_on",
     "meanings_of",
     "show_assumptions",
+    "show_glossary",
 ]

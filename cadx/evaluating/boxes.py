@@ -313,7 +313,15 @@ class Detection(Evaluation):
             self.scores.metrics[name].value for name in ("false_positives_per_image", "sensitivity")
         )
         if rate is not None and found is not None:
-            froc_axes.plot(np.clip(rate, _RATES[0], _RATES[-1]), found, "o", color=INK, markersize=5)
+            froc_axes.plot(
+                np.clip(rate, _RATES[0], _RATES[-1]),
+                found,
+                "o",
+                color=INK,
+                markersize=5,
+                clip_on=False,
+                zorder=3,
+            )
         square(precision_axes, "recall (sensitivity)", "precision")
         precision_axes.set_title("Precision-recall at an IoU of 0.5")
         precision_axes.legend(loc="lower left", fontsize=8)

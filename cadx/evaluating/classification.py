@@ -395,8 +395,11 @@ class Classification(Evaluation):
             if self.info.task == "multiclass" or not called.any() or not 0 < known.sum() < len(known):
                 continue
             sensitivity, fall_out = called[known == 1].mean(), called[known == 0].mean()
-            roc_axes.plot(fall_out, sensitivity, "o", color=INK, markersize=5)
-            precision_axes.plot(sensitivity, known[called].mean(), "o", color=INK, markersize=5)
+            for axes, point in (
+                (roc_axes, (fall_out, sensitivity)),
+                (precision_axes, (sensitivity, known[called].mean())),
+            ):
+                axes.plot(*point, "o", color=INK, markersize=5, clip_on=False, zorder=3)
 
     def _show_calls(self, page: Page) -> None:
         info, confusion = self.info, self.scores.confusion.at_operating_point
@@ -426,10 +429,11 @@ class Classification(Evaluation):
             drawing, (confusion_axes, score_axes) = panels(8.6, 3.2, columns=2)
             self._draw_scores(score_axes)
         _draw_confusion(confusion_axes, np.array(confusion), info.classes)
+        of_each = " of each seed" if len(self.seeds) > 1 else ""
+        dashed = f" Dashed: the threshold{of_each}; calls lie to its right." if info.positive else ""
         page.figure(
             drawing,
-            f"{counts}, and shares of the true class."
-            + (" Dashed: the threshold (of each seed); calls lie to its right." if info.positive else ""),
+            f"{counts}, and shares of the true class." + dashed,
             alt="Confusion matrix at the operating point"
             + (" and histogram of probabilities" if info.positive else ""),
         )

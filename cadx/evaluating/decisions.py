@@ -174,7 +174,8 @@ def show_net_benefit(page: Page, infos: Sequence[PredictionsInfo], curves: Mappi
                 one.axvline(seed.thresholds[name], color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
     for one in axes[len(curves) :]:
         one.set_axis_off()
-    axes[0].legend(loc="best", fontsize=8)
+    lines, names = axes[0].get_legend_handles_labels()
+    drawing.legend(lines, names, loc="outside lower center", ncols=len(names), fontsize=8, frameon=False)
     points = "the operating point" if len(infos) == 1 else "each seed's operating point"
     dotted = f" Dotted: {points}." if info.thresholds else ""
     page.figure(
