@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from cadx.files import digest_path, replacing
-from cadx.reading.dicom import dicom_identifiers
+from cadx.reading.dicom import Photometric, dicom_identifiers
 from cadx.reading.images import read_image
 from cadx.types import Config, Kind, Task
 
@@ -85,8 +85,9 @@ class _Described(Config):
 class _Stored(_Described):
     """An entry whose bytes lie somewhere: `file` within cache and mirror, or an absolute path.
 
-    What its files do not say can be given here: `spacing_mm` between a volume's voxels (slice, row, column)
-    and a slide's `slide_mpp`. It is then recorded as an assumption. A file that says otherwise is refused.
+    What its files do not say can be given here: `spacing_mm` between a volume's voxels (slice, row, column), a
+    slide's `slide_mpp` and, of DICOM images, the `photometric_interpretation`. It is then recorded as an
+    assumption. A file that says otherwise is refused.
     `label_images_are_clean` says that somebody has looked at the label and macro images inside the slides.
     """
 
@@ -94,6 +95,7 @@ class _Stored(_Described):
     kind: Kind = "image"
     spacing_mm: tuple[Positive, Positive, Positive] | None = None
     slide_mpp: Positive | None = None
+    photometric_interpretation: Photometric | None = None
     label_images_are_clean: bool = False
     digest: Annotated[str, Field(pattern=r"^(sha256:[0-9a-f]{64}|md5:[0-9a-f]{32})$")] | None = None
     address: Annotated[str, Field(pattern=r"^https?://")] | None = None
@@ -107,6 +109,8 @@ class _Stored(_Described):
             raise ValueError("slides come as folder, table or files")
         if self.task == "detection" and form not in ("table", "voc", "coco"):
             raise ValueError("boxes come as table, voc or coco: no other format holds them")
+        if self.photometric_interpretation and (self.kind != "image" or form == "npz"):
+            raise ValueError("photometric_interpretation is of DICOM images: kind image, in files")
         if form == "npz" and self.patient != "per-image":
             raise ValueError("arrays name no patients: patient must be per-image")
         return self

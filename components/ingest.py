@@ -369,7 +369,7 @@ def _read(item: Item, entry: FileEntry) -> _Read:
 
 def _load_image(item: Item, entry: FileEntry) -> _Loaded:
     data = item.path.read_bytes()
-    image = read_image(data, item.frame)
+    image = read_image(data, item.frame, photometric=entry.photometric_interpretation)
     one_patient = item.frame is not None and entry.patient == "per-image"
     return _Loaded(
         array=image.pixels,

@@ -201,7 +201,7 @@ def test_a_table_with_everything(run, table):
 
 def write_dicom(path: Path, frames: np.ndarray, **elements: object) -> None:
     """A DICOM file without names: one image H W of 8 bits, or several frames N H W; None removes an element."""
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     ds = pydicom.Dataset()
     ds.file_meta = pydicom.dataset.FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
@@ -268,6 +268,37 @@ def test_a_frame_is_asked_for_by_a_column_and_recorded(run, tmp_path, patient):
     box_table = {"table": "boxes.csv", "x1": "x1", "y1": "y1"}
     with pytest.raises(ValueError, match="boxes name files, not frames"):
         run(entry | {"boxes": box_table}, "refused")
+
+
+@pytest.mark.parametrize("stated", [None, "", "MONOCHROM"])
+@pytest.mark.parametrize("given", ["MONOCHROME1", "MONOCHROME2"])
+def test_an_unknown_photometric_interpretation_is_refused_until_the_entry_gives_it(
+    run, tmp_path, stated, given
+):
+    pixels = np.arange(192, dtype=np.uint8).reshape(12, 16)
+    for name in ("normal", "opacity"):
+        write_dicom(tmp_path / f"own/{name}/{name}.dcm", pixels, PhotometricInterpretation=stated)
+    entry = COMMON | {"format": "folder", "file": str(tmp_path / "own"), "patient": "per-image"}
+    with pytest.raises(
+        ValueError, match=r"2 of 2 .*missing or unknown; .* give photometric_interpretation in the"
+    ):
+        run(entry)
+    folder = run(entry | {"photometric_interpretation": given})
+    shown = pixels if given == "MONOCHROME2" else 255 - pixels
+    np.testing.assert_array_equal(folder.pixels("normal-normal"), shown)
+    assumed = f"no known PhotometricInterpretation in the file: {given} was taken as given"
+    assert folder.info.assumptions == (assumed,)
+
+
+def test_a_photometric_interpretation_that_the_file_contradicts_is_refused(run, tmp_path):
+    for name in ("normal", "opacity"):
+        write_dicom(tmp_path / f"own/{name}/{name}.dcm", np.zeros((4, 4), np.uint8))
+    entry = COMMON | {"format": "folder", "file": str(tmp_path / "own"), "patient": "per-image"}
+    assert run(entry | {"photometric_interpretation": "MONOCHROME2"}).info.assumptions == ()
+    with pytest.raises(ValueError, match="MONOCHROME1 was given, but the file says MONOCHROME2; remove it"):
+        run(entry | {"photometric_interpretation": "MONOCHROME1"}, "other")
+    with pytest.raises(ValueError, match="photometric_interpretation is of DICOM images"):
+        run(entry | {"kind": "volume", "photometric_interpretation": "MONOCHROME1"}, "other")
 
 
 def test_multilabel_table(run, tmp_path, table):

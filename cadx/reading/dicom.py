@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pydicom
@@ -59,6 +59,12 @@ Source: DICOM PS3.15 Annex E, table E.1-1.
 BURNED_IN = "BurnedInAnnotation"
 """The one identifier that cannot be dropped with the header: it stands in the pixels."""
 
+Photometric = Literal["MONOCHROME1", "MONOCHROME2", "RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"]
+"""The photometric interpretations that are read."""
+_KNOWN_PHOTOMETRICS = (
+    *get_args(Photometric), "PALETTE COLOR", "YBR_PARTIAL_420", "YBR_PARTIAL_422", "XYB", "HSV", "ARGB", "CMYK",
+)  # fmt: skip
+"""All whose meaning is defined, today or once. Source: DICOM PS3.3 C.7.6.3.1.2."""
 _COLOUR_SPACES = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _YEARS_PER = {"Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25, "": 1.0}
@@ -146,15 +152,16 @@ def parse_header(data: bytes) -> Dataset:
     return pydicom.dcmread(io.BytesIO(data))
 
 
-def read_dicom(data: bytes, frame: int | None = None) -> RawImage:
+def read_dicom(data: bytes, frame: int | None = None, photometric: Photometric | None = None) -> RawImage:
     """The image in a DICOM file: see `cadx.reading.images.read_image`. Raises what the libraries raise, and Refusal."""
+    assumptions: list[str] = []
     with discreet():
         header = parse_header(data)
+        _settle_photometric(header, photometric, assumptions)
         syntax = UID(str(header.file_meta.get("TransferSyntaxUID", "")))
         colour = check_pixels(header, syntax, frame)
         if frame is not None:
             _lay_out_frame(header, frame)
-        assumptions: list[str] = []
         spacing_mm = _spacing_mm(header, assumptions)
         attributes = header_attributes(header, assumptions)
         patient = header_text(header, "PatientID") or None
@@ -164,6 +171,26 @@ def read_dicom(data: bytes, frame: int | None = None) -> RawImage:
         raise Refusal("the pixel data have another size than the header says")
     pixels = gray_if_equal(stored) if table is None else _look_up(table, stored)
     return RawImage(pixels, spacing_mm, attributes, patient, tuple(assumptions))
+
+
+def _settle_photometric(header: Dataset, given: Photometric | None, assumptions: list[str]) -> None:
+    """Write the photometric interpretation that was given where the header's is missing or of no known meaning."""
+    stated = header_text(header, "PhotometricInterpretation")
+    if "PixelData" not in header or stated == given:
+        return
+    if stated not in _KNOWN_PHOTOMETRICS:
+        if given is None:
+            raise Refusal(
+                "its PhotometricInterpretation is missing or unknown; export it again, or give "
+                "photometric_interpretation in the catalogue's entry"
+            )
+        header.PhotometricInterpretation = given
+        assumptions.append(f"no known PhotometricInterpretation in the file: {given} was taken as given")
+    elif given is not None:
+        raise Refusal(
+            f"photometric_interpretation {given} was given, but the file says {stated}; "
+            "remove it from the catalogue's entry"
+        )
 
 
 def _lay_out_frame(header: Dataset, frame: int) -> None:

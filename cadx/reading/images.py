@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cadx.reading.dicom import discreet, read_dicom
+from cadx.reading.dicom import Photometric, discreet, read_dicom
 from cadx.reading.source import (
     HEAD_BYTES,
     Format,
@@ -25,7 +25,9 @@ MAX_ARRAYS_BYTES = 1 << 32
 """Largest archive of arrays, unpacked: what its headers claim is checked before anything is."""
 
 
-def read_image(source: Path | bytes, frame: int | None = None) -> RawImage:
+def read_image(
+    source: Path | bytes, frame: int | None = None, *, photometric: Photometric | None = None
+) -> RawImage:
     """The image in `source`, a DICOM, PNG or JPEG file by its first bytes; of several frames, the one asked for.
 
     DICOM goes through modality and VOI transformation (PS3.3 C.11.1, C.11.2) and has MONOCHROME1 turned, so
@@ -35,17 +37,22 @@ def read_image(source: Path | bytes, frame: int | None = None) -> RawImage:
     Args:
         source: a file or its bytes.
         frame: number of the frame, from 1 as DICOM counts; None where the file holds one image.
+        photometric: of DICOM, used only where the file has no photometric interpretation, or one of no known
+            meaning; recorded as an assumption.
 
     Raises:
         ValueError: one line, without file name or value: not an image, truncated, several frames and none asked
-            for, no such frame, more than `MAX_PIXELS`, or of a kind whose meaning is not known.
+            for, no such frame, more than `MAX_PIXELS`, of a kind whose meaning is not known, or of another
+            photometric interpretation than the one given.
     """
     data = read_bytes(source)
     kind = sniff(data[:HEAD_BYTES])
     if kind is None:
         raise ValueError("neither DICOM, PNG nor JPEG by its first bytes; export the image in one of them")
     try:
-        return read_dicom(data, frame) if kind == "DICOM" else _read_picture(data, kind, frame)
+        if kind == "DICOM":
+            return read_dicom(data, frame, photometric)
+        return _read_picture(data, kind, frame)
     except Refusal as refusal:
         raise ValueError(f"{kind}: {refusal}") from None
     except Exception as error:  # the libraries raise every type there is, and their texts repeat values
