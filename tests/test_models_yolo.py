@@ -1,5 +1,6 @@
 """The one-stage detector: its sizes, its assigner against loops, what it learns; and the faults of the sketch."""
 
+import copy
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
+from cadx.models.checkpointing import enable_checkpointing
 from cadx.models.interface import Detections
 from cadx.models.yolo import MedicalYOLO, Predicted, TaskAlignedAssigner, YOLOConfig
 
@@ -154,10 +156,23 @@ def test_stages_hold_every_block_that_is_worth_recomputing() -> None:
         network.neck.down[1],
         network.neck.down[0],
         *network.neck.up,
-        *network.heads,
+        *(branch for head in network.heads for branch in (head.box, head.lesion)),
     ]
     inside = sum(p.numel() for stage in network.stages() for p in stage.parameters())
     assert inside > 0.75 * sum(p.numel() for p in network.parameters())
+
+
+def test_recomputed_activations_give_the_same_gradients_and_statistics() -> None:
+    kept = YOLOConfig(width=0.25).build(1, channels=1)
+    twice = copy.deepcopy(kept)
+    enable_checkpointing(twice)
+    images, targets = torch.randn(2, 1, 64, 64), [_lesions((8, 8, 20, 20)), NOTHING]
+    for network in (kept, twice):
+        sum(network(images, targets).values()).backward()
+    for a, b in zip(kept.parameters(), twice.parameters(), strict=True):
+        assert a.grad is not None
+        assert torch.equal(a.grad, b.grad)
+    assert all(torch.equal(a, b) for a, b in zip(kept.buffers(), twice.buffers(), strict=True))
 
 
 # Who learns what

@@ -150,8 +150,9 @@ class MedicalYOLO(nn.Module):
         )
 
     def stages(self) -> list[nn.Module]:
-        """The blocks in order: stem and scales of the backbone, blocks of the pyramid, the heads."""
-        return [*self.backbone.blocks, *self.neck.down, *self.neck.up, *self.heads]
+        """The blocks in order: stem and scales of the backbone, blocks of the pyramid, the heads' branches."""
+        branches = [branch for head in self.heads for branch in (head.box, head.lesion)]
+        return [*self.backbone.blocks, *self.neck.down, *self.neck.up, *branches]
 
     @overload
     def forward(
