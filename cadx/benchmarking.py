@@ -36,7 +36,7 @@ from cadx.bundle import read_manifest, versions
 from cadx.catalog import PhantomEntry, load_catalog
 from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo, read_splits
 from cadx.explaining import title
-from cadx.files import replacing, write_json
+from cadx.files import peak_memory_bytes, replacing, write_json
 from cadx.loading import input_text
 from cadx.reporting import INK, MISSING, MUTED, PALETTE, estimate_text, panels
 from cadx.results import read_numbers
@@ -527,10 +527,7 @@ def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
 
 def peak_memory_mb() -> float:
     """The most that this process has had in memory so far, in MB of 10^6 bytes."""
-    # Not getrusage, whose peak a process inherits from the one that started it.
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    peak = next(line for line in lines if line.startswith("VmHWM"))
-    return int(peak.split()[1]) * 1024 / _MB
+    return peak_memory_bytes() / _MB
 
 
 def _quietly(function: Callable[..., T], *arguments: Any) -> T:

@@ -1,4 +1,4 @@
-"""Bytes on disk: digests, canonical JSON, and writes that appear whole or not at all."""
+"""Bytes on disk: digests, canonical JSON, and writes that appear whole or not at all; and the bytes in memory."""
 
 import hashlib
 import json
@@ -93,6 +93,13 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         _remove(partial)
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held at once so far (VmHWM of Linux)."""
+    # Not getrusage, whose peak a process inherits from the one that started it.
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def _is_alive(process_id: str) -> bool:

@@ -12,6 +12,7 @@ module that reads params.yaml.
 """
 
 import ast
+import copy
 import functools
 import inspect
 import json
@@ -209,7 +210,7 @@ def read_experiment(file: Path, experiment: str) -> dict[str, Any]:
         ValueError: if the file is missing, is no YAML, or does not hold the experiment.
     """
     try:
-        experiments = yaml.safe_load(file.read_text(encoding="utf-8"))
+        experiments = _parsed(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{file}: no such parameter file; give FILE:experiment") from None
     except yaml.YAMLError as error:
@@ -217,8 +218,14 @@ def read_experiment(file: Path, experiment: str) -> dict[str, Any]:
     if not isinstance(experiments, dict) or not isinstance(experiments.get(experiment), dict):
         known = ", ".join(experiments) if isinstance(experiments, dict) else "none"
         raise ValueError(f"{file}: no experiment {experiment!r}; it holds: {known}")
-    section: dict[str, Any] = experiments[experiment]
+    section: dict[str, Any] = copy.deepcopy(experiments[experiment])
     return section
+
+
+@functools.lru_cache(maxsize=4)
+def _parsed(text: str) -> Any:
+    """What a parameter file says: it is the same for every step and experiment, and takes long to parse."""
+    return yaml.safe_load(text)
 
 
 def explain(error: ValidationError, where: str) -> str:

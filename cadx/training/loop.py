@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from cadx.bundle import versions
 from cadx.datasets import DatasetFolder
-from cadx.files import canonical_json, digest_bytes, digest_path, replacing
+from cadx.files import canonical_json, digest_bytes, digest_path, peak_memory_bytes, replacing
 from cadx.loading import FeaturePreprocessing, TilePreprocessing, VolumePreprocessing, input_text
 from cadx.models import pretrained_origin
 from cadx.models.checkpointing import enable_checkpointing
@@ -645,11 +645,7 @@ def _average(averaged: nn.Module, network: nn.Module, decay: float, step: int) -
 def _peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    # Not getrusage, whose peak a process inherits from the one that started it.
-    peak = next(
-        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
-    )
-    return int(peak.split()[1]) / 2**10
+    return peak_memory_bytes() / 2**20
 
 
 @contextmanager
