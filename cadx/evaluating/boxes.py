@@ -18,6 +18,7 @@ from cadx.detection import (
     froc_limits,
     match_boxes,
 )
+from cadx.evaluating import decisions
 from cadx.evaluating.evaluation import (
     LESION_COLOUR,
     Evaluation,
@@ -29,7 +30,8 @@ from cadx.evaluating.evaluation import (
     show_metrics,
 )
 from cadx.explaining import Band, draw_band, draw_boxes, show_subgroups, square, title
-from cadx.metrics import Subgroup
+from cadx.metrics import Difference, Gap, Subgroup, corrected
+from cadx.metrics.estimates import difference_of
 from cadx.predicting import (
     PredictionsInfo,
     Predictor,
@@ -98,6 +100,24 @@ class Detection(Evaluation):
         }
         return found | ({"lesion size": self._by_size()} if len(self._lesions) else {})
 
+    @cached_property
+    def gaps(self) -> dict[str, dict[str, dict[str, Gap]]]:
+        """Attribute -> value -> how far it is from all others, as `metrics.subgroup_gaps` has it of labels."""
+        found: dict[str, dict[str, dict[str, Difference]]] = {}
+        for attribute, values in subgroups(self.frame, self._settings.subgroups).items():
+            words = sorted(set(values) - {"", "unknown"})
+            known = np.isin(values, words)
+            for word in words[: 1 if len(words) == 2 else None]:
+                if len(words) == 1:
+                    continue
+                which = np.array([value == word for value in values])
+                # What is compared has closed forms: nothing is resampled.
+                here, others = (_for_forest(self._measured(rows, 0)) for rows in (which, known & ~which))
+                found.setdefault(attribute, {})[word] = {
+                    name: difference_of(here[name], others[name]) for name in here
+                }
+        return corrected(found)
+
     @staticmethod
     def predict(predictor: Predictor, folder: DatasetFolder, sample_ids: Sequence[str]) -> pd.DataFrame:
         """The rows of the predictions file."""
@@ -123,6 +143,7 @@ class Detection(Evaluation):
             **(joined if len(self.seeds) > 1 else {}),
             "by_class": {name: dump(values) for name, values in self.scores.by_class.items()},
             "by_subgroup": {attribute: dump(groups) for attribute, groups in self.by_subgroup.items()},
+            "gaps": decisions.gaps_record(self.gaps),
             "n_lesions": self.scores.n_lesions,
         }
 
@@ -152,6 +173,7 @@ class Detection(Evaluation):
         page.text(self._rule())
         note = "Sensitivity is that of lesions; specificity and AUC are those of images."
         show_subgroups(page, self.by_subgroup, _for_forest(self.scores.metrics), note)
+        decisions.show_gaps(page, self.gaps)
 
     def draw_curve(self, axes: "Axes") -> bool:
         """Draw the FROC curve; False where there is no lesion to find."""
@@ -246,14 +268,19 @@ class Detection(Evaluation):
             seed=self.info.seed,
         )
 
-    def _subgroup(self, which: np.ndarray) -> Subgroup:
+    def _measured(self, which: np.ndarray, resamples: int) -> dict[str, Estimate]:
+        """The metrics of some images; none where there are too few patients."""
         num_patients = int(which.sum()) if self._patients is None else len(set(self._patients[which]))
         too_few = num_patients < self._settings.minimum_n
         # An interval that nobody will see is not drawn.
-        metrics = self._score(which, 0 if too_few else self._settings.resamples).metrics
-        if too_few:
-            why = f"too few: {num_patients} patients, {self._settings.minimum_n} needed"
-            metrics = {name: _nothing(why, one.n) for name, one in metrics.items()}
+        metrics = self._score(which, 0 if too_few else resamples).metrics
+        if not too_few:
+            return metrics
+        why = f"too few: {num_patients} patients, {self._settings.minimum_n} needed"
+        return {name: _nothing(why, one.n) for name, one in metrics.items()}
+
+    def _subgroup(self, which: np.ndarray) -> Subgroup:
+        metrics = self._measured(which, self._settings.resamples)
         held = self._lesions["sample_id"].isin(self.frame.loc[which, "sample_id"])
         return _as_subgroup(int(which.sum()), int(held.sum()), metrics)
 

@@ -262,6 +262,13 @@ def subgroup_gaps(
             found.setdefault(attribute, {})[word] = {
                 name: difference_of(here[name].estimate, others[name].estimate) for name in here
             }
+    return corrected(found)
+
+
+def corrected(
+    found: Mapping[str, Mapping[str, Mapping[str, Difference]]],
+) -> dict[str, dict[str, dict[str, Gap]]]:
+    """Differences by attribute, value and metric as gaps, with Holm's p value over all of them."""
     flat = [gap for groups_of in found.values() for gaps in groups_of.values() for gap in gaps.values()]
     adjusted = iter(holm([gap.p for gap in flat if gap.p is not None]))
     return {

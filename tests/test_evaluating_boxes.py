@@ -1,0 +1,61 @@
+"""Groups of images that a detector serves worse: found, and corrected for the number of comparisons."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from statsmodels.stats.multitest import multipletests
+from test_comparing import boxes_of
+
+from cadx.evaluating import Detection, Settings
+from cadx.predicting import read_predictions
+from cadx.reporting import Page
+
+SETTINGS = Settings(resamples=0, subgroups=("site", "sex"), minimum_n=20)
+
+
+@pytest.fixture
+def detection(tmp_path: Path) -> Detection:
+    """One site of four where three in four lesions are missed; sexes and the other sites differ by chance."""
+    parts = []
+    for site, skill in (("north", 0.9), ("east", 0.9), ("south", 0.25), ("west", 0.9)):
+        path = boxes_of(tmp_path / f"{site}.parquet", skill=skill, seed=len(parts), n=120)
+        frame, info = read_predictions(path)
+        names = {name: site + frame[name].astype(str) for name in ("sample_id", "patient")}
+        sex = np.where(np.arange(120) // 2 % 2, "F", "M")
+        parts.append(frame.assign(**names, site=site, sex=sex))
+    return Detection(pd.concat(parts, ignore_index=True), info, SETTINGS)
+
+
+def test_the_site_where_lesions_are_missed_is_found(detection: Detection) -> None:
+    gaps = detection.gaps
+    assert set(gaps["site"]) == {"north", "east", "south", "west"}
+    assert set(gaps["sex"]) == {"F"}, "of two values one is compared"
+    south = gaps["site"]["south"]["sensitivity"]
+    others = [group.sensitivity for name, group in detection.by_subgroup["site"].items() if name != "south"]
+    mean = sum(one.value * one.n for one in others) / sum(one.n for one in others)
+    assert south.value == pytest.approx(detection.by_subgroup["site"]["south"].sensitivity.value - mean)
+    assert south.high < 0
+    flat = [gap for groups in gaps.values() for found in groups.values() for gap in found.values()]
+    expected = multipletests([gap.p for gap in flat], method="holm")[1]
+    assert [gap.p_adjusted for gap in flat] == pytest.approx(expected)
+    # The three sites beside the bad one stand out too: among their others is the bad one.
+    told = {name for name, found in gaps["site"].items() if found["sensitivity"].p_adjusted < 0.05}
+    assert "south" in told
+    assert gaps["sex"]["F"]["sensitivity"].p_adjusted > 0.05
+    assert all(found["specificity"].p_adjusted > 0.05 for found in gaps["site"].values())
+
+
+def test_gaps_stand_in_the_record_and_on_the_page(detection: Detection) -> None:
+    assert detection.record()["gaps"]["site"]["south"]["sensitivity"]["p_adjusted"] < 0.05
+    page = Page("Lesions")
+    detection.show_numbers(page)
+    assert "site: south" in page.html().partition("difference from all others")[2]
+
+
+def test_groups_of_too_few_patients_have_no_gap(detection: Detection) -> None:
+    few = Settings(resamples=0, subgroups=("site",), minimum_n=61)
+    gap = Detection(detection.frame, detection.info, few).gaps["site"]["south"]["sensitivity"]
+    assert (gap.value, gap.p, gap.p_adjusted) == (None, None, None)
+    assert gap.method == "too few: 60 patients, 61 needed"
