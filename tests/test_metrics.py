@@ -495,7 +495,9 @@ def test_limits_are_those_of_a_loop_over_whole_patients() -> None:
             expected, abs=0.05 * (expected[1] - expected[0])
         ), name
         scale = "log" if name == "log_loss" else "logit"
-        assert estimate.method == f"patient bootstrap, {scale} scale, 2000 resamples"
+        said, _, doubt = estimate.method.partition("; ")
+        assert said == f"patient bootstrap, {scale} scale, 2000 resamples"
+        assert doubt.startswith("too few (")
     assert (
         found["expected_calibration_error"].method == "patient bootstrap, percentile, 2000 resamples, centred"
     )
@@ -977,6 +979,23 @@ def test_few_errors_and_few_patients_are_told() -> None:
     assert "too few" not in metrics.share_of([True] * 90 + [False] * 10).method
     y, p, _ = draw(4, n=70)
     assert "too few" in auc(y, p).method
+    # Whatever rests on both classes says so where one of them is small, alone and as a mean over classes.
+    rng = np.random.default_rng(0)
+    for positives, doubted in ((49, True), (50, False)):
+        y = np.r_[np.ones(positives), np.zeros(400)].astype(int)
+        p = 1 / (1 + np.exp(-(rng.normal(size=y.size) + 2 * (y - 0.5))))
+        labels, shown = np.stack([1 - y, y], axis=1), np.stack([1 - p, p], axis=1)
+        several = score(labels, shown, shown > 0.5, task="multilabel", classes=["a", "b"], resamples=20)
+        for found in (score_binary(y, p, resamples=20).metrics, several.metrics):
+            for name in (
+                "average_precision",
+                "f1",
+                "brier",
+                "log_loss",
+                "calibration_slope",
+                "calibration_intercept",
+            ):
+                assert ("too few (49 in the rarer class)" in found[name].method) == doubted, name
 
 
 def test_gaps_find_the_group_that_is_worse_and_correct_for_the_number_of_comparisons() -> None:

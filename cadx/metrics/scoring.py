@@ -1,7 +1,7 @@
 """All metrics of a set of predictions at once: overall, by class, and by subgroup."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from cadx.metrics.estimates import (
 from cadx.metrics.limits import on_scale
 from cadx.metrics.multiplicity import holm
 from cadx.metrics.proportions import balanced, call_metrics, f1, sensitivity, share, specificity
-from cadx.metrics.ranking import area, average_precision
+from cadx.metrics.ranking import MIN_PER_CLASS, area, average_precision
 from cadx.metrics.reliability import (
     calibration_intercept,
     calibration_slope,
@@ -490,7 +490,41 @@ def _by_class(cases: Cases, weights: Weights) -> dict[str, Part]:
         "calibration_intercept": calibration_intercept(cases),
         "ece_if_calibrated": ece_if_calibrated(cases),
     }
-    return {name: on_scale(name, parts[name]) for name in METRICS if name in parts}
+    found = {name: on_scale(name, parts[name]) for name in METRICS if name in parts}
+    return _doubted(found, _fewest(cases))
+
+
+_OF_BOTH_CLASSES = {
+    "average_precision",
+    "f1",
+    "brier",
+    "log_loss",
+    "calibration_slope",
+    "calibration_intercept",
+}
+"""Metrics whose intervals hold the truth less often than they say where a class is small; shares and AUC say so
+themselves."""
+
+
+def _fewest(cases: Cases) -> int:
+    """Patients of the rarer class."""
+    return min(cases.count_patients(cases.y), cases.count_patients(~cases.y))
+
+
+def _doubted(parts: dict[str, Part], fewest: int) -> dict[str, Part]:
+    """The parts, with a word in the method of those that rest on few patients."""
+    if fewest >= MIN_PER_CLASS:
+        return parts
+    word = f"; too few ({fewest} in the rarer class): holds the truth less often than 95 %"
+
+    def told(part: Part) -> Part:
+        method = part.estimate.method + word
+        return replace(part, estimate=part.estimate.model_copy(update={"method": method}))
+
+    return {
+        name: told(part) if name in _OF_BOTH_CLASSES and part.estimate.low is not None else part
+        for name, part in parts.items()
+    }
 
 
 def _overall(
@@ -521,7 +555,9 @@ def _overall(
             replicates = (sums[:, :-1] / sums[:, -1:]).mean(axis=1)
             by_seed = values.mean(axis=1)
             overall[name] = replicated(name, by_seed, replicates, cases.y.size, data.num_patients)
-    return {name: on_scale(name, overall[name]) for name in METRICS if name in overall}
+    found = {name: on_scale(name, overall[name]) for name in METRICS if name in overall}
+    fewest = [_fewest(data.cases(column)) for column in range(len(data.classes))]
+    return _doubted(found, min((patients for patients in fewest if patients), default=0))
 
 
 _JUDGED = {
