@@ -4,6 +4,7 @@ Those marked `container` use the Docker engine that answers, or with CADX_ENGINE
 dockerd), and build the image with it: minutes the first time, seconds after.
 """
 
+import json
 import os
 import platform
 import re
@@ -17,9 +18,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_nodes import assert_same_weights, node_variables, train_here
+from test_train import PARAMS, inputs  # noqa: F401
 
 from components.contract import ROOT
 from pipelines import tasks
+from pipelines.nodes import train_job
+from pipelines.placement import VOLUME_PATH, Nodes, Placement
 
 EXPERIMENT = "phantom-xray-pilot"
 QUICK = {
@@ -266,3 +271,53 @@ def test_any_user_runs_it_on_a_root_that_is_read_only_without_a_network_and_with
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
     for tool in ("gcc", "cc", "make", "uv"):
         assert docker(*closed, "sh", "-c", f"command -v {tool}", check=False).returncode != 0
+
+
+@pytest.mark.container
+@pytest.mark.timeout(1800)
+def test_two_containers_train_what_one_process_trains(
+    image: str,
+    inputs: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    params = {
+        **PARAMS,
+        "model": {"family": "resnet", "width": 0.125, "norm": "group"},
+        "augmentation": {},
+        "epochs": 2,
+    }
+    volume = tmp_path / "volume"
+    shutil.copytree(inputs, volume)
+    words = {
+        **{name: f"{VOLUME_PATH}/{name}" for name in ("dataset", "checkpoints", "trained")},
+        "splits": f"{VOLUME_PATH}/splits.parquet", "imbalance": f"{VOLUME_PATH}/imbalance.json",
+        "log": f"{VOLUME_PATH}/log", "experiment": "noise", "seed": "3", "params": json.dumps(params),
+    }  # fmt: skip
+    arguments = [word for name, value in words.items() for word in (f"--{name}", value)]
+    placement = Placement(nodes=Nodes(count=2, claim="volume"))
+    trainer = train_job("noise", arguments, image=image, placement=placement).to_dict()["spec"]["trainer"]
+    network = f"cadx-{os.getpid()}"
+    names = [f"{network}-{rank}" for rank in range(trainer["numNodes"])]
+    docker("network", "create", "--internal", network)
+    try:
+        for rank, name in enumerate(names):
+            given = node_variables(
+                rank,
+                nodes=len(names),
+                processes=trainer["numProcPerNode"],
+                port=29500,
+                address=names[0],
+            )
+            variables = [f"--env={key}={value}" for key, value in {"OMP_NUM_THREADS": "1", **given}.items()]
+            docker(
+                "run", "--detach", f"--name={name}", f"--hostname={name}", f"--network={network}", *variables,
+                f"--volume={volume}:{VOLUME_PATH}", f"--user={os.getuid()}:{os.getgid()}", "--cap-drop=ALL",
+                image, *trainer["command"], *trainer["args"],
+            )  # fmt: skip
+        ended = docker("wait", *names).stdout.split()
+        said = docker("logs", names[0])
+        assert ended == ["0", "0"], (said.stdout + said.stderr)[:3000]
+    finally:
+        docker("rm", "--force", *names, check=False)
+        docker("network", "rm", network)
+    assert_same_weights(train_here(inputs, tmp_path, params), volume / "trained")

@@ -108,10 +108,12 @@ def test_resources_turn_the_task_of_train_into_a_launcher(tmp_path: Path) -> Non
 # --- Run ----------------------------------------------------------------------------------------------
 
 
-def node_variables(rank: int, *, nodes: int, processes: int, port: int) -> dict[str, str]:
+def node_variables(
+    rank: int, *, nodes: int, processes: int, port: int, address: str = "127.0.0.1"
+) -> dict[str, str]:
     """What Kubeflow's Trainer gives to a node of a job by its runtime torch-distributed."""
     given = {"NNODES": nodes, "NPROC_PER_NODE": processes, "NODE_RANK": rank, "MASTER_PORT": port}
-    return {"PET_MASTER_ADDR": "127.0.0.1", **{f"PET_{name}": str(value) for name, value in given.items()}}
+    return {"PET_MASTER_ADDR": address, **{f"PET_{name}": str(value) for name, value in given.items()}}
 
 
 def lose_node(rank: int, port: int) -> None:
@@ -282,6 +284,24 @@ def launch(inputs: Path, work: Path, params: dict[str, Any]) -> subprocess.Compl
     )
 
 
+def train_here(inputs: Path, work: Path, params: dict[str, Any]) -> Path:  # noqa: F811
+    """The bundle that one process of this machine trains."""
+    train(
+        dataset=inputs / "dataset", splits=inputs / "splits.parquet", imbalance=inputs / "imbalance.json",
+        checkpoints=work / "checkpoints", trained=work / "trained", log=work / "log",
+        experiment="noise", seed=3, params=json.dumps(params),
+    )  # fmt: skip
+    return work / "trained"
+
+
+def assert_same_weights(one: Path, two: Path) -> None:
+    """Within what the order of a sum in float32 changes."""
+    mine, theirs = (load_file(bundle / "weights/0.safetensors") for bundle in (one, two))
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        assert tensor.float().allclose(theirs[name].float(), atol=1e-4), name
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_nodes_of_which_one_is_lost_train_what_one_process_trains(
@@ -301,16 +321,8 @@ def test_two_nodes_of_which_one_is_lost_train_what_one_process_trains(
     assert again.returncode == 0, again.stderr
     assert not [*(tmp_path / "volume").iterdir()]
     assert not cluster.jobs
-    train(
-        dataset=inputs / "dataset", splits=inputs / "splits.parquet", imbalance=inputs / "imbalance.json",
-        checkpoints=tmp_path / "one/checkpoints", trained=tmp_path / "one/trained", log=tmp_path / "one/log",
-        experiment="noise", seed=3, params=json.dumps(params),
-    )  # fmt: skip
-    one, two = tmp_path / "one/trained", tmp_path / "trained"
-    mine, theirs = (load_file(bundle / "weights/0.safetensors") for bundle in (one, two))
-    assert mine.keys() == theirs.keys()
-    for name, tensor in mine.items():
-        assert tensor.float().allclose(theirs[name].float(), atol=1e-4), name
+    one, two = train_here(inputs, tmp_path / "one", params), tmp_path / "trained"
+    assert_same_weights(one, two)
     curves = ([record["val_loss"] for record in Bundle(bundle).history()] for bundle in (one, two))
     assert next(curves) == pytest.approx(next(curves), abs=1e-4)
 
