@@ -180,8 +180,16 @@ def compare_metrics(
                 which = among[metric]
                 difference = tango_difference(right[0][which], right[1][which], patients[which])
             of_a, of_b = (one.by_class[name][metric] for one in scores)
+            difference = _doubted(difference, of_a, of_b)
             found.append(Comparison(metric, "" if info.positive else name, of_a, of_b, difference))
     return found
+
+
+def _doubted(difference: Difference, *parts: Estimate) -> Difference:
+    """The difference, with what its parts say where they rest on too few."""
+    doubts = [word for part in parts for word in part.method.split("; ")[1:] if word.startswith("too few")]
+    method = "; ".join([difference.method, *doubts[:1]])
+    return difference.model_copy(update={"method": method})
 
 
 def _compare_boxes(a: Scored, b: Scored, metrics: Sequence[ComparedMetric]) -> list[Comparison]:

@@ -193,3 +193,15 @@ def test_the_page_stands_alone_and_names_both(
     (auc, *_) = compare_metrics(read_scored(tmp_path / "0"), read_scored(b), ["auc"])
     assert f"{auc.difference.value:+.3f} ({auc.difference.low:+.3f} to" in page.replace("\u00a0", " ")
     assert f"{auc.difference.value:+.3f} ({auc.difference.low:+.3f} to" in capsys.readouterr().out
+
+
+def test_a_difference_says_where_it_rests_on_too_few(tmp_path: Path) -> None:
+    for n, doubted in ((100, True), (400, False)):
+        a, b = (
+            read_scored(scored(tmp_path / f"{n}{seed}.parquet", skill=2, seed=seed, n=n)) for seed in (1, 2)
+        )
+        (area,) = compare_metrics(a, b, ["auc"])
+        assert ("in the rarer class" in area.difference.method) == doubted
+    perfect = read_scored(scored(tmp_path / "perfect.parquet", skill=50, seed=3, n=400))
+    found = {one.metric: one.difference.method for one in compare_metrics(perfect, b)}
+    assert found["sensitivity"] == "Tango, McNemar; too few errors (0): may be conservative"
