@@ -1,5 +1,6 @@
 """The training loop: what it learns, what it refuses, and that it is a function of data, recipe and seed."""
 
+import copy
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from sklearn.metrics import roc_auc_score
 
@@ -22,7 +24,7 @@ from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
 from cadx.files import digest_bytes
 from cadx.losses import LossConfig
 from cadx.models import DenseNetConfig, ResNetConfig
-from cadx.sampling import BalancedSampler
+from cadx.sampling import BalancedSampler, EpochSampler
 from cadx.training import Fitted, TrainingConfig, fit, learning_rate_factor, loop, macro_auc
 from cadx.transforms import Augmentation, Preprocessing
 
@@ -129,6 +131,58 @@ def test_of_epochs_that_rank_every_case_right_the_surest_is_kept(tmp_path: Path)
     losses = {r["epoch"]: r["val_loss"] for r in fitted.history if r["val_auc"] == 1}
     assert len(losses) > 1, "several epochs must be equal here"
     assert fitted.best_epoch == min(losses, key=lambda epoch: losses[epoch])
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_it_steps_as_a_loop_by_hand_does(
+    binary: DatasetFolder, tmp_path: Path, *, channels_last: bool
+) -> None:
+    """Schedule, decay, clipping and average, against torch's own words for them; memory order changes nothing."""
+    model = ResNetConfig(width=0.125, norm="group", dropout=0.0)
+    settings = {
+        "learning_rate": 1e-3,
+        "weight_decay": 0.1,
+        "grad_clip": 0.5,
+        "ema_decay": 0.8,
+        "keep": "last",
+    }
+    config = _config(model=model, warmup_epochs=0.5, channels_last=channels_last, **settings)
+    fitted = fit(config, binary, _splits(binary), seed=3, checkpoints=tmp_path)
+
+    ids = _splits(binary).query("split == 'train'")["sample_id"].tolist()
+    images = torch.stack([config.preprocessing.apply(binary.pixels(name)) for name in ids])
+    classes = torch.from_numpy(binary.labels(ids)).argmax(1)
+    sampler = EpochSampler(binary.labels(ids), seed=3)
+    steps = len(ids) // 16
+    torch.manual_seed(3)
+    network = model.build(2, 1).train()
+    average = copy.deepcopy(network)
+    decays = [p for p in network.parameters() if p.ndim > 1]
+    others = [p for p in network.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decays, "weight_decay": 0.1}, {"params": others}], weight_decay=0.0
+    )
+    largest = 0.0
+    for step in range(2 * steps):
+        epoch, place = divmod(step, steps)
+        chosen = sampler.epoch_indices(epoch)[16 * place : 16 * (place + 1)]
+        warmup = round(0.5 * steps)
+        rate = (step + 1) / warmup
+        if step >= warmup:
+            rate = (1 + math.cos(math.pi * (step - warmup) / (2 * steps - warmup))) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * rate
+        optimizer.zero_grad()
+        F.cross_entropy(network(images[chosen]).logits, classes[chosen]).backward()
+        largest = max(largest, float(torch.nn.utils.clip_grad_norm_(network.parameters(), 0.5)))
+        optimizer.step()
+        decay = min(0.8, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for mean, now in zip(average.parameters(), network.parameters(), strict=True):
+                mean.mul_(decay).add_(now, alpha=1 - decay)
+    assert largest > 0.5, "something is clipped"
+    for name, parameter in average.named_parameters():
+        assert torch.allclose(fitted.state_dict[name], parameter, atol=1e-4), name
 
 
 @pytest.mark.slow
