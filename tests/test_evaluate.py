@@ -170,6 +170,41 @@ def test_the_report_fetches_nothing_and_names_no_patient(scored: Path) -> None:
         assert text in html, text
 
 
+def test_the_report_says_what_is_chance_and_what_holds_elsewhere(scored: Path) -> None:
+    """The calibration error beside its value under perfect calibration; predictive values at other prevalences."""
+    html = (scored / "report.html").read_text()
+    found = json.loads((scored / "metrics.json").read_text())
+    error, chance = (found["metrics"][name] for name in ("expected_calibration_error", "ece_if_calibrated"))
+    assert f"probabilities miss the observed shares by {error['value']:.3f} on average" in html
+    assert f"would make it {chance['value']:.3f} ({chance['low']:.3f} to {chance['high']:.3f})" in html
+    hit, spared = (found["metrics"][name]["value"] for name in ("sensitivity", "specificity"))
+    told = found["predictive_values"]["opacity"]
+    assert {"0.01", "0.05", "0.5"} <= set(told)
+    for prevalence, values in told.items():
+        share = float(prevalence)
+        ppv = share * hit / (share * hit + (1 - share) * (1 - spared))
+        npv = (1 - share) * spared / ((1 - share) * spared + share * (1 - hit))
+        assert (values["ppv"]["value"], values["npv"]["value"]) == pytest.approx((ppv, npv))
+        shown = values["ppv"]
+        assert f"{shown['value']:.3f} ({shown['low']:.3f} to {shown['high']:.3f})" in html
+
+
+def test_the_operating_point_carries_its_own_uncertainty(scored: Path, ready: Run) -> None:
+    _, info = read_predictions(scored / "predictions.parquet")
+    found = json.loads((scored / "metrics.json").read_text())
+    resampled = Bundle(ready.bundle).manifest.operating_point.resampled["opacity"]
+    assert len(set(resampled)) > 1
+    told = found["operating_point"]["opacity"]
+    assert [told["threshold"][end] for end in ("low", "value", "high")] == pytest.approx(
+        [np.quantile(resampled, 0.025), info.thresholds["opacity"], np.quantile(resampled, 0.975)]
+    )
+    for metric in ("sensitivity", "specificity"):
+        fixed, counted = found["metrics"][metric], told[metric]
+        assert counted["value"] == pytest.approx(fixed["value"])
+        assert counted["high"] - counted["low"] > fixed["high"] - fixed["low"]
+        assert "the threshold's choice counted" in counted["method"]
+
+
 def test_no_word_of_the_report_goes_without_its_meaning(scored: Path) -> None:
     html = (scored / "report.html").read_text()
     page, _, words = html.partition(">Words</h2>")
