@@ -66,3 +66,10 @@ def test_a_report_prints_to_paper(browser: list[str], page: Path, tmp_path: Path
     pdf = (tmp_path / "page.pdf").read_bytes()
     assert pdf.startswith(b"%PDF")
     assert len(pdf) > 10_000
+    if shutil.which("pdftotext") is None:
+        pytest.skip("nobody has read the paper (Debian: apt-get install poppler-utils)")
+    done = subprocess.run(
+        ["pdftotext", "-layout", tmp_path / "page.pdf", "-"], capture_output=True, text=True, check=True
+    )
+    for text in ("A report", "What it says.", "Folded away", "Found by those who look.", "Pictures."):
+        assert text in done.stdout, "what is folded away on a screen is read on paper"
