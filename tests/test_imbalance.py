@@ -1,7 +1,10 @@
 import json
+import math
+import re
 import tracemalloc
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
@@ -11,6 +14,7 @@ from cadx.datasets import DatasetWriter, SourceInfo, write_splits
 from cadx.drift import image_statistics
 from cadx.files import digest_bytes
 from cadx.losses import LossConfig
+from cadx.reporting import PALETTE
 from components.imbalance import (
     ImbalanceParams,
     Recommendation,
@@ -272,6 +276,99 @@ def test_patients_are_counted_by_site(tmp_path: Path):
     }
 
 
+# --- what the plots show, read back from the page's own drawings -----------------------------------
+
+
+class Rectangle(NamedTuple):
+    """A filled shape of a drawing, in its pixels; y grows downwards."""
+
+    x0: float
+    x1: float
+    y0: float
+    y1: float
+
+
+def drawings(page: Path) -> list[ElementTree.Element]:
+    return [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page.read_text(), re.DOTALL)]
+
+
+def rectangles(drawing: ElementTree.Element, colour: str) -> list[Rectangle]:
+    """The bars of a colour, or with `url(` of a pattern, in the order in which they were drawn; legends left out."""
+    found = []
+    for axes in drawing.iter("g"):
+        if re.search(r"-axes_\d+$", axes.get("id", "")):
+            patches = [group for group in axes if re.search(r"-patch_\d+$", group.get("id", ""))]
+            for path in (path for group in patches for path in group.iter("path")):
+                if f"fill: {colour.lower()}" in path.get("style", ""):
+                    corners = np.reshape(
+                        [float(one) for one in re.findall(r"-?[\d.]+", path.get("d", ""))], (-1, 2)
+                    )
+                    (x0, y0), (x1, y1) = corners.min(axis=0), corners.max(axis=0)
+                    found.append(Rectangle(x0, x1, y0, y1))
+    return found
+
+
+def texts(drawing: ElementTree.Element) -> dict[str, tuple[float, float]]:
+    """Every text and where its baseline is anchored."""
+    return {
+        "".join(text.itertext()): (float(text.get("x", "nan")), float(text.get("y", "nan")))
+        for text in drawing.iter("text")
+    }
+
+
+@pytest.mark.parametrize(("counts", "scale"), [((60, 12, 5), float), ((4000, 130, 2), math.log)])
+def test_each_class_has_a_bar_of_its_count_beside_its_name(
+    tmp_path: Path, counts: tuple[int, ...], scale: Any
+):
+    names = ("normal", "pneumonia", "cancer")
+    count(tmp_path, cohort(tmp_path / "d", of_counts(**dict(zip(names, counts, strict=True))), names))
+    drawing = drawings(tmp_path / "imbalance.html")[0]
+    bars, written = rectangles(drawing, PALETTE[0]), texts(drawing)
+    assert len(bars) == 3
+    assert len({bar.x0 for bar in bars}) == 1, "bars begin at one line"
+    ends, lengths = [bar.x1 for bar in bars], [scale(number) for number in counts]
+    slope = (ends[0] - ends[2]) / (lengths[0] - lengths[2])
+    assert ends[1] == pytest.approx(ends[2] + slope * (lengths[1] - lengths[2]), abs=0.05)
+    if scale is float:
+        assert bars[0].x0 == pytest.approx(ends[2] - slope * lengths[2], abs=0.05), (
+            "lengths tell counts from 0"
+        )
+    for name, number, bar in zip(names, counts, bars, strict=True):
+        label = f"{number:,}  ({100 * number / sum(counts):.1f} %)"
+        assert bar.y0 < written[name][1] < bar.y1, "a class's name stands beside its bar"
+        assert bar.y0 < written[label][1] < bar.y1
+        assert written[label][0] > bar.x1
+    assert ("images (logarithmic)" in written) == (scale is math.log)
+
+
+def test_each_site_has_a_mark_at_the_share_of_its_classes(tmp_path: Path):
+    of_site = {"north": {"a": 30, "b": 10}, "south": {"a": 8, "b": 32}}
+    samples = [
+        {"labels": {name: 1.0}, "site": site}
+        for site, counts in of_site.items()
+        for name, number in counts.items()
+        for _ in range(number)
+    ]
+    count(tmp_path, cohort(tmp_path / "d", samples, ("a", "b")))
+    drawing = drawings(tmp_path / "imbalance.html")[-1]
+    written = texts(drawing)
+    at = {number: written[str(number)][0] for number in (30, 70)}
+    marks: dict[str, list[tuple[float, float]]] = {}
+    for mark in drawing.iter("use"):
+        colour = re.search(r"fill: (#\w+)", mark.get("style", ""))
+        if colour and colour[1].upper() in {one.upper() for one in PALETTE[:2]}:
+            place = float(mark.get("x", "nan")), float(mark.get("y", "nan"))
+            marks.setdefault(colour[1].upper(), []).append(place)
+    for site, colour in zip(of_site, PALETTE[:2], strict=True):
+        first, second, in_legend = marks[colour.upper()]
+        percent = [30 + 40 * (x - at[30]) / (at[70] - at[30]) for x, _ in (first, second)]
+        counts = of_site[site]
+        assert percent == pytest.approx([100 * number / 40 for number in counts.values()], abs=0.1)
+        for name, (_, y) in zip(counts, (first, second), strict=True):
+            assert abs(written[name][1] - y) < abs(written["a"][1] - written["b"][1]) / 2
+        assert abs(written[site][1] - in_legend[1]) < 6, "the legend names the mark"
+
+
 # --- boxes -------------------------------------------------------------------------------------------
 
 
@@ -301,6 +398,15 @@ def test_boxes_by_class_size_site_split_and_image(tmp_path: Path):
     assert found["boxes_by_split"]["train"]["a"]["count"] == 3
     page = (tmp_path / "imbalance.html").read_text()
     assert "2 of 4 images (50.0 %) have no box; the fullest has 3." in page
+    drawing = drawings(tmp_path / "imbalance.html")[1]
+    written = texts(drawing)
+    widths = [bar.x1 - bar.x0 for fill in (PALETTE[0], "url(") for bar in rectangles(drawing, fill)]
+    percent = [60 * width / (written["80"][0] - written["20"][0]) for width in (*widths[:2], *widths[6:])]
+    assert percent == pytest.approx([66.67, 0, 33.33, 0, 0, 100], abs=0.1), (
+        "small, medium, large, of a and b each"
+    )
+    heights = [bar.y1 - bar.y0 for bar in rectangles(drawing, PALETTE[0])[2:]]
+    assert [height / heights[1] for height in heights] == pytest.approx([2, 1, 0, 1], abs=0.01)
 
 
 def detection(rows: list[tuple[int, int]], side_px: int = 640) -> Recommendation:
