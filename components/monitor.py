@@ -9,10 +9,12 @@ What is compared, over all requests of the window and at each site and scanner w
     prevalence   `prevalence_<class>`   the mean of that probability: the share of the ill that the model expects
     decisions    `decision_<class>`     whether it was called; of a detector also `num_boxes`
 
-Something has drifted where p after Holm's correction over all of these is below alpha / 2 and the distance is at
-least `minimum_effect`. The other half of alpha is for what labels say: where some have come, the live sensitivity,
-specificity, AUC, calibration and coverage of the conformal sets are worked out, and an interval that excludes what was
-declared is an alarm too. `cadx/drift.py` and `cadx/outcomes.py` hold the tests and their sources.
+Something has drifted where p after Holm's correction over all of these is below a quarter of alpha and the distance is
+at least `minimum_effect`. Another quarter is for the first question of a clinic, over all requests: is another share of
+those who come ill? It is answered with a share and its interval. The other half of alpha is for what labels say: where
+some have come, the live sensitivity, specificity, AUC, calibration and coverage of the conformal sets are worked out,
+and an interval that excludes what was declared is an alarm too. `cadx/drift.py`, `cadx/prevalence.py` and
+`cadx/outcomes.py` hold the tests and their sources.
 
 The tests are our own and not Evidently's, because its chi-square test takes the reference's shares for the truth, its
 Fisher test wants samples of equal size, and none of its tests asks for a minimum effect. Its page shows their verdicts.
@@ -33,12 +35,14 @@ drift.json:
     alpha, minimum_effect, minimum_n
     columns             the findings: slice, group, name, p_value, adjusted_p, effect, drifted, reference_mean,
                         current_mean, n_reference, n
+    prevalence          of each watched class: of, reference, value, low, high, n, method, p_value, moved
     unknown             requests of sites and scanners that the reference does not hold: by kind and name
     n_labelled          requests with labels
     outcomes            name, of, value, low, high, n, method, at_least, at_most, broken
     drifted             whether anything has; null: too few requests, neither alarm nor all-clear
     retrain             whether a pipeline should act: anything has drifted, or is no longer as declared
-    trigger             why: moved, what has drifted, as "slice: name"; broken, what is no longer as declared
+    trigger             why: moved, what has drifted, as "slice: name"; prevalence, of which classes; broken, what is
+                        no longer as declared
     message             that in words
     share_with_warnings of the requests
     share_referred      of the requests: those that the model leaves to a person
@@ -63,10 +67,14 @@ from cadx.bundle import EMBEDDING_DECIMALS, REFERENCE_DECIMALS, Bundle, Manifest
 from cadx.drift import Finding, called, compare_requests, unknown_places
 from cadx.files import write_json
 from cadx.outcomes import COVERAGE, Outcome, live_outcomes
+from cadx.prevalence import Prevalence, compare_prevalence
 from cadx.reporting import PALETTE, Page, panels
 from cadx.request_log import compact, read_labels, read_requests, short
 from cadx.webhook import check_webhook, post
 from components.contract import Alarm, In, Keep, MaybeIn, Out, Params, step
+
+FOR_DRIFT, FOR_PREVALENCE, FOR_LABELS = 0.25, 0.25, 0.5
+"""Shares of alpha. A change of the images is plain; that of a rare class's share is at the edge of what can be seen."""
 
 NUM_NAMED = 4  # findings in the alarm's one line, and drawn
 _FORMATS = {"distance": ".2f", "chance": ".2g", "before": ".3g", "now": ".3g"}
@@ -94,11 +102,11 @@ class MonitorParams(Params):
     """When to alarm: at what is no chance, and large enough to matter."""
 
     alpha: float = Field(
-        default=0.05,
+        default=0.04,
         gt=0,
         lt=1,
         description="share of windows that may alarm without a cause, over all tests, sites and scanners; "
-        "half is for drift, half for what labels say",
+        "a quarter is for drift, a quarter for the prevalence, half for what labels say",
     )
     minimum_effect: float = Field(
         default=0.03,
@@ -163,20 +171,30 @@ def monitor(
     current = _rounded(read_requests(requests, opened.digest, last=params.window))
     watched = [manifest.positive] if manifest.positive else list(manifest.classes)
     findings: list[Finding] = []
+    prevalence: list[Prevalence] = []
     if enough := len(current) >= params.minimum_n:
         findings = compare_requests(
             reference,
             heldout,
             current,
             watched,
-            alpha=params.alpha / 2,
+            alpha=params.alpha * FOR_DRIFT,
             minimum_effect=params.minimum_effect,
             minimum_n=params.minimum_n,
         )
+        if manifest.task != "detection":  # a box's score is no probability
+            prevalence = compare_prevalence(
+                heldout,
+                current,
+                watched,
+                alpha=params.alpha * FOR_PREVALENCE,
+                minimum_effect=params.minimum_effect,
+            )
     labelled = _labelled(requests, labels, opened, params.labelled_window)
     outcomes = [] if labelled.empty else _outcomes(labelled, manifest, params)
 
     moved = sorted((finding for finding in findings if finding.drifted), key=lambda finding: -finding.effect)
+    shifted = [one for one in prevalence if one.moved]
     broken = [outcome for outcome in outcomes if outcome.broken]
     skipped = {
         "torn": compacted.torn,
@@ -200,22 +218,24 @@ def monitor(
         "minimum_effect": params.minimum_effect,
         "minimum_n": params.minimum_n,
         "columns": [finding._asdict() for finding in findings],
+        "prevalence": [_flat(one) for one in prevalence],
         "unknown": unknown_places(heldout, current),
         "n_labelled": len(labelled),
         "outcomes": [_flat(outcome) for outcome in outcomes],
-        "drifted": bool(moved) if enough else None,
-        "retrain": bool(moved or broken),
+        "drifted": bool(moved or shifted) if enough else None,
+        "retrain": bool(moved or shifted or broken),
         "trigger": {
             "moved": [f"{finding.slice}: {finding.name}" for finding in moved],
+            "prevalence": [one.of for one in shifted],
             "broken": [_named(outcome) for outcome in broken],
         },
-        "message": _message(moved, broken, findings, len(current), params.minimum_n),
+        "message": _message(moved, shifted, broken, findings, len(current), params.minimum_n),
         "share_with_warnings": float((current["num_warnings"] > 0).mean()),
         "share_referred": float(current["refer"].mean()),
         "assumptions": _assumptions(manifest),
     }
     write_json(drift, record)
-    _page(record, moved, findings, outcomes, reference, heldout, current).write(report)
+    _page(record, moved, findings, prevalence, outcomes, reference, heldout, current).write(report)
     if enough:
         title = f"{manifest.experiment}, seed {manifest.seed}: drift, quantity by quantity"
         page = _evidently(findings, reference, heldout, current, params)
@@ -224,8 +244,8 @@ def monitor(
         empty = Page(f"{manifest.experiment}, seed {manifest.seed}: drift", f"Bundle {opened.digest}")
         empty.callout("warn", record["message"])
         empty.write(evidently)
-    _write_prometheus(prometheus, record, findings, outcomes)
-    if moved or broken:
+    _write_prometheus(prometheus, record, findings, prevalence, outcomes)
+    if record["retrain"]:
         if webhook:
             told = ("schema", "experiment", "seed", "bundle", "n", "window", "retrain", "trigger", "message")
             refusal = post(webhook, {name: record[name] for name in told})
@@ -274,7 +294,7 @@ def _outcomes(labelled: pd.DataFrame, manifest: Manifest, params: MonitorParams)
         positive=manifest.positive,
         at_least=declared | {str(name): value for name, value in params.at_least.items()},
         at_most={str(name): value for name, value in params.at_most.items()},
-        alpha=params.alpha / 2,
+        alpha=params.alpha * FOR_LABELS,
     )
 
 
@@ -285,15 +305,10 @@ def _assumptions(manifest: Manifest) -> list[str]:
     return assumptions
 
 
-def _flat(outcome: Outcome) -> dict[str, Any]:
-    return {
-        "name": outcome.name,
-        "of": outcome.of,
-        **outcome.estimate.model_dump(),
-        "at_least": outcome.at_least,
-        "at_most": outcome.at_most,
-        "broken": outcome.broken,
-    }
+def _flat(one: Outcome | Prevalence) -> dict[str, Any]:
+    """The record of one, the fields of its estimate among its own."""
+    fields = one._asdict()
+    return fields | fields.pop("estimate").model_dump()
 
 
 def _named(outcome: Outcome) -> str:
@@ -301,7 +316,12 @@ def _named(outcome: Outcome) -> str:
 
 
 def _message(
-    moved: Sequence[Finding], broken: Sequence[Outcome], findings: Sequence[Finding], n: int, minimum_n: int
+    moved: Sequence[Finding],
+    shifted: Sequence[Prevalence],
+    broken: Sequence[Outcome],
+    findings: Sequence[Finding],
+    n: int,
+    minimum_n: int,
 ) -> str:
     if not findings:
         said = f"too few requests for a verdict, {n} of {minimum_n}: neither alarm nor all-clear"
@@ -316,6 +336,14 @@ def _message(
         ]
         more = f" and {len(moved) - NUM_NAMED} more" if len(moved) > NUM_NAMED else ""
         said = f"{len(moved)} of {len(findings)} comparisons drifted: {', '.join(named)}{more}"
+    altered = any(finding.group == "statistics" for finding in moved)
+    for one in shifted:
+        share, low, high = (
+            100 * (number or 0) for number in (one.estimate.value, one.estimate.low, one.estimate.high)
+        )
+        said += f"; prevalence of {one.of} is about {share:.3g} % (95 % interval {low:.3g} to {high:.3g} %)"
+        said += f", reference {100 * one.reference:.3g} %"
+        said += ", if that is not for the images, which have changed too" if altered else ""
     for outcome in broken:
         said += f"; {_named(outcome)} is {outcome.estimate.value:.3f}, declared {_declared(outcome)}"
     return said
@@ -328,6 +356,7 @@ def _page(
     record: Mapping[str, Any],
     moved: Sequence[Finding],
     findings: Sequence[Finding],
+    prevalence: Sequence[Prevalence],
     outcomes: Sequence[Outcome],
     reference: pd.DataFrame,
     heldout: pd.DataFrame,
@@ -368,6 +397,27 @@ def _page(
         for axis in axes[len(drawn) :]:
             axis.set_axis_off()
         page.figure(figure, "Blue: the reference. Orange: these requests. Heights are shares of the images.")
+
+    page.section("How many are ill?")
+    page.table(
+        [
+            {
+                "class": one.of,
+                "reference": one.reference,
+                "now (95 % interval)": one.estimate,
+                "chance": one.p_value,
+                "moved": "YES" if one.moved else "no",
+            }
+            for one in prevalence
+        ],
+        "The share of each class among these requests, told from calibrated probabilities without labels. It holds "
+        "where the ill and the well look as they did and only their share has changed; where images have changed, it "
+        "means nothing.",
+        formats={"reference": ".3f", "chance": ".2g"},
+        empty="Not asked: a detector's scores are no probabilities."
+        if findings
+        else "Not asked: too few requests.",
+    )
 
     page.section("Are the answers right?")
     if outcomes:
@@ -410,8 +460,8 @@ def _page(
     page.text(
         f"Image statistics are compared with the {record['n_reference']['training']} images that the model was trained "
         f"on; answers with those on the {record['n_reference']['calibration']} calibration images. Of windows without "
-        f"any change, about {record['alpha'] / 2:.1%} raise this alarm by chance. Evidently's page shows the "
-        f"distribution of each quantity. Lines left out: {skipped}.\n\n"
+        f"any change, at most {record['alpha'] * FOR_DRIFT:.1%} raise an alarm here, and as many one for the "
+        f"prevalence. Evidently's page shows the distribution of each quantity. Lines left out: {skipped}.\n\n"
         f"Assumptions: {'; '.join(record['assumptions'])}."
     )
     return page
@@ -501,7 +551,7 @@ def _evidently(
         finding = shown[str(reference.name)]
         return finding.effect, finding.drifted
 
-    rule = f"p after Holm < {params.alpha / 2:g} and distance of at least {params.minimum_effect:g}"
+    rule = f"p after Holm < {params.alpha * FOR_DRIFT:g} and distance of at least {params.minimum_effect:g}"
     tests = [
         StatTest("cadx_numbers", f"Kolmogorov-Smirnov: {rule}", [ColumnType.Numerical]),
         StatTest("cadx_shares", f"Fisher: {rule}", [ColumnType.Categorical]),
@@ -569,7 +619,11 @@ def _headed(page: str, title: str, record: Mapping[str, Any]) -> str:
 
 
 def _write_prometheus(
-    path: Path, record: Mapping[str, Any], findings: Sequence[Finding], outcomes: Sequence[Outcome]
+    path: Path,
+    record: Mapping[str, Any],
+    findings: Sequence[Finding],
+    prevalence: Sequence[Prevalence],
+    outcomes: Sequence[Outcome],
 ) -> None:
     """The watch's figures in Prometheus' text form, as its node exporter reads them from a folder."""
     from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
@@ -604,6 +658,21 @@ def _write_prometheus(
     gauge("drift_distance", "Distance from the reference, 0 to 1", [(of, f.effect) for of, f in places])
     gauge("drift_p", "P-value after Holm's correction", [(of, f.adjusted_p) for of, f in places])
     gauge("drift_found", "1 where the quantity has drifted", [(of, float(f.drifted)) for of, f in places])
+    gauge(
+        "prevalence",
+        "Share of the class among the requests, without labels, with the ends of its 95 % interval",
+        [
+            ({"class": one.of, "bound": bound}, number)
+            for one in prevalence
+            for bound in ("value", "low", "high")
+            if (number := getattr(one.estimate, bound)) is not None
+        ],
+    )
+    gauge(
+        "prevalence_moved",
+        "1 where it is another than among the reference",
+        [({"class": one.of}, float(one.moved)) for one in prevalence],
+    )
     gauge("labelled_requests", "Requests with labels", [({}, record["n_labelled"])])
     gauge(
         "outcome",
