@@ -118,6 +118,12 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, DatasetFolde
     return folders
 
 
+def _everywhere(folder: DatasetFolder) -> pd.DataFrame:
+    """Every sample in train and in val: what is asked here is whether a network can learn at all."""
+    ids = folder.samples["sample_id"].tolist()
+    return pd.DataFrame({"sample_id": ids * 2, "split": ["train"] * len(ids) + ["val"] * len(ids)})
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_learns_a_batch_by_heart_and_a_bundle_answers_as_training_did(
     family: str, datasets: dict[str, DatasetFolder], tmp_path: Path
@@ -137,9 +143,7 @@ def test_it_learns_a_batch_by_heart_and_a_bundle_answers_as_training_did(
         }
         | RECIPES[takes]
     )
-    ids = folder.samples["sample_id"].tolist()
-    # Every sample in both: what is asked here is whether it can learn at all.
-    splits = pd.DataFrame({"sample_id": ids * 2, "split": ["train"] * len(ids) + ["val"] * len(ids)})
+    ids, splits = folder.samples["sample_id"].tolist(), _everywhere(folder)
     fitted = fit(config, folder, splits, seed=0, checkpoints=tmp_path / "run" / "member")
     best = fitted.history[fitted.best_epoch - 1]
     assert best["val_ap50" if takes == "boxes" else "val_auc"] >= 0.99
@@ -164,6 +168,60 @@ def test_it_learns_a_batch_by_heart_and_a_bundle_answers_as_training_did(
     assert np.isfinite(features).all()
     one_by_one = np.concatenate([predictor.logits(predictor.stored(folder, [name]))[0] for name in ids])
     assert np.allclose(one_by_one, logits, atol=1e-5), "an answer must not depend on its batch"
+
+
+class _Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_killed_run_goes_on_to_the_same_weights_also_with_recomputed_activations(
+    family: str, datasets: dict[str, DatasetFolder], tmp_path: Path
+) -> None:
+    takes = FAMILIES[family].takes
+    config = TrainingConfig.model_validate(
+        {"model": {"family": family} | SMALL.get(family, {}), "batch_size": 4, "ema_decay": 0.5}
+        | RECIPES[takes]
+        | {"epochs": 2}
+    )
+    splits = _everywhere(datasets[takes])
+    whole = fit(config, datasets[takes], splits, seed=0, checkpoints=tmp_path / "whole" / "member")
+
+    def kill(record: dict[str, Any]) -> None:
+        raise _Killed
+
+    run = {"seed": 0, "checkpoints": tmp_path / "killed" / "member"}
+    with pytest.raises(_Killed):
+        fit(config, datasets[takes], splits, **run, on_epoch=kill)
+    twice = config.model_copy(update={"checkpointing": True})
+    resumed = fit(twice, datasets[takes], splits, **run)
+    assert whole.best_epoch == resumed.best_epoch
+    for name, tensor in whole.state_dict.items():
+        assert torch.equal(tensor, resumed.state_dict[name]), name
+    records = [[record["train_loss"] for record in each.history] for each in (whole, resumed)]
+    assert records[0] == records[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_half_precision_it_learns_weights_of_float32(
+    family: str, datasets: dict[str, DatasetFolder], tmp_path: Path
+) -> None:
+    takes = FAMILIES[family].takes
+    config = TrainingConfig.model_validate(
+        {"model": {"family": family} | SMALL.get(family, {}), "batch_size": 4, "precision": "bf16"}
+        | RECIPES[takes]
+        | {"epochs": 1}
+    )
+    run = {"seed": 0, "checkpoints": tmp_path / "run" / "member"}
+    if takes == "volumes" and not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"precision bf16: gradients of 3D convolutions are wrong"):
+            fit(config, datasets[takes], _everywhere(datasets[takes]), **run)
+        return
+    fitted = fit(config, datasets[takes], _everywhere(datasets[takes]), **run)
+    assert fitted.precision == "bf16"
+    for name, tensor in fitted.state_dict.items():
+        assert tensor.dtype in (torch.float32, torch.int64), name
+        assert tensor.isfinite().all(), name
 
 
 def test_patches_of_volumes_are_mirrored_between_left_and_right_alone(
