@@ -55,6 +55,18 @@ def dicom(pixels: np.ndarray, syntax: str = "", position_mm: float = 0.0) -> byt
     return stream.getvalue()
 
 
+def dicom_jpeg_12(pixels: np.ndarray) -> bytes:
+    import imagecodecs
+    from pydicom.encaps import encapsulate
+    from pydicom.uid import JPEGExtended12Bit
+    from test_reading import dicom_dataset, encode
+
+    ds = dicom_dataset(pixels, bits=12)
+    ds.file_meta.TransferSyntaxUID = JPEGExtended12Bit
+    ds.PixelData = encapsulate([imagecodecs.jpeg8_encode(pixels, level=90, bitspersample=12)])
+    return encode(ds)
+
+
 def of_pydicom(name: str) -> bytes:
     from pydicom.data import get_testdata_file
 
@@ -112,6 +124,8 @@ def sources() -> dict[str, tuple[str, bytes]]:
         "dicom": ("a.dcm", dicom(gray16)),
         "dicom-rle": ("a.dcm", dicom(gray16, "1.2.840.10008.1.2.5")),
         "dicom-jpeg": ("a.dcm", of_pydicom("SC_rgb_jpeg_gdcm.dcm")),
+        "dicom-jpeg-12": ("a.dcm", dicom_jpeg_12(gray16 >> 4)),
+        "dicom-jpeg-2000-colour": ("a.dcm", of_pydicom("SC_rgb_gdcm_KY.dcm")),
         "dicom-jpeg-2000": ("a.dcm", of_pydicom("MR_small_jp2klossless.dcm")),
         "dicom-jpeg-ls": ("a.dcm", of_pydicom("MR_small_jpeg_ls_lossless.dcm")),
         "png": ("a.png", saved(lambda stream: Image.fromarray(gray).save(stream, "PNG"))),
