@@ -169,6 +169,21 @@ def test_one_changed_byte_is_named(
     assert any(Path(name).name in line or name in line for line in lines), lines
 
 
+def test_every_file_of_the_dataset_and_of_the_bundle_is_named(
+    chain: Chain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = (chain.work / "squares" / "dataset", chain.bundle)
+    files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+    assert len(files) >= 8
+    for path in files:
+        flip(path, 0.61)
+        assert not chain.verify(), path
+        lines = broken(capsys.readouterr().out)
+        assert any(path.name in line for line in lines), (path, lines)
+        flip(path, 0.61)
+    assert chain.verify()
+
+
 def test_every_file_inside_an_archive_is_named(chain: Chain, capsys: pytest.CaptureFixture[str]) -> None:
     with zipfile.ZipFile(chain.archive) as opened:
         members = {info.filename: info for info in opened.infolist()}
