@@ -9,22 +9,12 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 from cyclopts import App, Group, Parameter
 
 from components import STEPS
 from components.contract import Alarm
-
-_TELEMETRY_OFF = {
-    "DO_NOT_TRACK": "true",
-    "DVC_NO_ANALYTICS": "1",
-    "GX_ANALYTICS_ENABLED": "false",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-}
-"""Hospitals' networks are closed: no dependency may call home."""
-
 
 _EXAMPLES = {
     "choose": (
@@ -119,7 +109,9 @@ def command_line(tokens: Sequence[str] = ()) -> App:
         doctor,
         dataset_form,
     ):
-        app.command(command, name=_COMMAND_NAMES.get(command.__name__), group=others)
+        app.command(
+            command, name=_COMMAND_NAMES.get(command.__name__), group=others, help_epilogue=""
+        )  # which has its example among its own words
     app.command(_champion(others))
     return app
 
@@ -162,11 +154,9 @@ def results(
     reports
         Where the steps write what people read.
     """
-    import yaml
-
     from cadx.results import write_results
 
-    planned = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["vars"][0]["seeds"]
+    planned = _read_mapping(Path("dvc.yaml"))["vars"][0]["seeds"]
     missing = write_results(
         Path("data/catalog.yaml"),
         Path("params.yaml"),
@@ -210,8 +200,9 @@ def new(folder: Path, /, *, name: str = "", positive: str = "") -> None:
             f"name {name!r}: give one of a-z, 0-9, '.', '_' and '-' with --name, a letter or digit first"
         )
     catalog, params, stages = ROOT / "data/catalog.yaml", ROOT / "params.yaml", ROOT / "dvc.yaml"
+    _read_mapping(stages)
     for file in (catalog, params):
-        if name in yaml.safe_load(file.read_text(encoding="utf-8")):
+        if name in _read_mapping(file):
             raise ValueError(f"{file.name} already holds {name!r}; choose another name with --name")
     entry, notes = describe_folder(folder, positive=positive)
     chosen = {
@@ -235,6 +226,8 @@ def new(folder: Path, /, *, name: str = "", positive: str = "") -> None:
     # DVC wants a section of every step.
     recipe = {name: {step.name: chosen.get(step.name, {}) for step in STEPS}}
     yaml_editor = YAML()
+    yaml_editor.indent(mapping=2, sequence=4, offset=2)  # as it stands: one line is added
+    yaml_editor.width = 10_000
     pipeline = yaml_editor.load(stages.read_text(encoding="utf-8"))
     pipeline["vars"][0]["experiments"].append(name)
     with replacing(catalog) as new_catalog, replacing(params) as new_params, replacing(stages) as new_stages:
@@ -645,6 +638,26 @@ def verify(
         Where the steps keep data sets and bundles.
     reports
         Where the steps write what people read.
+    dataset
+        The folder of the images.
+    splits
+        Who stands in which split.
+    validation
+        What `cadx validate` found.
+    imbalance
+        What `cadx imbalance` counted.
+    predictions
+        Of the evaluation.
+    metrics
+        Of the same.
+    review
+        A reviewer's folder, from `cadx sign --reviewer`.
+    decision
+        The gate's.
+    archive
+        What `cadx package` wrote.
+    deployment
+        What `cadx deploy` recorded.
     signature
         Of the bundle; the file `bundle.sig` beside it by default. An archive's `model.mar.sig` is looked at too.
     public_key
@@ -730,12 +743,24 @@ def _champion(group: Group) -> App:
         help="Show, promote and export the champion of an experiment, in a registry of MLflow.\n\n"
         "Example: `cadx champion promote phantom-xray --seed 0`, then `cadx champion show`.",
         default_parameter=Parameter(negative=()),
+        version_flags=(),
+        help_epilogue="",
         group=group,
     )
 
     @app.command
     def show(experiment: str = "", /, *, registry: str = _REGISTRY) -> None:
-        """Show the champion and its history, of an experiment or of all."""
+        """Show the champion and its history, of an experiment or of all.
+
+        Example: `cadx champion show phantom-xray`.
+
+        Parameters
+        ----------
+        experiment
+            All of them by default.
+        registry
+            MLflow's, a database or a server.
+        """
         from cadx.registry import Registry, show_history
 
         show_history(Registry(registry), experiment)
@@ -749,7 +774,21 @@ def _champion(group: Group) -> App:
         reports: Path = Path("data/reports"),
         registry: str = _REGISTRY,
     ) -> None:
-        """Make the bundle of a seed the champion, if the gate let it through."""
+        """Make the bundle of a seed the champion, if the gate let it through.
+
+        Example: `cadx champion promote phantom-xray --seed 0`.
+
+        Parameters
+        ----------
+        experiment
+            A section of params.yaml whose steps have run.
+        seed
+            Of the bundle.
+        reports
+            Where the steps write what people read.
+        registry
+            MLflow's, a database or a server.
+        """
         from cadx.registry import Registry
 
         told = reports / experiment / str(seed)
@@ -763,7 +802,19 @@ def _champion(group: Group) -> App:
 
     @app.command
     def export(experiment: str, /, *, output: Path, registry: str = _REGISTRY) -> None:
-        """Write the champion's predictions, which `cadx gate --champion` compares a challenger with."""
+        """Write the champion's predictions, which `cadx gate --champion` compares a challenger with.
+
+        Example: `cadx champion export phantom-xray --output champion.parquet`.
+
+        Parameters
+        ----------
+        experiment
+            Whose champion.
+        output
+            The predictions file.
+        registry
+            MLflow's, a database or a server.
+        """
         from cadx.registry import Registry
 
         made = Registry(registry).export(experiment, output)
@@ -904,7 +955,9 @@ def dataset_form() -> None:
 
 def main(arguments: Annotated[Sequence[str] | None, Parameter(parse=False)] = None) -> NoReturn:
     """Run one command; a mistake of the user's ends in one line on stderr and a non-zero status."""
-    for name, value in _TELEMETRY_OFF.items():
+    from cadx.doctor import TELEMETRY_OFF
+
+    for name, value in TELEMETRY_OFF.items():
         os.environ.setdefault(name, value)
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -932,13 +985,24 @@ def _fail(tokens: list[str], error: Exception) -> NoReturn:
     sys.exit(1)
 
 
-def _example(step: str) -> str:
-    """The step's own line in dvc.yaml, with its placeholders filled in; or that of `_EXAMPLES`."""
+def _read_mapping(file: Path) -> dict[str, Any]:
+    """What a YAML file of the project holds."""
     import yaml
 
+    try:
+        held = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file.name}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(held, dict):
+        raise ValueError(f"{file.name}: holds no entry; take it from version control again")
+    return held
+
+
+def _example(step: str) -> str:
+    """The step's own line in dvc.yaml, with its placeholders filled in; or that of `_EXAMPLES`."""
     from components.contract import ROOT
 
-    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    stages = _read_mapping(ROOT / "dvc.yaml")["stages"]
     command: str = stages[step]["cmd"] if step in stages else _EXAMPLES[step]
     command = command.replace("${item.experiment}", "phantom-xray").replace("${item.seed}", "0")
     return f"Example:\n\n```\n{' '.join(command.split())}\n```"

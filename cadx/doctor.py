@@ -15,12 +15,19 @@ from rich.console import Console
 from rich.table import Table
 
 _PACKAGES = (
-    "torch", "torchvision", "monai", "accelerate", "pydicom", "python-gdcm", "great-expectations", "evidently",
-    "torchserve", "dvc", "kfp",
+    "torch", "torchvision", "monai", "accelerate", "pydicom", "python-gdcm", "nibabel", "openslide-python",
+    "scikit-learn", "great-expectations", "evidently", "torchserve", "dvc", "kfp",
 )  # fmt: skip
 _PORTS = {8080: "inference", 8081: "management", 8082: "metrics", 8083: "gRPC", 8084: "gRPC"}
 _MIN_FREE_GB = 10
-_TELEMETRY = {"DO_NOT_TRACK": "true", "DVC_NO_ANALYTICS": "1", "GX_ANALYTICS_ENABLED": "false"}
+TELEMETRY_OFF = {
+    "DO_NOT_TRACK": "true",
+    "DVC_NO_ANALYTICS": "1",
+    "GX_ANALYTICS_ENABLED": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+"""Hospitals' networks are closed: no dependency may call home."""
 
 
 class Check(NamedTuple):
@@ -82,10 +89,10 @@ def checks() -> Iterator[Check]:
         )
     else:
         yield Check("CADX_DATA_MIRROR", "ok", "not set", "public data come from their official addresses")
-    for name, off in _TELEMETRY.items():
+    for name, off in TELEMETRY_OFF.items():
         quiet = os.environ.get(name) == off
         yield Check(
-            f"{name}",
+            name,
             "ok" if quiet else "note",
             os.environ.get(name, "not set"),
             "" if quiet else f"export {name}={off}",

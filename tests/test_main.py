@@ -47,7 +47,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(checkout: Path, *words: str, wrapper: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*wrapper, *CADX, *words], cwd=checkout, capture_output=True, text=True, check=False, timeout=120
+        [*wrapper, *CADX, *words], cwd=checkout, capture_output=True, text=True, check=False, timeout=240
     )
 
 
@@ -69,9 +69,12 @@ def test_new_makes_an_experiment_that_the_next_commands_take(
         cls = step.declaration().params
         assert cls is not None
         read_params(f"{checkout / 'params.yaml'}:mine", step.name, cls)
-    for file in ("data/catalog.yaml", "params.yaml", "dvc.yaml"):
+    for file in ("data/catalog.yaml", "params.yaml"):
         before, after = (root / file).read_text(), (checkout / file).read_text()
-        assert after.startswith(before[:200]), f"{file} kept its comments"
+        assert after.startswith(before), f"{file}: what stood there is as it was"
+    lines = (checkout / "dvc.yaml").read_text().splitlines()
+    lines.remove("      - mine")
+    assert lines == (root / "dvc.yaml").read_text().splitlines(), "one line was added"
     done = run(
         checkout, "ingest", "--catalog", "data/catalog.yaml", "--cache", "data/sources",
         "--dataset", "data/work/mine/dataset", "--params", "params.yaml:mine",
@@ -95,6 +98,26 @@ def test_a_name_that_is_taken_is_refused(
     again = run(checkout, "new", str(images), "--name", "mine")
     assert again.returncode == 1
     assert again.stderr == "cadx new: catalog.yaml already holds 'mine'; choose another name with --name\n"
+
+
+@pytest.mark.parametrize("file", ["data/catalog.yaml", "params.yaml", "dvc.yaml"])
+@pytest.mark.parametrize("text", ["a:\n  : [\n", ""])
+def test_a_broken_file_of_the_project_is_named_in_one_line(
+    checkout: Path, images: Path, file: str, text: str
+) -> None:
+    files = [checkout / name for name in ("data/catalog.yaml", "params.yaml", "dvc.yaml")]
+    before = [path.read_text() for path in files]
+    (checkout / file).write_text(text)
+    broken = [path.read_text() for path in files]
+    try:
+        done = run(checkout, "new", str(images), "--name", "another")
+        assert [path.read_text() for path in files] == broken, "nothing was added anywhere"
+    finally:
+        for path, former in zip(files, before, strict=True):
+            path.write_text(former)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"cadx new: {Path(file).name}: ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_show_before_anything_ran_says_what_to_run(checkout: Path) -> None:
