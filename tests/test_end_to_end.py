@@ -181,6 +181,7 @@ def test_the_phantom_is_found_and_every_number_has_its_interval(checkout: Checko
     for name, estimate in metrics["metrics"].items():
         assert estimate["low"] <= estimate["value"] <= estimate["high"], name
     assert metrics["metrics"]["auc"]["low"] > 0.8
+    assert metrics["metrics"]["sensitivity"]["n"] >= 60, "positives of the test split"
     uses = (checkout.folder / "data/reports/phantom-xray/test_uses.jsonl").read_text().splitlines()
     assert {json.loads(line)["seed"] for line in uses} == {0, 1, 2}
 
