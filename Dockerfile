@@ -32,8 +32,8 @@ RUN printf '#!/opt/venv/bin/python\nfrom cadx.__main__ import main\n\nmain()\n' 
 # torch links to most of CUDA, and cannot be imported without. These are opened only once there is a device.
 FROM cuda AS cpu
 RUN cd /opt/venv/lib/python3*/site-packages \
-    && rm -rf triton nvidia/cudnn/lib/libcudnn_* nvidia/cu13/lib/libcusolverMg.* nvidia/cu13/lib/libnvrtc.alt.* \
-       nvidia/cu13/lib/libnvperf_* nvidia/*/include \
+    && rm -rf triton nvidia/cudnn/lib/libcudnn_* nvidia/cu13/lib/libcusolver* torch/lib/libtorch_cuda_linalg.so \
+       nvidia/cu13/lib/libnvrtc.alt.* nvidia/cu13/lib/libnvperf_* nvidia/nvshmem/lib/libnvshmem_device.* nvidia/*/include \
     && /opt/venv/bin/python -c 'import torch, torchvision'
 
 # What a server needs beyond the steps: only its files, to lie above theirs.
