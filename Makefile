@@ -57,12 +57,12 @@ test: setup  ## every fast test
 test-all: setup  ## the slow, container and browser tests
 	python -m pytest -rs -n 2 --dist loadfile -m "slow or container or browser"
 
-check: setup  ## style, types, layers, contract, dependency audit
+check: setup  ## style, types, layers, contract, manifests, dependency audit
 	ruff check .
 	ruff format --check .
 	mypy
 	lint-imports
-	python -m pytest tests/test_contract.py
+	python -m pytest tests/test_contract.py tests/test_manifests.py
 	python .ci/audit.py
 
 images:  ## container images and their sizes: make images BASE_IMAGE=python:3.11-slim@sha256:... IMAGES="steps serving"
