@@ -37,14 +37,13 @@ _SCRIPT = """
 import json, sys, time
 from pathlib import Path
 started = time.perf_counter()
+from cadx.files import peak_memory_bytes
 from components.{step} import {step}
 root = Path(sys.argv[1])
 params = "{{}}"
 {call}
 seconds = time.perf_counter() - started
-# Not ru_maxrss, in which a child inherits the peak of its parent.
-peak, *_ = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-print(json.dumps({{"seconds": seconds, "mib": int(peak.split()[1]) / 1024}}))
+print(json.dumps({{"seconds": seconds, "mib": peak_memory_bytes() / 2**20}}))
 """
 
 
