@@ -1,7 +1,8 @@
 """The images, and the Kubeflow pipeline in them: the same bytes as on this machine, without rights, without rests.
 
 Those marked `container` use the Docker engine that answers, or with CADX_ENGINE=1 start one of their own (root and
-dockerd), and build the image with it: minutes the first time, seconds after.
+dockerd), and build the image with it: minutes the first time, seconds after. Where no engine, base image, package index
+or disk space is to be had they are skipped, and say so.
 """
 
 import json
@@ -15,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import yaml
@@ -35,6 +37,12 @@ QUICK = {
 ENGINE = Path("/var/tmp/cadx-engine")
 """Of an engine that is started here: it keeps the layers for the next time."""
 IMAGE = "cadx/steps"
+DISK_BYTES = 20e9
+"""What building the image takes on the engine's disk, with its layers and their cache: 12 GB were seen."""
+OUT_OF_REACH = (
+    r"no space left|failed to (fetch|download|resolve|authorize)|connection|timed out|name resolution|dns"
+)
+"""What a build says that fails for its network or its disk, and not for its recipe."""
 
 
 def locked(name: str) -> set[str]:
@@ -78,15 +86,15 @@ def engine() -> Iterator[None]:
     if shutil.which("docker") and docker("info", check=False).returncode == 0:
         yield
         return
-    if os.getuid() != 0 or not shutil.which("dockerd") or not os.environ.get("CADX_ENGINE"):
-        pytest.skip(
-            "NO DOCKER ENGINE: nothing was run in containers; start one, or set CADX_ENGINE=1 and have one started"
-        )
+    if os.environ.get("CADX_ENGINE", "0") == "0":
+        skip("NO DOCKER ENGINE", "start one, or set CADX_ENGINE=1 and have one started")
+    if os.getuid() != 0 or not shutil.which("dockerd") or not shutil.which("docker"):
+        skip("NO DOCKER ENGINE", "to start one takes root, dockerd and docker")
     started = subprocess.run(
         [ROOT / ".ci/engine", "start", ENGINE], capture_output=True, text=True, check=False
     )
     if started.returncode:
-        pytest.skip(f"NO DOCKER ENGINE: nothing was run in containers; {started.stderr.strip()}")
+        skip("NO DOCKER ENGINE", started.stderr.strip())
     os.environ["DOCKER_HOST"] = f"unix://{ENGINE}/docker.sock"
     yield
     del os.environ["DOCKER_HOST"]
@@ -98,21 +106,37 @@ def image(engine: None) -> str:
     """This checkout's image, on this machine's Python where no registry is reached."""
     settings = {"DOCKER": "/usr/bin/docker"} if Path("/usr/bin/docker").exists() else {}
     settings |= {"IMAGES": "steps", "BUILD_FLAGS": "--network=host", "PYTHON": sys.executable}
-    base = os.environ.get("BASE_IMAGE", "cadx-base")
-    if docker("image", "inspect", base, check=False).returncode:
-        if not shutil.which("mmdebstrap"):
-            pytest.skip(
-                "NO BASE IMAGE: nothing was run in containers; name one in BASE_IMAGE, or install mmdebstrap"
+    if docker("image", "inspect", IMAGE, check=False).returncode:
+        storage = Path(docker("info", "--format", "{{.DockerRootDir}}").stdout.strip())
+        if storage.exists() and (free := shutil.disk_usage(storage).free) < DISK_BYTES:
+            skip(
+                "NO IMAGE",
+                f"{storage} has {free / 1e9:.0f} GB free of the {DISK_BYTES / 1e9:.0f} to build it in",
             )
-        make("base-image", settings)
-    make("images", settings | {"BASE_IMAGE": base})
+    if not (base := os.environ.get("BASE_IMAGE")):
+        base = "cadx-base"
+        if docker("image", "inspect", base, check=False).returncode:
+            if os.getuid() == 0 and shutil.which("mmdebstrap"):
+                found = make("base-image", settings)
+            else:
+                base = "python:3.11-slim"
+                found = docker("pull", base, check=False)
+            if found.returncode:
+                skip("NO BASE IMAGE", found.stderr.strip()[-500:])
+    built = make("images", settings | {"BASE_IMAGE": base})
+    if built.returncode and re.search(OUT_OF_REACH, built.stderr, re.IGNORECASE):
+        skip("NO IMAGE", built.stderr.strip()[-500:])
+    assert built.returncode == 0, built.stderr[-3000:]
     return IMAGE
 
 
-def make(target: str, settings: dict[str, str]) -> None:
+def make(target: str, settings: dict[str, str]) -> subprocess.CompletedProcess[str]:
     words = [f"{name}={value}" for name, value in settings.items()]
-    done = subprocess.run(["make", target, *words], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    return subprocess.run(["make", target, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def skip(what: str, why: str) -> NoReturn:
+    pytest.skip(f"{what}: NOTHING WAS RUN IN CONTAINERS; {why}")
 
 
 @pytest.fixture(scope="module")
