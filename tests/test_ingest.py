@@ -275,8 +275,9 @@ def test_a_frame_is_asked_for_by_a_column_and_recorded(run, tmp_path, patient):
 def test_an_unknown_photometric_interpretation_is_refused_until_the_entry_gives_it(
     run, tmp_path, stated, given
 ):
-    pixels = np.arange(192, dtype=np.uint8).reshape(12, 16)
-    for name in ("normal", "opacity"):
+    rng = np.random.default_rng(6)
+    stored = {name: rng.integers(0, 256, (96, 96), dtype=np.uint8) for name in ("normal", "opacity")}
+    for name, pixels in stored.items():
         write_dicom(tmp_path / f"own/{name}/{name}.dcm", pixels, PhotometricInterpretation=stated)
     entry = COMMON | {"format": "folder", "file": str(tmp_path / "own"), "patient": "per-image"}
     with pytest.raises(
@@ -284,10 +285,19 @@ def test_an_unknown_photometric_interpretation_is_refused_until_the_entry_gives_
     ):
         run(entry)
     folder = run(entry | {"photometric_interpretation": given})
-    shown = pixels if given == "MONOCHROME2" else 255 - pixels
+    shown = stored["normal"] if given == "MONOCHROME2" else 255 - stored["normal"]
     np.testing.assert_array_equal(folder.pixels("normal-normal"), shown)
     assumed = f"no known PhotometricInterpretation in the file: {given} was taken as given"
     assert folder.info.assumptions == (assumed,)
+    if given == "MONOCHROME1" and stated is None:
+        report = tmp_path / "validation.html"
+        validate(
+            dataset=folder.path,
+            validation=tmp_path / "validation.json",
+            report=report,
+            params='{"class_without_images": "warn"}',
+        )
+        assert assumed in report.read_text()
 
 
 def test_a_photometric_interpretation_that_the_file_contradicts_is_refused(run, tmp_path):
