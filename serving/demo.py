@@ -106,7 +106,10 @@ def demo_release(bundle: Path, name: str) -> Release:
 
 
 def register_demos(server: TorchServe) -> None:
-    """Put a model of each kind into service at a running server: demo-radiograph, demo-volume and so on."""
+    """Put a model of each kind into service at a running server: demo-radiograph, demo-volume and so on.
+
+    Each is named on stdout once it answers.
+    """
     management = Management(server.management, key_file=server.key_file)
     for kind in get_args(DemoKind):
         name = f"demo-{kind}"
@@ -115,3 +118,4 @@ def register_demos(server: TorchServe) -> None:
             write_archive(server.model_store / f"{name}.mar", bundle, demo_release(bundle, name))
         timeout_s = RESPONSE_TIMEOUTS_S.get(kind, RESPONSE_TIMEOUTS_S["image"])
         management.register(f"{name}.mar", response_timeout_s=timeout_s)
+        print(f"{name} answers", flush=True)

@@ -220,7 +220,7 @@ def test_other_patients_on_the_same_machines_are_no_drift(silent: Seen, served: 
     assert record["drifted"] is False
     assert record["message"] == "no drift in 13 comparisons"
     assert record["retrain"] is False
-    assert record["trigger"] == {"moved": [], "broken": []}
+    assert record["trigger"] == {"moved": [], "prevalence": [], "broken": []}
     assert [column["group"] for column in record["columns"]] == GROUPS
     assert not silent.drifted
     assert record["bundle"] == served.bundle.digest
@@ -285,6 +285,27 @@ def test_numbers_are_those_of_the_raw_columns(silent: Seen, served: Served) -> N
     assert column["p_value"] == pytest.approx(stats.fisher_exact(called)[1])
     assert column["current_mean"] == pytest.approx(called[1][1] / NUM_REQUESTS)
     assert column["effect"] == pytest.approx(abs(called[0][1] / NUM["calibration"] - column["current_mean"]))
+
+
+def test_more_patients_that_are_ill_are_told_by_their_share(
+    silent: Seen, served: Served, tmp_path: Path
+) -> None:
+    (usual,) = silent.record["prevalence"]
+    assert (usual["of"], usual["moved"], usual["n"]) == ("opacity", False, NUM_REQUESTS)
+    assert usual["low"] <= usual["value"] <= usual["high"]
+    likeliest = sorted(served.usual, key=lambda line: line["probabilities"]["opacity"])[-35:]
+    seen = watch(write_lines(tmp_path / "log", likeliest), served.bundle, tmp_path)
+    (more,) = seen.record["prevalence"]
+    assert more["moved"]
+    assert usual["value"] < more["value"]
+    assert more["reference"] == usual["reference"] < more["low"]
+    assert seen.record["trigger"]["prevalence"] == ["opacity"]
+    assert re.search(
+        r"prevalence of opacity is about \S+ % \(95 % interval \S+ to \S+ %\), reference \S+ %", seen.alarm
+    )
+    families = text_string_to_metric_families((tmp_path / "cadx.prom").read_text())
+    told = {s.labels["bound"]: s.value for f in families if f.name == "cadx_prevalence" for s in f.samples}
+    assert told == {bound: pytest.approx(more[bound]) for bound in ("value", "low", "high")}
 
 
 def test_an_effect_that_is_too_small_to_matter_is_no_alarm(served: Served, tmp_path: Path) -> None:
@@ -433,6 +454,7 @@ def test_missed_patients_are_an_alarm_though_nothing_has_drifted(served: Served,
     assert seen.record["retrain"] is True
     assert seen.record["trigger"] == {
         "moved": [],
+        "prevalence": [],
         "broken": [f"{name} of opacity" for name in ("sensitivity", "auc", "coverage")],
     }
     assert "sensitivity of opacity is 0.000, declared at least 0.95" in seen.alarm

@@ -176,7 +176,8 @@ def post(server: TorchServe, path: str, body: bytes, **headers: str) -> urllib3.
     key = json.loads(server.key_file.read_text())["inference"]["key"]
     given = {"Authorization": f"Bearer {key}", "Content-Type": "application/octet-stream"}
     given |= {name.replace("_", "-"): value for name, value in headers.items()}
-    return urllib3.request("POST", server.inference + path, body=body, headers=given, retries=False)
+    address = server.inference + path
+    return urllib3.request("POST", address, body=body, headers=given, retries=False, timeout=60)
 
 
 # --- Archives -----------------------------------------------------------------------------------------

@@ -7,16 +7,17 @@ import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jsonschema
 import nibabel
 import numpy as np
 import pytest
+import urllib3
 from PIL import Image
 from test_corpus import damaged, dicom, nifti, sources
 from test_loading_slides import section, slide_dataset, write_slide
-from test_serving import gray, lines, release_of
+from test_serving import gray, lines, post, release_of
 
 from cadx.bundle import Bundle
 from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
@@ -28,7 +29,7 @@ from components.deploy import DeployParams, deploy
 from serving.answering import Answerer, Reply, Request, RequestLog
 from serving.archive import write_archive
 from serving.client import Client, DetectionAnswer, Refused, SlideAnswer, VolumeAnswer
-from serving.demo import DemoKind, demo_release, write_demo_bundle
+from serving.demo import DemoKind, demo_release, register_demos, write_demo_bundle
 from serving.kinds import (
     SLIDE_CACHE,
     SLIDE_ROOT,
@@ -509,6 +510,45 @@ def test_every_kind_is_deployed_against_its_evaluation_and_served(
     ):
         with pytest.raises(Refused, match=reason):
             call()
+
+
+def worker(server: TorchServe, name: str) -> tuple[int, float]:
+    """The process number of the model's one worker, and its memory in MiB."""
+    key = json.loads(server.key_file.read_text())["management"]["key"]
+    (described,) = urllib3.request(
+        "GET", f"{server.management}/models/{name}", headers={"Authorization": f"Bearer {key}"}
+    ).json()
+    (found,) = described["workers"]
+    status = Path(f"/proc/{found['pid']}/status").read_text()
+    (kib,) = (int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+    return found["pid"], kib / 1024
+
+
+@pytest.mark.slow
+def test_broken_files_through_every_endpoint_leave_its_worker_alive_and_its_memory_flat(
+    server: TorchServe, slides: Path
+) -> None:
+    register_demos(server)
+    names = [f"demo-{kind}" for kind in get_args(DemoKind)]
+    rng = np.random.default_rng(0)
+    seen: list[dict[str, tuple[int, float]]] = []
+    for turn in range(4):
+        for number, (_, whole) in enumerate(sources().values()):
+            body = damaged(whole, rng, number + turn)
+            (slides / "broken.tiff").write_bytes(body)
+            for name in names:
+                reply = post(
+                    server, f"/predictions/{name}", asked("broken.tiff") if name == "demo-slide" else body
+                )
+                assert reply.status in (200, 400), (name, reply.status, reply.data)
+                if reply.status == 400:
+                    assert reply.json()["error"], name
+        seen.append({name: worker(server, name) for name in names})
+    (slides / "broken.tiff").unlink()
+    for name in names:
+        (first_pid, first_mib), (last_pid, last_mib) = seen[0][name], seen[-1][name]
+        assert first_pid == last_pid, f"{name}: its worker died"
+        assert last_mib < first_mib + 50, f"{name}: {first_mib:.0f} MiB, then {last_mib:.0f}"
 
 
 def test_a_dataset_of_volumes_reads_as_the_file_that_a_deployment_sends(
