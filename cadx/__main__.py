@@ -662,6 +662,8 @@ def verify(
         Of the bundle; the file `bundle.sig` beside it by default. An archive's `model.mar.sig` is looked at too.
     public_key
         The signer's, PEM: without it the signature is not checked.
+    params
+        The parameter file.
     endpoint
         The inference address of a running server, such as http://127.0.0.1:8080: which bundle answers there?
     key_file
