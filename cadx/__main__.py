@@ -765,7 +765,7 @@ def _champion(group: Group) -> App:
         """
         from cadx.registry import Registry, show_history
 
-        show_history(Registry(registry), experiment)
+        show_history(Registry(registry, create=False), experiment)
 
     @app.command
     def promote(
@@ -819,7 +819,7 @@ def _champion(group: Group) -> App:
         """
         from cadx.registry import Registry
 
-        made = Registry(registry).export(experiment, output)
+        made = Registry(registry, create=False).export(experiment, output)
         print(f"wrote {output}: version {made.version}, bundle {made.bundle}")
 
     return app

@@ -56,12 +56,13 @@ class Registry:
 
     Args:
         address: `sqlite:///FILE`, or the address of an MLflow server.
+        create: make a new database where there is none; else it is refused, so that to read never writes.
 
     Raises:
         ValueError: if MLflow is not installed, or the registry cannot be opened.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, create: bool = True) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when it is imported
         try:
             from mlflow import MlflowClient
@@ -75,7 +76,12 @@ class Registry:
         self.address = address
         self._folder: Path | None = None
         if address.startswith(_SQLITE):
-            self._folder = Path(address.removeprefix(_SQLITE)).resolve().parent
+            database = Path(address.removeprefix(_SQLITE)).resolve()
+            if not create and not database.exists():
+                raise ValueError(
+                    f"registry {address}: there is none; `cadx champion promote` makes it, or correct the address"
+                )
+            self._folder = database.parent
             self._folder.mkdir(parents=True, exist_ok=True)
         self._failure: type[Exception] = MlflowException
         try:

@@ -1,6 +1,7 @@
 """`cadx doctor` tells what is, and what to do."""
 
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -16,8 +17,8 @@ def test_a_port_in_use_is_seen() -> None:
     assert port_is_free(port)
 
 
-def test_every_complaint_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CADX_DATA_MIRROR", "/nowhere")
+def test_every_complaint_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CADX_DATA_MIRROR", str(tmp_path / "nowhere"))
     monkeypatch.delenv("DO_NOT_TRACK", raising=False)
     found = {check.subject: check for check in checks()}
     assert found["CADX_DATA_MIRROR"].state == "missing"

@@ -100,3 +100,9 @@ def test_a_registry_that_cannot_be_opened_is_named_in_one_line(tmp_path: Path) -
     with pytest.raises(ValueError, match=r"registry sqlite:.*broken\.db: cannot be opened") as caught:
         Registry(f"sqlite:///{tmp_path}/broken.db")
     assert "\n" not in str(caught.value)
+
+
+def test_to_read_makes_no_registry(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is none; `cadx champion promote` makes it"):
+        Registry(f"sqlite:///{tmp_path}/mistyped/mlflow.db", create=False)
+    assert not (tmp_path / "mistyped").exists()
