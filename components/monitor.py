@@ -57,6 +57,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any, Literal
 
 import numpy as np
@@ -77,6 +78,7 @@ FOR_DRIFT, FOR_PREVALENCE, FOR_LABELS = 0.25, 0.25, 0.5
 """Shares of alpha. A change of the images is plain; that of a rare class's share is at the edge of what can be seen."""
 
 NUM_NAMED = 4  # findings in the alarm's one line, and drawn
+_TITLE_LETTERS = 34  # in a line over a drawing
 _FORMATS = {"distance": ".2f", "chance": ".2g", "before": ".3g", "now": ".3g"}
 CALLED, NOT_CALLED = "called", "not called"
 
@@ -522,7 +524,7 @@ def _draw(axis: Any, finding: Finding, before: pd.Series, now: pd.Series) -> Non
     for side, colour in zip(values, PALETTE, strict=False):
         axis.hist(side, edges, weights=np.full(len(side), 1 / len(side)), color=colour, alpha=0.55)
     # What stands in brackets is in the table; two panels share a line.
-    quantity = in_words(finding.name).partition(" (")[0]
+    quantity = fill(in_words(finding.name).partition(" (")[0], _TITLE_LETTERS)
     axis.set_title(quantity if finding.slice == "all" else f"{quantity}\n{finding.slice}", fontsize=9)
 
 
