@@ -84,6 +84,15 @@ def logit_variance(estimate: Estimate, critical: float = stats.norm.ppf(0.975)) 
     return ((high - low) / 2 / critical * estimate.value * (1 - estimate.value)) ** 2
 
 
+def student(by_patient: np.ndarray) -> float:
+    """The 97.5th percentile of t by Satterthwaite, where patients add these shares to the error of an AUC."""
+    squares = np.square(by_patient)
+    of_sum = np.square(squares - squares.mean()).sum()
+    most = squares.size - 1
+    freedom = min(max(2 * squares.sum() ** 2 / of_sum, 1), most) if of_sum else most
+    return float(stats.t.ppf(0.975, freedom))
+
+
 def assert_sound(scores: Scores) -> None:
     """No NaN anywhere, limits around every value, a reason for everything that is missing."""
     json.dumps(scores.model_dump(), allow_nan=False)
@@ -301,7 +310,9 @@ def test_delong_variance_equals_the_pairwise_placements() -> None:
         variance = of_positives.var(ddof=1) / y.sum() + of_negatives.var(ddof=1) / (1 - y).sum()
         if variance > 1e-12 and 0 < value < 1:
             assert estimate.method.startswith("DeLong (logit)")
-            assert logit_variance(estimate) == pytest.approx(variance, rel=1e-6)
+            shares = np.r_[(of_positives - value) / y.sum(), (of_negatives - value) / (1 - y).sum()]
+            found = logit_variance(estimate, student(shares))
+            assert found == pytest.approx(variance, rel=1e-6)
 
 
 def test_delong_agrees_with_the_bootstrap() -> None:
@@ -311,7 +322,9 @@ def test_delong_agrees_with_the_bootstrap() -> None:
     for _ in range(2000):
         rows = rng.integers(0, 300, 300)
         values.append(reference.roc_auc_score(y[rows], p[rows]))
-    assert logit_variance(auc(y, p)) == pytest.approx(np.var(values), rel=0.12)
+    value, of_positives, of_negatives = placements(y, p)
+    shares = np.r_[(of_positives - value) / y.sum(), (of_negatives - value) / (1 - y).sum()]
+    assert logit_variance(auc(y, p), student(shares)) == pytest.approx(np.var(values), rel=0.12)
 
 
 def test_clustered_auc_variance_equals_obuchowskis_sums() -> None:
@@ -336,7 +349,9 @@ def test_clustered_auc_variance_equals_obuchowskis_sums() -> None:
         variance = s10 / m + s01 / n + 2 * s11 / (m * n)
         estimate = auc(y, p, patients)
         if variance > 1e-9 and estimate.method.startswith("Obuchowski (logit)"):
-            assert logit_variance(estimate, stats.t.ppf(0.975, i - 1)) == pytest.approx(variance, rel=1e-6)
+            shares = np.array(positive) / m + np.array(negative) / n
+            found = logit_variance(estimate, student(shares))
+            assert found == pytest.approx(variance, rel=1e-6)
             compared += 1
     assert compared > 250
 

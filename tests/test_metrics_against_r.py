@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.special import logit
+from test_metrics import logit_variance, placements, student
 
 from cadx.metrics import auc, delong_difference
 
@@ -71,9 +71,9 @@ def test_auc_variance_and_paired_test_are_those_of_proc(tmp_path: Path) -> None:
         found = auc(y, a)
         assert found.value == pytest.approx(expected["auc"], abs=1e-12)
         if found.method.startswith("DeLong"):
-            # The limits lie on the logit scale: their half width is the standard error over AUC (1 - AUC).
-            width = logit(found.high) - logit(found.low)
-            variance = (width / (2 * 1.959963984540054) * found.value * (1 - found.value)) ** 2
+            value, of_positives, of_negatives = placements(y, a)
+            shares = np.r_[(of_positives - value) / y.sum(), (of_negatives - value) / (1 - y).sum()]
+            variance = logit_variance(found, student(shares))
             assert variance == pytest.approx(expected["variance"], rel=1e-9)
             variances += 1
         difference = delong_difference(y, a, b)

@@ -19,7 +19,7 @@ from cadx.detection.matching import (
     rank_in,
     read_boxes,
 )
-from cadx.metrics import ranking
+from cadx.metrics import areas
 from cadx.metrics.estimates import (
     LEVEL,
     TAILS,
@@ -326,7 +326,7 @@ def _of_images(data: ImageSet, pools: Sequence[Pool]) -> dict[str, Part]:
     none = np.broadcast_to(~holds, spared.shape)
     return {
         "image_specificity": share(cases, spared, none, "no image without lesions"),
-        "image_auc": ranking.area(cases),
+        "image_auc": areas.area(cases),
     }
 
 

@@ -1,7 +1,5 @@
 """Limits of resampled metrics, on the scale on which they are nearly normal."""
 
-import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -9,30 +7,22 @@ from scipy import special
 
 from cadx.metrics.estimates import Part, critical_value, estimate_of
 
-
-def _logit(value: float, error: float, sign: int) -> float:
-    return float(special.expit(special.logit(value) + sign * error / (value * (1 - value))))
-
-
-def _log(value: float, error: float, sign: int) -> float:
-    return value * math.exp(sign * error / value)
-
-
-_SCALES: dict[str, tuple[str, Callable[[float, float, int], float]]] = {
-    "average_precision": ("logit", _logit),
-    "f1": ("logit", _logit),
-    "brier": ("logit", _logit),
-    "log_loss": ("log", _log),
+_SCALES = {
+    "average_precision": ("logit", special.logit, special.expit),
+    "f1": ("logit", special.logit, special.expit),
+    "brier": ("logit", special.logit, special.expit),
+    "log_loss": ("log", np.log, np.exp),
 }
+"""Metric -> the scale's name, the way to it and the way back."""
 
 
 def on_scale(name: str, part: Part) -> Part:
     """A resampled part with Student's limits around its value: symmetric on the logit, or the log, scale.
 
     With fifty to a hundred positives the percentiles of the replicates hold the truth in 90 to 94 of 100 sets: they are
-    pulled to one side, and know nothing of Student's t. The standard deviation of the replicates, carried to the scale
-    by the delta method, does better (`docs/coverage.md`). A part comes back as it is where it has no interval, where
-    its value lies beyond the scale, and where the metric is not one of these.
+    pulled to one side, and know nothing of Student's t. The standard deviation of the replicates on the scale does
+    better (`docs/coverage.md`). A part comes back as it is where it has no interval, where its value or a replicate
+    lies at an end of the scale, and where the metric is not one of these.
 
     Args:
         name: of the metric.
@@ -44,11 +34,12 @@ def on_scale(name: str, part: Part) -> Part:
     value, replicates = part.estimate.value, part.replicates
     if name not in _SCALES or value is None or part.estimate.low is None or replicates is None:
         return part
-    defined = replicates[~np.isnan(replicates)]
-    scale, limit = _SCALES[name]
-    if defined.size < 2 or value <= 0 or (scale == "logit" and value >= 1):
+    scale, there, back = _SCALES[name]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        centre, scaled = there(value), there(replicates[~np.isnan(replicates)])
+    if scaled.size < 2 or not np.isfinite([centre, *scaled]).all():
         return part
-    error = critical_value(part.patients) * float(defined.std(ddof=1))
+    half = critical_value(part.patients) * scaled.std(ddof=1)
     method = part.estimate.method.replace("percentile", f"{scale} scale")
-    low, high = limit(value, error, -1), limit(value, error, 1)
+    low, high = back(centre - half), back(centre + half)
     return replace(part, estimate=estimate_of(value, low, high, part.estimate.n, method))

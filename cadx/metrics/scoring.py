@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from pydantic import Field
 
+from cadx.metrics.areas import MIN_PER_CLASS, area
 from cadx.metrics.estimates import (
     BoolArray,
     Cases,
@@ -30,7 +31,7 @@ from cadx.metrics.estimates import (
 from cadx.metrics.limits import on_scale
 from cadx.metrics.multiplicity import holm
 from cadx.metrics.proportions import balanced, call_metrics, f1, sensitivity, share, specificity
-from cadx.metrics.ranking import MIN_PER_CLASS, area, average_precision
+from cadx.metrics.ranking import average_precision
 from cadx.metrics.reliability import (
     calibration_intercept,
     calibration_slope,

@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 from cadx.datasets import DatasetFolder
 from cadx.loading.epochs import EpochDataset
 from cadx.losses import count_labels
-from cadx.metrics.ranking import auc
+from cadx.metrics.ranking import auc_value
 from cadx.models import Output
 from cadx.sampling import BalancedSampler, EpochSampler
 from cadx.training.recipe import TrainingConfig, monitored
@@ -255,7 +255,7 @@ def macro_auc(labels: np.ndarray, logits: np.ndarray, *, multilabel: bool) -> fl
         # Log-odds of a class against the rest: no ties where a probability would round to 1.
         others = np.stack([np.delete(scores, k, 1) for k in range(scores.shape[1])], 1)
         scores = scores - np.logaddexp.reduce(others, axis=2)
-    values = [auc(labels[:, k], scores[:, k]).value for k in np.flatnonzero(_has_both(count_labels(labels)))]
+    values = [auc_value(labels[:, k], scores[:, k]) for k in np.flatnonzero(_has_both(count_labels(labels)))]
     return float(np.mean([value for value in values if value is not None])) if values else None
 
 
