@@ -15,6 +15,7 @@ from cadx.files import digest_path
 from cadx.gating import Decision, MetricsFile, read_decision, read_metrics
 from cadx.loading import input_text
 from cadx.metrics import Subgroup
+from cadx.predicting import prevalence_of
 from cadx.reporting import Page, estimate_text
 from components.contract import In, Out, Params, step
 from serving.archive import NAME_PATTERN, Release, Verdict, release_of, write_archive
@@ -31,6 +32,11 @@ class PackageParams(Params):
         description="the model's name in the server's addresses; null for the experiment's",
     )
     intended_use: str = "Research. Not for diagnosis, and no replacement for a reader."
+    prevalence: dict[str, float] = Field(
+        default={},
+        description="class -> its share where the model will be used, for a binary model of the positive class; "
+        "answers then say the probabilities there too. Empty: that of the calibration split",
+    )
     limits: tuple[str, ...] = Field(default=(), description="what users must know before they trust it")
     contact: str = Field(default="", description="whom to ask")
 
@@ -43,7 +49,7 @@ def package(*, bundle: In, decision: In, metrics: In, archive: Out, card: Out, p
     equal bytes.
 
     Raises:
-        ValueError: if the decision is about another bundle, or rests on other metrics.
+        ValueError: if the decision is about another bundle, or rests on other metrics, or the prevalence is not one.
     """
     opened, decided = Bundle(bundle), read_decision(decision)
     if decided.bundle != opened.digest:
@@ -56,7 +62,11 @@ def package(*, bundle: In, decision: In, metrics: In, archive: Out, card: Out, p
             f"experiment {name!r}: no name for an address; set package.name to one of a-z, 0-9, '-'"
         )
     verdict = verdict_of(decided, decision)
-    release = release_of(name, opened.manifest, opened.digest, verdict, decided.metrics)
+    try:
+        prevalence_of(opened, params.prevalence)
+    except ValueError as error:
+        raise ValueError(f"package.prevalence: {error}") from None
+    release = release_of(name, opened.manifest, opened.digest, verdict, decided.metrics, params.prevalence)
     write_archive(archive, bundle, release)
     _card(release, opened, decided, read_metrics(metrics), params, archive).write(card)
 
@@ -82,7 +92,7 @@ def _card(
     _verdict(page, decided)
     page.section("What it is for")
     page.text(params.intended_use)
-    page.table(_facts(manifest), "What it takes and what it says.")
+    page.table(_facts(manifest, params.prevalence), "What it takes and what it says.")
     if params.contact:
         page.text(f"Contact: {params.contact}")
     page.section("What it is known to do")
@@ -230,7 +240,7 @@ def _verdict(page: Page, decided: Decision) -> None:
         )
 
 
-def _facts(manifest: Manifest) -> list[dict[str, str]]:
+def _facts(manifest: Manifest, prevalence: Mapping[str, float]) -> list[dict[str, str]]:
     point = manifest.operating_point
     assert point is not None, "write_archive refuses an incomplete bundle"
     calls = ", ".join(
@@ -248,9 +258,22 @@ def _facts(manifest: Manifest) -> list[dict[str, str]]:
         {"what": "classes", "value": ", ".join(manifest.classes)},
         {"what": "calls", "value": f"{calls or 'the most probable class'}{target}"},
         {"what": f"on the {_part(point.split)} (n = {point.n:,})", "value": achieved},
+        *_elsewhere(manifest, prevalence),
         {"what": "network", "value": ", ".join(f"{k} {v}" for k, v in settings.items())},
         {"what": "input", "value": input_text(manifest.preprocessing)},
     ]
+
+
+def _elsewhere(manifest: Manifest, prevalence: Mapping[str, float]) -> list[dict[str, str]]:
+    """A row on the place of use, if other shares were declared there."""
+    if not prevalence:
+        return []
+    shares = "; ".join(
+        f"{name} {share:.2%} (calibrated at {manifest.prevalence[name]:.2%})"
+        for name, share in prevalence.items()
+    )
+    said = f"{shares}. Answers say the probabilities for this too; calls stay those that were evaluated."
+    return [{"what": "prevalence where it is used", "value": said}]
 
 
 def _subgroups(page: Page, by_subgroup: Mapping[str, Mapping[str, Subgroup]]) -> None:

@@ -215,11 +215,14 @@ def _archive(
         yield Link("archive", "not at hand", str(archive), "its decision is needed")
     else:
         try:
-            name = read_params(f"{at.params}:{manifest.experiment}", "package", PackageParams).name
+            params = read_params(f"{at.params}:{manifest.experiment}", "package", PackageParams)
+            name, prevalence = params.name, params.prevalence
         except ValueError:
-            name = None
+            name, prevalence = None, release.prevalence
         verdict = verdict_of(decided, at.decision)
-        expected = release_of(name or manifest.experiment, manifest, digest, verdict, decided.metrics)
+        expected = release_of(
+            name or manifest.experiment, manifest, digest, verdict, decided.metrics, prevalence
+        )
         for field, value in expected:
             if getattr(release, field) != value:
                 said = f"its {field} is not that of bundle and decision"

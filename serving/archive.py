@@ -12,6 +12,7 @@ The same bundle and release give the same bytes, wherever and whenever they are 
 import inspect
 import json
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -50,6 +51,7 @@ class Release(Config):
         bundle: the bundle's digest.
         metrics: digest of the metrics.json that the decision rests on.
         classes: as in the bundle, like `positive`, `task`, `experiment` and `seed`.
+        prevalence: class -> its share where the model is used; empty where it is that of the calibration split.
     """
 
     schema_version: Literal[1] = 1
@@ -63,6 +65,7 @@ class Release(Config):
     task: Task
     experiment: str
     seed: int
+    prevalence: dict[str, float] = Field(default={})
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -72,7 +75,12 @@ class Release(Config):
 
 
 def release_of(
-    name: str, manifest: "Manifest", bundle: Digest, decision: Verdict, metrics: Digest
+    name: str,
+    manifest: "Manifest",
+    bundle: Digest,
+    decision: Verdict,
+    metrics: Digest,
+    prevalence: Mapping[str, float] | None = None,
 ) -> Release:
     """What release.json says of a bundle by its digest, under a decision that rests on `metrics`."""
     return Release(
@@ -86,6 +94,7 @@ def release_of(
         task=manifest.task,
         experiment=manifest.experiment,
         seed=manifest.seed,
+        prevalence=dict(prevalence or {}),
     )
 
 

@@ -117,6 +117,15 @@ class _Answer(_Record):
     timing_ms: Timing
 
 
+class AtPrevalence(_Record):
+    """Probabilities for a place where the classes have other shares than in the calibration split."""
+
+    prevalence: dict[str, float] = Field(description="class -> its share where the model is used")
+    probabilities: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
+        description="class -> probability there"
+    )
+
+
 class _Labelled(_Answer):
     probabilities: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
         description="class -> calibrated probability"
@@ -128,6 +137,11 @@ class _Labelled(_Answer):
         description="the classes that cannot be excluded at the model's nominal coverage; null where it has none",
     )
     refer: bool = Field(description="the model abstains: let a person decide")
+    at_prevalence: AtPrevalence | None = Field(
+        default=None,
+        description="the probabilities where the model is used, if its release declares the classes' shares there; "
+        "decision and prediction set stay those that were evaluated",
+    )
 
 
 class Answer(_Labelled):

@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from cadx.calibration import at_prevalence
 from cadx.drift import image_statistics
 from cadx.explaining import overlay
 from cadx.loading import VolumePreprocessing
 from cadx.predicting.bags import EmbeddedSlides, RawSlide, SlideSubject
 from cadx.reading.images import read_image
+from cadx.reading.jpeg import require_whole_jpeg
 from cadx.reading.volumes import read_volume
 from cadx.types import Prediction, RawImage, RawVolume
 from serving.answering import Answerer, Outcome, RequestLog, png_text
@@ -63,13 +65,24 @@ class LabelAnswerer(Answerer):
             "prediction_set": prediction.prediction_set,
             "refer": prediction.refer,
         }
+        here = {"at_prevalence": self._here(prediction.probabilities)} if self._shares_here else {}
         return Outcome(
-            {**said, "decision": prediction.decision, **explanation},
+            {**said, **here, "decision": prediction.decision, **explanation},
             said,
             prediction.statistics,
             prediction.embedding,
             (*prediction.warnings, *self.findings(raw), *warnings),
         )
+
+    def _here(self, probabilities: Mapping[str, float]) -> dict[str, dict[str, float]]:
+        """What the probabilities are where the classes have the shares that the release declares."""
+        manifest, shares = self._predictor.bundle.manifest, self._shares_here
+        evaluated = [probabilities[name] for name in manifest.classes]
+        here = at_prevalence(evaluated, manifest.prevalence, shares, manifest.task, manifest.classes)
+        return {
+            "prevalence": shares,
+            "probabilities": dict(zip(manifest.classes, here.tolist(), strict=True)),
+        }
 
 
 class RadiographAnswerer(LabelAnswerer):
@@ -79,7 +92,7 @@ class RadiographAnswerer(LabelAnswerer):
 
     def read(self, body: bytes, *, golden: bool) -> RawImage:
         """The image."""
-        return read_image(body)
+        return _whole_image(body)
 
     def explained(self, raw: RawImage, attention: np.ndarray) -> tuple[dict[str, Any], tuple[str, ...]]:
         """The map."""
@@ -93,7 +106,7 @@ class DetectionAnswerer(Answerer):
 
     def read(self, body: bytes, *, golden: bool) -> RawImage:
         """The image."""
-        return read_image(body)
+        return _whole_image(body)
 
     def predict(self, raws: Sequence[Any], *, attention: bool) -> list[Outcome]:
         """The boxes in images, in stored pixels and by falling score, and which of them the operating point calls."""
@@ -219,6 +232,13 @@ class SlideAnswerer(LabelAnswerer):
             ],
         }
         return {"attention": shown}, ()
+
+
+def _whole_image(body: bytes) -> RawImage:
+    """The image; a file of a dataset is known by its digest, one that is sent by its JPEG data being whole."""
+    raw = read_image(body)
+    require_whole_jpeg(body, raw.pixels.shape[0] * raw.pixels.shape[1])
+    return raw
 
 
 def slide_under(root: Path | None, path: str) -> Path:

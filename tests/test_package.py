@@ -108,6 +108,22 @@ def test_the_card_fills_in_what_a_paper_must_report_and_lists_what_is_missing(
     assert Bundle(packed.bundle).manifest.sbom in card
 
 
+def test_another_prevalence_stands_in_release_and_card_and_leaves_the_version(
+    packed: Packed, tmp_path: Path
+) -> None:
+    plain, rare = read_release(packed.package(tmp_path / "a")), {"opacity": 0.01}
+    release = read_release(packed.package(tmp_path / "b", prevalence=rare))
+    assert (plain.prevalence, release.prevalence) == ({}, rare)
+    assert release.version == plain.version
+    card = (tmp_path / "b/card.html").read_text()
+    at = Bundle(packed.bundle).manifest.prevalence["opacity"]
+    assert f"opacity 1.00% (calibrated at {at:.2%})" in card
+    for wrong in ({"opacity": 1.2}, {"plague": 0.1}):
+        with pytest.raises(ValueError, match=r"package\.prevalence: "):
+            packed.package(tmp_path / "c", prevalence=wrong)
+    assert not [*tmp_path.glob("c/*")]
+
+
 def test_the_archive_names_the_very_decision_file(packed: Packed, tmp_path: Path) -> None:
     release = read_release(packed.package(tmp_path))
     assert release.decision.digest == digest_path(packed.decision)

@@ -36,7 +36,7 @@ from cadx.files import digest_path
 from cadx.predicting import Predictor
 from serving.answering import REQUEST_LOG, Request, RequestLog
 from serving.archive import Release, Verdict, read_release, version_of, write_archive
-from serving.client import Client, Endpoint, Refused
+from serving.client import Answer, Client, Endpoint, Refused
 from serving.kinds import RadiographAnswerer
 from serving.management import Management
 from serving.radiograph_handler import RadiographHandler
@@ -464,6 +464,37 @@ def test_an_image_that_only_the_model_refuses_spoils_no_other(
     replies = RadiographAnswerer(tmp_path / "unpacked").answer(requests)
     assert [reply.status for reply in replies] == [200, 400, 200]
     assert "no pixel spacing" in replies[1].content["error"]
+
+
+def test_an_answer_says_the_probabilities_at_the_prevalence_of_its_release_too(
+    trained: Path, tmp_path: Path
+) -> None:
+    common = {"temperature": 1.0, "operating_point": operating_point(opacity=0.3)}
+    Bundle(trained).complete(tmp_path / "known", **common, prevalence={"normal": 0.7, "opacity": 0.3})
+    bundle, rare = Bundle(tmp_path / "known"), {"opacity": 0.02}
+    replies = []
+    for name, release in (("plain", release_of(bundle)), ("rare", release_of(bundle, prevalence=rare))):
+        write_archive(tmp_path / f"{name}.mar", bundle.path, release)
+        with zipfile.ZipFile(tmp_path / f"{name}.mar") as archive:
+            archive.extractall(tmp_path / name)
+        log = RequestLog(tmp_path / f"log of {name}")
+        answerer = RadiographAnswerer(tmp_path / name, log=log)
+        replies.append(
+            [reply.content for reply in answerer.answer([Request(SENT["DICOM"]), Request(SENT["PNG"])])]
+        )
+        (record, _) = lines(tmp_path / f"log of {name}")
+        assert record["probabilities"] == replies[-1][0]["probabilities"], (
+            "the watch compares what was evaluated"
+        )
+    there = Predictor(bundle, "cpu", prevalence=rare)
+    for plain, told, image in zip(*replies, ("DICOM", "PNG"), strict=True):
+        assert "at_prevalence" not in plain
+        assert told["probabilities"] == plain["probabilities"]
+        expected = there.predict(SENT[image])
+        assert told["at_prevalence"]["probabilities"] == pytest.approx(expected.probabilities, abs=1e-6)
+        assert told["at_prevalence"]["prevalence"] == pytest.approx({"normal": 0.98, "opacity": 0.02})
+        assert told["decision"] == plain["decision"] == expected.decision
+        assert Answer.model_validate_json(json.dumps(told)).at_prevalence is not None
 
 
 def test_a_fault_of_our_own_is_told_by_kind_and_place_alone(

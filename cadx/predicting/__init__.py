@@ -2,7 +2,7 @@
 
 from cadx.predicting.boxes import detection_table, image_answers
 from cadx.predicting.folds import out_of_fold
-from cadx.predicting.predictor import RANGE_MARGIN, Predictor, pool_logits, subject_of
+from cadx.predicting.predictor import RANGE_MARGIN, Predictor, pool_logits, prevalence_of, subject_of
 from cadx.predicting.table import (
     UNCLUSTERED,
     Arrays,
@@ -34,6 +34,7 @@ __all__ = [
     "image_answers",
     "out_of_fold",
     "pool_logits",
+    "prevalence_of",
     "read_predictions",
     "subgroups",
     "subject_of",

@@ -122,7 +122,7 @@ class Predictor:
         self._networks = [network.to(self._device) for network in self.bundle.networks()]
         self.subject = subject_of(self.bundle.manifest)
         self._ranges = _ranges(self.bundle.reference())
-        self._prevalence = _prevalence(self.bundle, prevalence or {})
+        self._prevalence = prevalence_of(self.bundle, prevalence or {})
 
     def member(self, number: int) -> "Predictor":
         """This predictor with one network of its ensemble alone, 0-based; the rest of the bundle stays."""
@@ -354,8 +354,12 @@ def _ranges(reference: pd.DataFrame) -> dict[str, tuple[float, float]]:
     return ranges
 
 
-def _prevalence(bundle: Bundle, wanted: Mapping[str, float]) -> dict[str, float]:
-    """The shares to answer for, of every class they concern; empty for those of the calibration split."""
+def prevalence_of(bundle: Bundle, wanted: Mapping[str, float]) -> dict[str, float]:
+    """The shares to answer for, of every class they concern; empty for those of the calibration split.
+
+    Raises:
+        ValueError: if they are not shares of the bundle's classes, or it does not know its own.
+    """
     if not wanted:
         return {}
     manifest, shares = bundle.manifest, dict(wanted)
