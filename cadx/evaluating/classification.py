@@ -479,7 +479,8 @@ class Classification(Evaluation):
         axes.set(
             title="Scores", xlabel=f"probability of {info.positive}", ylabel="images (log scale)", xlim=(0, 1)
         )
-        axes.legend(loc="upper center", fontsize=8)
+        # Below the axes: thresholds are drawn through them.
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=8)
 
 
 def by_patient(frame: pd.DataFrame, info: PredictionsInfo, how: Aggregation) -> pd.DataFrame:
