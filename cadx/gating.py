@@ -30,6 +30,7 @@ class Decision(Config):
     Attributes:
         bundle: digest of the bundle that it is about.
         metrics: digest of the metrics file that it rests on.
+        validation: digest of the validation that it looked at; None where none was given.
         champion: the bundle that it was compared with; None where there was none.
         reviewer: who signed for it; None where nobody was asked.
         reasons: why not; empty where `promote`.
@@ -44,6 +45,7 @@ class Decision(Config):
     checks: tuple[Check, ...]
     bundle: Digest
     metrics: Digest
+    validation: Digest | None = None
     champion: Digest | None = None
     reviewer: str | None = None
 

@@ -5,7 +5,7 @@ Each file's digest stands in a file further down the chain, its witness:
     the dataset's files         in dataset.json
     dataset.json, splits        in the bundle, as are code, parameters, weights and the other files in it
     predictions.parquet         in metrics.json
-    metrics.json                in decision.json
+    metrics, validation         in decision.json
     decision.json, metrics      in the archive
     bundle.json                 in predictions, metrics, decision, archive, deployment and its signature
     the archive                 in the deployment
@@ -27,7 +27,7 @@ from rich.table import Table
 from cadx.bundle import MANIFEST, Manifest
 from cadx.datasets import DatasetFolder, read_splits
 from cadx.files import digest_path
-from cadx.gating import read_decision
+from cadx.gating import Decision, read_decision
 from cadx.signing import check_signature
 from cadx.splitting import patients_in_several_splits
 from cadx.types import Digest
@@ -111,7 +111,11 @@ def data_links(dataset: Path | None, manifest: Manifest) -> Iterator[Link]:
 
 
 def split_links(
-    splits: Path | None, dataset: Path | None, validation: Path | None, manifest: Manifest
+    splits: Path | None,
+    dataset: Path | None,
+    validation: Path | None,
+    manifest: Manifest,
+    decided: Decision | None = None,
 ) -> Iterator[Link]:
     """Whether the splits are those of training, share no patient, and leave out what validation left out."""
     link = compare("split", splits, manifest.provenance.splits, MANIFEST)
@@ -130,6 +134,7 @@ def split_links(
     if validation is None or not validation.exists():
         yield Link("split", "not at hand", said="no validation given")
         return
+    yield compare("split", validation, decided.validation if decided else None, "decision.json")
     found = fields(validation)
     said = f"of another dataset than {MANIFEST} names" if found else "no validation of this form"
     if found.get("dataset") != manifest.provenance.dataset:

@@ -143,6 +143,7 @@ def gate(
             checks=tuple(checks),
             bundle=opened.digest,
             metrics=numbers,
+            validation=digest_path(validation) if validation else None,
             champion=rival.info.bundle if rival else None,
             reviewer=reviewer,
         ).model_dump(mode="json"),

@@ -125,7 +125,7 @@ def _links(at: Evidence) -> Iterator[Link]:
     if deployment.get("bundle") != digest:  # another seed, or another version, is in service
         deployment = {}
     yield from data_links(at.dataset, manifest)
-    yield from split_links(at.splits, at.dataset, at.validation, manifest)
+    yield from split_links(at.splits, at.dataset, at.validation, manifest, decided)
     yield from code_links(ROOT, source_digests("train"), manifest)
     yield _parameters(at, manifest)
     yield from weights_links(at.bundle, manifest)

@@ -75,7 +75,8 @@ class Chain:
             "rules": [],
             "quarantined": [],
         }
-        (self.reports / "squares" / "validation.json").write_text(json.dumps(content))
+        validation = self.reports / "squares" / "validation.json"
+        validation.write_text(json.dumps(content))
         weights = self.reports / "squares" / "imbalance.json"
         imbalance(
             dataset=dataset,
@@ -98,7 +99,10 @@ class Chain:
             report=self.told / "report.html", params=params,
         )  # fmt: skip
         metrics = numbers["metrics"]
-        gate(metrics=metrics, bundle=self.bundle, decision=self.decision, params=params)
+        gate(
+            metrics=metrics, bundle=self.bundle, decision=self.decision, dataset=dataset, splits=splits,
+            validation=validation, params=params,
+        )  # fmt: skip
         package(
             bundle=self.bundle, decision=self.decision, metrics=metrics, archive=self.archive,
             card=self.told / "card.html", params=params,
@@ -151,7 +155,8 @@ def test_what_the_steps_leave_holds_from_the_data_to_the_archive(
 
 WHERE = [
     "work/squares/dataset/dataset.json", "work/squares/dataset/samples.parquet",
-    "work/squares/dataset/shards/00000.safetensors", "work/squares/splits.parquet", "work/squares/0/bundle/bundle.json",
+    "work/squares/dataset/shards/00000.safetensors", "work/squares/splits.parquet", "reports/squares/validation.json",
+    "work/squares/0/bundle/bundle.json",
     "work/squares/0/bundle/weights/0.safetensors", "work/squares/0/bundle/sbom.json",
     "work/squares/0/bundle/heldout.parquet", "reports/squares/0/predictions.parquet", "reports/squares/0/metrics.json",
     "reports/squares/0/decision.json", "work/squares/0/model.mar",
