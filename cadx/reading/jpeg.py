@@ -1,8 +1,10 @@
 """Whether the JPEG of a file is whole: its decoders fill what it lacks with gray, and say nothing."""
 
 import re
+from collections.abc import Iterator
 
 import imagecodecs
+import numpy as np
 from pydicom.encaps import generate_frames
 from pydicom.uid import UID, JPEGBaseline8Bit, JPEGExtended12Bit
 
@@ -14,19 +16,22 @@ MAX_CHECKED_PIXELS = 24_000_000
 
 _SYNTAXES = (JPEGBaseline8Bit, JPEGExtended12Bit)
 _END_OF_IMAGE = b"\xff\xd9"
+_ENDED = 128
+_RESTART = re.compile(rb"\xff[\xd0-\xd7]")
 _MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")  # those that end a scan, or stand before it
 
 
 def require_whole_jpeg(data: bytes, num_pixels: int) -> None:
-    """Refuse a file with a JPEG of 8 bits whose scans are damaged, or do not end where the image does.
+    """Refuse a file with a JPEG whose scans are damaged, or do not end where the image does.
 
     libjpeg, under Pillow and GDCM alike, decodes such scans to the end: gray where they stop short, noise behind a
     flipped bit. libjxl packs a JPEG anew without loss, so it must understand each bit, and refuses what it cannot.
     It passes over bytes behind the last scan; of a whole stream the last byte is needed, so without that one it
-    must refuse. A flip that leaves a readable stream of the same length makes another valid image.
+    must refuse. It knows no 12 bits: there the codes are followed here. A flip that leaves a readable stream of the
+    same length makes another valid image.
 
     Args:
-        data: a file that `read_image` reads. PNG, and DICOM of other transfer syntaxes or more bits, pass unseen.
+        data: a file that `read_image` reads. PNG, and DICOM of other transfer syntaxes, pass unseen.
         num_pixels: of the image that it was decoded to.
 
     Raises:
@@ -39,17 +44,18 @@ def require_whole_jpeg(data: bytes, num_pixels: int) -> None:
         raise ValueError(
             f"JPEG: more than {MAX_CHECKED_PIXELS // 10**6} megapixels; export as PNG, or as DICOM without JPEG"
         )
-    end = _end_of_image(stream)
-    # Fill bytes may stand before the marker (ITU-T T.81 B.1.1.2), and zeros often do.
-    needed = stream[: end or 0].rstrip(b"\xff\x00")
-    if end is None or not _is_understood(stream[:end]) or _is_understood(needed[:-1]):
+    try:
+        is_whole = _is_whole_12_bits(stream) if _has_12_bits(stream) else _is_whole(stream)
+    except (LookupError, ValueError, StopIteration):  # a segment that is not what its marker says
+        is_whole = False
+    if not is_whole:
         raise ValueError(
             "JPEG: damaged, truncated or of a rare kind: its data are not those of a whole image; export it again"
         )
 
 
 def _jpeg_stream(data: bytes) -> bytes | None:
-    """The JPEG in a file: the file itself, or the one frame of a DICOM file; None if it holds none of 8 bits."""
+    """The JPEG in a file: the file itself, or the one frame of a DICOM file; None if it holds none."""
     kind = sniff(data[:HEAD_BYTES])
     if kind == "JPEG":
         return data
@@ -57,21 +63,31 @@ def _jpeg_stream(data: bytes) -> bytes | None:
         return None
     with discreet():
         header = parse_header(data)
-        if UID(str(header.file_meta.TransferSyntaxUID)) not in _SYNTAXES or header.BitsStored != 8:
+        if UID(str(header.file_meta.TransferSyntaxUID)) not in _SYNTAXES:
             return None
         stream: bytes = next(generate_frames(header.PixelData, number_of_frames=1))
     return stream
 
 
-def _end_of_image(stream: bytes) -> int | None:
-    """Where the marker stands that ends the image; None if there is none."""
+def _segments(stream: bytes) -> Iterator[tuple[int, int, int]]:
+    """Each marker segment of a JPEG: its marker, and where its contents start and end; the end of the image last."""
     start = 2
     while found := _MARKER.search(stream, start):
         if found[0] == _END_OF_IMAGE:
-            return found.start()
-        length = int.from_bytes(stream[found.end() : found.end() + 2], "big")
-        start = found.end() + length
-    return None
+            yield 0xD9, found.start(), found.start()
+            return
+        start = found.end() + int.from_bytes(stream[found.end() : found.end() + 2], "big")
+        yield found[1][0], found.end() + 2, start
+
+
+def _is_whole(stream: bytes) -> bool:
+    """Whether libjxl understands a JPEG of 8 bits, and needs its last byte."""
+    ends = [start for marker, start, _ in _segments(stream) if marker == 0xD9]
+    if not ends:
+        return False
+    # Fill bytes may stand before the marker (ITU-T T.81 B.1.1.2), and zeros often do.
+    needed = stream[: ends[0]].rstrip(b"\xff\x00")
+    return _is_understood(stream[: ends[0]]) and not _is_understood(needed[:-1])
 
 
 def _is_understood(scans: bytes) -> bool:
@@ -80,3 +96,77 @@ def _is_understood(scans: bytes) -> bool:
     except imagecodecs.JpegxlError:
         return False
     return True
+
+
+# --- 12 bits ------------------------------------------------------------------------------------------
+
+
+def _has_12_bits(stream: bytes) -> bool:
+    return any(marker == 0xC1 and stream[start] == 12 for marker, start, _ in _segments(stream))
+
+
+def _is_whole_12_bits(stream: bytes) -> bool:
+    """Whether the codes of a sequential JPEG of one component give each of its blocks, and nothing more.
+
+    Source: ITU-T T.81, F.2.2 (Huffman decoding) and B.2 (segments).
+    """
+    tables: dict[int, bytes] = {}
+    num_blocks = restart = scan = chosen = start = 0
+    for marker, start, end in _segments(stream):
+        if marker == 0xC4:
+            while start < end:
+                kind, lengths = stream[start], stream[start + 1 : start + 17]
+                tables[kind] = stream[start + 1 : start + 17 + sum(lengths)]
+                start += 17 + sum(lengths)
+        elif marker == 0xC1:
+            height, width = (int.from_bytes(stream[at : at + 2], "big") for at in (start + 1, start + 3))
+            num_blocks = -(-height // 8) * -(-width // 8)
+        elif marker == 0xDD:
+            restart = int.from_bytes(stream[start:end], "big")
+        elif marker == 0xDA:
+            chosen, scan = stream[start + 2], end
+    parts = _RESTART.split(stream[scan:start])
+    wanted = [restart] * (len(parts) - 1) + [num_blocks - restart * (len(parts) - 1)]
+    dc, ac = _steps(tables[chosen >> 4]), _steps(tables[0x10 | chosen & 15])
+    return all(_holds(part, number, dc, ac) for part, number in zip(parts, wanted, strict=True))
+
+
+def _steps(table: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Of each 16 bits that may come: how many belong to the next code and its number, 0 for no code; its symbol."""
+    bits, symbols = np.zeros(1 << 16, np.uint8), np.zeros(1 << 16, np.uint8)
+    first, values = 0, iter(table[16:])
+    for length, number in enumerate(table[:16], start=1):
+        for _ in range(number):
+            next_first = first + (1 << 16 - length)
+            symbols[first:next_first] = value = next(values)
+            bits[first:next_first] = length + (value & 15)
+            first = next_first
+    return bits, symbols
+
+
+def _holds(
+    part: bytes, number: int, dc: tuple[np.ndarray, np.ndarray], ac: tuple[np.ndarray, np.ndarray]
+) -> bool:
+    """Whether entropy-coded data hold so many blocks."""
+    data = np.frombuffer(part.replace(b"\xff\x00", b"\xff").rstrip(b"\xff") + b"\xff\xff\xff", np.uint8)
+    three = data[:-2].astype(np.uint32) << 16 | data[1:-1].astype(np.uint32) << 8 | data[2:]
+    ahead = (three[:, None] >> np.arange(8, 0, -1, dtype=np.uint32) & 0xFFFF).ravel()
+    # A run moves on by its zeros and the number behind them; the end of a block moves past any block's end.
+    run = np.where(ac[1] == 0, _ENDED, (ac[1] >> 4) + 1).astype(np.uint8)
+    dc_bits, ac_bits, ac_run = (of[ahead].tobytes() for of in (dc[0], ac[0], run))
+    at = 0
+    try:
+        for _ in range(number):
+            if not (step := dc_bits[at]):
+                return False
+            at, k = at + step, 1
+            while k < 64:
+                if not (step := ac_bits[at]):
+                    return False
+                k += ac_run[at]
+                at += step
+            if 64 < k < _ENDED:
+                return False
+    except IndexError:
+        return False
+    return 8 * len(data) - at < 32
