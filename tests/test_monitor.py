@@ -1,11 +1,13 @@
 """The watch over a served model: silent on its own kind of images, and it names what has changed."""
 
+import io
 import json
 import re
 import shutil
 import socket
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,9 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import pydicom
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from scipy import stats
+from scipy.ndimage import gaussian_filter
 from test_browser import browser, open_page  # noqa: F401 - a fixture
 from test_bundle import CLASSES, operating_point, train_bundle, write_dataset
 
@@ -49,7 +53,7 @@ def draw_cohort(folder: Path, number: int, seed: int, **changes: Any) -> list[Pa
     return sorted((folder / "images").glob("*.dcm"))
 
 
-def write_phantom_dataset(folder: Path) -> tuple[Path, Path]:
+def write_phantom_dataset(folder: Path, *, with_places: bool = False) -> tuple[Path, Path]:
     files = draw_cohort(folder / "cohort", sum(NUM.values()), seed=1)
     labels = pd.read_csv(folder / "cohort" / "labels.csv")["label_opacity"]
     splits = [split for split, number in NUM.items() for _ in range(number)]
@@ -71,8 +75,8 @@ def write_phantom_dataset(folder: Path) -> tuple[Path, Path]:
                 labels={"normal": 1.0 - label, "opacity": float(label)},
                 patient=f"pseudonym-{number:04d}",
                 sha256=digest_path(file),
-                site="",
-                scanner="",
+                site=image.attributes["site"] if with_places else "",
+                scanner=image.attributes["scanner"] if with_places else "",
                 age=float("nan"),
                 sex="",
                 statistics=image_statistics(image.pixels),
@@ -261,6 +265,48 @@ def test_a_change_at_the_machines_is_an_alarm_that_names_it(
     assert f"{len(seen.drifted)} of 13 comparisons drifted" in seen.report
     shown = seen.drifted - {"embedding", "prevalence_opacity"}
     assert f"({len(shown)} out of 11)" in seen.evidently, "Evidently counts otherwise"
+
+
+def test_a_fault_at_one_site_is_told_there_and_a_new_scanner_is_named(tmp_path: Path) -> None:
+    """From DICOM files to the alarm: what the files say of site and scanner goes the whole way."""
+    dataset, splits = write_phantom_dataset(tmp_path, with_places=True)
+    trained = train_bundle(tmp_path / "trained", dataset, splits, steps=2)
+    calibrate(
+        dataset=dataset, splits=splits, trained=trained, bundle=tmp_path / "final", params=CalibrateParams()
+    )
+    bundle = Bundle(tmp_path / "final")
+    headers = [pydicom.dcmread(file) for file in draw_cohort(tmp_path / "later", NUM_REQUESTS, seed=2)]
+    place, number = Counter(str(header.InstitutionName) for header in headers).most_common(1)[0]
+    bodies = []
+    for header in headers:
+        if header.InstitutionName == place:
+            blurred = gaussian_filter(header.pixel_array.astype(np.float64), 3)
+            header.PixelData = blurred.astype(header.pixel_array.dtype).tobytes()
+            header.ManufacturerModelName = "Repaired 2"
+        out = io.BytesIO()
+        header.save_as(out)
+        bodies.append(out.getvalue())
+    serve(bundle, bodies, tmp_path / "log")
+    seen = watch(tmp_path / "log", bundle, tmp_path, minimum_n=10)
+    of_sites = {moved for moved in seen.record["trigger"]["moved"] if moved.startswith("site ")}
+    assert f"site {place}: stat_sharpness" in of_sites
+    assert {moved.partition(":")[0] for moved in of_sites} == {f"site {place}"}
+    asked = {column["slice"] for column in seen.record["columns"]}
+    assert len([name for name in asked if name.startswith("site ")]) > 1, (
+        "the others were asked, and are calm"
+    )
+    (named,) = seen.record["unknown"]["scanner"]
+    assert named.endswith("Repaired 2")
+    assert seen.record["unknown"] == {"site": {}, "scanner": {named: number}}
+    assert f"not calibrated on: {named} ({number})" in seen.report
+    assert f"site {place}: sharpness" in seen.alarm
+    families = {f.name: f for f in text_string_to_metric_families((tmp_path / "cadx.prom").read_text())}
+    (found,) = (
+        sample.value
+        for sample in families["cadx_drift_found"].samples
+        if (sample.labels["slice"], sample.labels["quantity"]) == (f"site {place}", "stat_sharpness")
+    )
+    assert found == 1
 
 
 def test_numbers_are_those_of_the_raw_columns(silent: Seen, served: Served) -> None:
