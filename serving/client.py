@@ -25,6 +25,8 @@ from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, ValidationError
 
 SCHEMA_VERSION = 1
 """Of an answer's form. A new field leaves it; one that goes, or means something else, raises it."""
+MAX_REQUEST_BYTES = 256 << 20
+"""A CT series, zipped, or a packed NIfTI volume: the server takes no more."""
 CONNECT_TIMEOUT_S = 5.0
 RESPONSE_TIMEOUTS_S = {"image": 60, "volume": 300, "slide": 1800}
 """Kind of sample -> how long the server waits for an answer before it starts the worker anew. We wait a bit longer."""
@@ -400,6 +402,13 @@ class Endpoint:
             ConnectionError: one line, if there is no answer.
             ValueError: if the key file holds no token.
         """
+        # The server hangs up on more than it takes, and its answer may be lost on the way.
+        if body is not None and len(body) > MAX_REQUEST_BYTES:
+            raise Refused(
+                self.address,
+                413,
+                f"more than {MAX_REQUEST_BYTES >> 20} MiB; send one image, packed without loss",
+            )
         response = self._send(method, path, body, headers, read_timeout_s)
         for wait_s in _WAITS_S:
             if self._fetch_token and _is_token_refused(response):

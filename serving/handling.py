@@ -50,6 +50,9 @@ class Handler:
 
 def _request(parameters: Mapping[str, Any], headers: Mapping[str, Any]) -> Request:
     body = parameters.get("body")
+    # Of a form with several parts TorchServe keeps one of each name, and says nothing of the others.
+    if str(_header("content-type", headers, "")).lower().startswith("multipart/"):
+        body = None
     return Request(
         bytes(body) if isinstance(body, bytes | bytearray) else None,
         _flag("attention", parameters, headers),
@@ -59,8 +62,11 @@ def _request(parameters: Mapping[str, Any], headers: Mapping[str, Any]) -> Reque
 
 def _flag(name: str, parameters: Mapping[str, Any], headers: Mapping[str, Any]) -> str:
     # TorchServe drops the query of /predictions/MODEL and keeps that of /MODEL/predict: hence the header.
-    asked = next((value for key, value in headers.items() if key.lower() == name), "false")
-    asked = parameters.get(name, asked)
+    asked = parameters.get(name, _header(name, headers, "false"))
     if isinstance(asked, bytes | bytearray):
         asked = asked.decode(errors="replace")
     return str(asked).lower()
+
+
+def _header(name: str, headers: Mapping[str, Any], default: str) -> Any:
+    return next((value for key, value in headers.items() if key.lower() == name), default)

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from cadx.loading import VolumePreprocessing
 from cadx.predicting.bags import EmbeddedSlides, RawSlide, SlideSubject
 from cadx.reading.images import read_image
 from cadx.reading.jpeg import require_whole_jpeg
+from cadx.reading.source import HEAD_BYTES, sniff
 from cadx.reading.volumes import read_volume
 from cadx.types import Prediction, RawImage, RawVolume
 from serving.answering import Answerer, Outcome, RequestLog, png_text
@@ -32,6 +34,8 @@ SLIDE_CACHE = "CADX_SLIDE_CACHE"
 MAX_SLIDE_REQUEST_BYTES = 4096
 SHOWN_TILES = 64
 """Tiles of a slide that an explanation lists, those with most attention."""
+_NEXT_IMAGE = re.compile(rb"\xff\xd9\x00*\xff\xd8\xff|\x89PNG\r\n\x1a\n|DICM\x02\x00\x00\x00UL")
+"""Where another JPEG, PNG or DICOM file starts."""
 MAX_MAP_BYTES = 32 << 20
 """Of a packed attention map; the response may not become larger than the server lets through."""
 
@@ -235,8 +239,12 @@ class SlideAnswerer(LabelAnswerer):
 
 
 def _whole_image(body: bytes) -> RawImage:
-    """The image; a file of a dataset is known by its digest, one that is sent by its JPEG data being whole."""
+    """The one image that was sent; a dataset's file is known by its digest, this one by its JPEG data being whole."""
     raw = read_image(body)
+    if _NEXT_IMAGE.search(body, HEAD_BYTES if sniff(body[:HEAD_BYTES]) == "DICOM" else 1):
+        raise ValueError(
+            "several images, one behind the other: the answer would be of the first; send each by itself"
+        )
     require_whole_jpeg(body, raw.pixels.shape[0] * raw.pixels.shape[1])
     return raw
 

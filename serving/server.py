@@ -31,12 +31,10 @@ from typing import Any, NamedTuple, Self
 
 import urllib3
 
-from serving.client import RESPONSE_TIMEOUTS_S
+from serving.client import MAX_REQUEST_BYTES, RESPONSE_TIMEOUTS_S
 from serving.management import STARTUP_TIMEOUT_S
 
 HOST = "127.0.0.1"
-MAX_REQUEST_BYTES = 256 << 20
-"""A CT series, zipped, or a packed NIfTI volume."""
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
 TOKEN_MINUTES = 60
@@ -407,7 +405,10 @@ def _log_configuration(console: bool) -> str:
     # Exceptions by class and place: their texts quote what was sent.
     place = "%replace{%throwable{1}}{(?s):.*}{} %throwable{short.fileName}:%throwable{short.lineNumber}"
     files = {
-        "access_log": r"%d{ISO8601} - %replace{%m}{\?\S*}{}%n",
+        # Without the query; where it was no success, without the rest of the path: a client may have put a name in
+        # the place of a model.
+        "access_log": r"%d{ISO8601} - %replace{%replace{%m}{\?\S*}{}}"
+        r"{ (/predictions|/models)?\S*( HTTP/\S+ [^2])}{ $1/...$2}%n",
         "model_log": "%d{ISO8601} [%-5p] %t - %m%n",
         "ts_log": f"%d{{ISO8601}} [%-5p] %t %c - %m%notEmpty{{ {place}}}%n",
     }

@@ -36,11 +36,11 @@ from cadx.files import digest_path
 from cadx.predicting import Predictor
 from serving.answering import REQUEST_LOG, Request, RequestLog
 from serving.archive import Release, Verdict, read_release, version_of, write_archive
-from serving.client import Answer, Client, Endpoint, Refused
+from serving.client import MAX_REQUEST_BYTES, Answer, Client, Endpoint, Refused
 from serving.kinds import RadiographAnswerer
 from serving.management import Management
 from serving.radiograph_handler import RadiographHandler
-from serving.server import MAX_REQUEST_BYTES, Ports, Tls, TorchServe, free_ports
+from serving.server import Ports, Tls, TorchServe, free_ports
 
 MODEL = "squares"
 BATCH_SIZE = 4
@@ -160,6 +160,10 @@ REFUSED = {
     "truncated DICOM": (dicom(gray(0))[:700], "DICOM: "),
     "DICOM without its last pixels": (dicom(gray(0))[:-200], "DICOM: "),
     "truncated PNG": (encoded(gray(0), "PNG")[:300], "PNG: damaged or truncated"),
+    "a JPEG that stops short": (encoded(gray(4), "JPEG")[:-40] + b"\xff\xd9", "JPEG: damaged, truncated"),
+    "two PNGs": (encoded(gray(0), "PNG") + encoded(gray(1), "PNG"), "several images"),
+    "two JPEGs": (encoded(gray(0), "JPEG") + bytes(2) + encoded(gray(1), "JPEG"), "several images"),
+    "two DICOM files": (dicom(gray(0)) + dicom(gray(1)), "several images"),
     "two frames": (dicom(np.zeros((16, 8), np.uint8), frames=2), "DICOM: several frames"),
 }
 
@@ -316,17 +320,24 @@ def test_what_is_no_image_is_refused_with_a_reason_and_the_worker_lives(
 
 
 def test_a_body_that_did_not_come_as_one_is_refused(server: TorchServe) -> None:
-    content, kind = urllib3.encode_multipart_formdata({"data": ("image.png", SENT["PNG"])})
-    for body, content_type in ((content, kind), (b"a=b", "application/x-www-form-urlencoded")):
+    parts = [("data", ("image.png", SENT["PNG"])), ("body", ("other.png", SENT["PNG"]))]
+    forms = [urllib3.encode_multipart_formdata(some) for some in (parts[:1], parts[1:], parts, parts[1:] * 2)]
+    for body, content_type in (*forms, (b"a=b", "application/x-www-form-urlencoded")):
         answer = post(server, f"/predictions/{MODEL}", body, Content_Type=content_type)
         assert answer.status == 400
         assert "application/octet-stream" in answer.json()["error"]
 
 
-def test_a_huge_body_is_refused_by_the_front_end(client: Client) -> None:
-    with pytest.raises(Refused) as caught:
+def test_a_huge_body_is_refused_before_it_is_sent(server: TorchServe, client: Client) -> None:
+    with pytest.raises(Refused, match="more than 256 MiB") as caught:
         client.predict(bytes(MAX_REQUEST_BYTES + 1))
     assert caught.value.status == 413
+    key = json.loads(server.key_file.read_text())["inference"]["key"]
+    with socket.create_connection(("127.0.0.1", server.ports.inference), timeout=60) as other:
+        head = f"POST /predictions/{MODEL} HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer {key}\r\n"
+        other.sendall(f"{head}Content-Length: {MAX_REQUEST_BYTES + 1}\r\n\r\n".encode())
+        assert other.recv(1000).startswith(b"HTTP/1.1 413 ")
+    assert client.predict(SENT["PNG"])
 
 
 def test_nobody_is_answered_without_the_right_token(server: TorchServe, client: Client) -> None:
@@ -387,12 +398,27 @@ def test_a_patients_name_is_in_no_answer_and_in_no_file(server: TorchServe, clie
         post(server, f"{path}?patient={PATIENT.replace('^', '-')}", SENT["DICOM"]).data,
     ]
     assert not [name for name in NAMES for answer in told if name in answer]
+    # A name where a model or its version belongs: TorchServe repeats it to the sender, and to nobody else.
+    for wrong in (
+        f"/predictions/{PATIENT}",
+        f"{path}/{PATIENT}",
+        f"/{PATIENT}/predict",
+        f"/predictions//{PATIENT}",
+    ):
+        assert post(server, wrong.replace("^", "-"), SENT["PNG"]).status == 404
+    no_token = {"Authorization": "Bearer x"}
+    assert (
+        urllib3.request("POST", f"{server.inference}/predictions/MRN-77123", headers=no_token).status == 400
+    )
     # As curl sends it without a Content-Type. What TorchServe replies to the sender is not in our hands.
     form = f"name={PATIENT}%zz&".encode() + SENT["DICOM"]
     assert post(server, path, form, Content_Type="application/x-www-form-urlencoded").status == 500
     files = [file for file in server.folder.rglob("*") if file.is_file()]
     assert {"access_log.log", "model_log.log", "ts_log.log", "console.log"} <= {file.name for file in files}
     assert b"ErrorDataDecoderException" in (server.logs / "ts_log.log").read_bytes()
+    logged = (server.logs / "access_log.log").read_text()
+    assert f'"POST {path} HTTP/1.1" 200' in logged
+    assert '"POST /predictions/... HTTP/1.1" 404' in logged
     assert not [(file.name, name) for file in files for name in NAMES if name in file.read_bytes()]
 
 
