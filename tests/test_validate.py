@@ -213,6 +213,33 @@ def test_faults_behind_the_writers_back_are_found(tmp_path: Path):
     assert result["quarantined"] == [{"sample_id": "s003", "reason": "label_values; one_hot"}]
 
 
+def test_an_unknown_split_and_a_size_that_no_reader_gives_stop(tmp_path: Path):
+    dataset = cohort(tmp_path / "d")
+    table = pd.read_parquet(dataset / "samples.parquet")
+    rewrite(dataset, given_split=table["given_split"].where(table.index != 4, "holdout"))
+    with pytest.raises(ValueError, match=r"rule given_split: 1 image with an unknown official split.*s004"):
+        judge(tmp_path, dataset)
+    rewrite(dataset, given_split="", channels=table["channels"].where(table.index != 7, 2))
+    with pytest.raises(ValueError, match=r"rule image_size: 1 image without pixels, or neither gray.*s007"):
+        judge(tmp_path, dataset)
+
+
+def test_copies_inside_the_official_test_split_stay_there_unless_asked(tmp_path: Path):
+    changes: dict[int, dict[str, Any]] = {
+        row: {"given_split": "test" if row // 2 % 3 == 0 else "train"} for row in range(24)
+    }
+    changes[12] |= {
+        "pixels": picture(0),
+        "labels": {"normal": 1.0},
+    }  # of another patient, in test as row 0 is
+    dataset = cohort(tmp_path / "d", changes)
+    result = judge(tmp_path, dataset)
+    assert failed(result) == {"duplicate_within_test": ["s012"]}
+    assert result["quarantined"] == []
+    result = judge(tmp_path, dataset, duplicate_within_test="quarantine")
+    assert result["quarantined"] == [{"sample_id": "s012", "reason": "duplicate_within_test (of s000)"}]
+
+
 def test_partly_labelled_rows_are_fine_in_multilabel_only(tmp_path: Path):
     some = {row: {"labels": {"normal": 0.0}} for row in (0, 4)}
     info = {"task": "multilabel", "positive": None}
@@ -535,6 +562,68 @@ def test_volumes(tmp_path: Path):
     }
     assert [entry["sample_id"] for entry in result["quarantined"]] == ["s000", "s005", "s006"]
     assert "1 volume with missing slices" in (tmp_path / "validation.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("finding", "words", "is_out"),
+    [
+        ("missing_slices: 2 slices are missing in 1 places", "1 volume with missing slices", True),
+        ("duplicate_slices: 1 equal copies were left out", "1 volume with slices that stand twice", False),
+        ("uneven_spacing: gaps between slices of 2 to 3 mm", "1 volume with uneven spacing of slices", False),
+        ("gantry_tilt: slices are 5 degrees off", "1 volume with a tilted gantry", False),
+        ("oblique: axes are turned by 4 degrees", "1 volume with oblique axes", False),
+    ],
+)
+def test_what_a_reader_doubts_about_a_volume_is_judged_and_shown(
+    tmp_path: Path, finding: str, words: str, is_out: bool
+):
+    rng = np.random.default_rng(0)
+    samples: list[dict[str, Any]] = [
+        {"pixels": rng.integers(-1000, 1000, (8, 20, 24)).astype(np.int16), "spacing_mm": (2.0, 0.7, 0.7)}
+        for _ in range(6)
+    ]
+    samples[3]["findings"] = (finding,)
+    result = judge(tmp_path, collection(tmp_path / "d", "volume", samples))
+    rule = finding.partition(":")[0]
+    assert failed(result) == {rule: ["s003"]}
+    assert result["quarantined"] == ([{"sample_id": "s003", "reason": rule}] if is_out else [])
+    page = (tmp_path / "validation.html").read_text()
+    assert words in page
+    assert 'alt="s003"' in page
+
+
+def test_a_series_of_files_that_lacks_a_slice_is_kept_out(tmp_path: Path):
+    from test_volumes import write_series
+
+    from components.ingest import IngestParams, ingest
+
+    (tmp_path / "scans").mkdir()
+    rows = ["file,label"]
+    for number in range(6):
+        voxels = np.random.default_rng(number).integers(-1000, 1000, (24, 20, 9)).astype(np.int16)
+        series = write_series(tmp_path / f"scans/{number}", voxels)
+        if number == 2:
+            sorted(series.iterdir())[4].unlink()
+        rows.append(f"{number},{('normal', 'sick')[number % 2]}")
+    (tmp_path / "scans/labels.csv").write_text("\n".join(rows))
+    entry = {
+        "title": "Scans", "task": "binary", "classes": ["normal", "sick"], "positive": "sick", "modality": "CT",
+        "licence": "none", "citation": "none", "patient": "per-image", "format": "table", "kind": "volume",
+        "file": str(tmp_path / "scans"), "table": "labels.csv", "label_column": "label", "deidentify": True,
+    }  # fmt: skip
+    (tmp_path / "catalog.yaml").write_text(json.dumps({"scans": entry}))
+    ingest(
+        catalog=tmp_path / "catalog.yaml",
+        cache=tmp_path / "cache",
+        dataset=tmp_path / "d",
+        params=IngestParams(source="scans"),
+    )
+    result = judge(tmp_path, tmp_path / "d")
+    (out,) = result["quarantined"]
+    assert out["reason"] == "missing_slices"
+    samples = DatasetFolder(tmp_path / "d").samples.set_index("sample_id")
+    assert samples["findings"][out["sample_id"]] == "missing_slices: 1 slices are missing in 1 places"
+    assert (samples["depth_px"] == 9).sum() == 5
 
 
 def test_slides_without_tissue_are_kept_out(tmp_path: Path):

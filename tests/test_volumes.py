@@ -411,10 +411,10 @@ def test_a_header_that_claims_terabytes_is_refused_at_once(tmp_path, suffix):
         changed = block[:24] + struct.pack("<3q", *sides) + block[48:]
         path.write_bytes(changed if suffix == ".nii" else gzip.compress(changed))
         tracemalloc.start()
-        started = time.monotonic()
+        started = time.process_time()  # what others do on the machine does not count
         with pytest.raises(ValueError, match=r"claims|empty volume"):
             read_volume(path)
-        assert time.monotonic() - started < 1
+        assert time.process_time() - started < 1
         assert tracemalloc.get_traced_memory()[1] < 10e6
         tracemalloc.stop()
 
@@ -858,7 +858,7 @@ for case in range(number):
         for place in rng.integers(reach, size=int(rng.integers(1, 9))):
             data[place] = int(rng.integers(256))
     file.write_bytes(data)
-    started = time.monotonic()
+    started = time.process_time()  # what others do on the machine does not count
     try:
         shape = read_volume(source).voxels.shape
         if shape != shapes[source]:
@@ -869,7 +869,7 @@ for case in range(number):
             problems.append(f"{case}: {error}")
     except BaseException as error:
         problems.append(f"{case}: {source.name}: {type(error).__name__}")
-    slowest = max(slowest, time.monotonic() - started)
+    slowest = max(slowest, time.process_time() - started)
     file.write_bytes(whole)
 status = Path("/proc/self/status").read_text()
 peak_kib = int(status.split("VmHWM:")[1].split()[0])
