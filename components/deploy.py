@@ -26,6 +26,7 @@ from serving.kinds import encode_nifti
 from serving.management import (
     Deployed,
     Management,
+    changing,
     read_deployed,
     write_deployed,
 )
@@ -92,7 +93,8 @@ def deploy(
 
     Raises:
         NotPromoted: if the gate refused this bundle.
-        ValueError: if the files do not belong together, the server refuses, or the answers differ.
+        ValueError: if the files do not belong together, another deployment of the model is on its way, the server
+            refuses, or the answers differ.
         ConnectionError: if the server cannot be reached.
     """
     release, decided = read_release(archive), read_decision(decision)
@@ -107,68 +109,69 @@ def deploy(
     golden = frame.iloc[golden_rows(frame, info, most)]
 
     server = Management(management, key_file=key_file)
-    archive_digest = digest_path(archive)
-    entry = Deployed(
-        version=release.version,
-        archive=_store(archive, archive_digest, release, model_store),
-        workers=params.workers,
-        batch_size=params.batch_size if kind == "image" else 1,
-        max_batch_delay_ms=params.max_batch_delay_ms,
-        response_timeout_s=params.response_timeout_s or RESPONSE_TIMEOUTS_S[kind],
-    )
-    previous = server.default_version(release.name)
-    versions = {one.version: one for one in server.versions(release.name)}
-    loaded = versions.get(release.version)
+    with changing(model_store, release.name):
+        archive_digest = digest_path(archive)
+        entry = Deployed(
+            version=release.version,
+            archive=_store(archive, archive_digest, release, model_store),
+            workers=params.workers,
+            batch_size=params.batch_size if kind == "image" else 1,
+            max_batch_delay_ms=params.max_batch_delay_ms,
+            response_timeout_s=params.response_timeout_s or RESPONSE_TIMEOUTS_S[kind],
+        )
+        previous = server.default_version(release.name)
+        versions = {one.version: one for one in server.versions(release.name)}
+        loaded = versions.get(release.version)
 
-    def register(name: str) -> None:
-        server.register(name=name, **entry.model_dump(exclude={"version"}))
+        def register(name: str) -> None:
+            server.register(name=name, **entry.model_dump(exclude={"version"}))
 
-    def compare(name: str) -> float:
-        client = Client(inference, name, key_file=key_file)
-        with _asking(client, folder, release.version, model_store) as ask:
-            answers = [ask(sample_id) for sample_id in golden["sample_id"]]
-        return _largest_difference(golden, info, answers, params.tolerance)
+        def compare(name: str) -> float:
+            client = Client(inference, name, key_file=key_file)
+            with _asking(client, folder, release.version, model_store) as ask:
+                answers = [ask(sample_id) for sample_id in golden["sample_id"]]
+            return _largest_difference(golden, info, answers, params.tolerance)
 
-    if previous is None:
-        trial = f"{release.name}{TRIAL}"
-        with server.taken_away_on_failure(trial, release.version):
-            register(trial)
-            difference = compare(trial)
-        server.unregister(trial, release.version)
-        with server.taken_away_on_failure(release.name, release.version):
-            register(release.name)
-    elif loaded and loaded.archive == entry.archive and loaded.ready_workers:
-        difference = compare(release.name)
-    else:
-        if loaded:  # from other bytes, or without a worker that answers
-            others = [one.version for one in versions.values() if one is not loaded and one.ready_workers]
-            if others and previous == release.version:  # TorchServe lets the default go only as the last
-                server.set_default(release.name, others[-1])
-            server.unregister(release.name, release.version)
-        with server.taken_away_on_failure(release.name, release.version):
-            register(release.name)
+        if previous is None:
+            trial = f"{release.name}{TRIAL}"
+            with server.taken_away_on_failure(trial, release.version):
+                register(trial)
+                difference = compare(trial)
+            server.unregister(trial, release.version)
+            with server.taken_away_on_failure(release.name, release.version):
+                register(release.name)
+        elif loaded and loaded.archive == entry.archive and loaded.ready_workers:
             difference = compare(release.name)
-    server.set_default(release.name, release.version)
-    earlier = [one for one in read_deployed(model_store, release.name) if one.version != release.version]
-    write_deployed(model_store, release.name, [*earlier, entry])
-    kept = {release.version, previous, *(one.version for one in earlier[-1:])}
-    for version in versions.keys() - kept:
-        server.unregister(release.name, version)
-    write_json(
-        deployment,
-        {
-            "schema": 1,
-            "model": release.name,
-            "version": release.version,
-            "previous": previous if previous != release.version else None,
-            "bundle": release.bundle,
-            "archive": archive_digest,
-            "inference": inference,
-            "golden_samples": len(golden),
-            "largest_difference": difference,
-            "tolerance": params.tolerance,
-        },
-    )
+        else:
+            if loaded:  # from other bytes, or without a worker that answers
+                others = [one.version for one in versions.values() if one is not loaded and one.ready_workers]
+                if others and previous == release.version:  # TorchServe lets the default go only as the last
+                    server.set_default(release.name, others[-1])
+                server.unregister(release.name, release.version)
+            with server.taken_away_on_failure(release.name, release.version):
+                register(release.name)
+                difference = compare(release.name)
+        server.set_default(release.name, release.version)
+        earlier = [one for one in read_deployed(model_store, release.name) if one.version != release.version]
+        write_deployed(model_store, release.name, [*earlier, entry])
+        kept = {release.version, previous, *(one.version for one in earlier[-1:])}
+        for version in versions.keys() - kept:
+            server.unregister(release.name, version)
+        write_json(
+            deployment,
+            {
+                "schema": 1,
+                "model": release.name,
+                "version": release.version,
+                "previous": previous if previous != release.version else None,
+                "bundle": release.bundle,
+                "archive": archive_digest,
+                "inference": inference,
+                "golden_samples": len(golden),
+                "largest_difference": difference,
+                "tolerance": params.tolerance,
+            },
+        )
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """Which versions of a model are in service, and which of them answers: TorchServe's management address.
 
 model_store/<name>.deployed.json    the versions that went live, the latest last: the way back
+model_store/.<name>.lock            held by whoever changes them
 """
 
+import fcntl
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -38,6 +40,26 @@ class Deployed(Config):
     batch_size: int
     max_batch_delay_ms: int
     response_timeout_s: int
+
+
+@contextmanager
+def changing(model_store: Path, name: str) -> Iterator[None]:
+    """While it is open, nobody else deploys or rolls back this model.
+
+    Two at once would take away what the other has registered and not compared yet.
+
+    Raises:
+        ValueError: if somebody does.
+    """
+    model_store.mkdir(parents=True, exist_ok=True)
+    with (model_store / f".{name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{model_store}: another deployment or rollback of {name} is on its way; wait for its end"
+            ) from None
+        yield
 
 
 def read_deployed(model_store: Path, name: str) -> tuple[Deployed, ...]:
@@ -163,24 +185,25 @@ class Management:
         again, it goes back further. The version left stays loaded.
 
         Raises:
-            ValueError: if there is no earlier version.
+            ValueError: if there is no earlier version, or another deployment is on its way.
         """
-        present = self.default_version(name)
-        history = list(read_deployed(model_store, name))
-        while history and history[-1].version == present:
-            history.pop()
-        if present is None or not history:
-            raise ValueError(f"{name}: no earlier version to go back to; `cadx deploy` one")
-        back = history[-1]
-        loaded = {one.version: one for one in self.versions(name)}.get(back.version)
-        if loaded and not loaded.ready_workers:
-            self.unregister(name, back.version)
-        if not (loaded and loaded.ready_workers):
-            with self.taken_away_on_failure(name, back.version):
-                self.register(name=name, **back.model_dump(exclude={"version"}))
-        self.set_default(name, back.version)
-        write_deployed(model_store, name, history)
-        return present, back.version
+        with changing(model_store, name):
+            present = self.default_version(name)
+            history = list(read_deployed(model_store, name))
+            while history and history[-1].version == present:
+                history.pop()
+            if present is None or not history:
+                raise ValueError(f"{name}: no earlier version to go back to; `cadx deploy` one")
+            back = history[-1]
+            loaded = {one.version: one for one in self.versions(name)}.get(back.version)
+            if loaded and not loaded.ready_workers:
+                self.unregister(name, back.version)
+            if not (loaded and loaded.ready_workers):
+                with self.taken_away_on_failure(name, back.version):
+                    self.register(name=name, **back.model_dump(exclude={"version"}))
+            self.set_default(name, back.version)
+            write_deployed(model_store, name, history)
+            return present, back.version
 
     def _describe(self, path: str) -> tuple[Version, ...]:
         try:

@@ -32,7 +32,7 @@ from components.split import split
 from components.train import train
 from components.validate import validate
 from serving.client import Client
-from serving.management import Management
+from serving.management import Management, changing
 from serving.server import TorchServe, free_ports
 
 
@@ -173,6 +173,35 @@ def test_answers_that_differ_from_the_evaluation_never_go_live(
     assert served_bundle(server, first) == Bundle(first.bundle).digest
     versions = Management(server.management, key_file=server.key_file).versions("chest")
     assert len(versions) == 1, "the version that failed is taken away"
+
+
+def test_of_two_deployments_at_once_one_is_told_to_wait(
+    server: TorchServe, first: Packaged, second: Packaged, tmp_path: Path
+) -> None:
+    """Else the second meets the registration of the first, and takes it away as its own."""
+    first.deploy(server, tmp_path)
+    begin = threading.Barrier(2)
+
+    def deploy_at_once(number: int) -> dict[str, Any] | str:
+        begin.wait()
+        try:
+            return second.deploy(server, tmp_path / str(number))
+        except ValueError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(2) as pool:
+        told, done = sorted(pool.map(deploy_at_once, range(2)), key=lambda outcome: isinstance(outcome, dict))
+    assert isinstance(told, str)
+    assert (
+        told
+        == f"{server.model_store}: another deployment or rollback of chest is on its way; wait for its end"
+    )
+    assert isinstance(done, dict)
+    assert served_bundle(server, first) == done["bundle"] == Bundle(second.bundle).digest
+    management = Management(server.management, key_file=server.key_file)
+    with changing(server.model_store, "chest"), pytest.raises(ValueError, match="is on its way"):
+        management.roll_back("chest", server.model_store)
+    assert management.roll_back("chest", server.model_store) == (done["version"], done["previous"])
 
 
 def test_a_first_version_that_fails_leaves_nothing_behind(
