@@ -392,6 +392,8 @@ def _java(tmp: Path, log_configuration: Path) -> list[str]:
     return [
         str(JAVA),
         "-XX:-UsePerfData",  # a file in /tmp, which a killed process leaves
+        # The front end has little to do: its collector and compiler must not take the networks' cores.
+        *("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"),
         f"-Dmodel_server_home={home.parent}",
         f"-Djava.io.tmpdir={tmp}",
         f"-Dlog4j.configurationFile={log_configuration.as_uri()}",
