@@ -282,17 +282,22 @@ def test_boxes_are_judged_one_by_one():
     samples = pd.DataFrame({"sample_id": ["a"], "height_px": [20], "width_px": [30]})
     corners = {
         "whole": ("a", "cell", 0, 0, 30, 20),
-        "line": ("a", "cell", 4, 4, 4, 9),
+        "upright line": ("a", "cell", 4, 4, 4, 9),
+        "level line": ("a", "cell", 4, 4, 9, 4),
         "turned": ("a", "cell", 9, 4, 4, 9),
-        "outside": ("a", "cell", 4, 4, 31, 9),
+        "upside down": ("a", "cell", 4, 9, 9, 4),
+        "right of it": ("a", "cell", 4, 4, 31, 9),
+        "below it": ("a", "cell", 4, 4, 9, 21),
+        "left of it": ("a", "cell", -1, 4, 9, 9),
+        "above it": ("a", "cell", 4, -1, 9, 9),
         "other class": ("a", "cat", 4, 4, 9, 9),
         "other sample": ("z", "cell", 4, 4, 9, 9),
     }
     boxes = pd.DataFrame(list(corners.values()), columns=["sample_id", "class", "x0", "y0", "x1", "y1"])
     judged = box_problems(boxes, samples, ["cell"]).set_index(pd.Index(corners))
     expected = {
-        "has_area": {"line", "turned"},
-        "is_inside": {"outside"},
+        "has_area": {"upright line", "level line", "turned", "upside down"},
+        "is_inside": {"right of it", "below it", "left of it", "above it"},
         "is_of_a_class": {"other class"},
         "is_of_a_sample": {"other sample"},
     }

@@ -437,6 +437,28 @@ def test_poisoned_handle_is_opened_again(tmp_path: Path) -> None:
         assert np.array_equal(slide.tile(128, 128, 128, 0.5), before)
 
 
+def test_one_damaged_tile_costs_one_opening_and_not_one_for_each_tile_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Counted(openslide.OpenSlide):
+        number = 0
+
+        def __init__(self, path: Path) -> None:
+            Counted.number += 1
+            super().__init__(path)
+
+    path = write_slide(tmp_path / "s.tiff", [texture(512, 512)], compression="lzw")
+    overwrite_tile(path, 5)
+    monkeypatch.setattr(slides.openslide, "OpenSlide", Counted)
+    with open_slide(path) as slide:
+        with pytest.raises(ValueError, match="damaged in the file"):
+            slide.tile(64, 64, 128, 0.5)
+        before = Counted.number
+        for _ in range(6):
+            slide.tile(128, 128, 128, 0.5)
+    assert Counted.number == before + 1
+
+
 @pytest.mark.parametrize("compression", ["jpeg", "deflate", "lzw"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_one_damaged_tile_does_not_end_the_slide(tmp_path: Path, compression: str, threads: int) -> None:
