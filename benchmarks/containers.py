@@ -5,6 +5,7 @@ Needs a Docker engine with the images of `make images` (at least `steps`); there
 
 import contextlib
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ import docker
 import yaml
 
 from benchmarks._claim import claim
-from components.contract import ROOT
+from components.contract import ROOT, Step, read_experiment
 from pipelines.tasks import stages
 
 EXPERIMENT = "phantom-xray-pilot"
@@ -28,13 +29,9 @@ IMAGE = "cadx/steps:latest"
 GPU_IMAGE = "cadx/training:latest"
 START_GOAL_S = 2.0
 PIPELINE_GOAL = 1 / 1.2
-ROUNDS = 5
+ROUNDS = 3
 NOTHING = "/nowhere"
 """A path that no step finds: it ends where its own work would begin."""
-COMMANDS = {
-    "light": f"cadx split --dataset {NOTHING} --validation {NOTHING} --splits {NOTHING} --params {{}}",
-    "torch": f"cadx gate --metrics {NOTHING} --bundle {NOTHING} --decision {NOTHING} --params {{}}",
-}
 
 
 def claims() -> Iterator[dict[str, Any]]:
@@ -51,19 +48,30 @@ def claims() -> Iterator[dict[str, Any]]:
     if IMAGE not in sizes:
         print(f"containers: no {IMAGE}; run `make images` first", file=sys.stderr)
         return
-    for name, line in COMMANDS.items():
-        command = line.split()
-        inside = _until_at_work(["docker", "run", "--rm", IMAGE, *command])
-        yield claim(f"containers.start_{name}", inside, START_GOAL_S, "s", ratio=START_GOAL_S / inside)
-        # What the container adds to the imports that the same command does on this machine.
-        added = max(inside - _until_at_work([sys.executable, "-m", *command]), 1e-3)
-        yield claim(f"containers.start_{name}_added", added, START_GOAL_S, "s", ratio=START_GOAL_S / added)
+    for step in dict.fromkeys(job.step for job in stages(EXPERIMENT)):
+        inside = _until_at_work(["docker", "run", "--rm", IMAGE, *_command(step)])
+        yield claim(f"containers.start_{step.name}", inside, START_GOAL_S, "s", ratio=START_GOAL_S / inside)
+    # What it takes before any of ours: the container, and in it the one import that no training goes without.
+    for name, code in (("python", "pass"), ("torch", "import torch")):
+        alone = min(_seconds(["docker", "run", "--rm", IMAGE, "python", "-c", code]) for _ in range(ROUNDS))
+        yield claim(
+            f"containers.start_{name}_alone", alone, START_GOAL_S, "s", ratio=START_GOAL_S / alone, goal=0
+        )
     if GPU_IMAGE in sizes:
         yield claim(
             "containers.size", sizes[IMAGE], sizes[GPU_IMAGE], "GB", ratio=sizes[GPU_IMAGE] / sizes[IMAGE]
         )
     ours, peer = _pipelines()
     yield claim("containers.pipeline", ours, peer, "s", ratio=peer / ours, goal=PIPELINE_GOAL)
+
+
+def _command(step: Step) -> list[str]:
+    """A step's command line, with inputs that are not there."""
+    declared, section = step.declaration(), read_experiment(ROOT / "params.yaml", EXPERIMENT)
+    given = dict.fromkeys((*declared.inputs, *declared.outputs, *declared.keeps), NOTHING)
+    given |= {name: "0" for name in declared.options if name in ("experiment", "seed")}
+    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
+    return ["cadx", step.name, *words, "--params", json.dumps(section.get(step.name) or {})]
 
 
 def _until_at_work(command: list[str]) -> float:
