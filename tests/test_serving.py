@@ -340,6 +340,22 @@ def test_a_huge_body_is_refused_before_it_is_sent(server: TorchServe, client: Cl
     assert client.predict(SENT["PNG"])
 
 
+def test_300_connections_that_never_finish_delay_nobody(server: TorchServe, client: Client) -> None:
+    key = json.loads(server.key_file.read_text())["inference"]["key"]
+    head = f"POST /predictions/{MODEL} HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer {key}\r\n".encode()
+    client.predict(SENT["PNG"])
+    before = workers(server)
+    with contextlib.ExitStack() as stack:
+        for number in range(300):
+            other = stack.enter_context(socket.create_connection(("127.0.0.1", server.ports.inference)))
+            other.sendall(head + (b"Content-Length: 9999\r\n\r\nx" if number % 2 else b"X-Half: "))
+        started = time.monotonic()
+        for _ in range(5):
+            assert client.predict(SENT["PNG"])
+        assert time.monotonic() - started < 10
+    assert workers(server) == before
+
+
 def test_nobody_is_answered_without_the_right_token(server: TorchServe, client: Client) -> None:
     keys = json.loads(server.key_file.read_text())
     for token in (None, "wrong", keys["management"]["key"]):
