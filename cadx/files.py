@@ -81,7 +81,8 @@ def replacing(path: Path) -> Iterator[Path]:
         AssertionError: if the block wrote nothing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{path.name}.*.partial"):
+    # Also what was being put into such a partial file in its turn: its name begins with one dot more.
+    for stale in path.parent.glob(f"*.{path.name}.*.partial"):
         if not _is_alive(stale.name.split(".")[-2]):
             _remove(stale)
     partial = path.parent / f".{path.name}.{os.getpid()}.partial"

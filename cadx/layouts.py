@@ -44,6 +44,7 @@ class _CocoAnnotation(BaseModel):
     image_id: int | str
     category_id: int | str
     bbox: tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]
+    iscrowd: bool = False
 
 
 class _CocoFile(BaseModel):
@@ -400,6 +401,8 @@ def _voc_boxes(entry: VocEntry, path: Path, place: str) -> Iterator[Box]:
         raise ValueError(
             f"{place}: its annotation is no XML ({type(error).__name__}); fetch it again"
         ) from None
+    if root.tag != "annotation":  # what is no VOC must not read as an image without boxes
+        raise ValueError(f"{place}: its annotation is XML, but not Pascal VOC's <annotation>; fetch it again")
     for number, element in enumerate(root.iter("object"), start=1):
         name = (element.findtext("name") or "").strip()
         if name not in entry.classes:
@@ -431,6 +434,8 @@ def _coco_items(entry: CocoEntry, root: Path) -> list[Item]:
                 f"{where}: not in COCO's form of images, annotations, categories (at {at})"
             ) from None
         classes = {category.id: category.name for category in content.categories}
+        if len(classes) != len(content.categories):
+            raise ValueError(f"{where}: a category id stands twice")
         images = {image.id: image.file_name for image in content.images}
         if len(images) != len(content.images):
             raise ValueError(f"{where}: an image id stands twice")
@@ -440,6 +445,11 @@ def _coco_items(entry: CocoEntry, root: Path) -> list[Item]:
                 raise ValueError(f"{where}: annotation {number} is of an image that is not listed")
             if classes.get(found.category_id) not in entry.classes:
                 raise ValueError(f"{where}: annotation {number} is of none of {', '.join(entry.classes)}")
+            if found.iscrowd:
+                raise ValueError(
+                    f"{where}: annotation {number} is of a crowd (iscrowd), which is no box of one object;"
+                    " give each object its box, or take it out"
+                )
             x, y, width, height = found.bbox
             boxes[found.image_id].append((classes[found.category_id], x, y, x + width, y + height))
         for number, (image, file) in enumerate(images.items(), start=1):

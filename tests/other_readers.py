@@ -1,8 +1,9 @@
 """What is in a file by readers that cadx does not use for it: whether what was answered was a valid image.
 
-DICOM by GDCM's own parser and decoders, JPEG 2000 in it by Pillow and JPEG-LS by imagecodecs, shown by pydicom's
-functions; PNG by libpng and JPEG by libjpeg-turbo (both in imagecodecs); NIfTI by nibabel's own array; a slide by
-Pillow's libtiff. For JPEG of 12 bits no second decoder is at hand: it is decoded here, block by block.
+DICOM by GDCM's own parser and decoders, JPEG 2000 in it by Pillow, JPEG-LS by imagecodecs as in cadx itself (damage may
+end GDCM with its process), shown by pydicom's functions; PNG by libpng and JPEG by libjpeg-turbo (both in imagecodecs);
+NIfTI by nibabel's own array; a slide by Pillow's libtiff. For JPEG of 12 bits no second decoder is at hand: it is
+decoded here, block by block.
 """
 
 import gzip

@@ -23,8 +23,10 @@ import yaml
 from test_nodes import assert_same_weights, node_variables, train_here
 from test_train import PARAMS, inputs  # noqa: F401
 
+from cadx.files import digest_path
 from components.contract import ROOT
 from pipelines import tasks
+from pipelines.local import VARYING
 from pipelines.nodes import train_job
 from pipelines.placement import VOLUME_PATH, Nodes, Placement
 
@@ -180,25 +182,60 @@ def open_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_stages(home: Path, params: Path) -> None:
-    """The stages' commands as DVC runs them, in a folder of their own."""
+def stage_home(home: Path, params: Path) -> Path:
+    """A folder to run stages in, with what their commands name and nothing of this checkout's results."""
     (home / "data").mkdir(parents=True)
     shutil.copy(ROOT / "data/catalog.yaml", home / "data")
     shutil.copy(params, home / "params.yaml")
-    content = yaml.safe_load((tasks.ROOT / "dvc.yaml").read_text())["stages"]
+    return home
+
+
+def run_stage(job: tasks.Job, home: Path, *, program: tuple[str, ...] = ("-m", "cadx")) -> tuple[int, str]:
+    """A stage's command as DVC runs it; its exit status and what it said of its failure."""
+    line: str = yaml.safe_load((tasks.ROOT / "dvc.yaml").read_text())["stages"][job.step.name]["cmd"]
+    line = line.replace("${item.experiment}", EXPERIMENT).replace("${item.seed}", str(job.seed))
+    done = subprocess.run(
+        [sys.executable, *program, *line.split()[1:]],
+        cwd=home,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stderr[-3000:]
+
+
+KILLED = """
+import os, signal, sys
+
+def kill(event, arguments):
+    if event == "os.rename" and str(arguments[0]).endswith(".partial"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+from cadx.__main__ import main
+sys.addaudithook(kill)
+main()
+"""
+"""`cadx`, lost as the first file that it has written is about to take its place."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_each_step_that_is_killed_half_way_leaves_nothing_and_runs_again(
+    params: Path, one_seed: None, tmp_path: Path
+) -> None:
+    home, other = stage_home(tmp_path / "killed", params), stage_home(tmp_path / "undisturbed", params)
     for job in tasks.stages(EXPERIMENT):
-        line = content[job.step.name]["cmd"].replace("${item.experiment}", EXPERIMENT)
-        line = line.replace("${item.seed}", str(job.seed))
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            [sys.executable, "-m", *line.split()],
-            cwd=home,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        status, said = run_stage(job, home, program=("-c", KILLED))
+        assert status == -signal.SIGKILL, f"{job.name} was not killed: {said}"
+        assert not [path for path in job.outputs if (home / path).exists()], job.name
+        for folder in (home, other):
+            status, said = run_stage(job, folder)
+            assert status == 0, said
+        assert not [*home.rglob(".*.partial")], job.name
+        for path, name in job.outputs.items():
+            if name not in VARYING:
+                assert digest_path(home / path) == digest_path(other / path), path
 
 
 @pytest.mark.container
@@ -213,8 +250,11 @@ def test_containers_make_the_bytes_that_the_stages_make_here(
     )
     if version.stdout.strip() != platform.python_version():
         pytest.skip(f"Python {version.stdout.strip()} in the image, {platform.python_version()} here")
-    run_stages(tmp_path, params)
-    found = [*compare(containers, EXPERIMENT, home=tmp_path)]
+    home = stage_home(tmp_path / "here", params)
+    for job in tasks.stages(EXPERIMENT):
+        status, said = run_stage(job, home)
+        assert status == 0, said
+    found = [*compare(containers, EXPERIMENT, home=home)]
     assert {Path(output.path).name for output in found} == {
         "dataset", "validation.json", "splits.parquet", "imbalance.json", "trained", "bundle",
         "predictions.parquet", "metrics.json", "decision.json", "model.mar",

@@ -1,5 +1,7 @@
 """Some hundreds of broken files of every format: refused in one line, or unchanged in shape; never a crash or a hang.
 
+Where the format has a checksum, what is not refused has the very values of the whole file.
+
 A process of its own reads them, so that a crash, a hang or too much memory ends that process and not the tests: run as
 a script, this file reads what its arguments list, and prints a line per file.
 """
@@ -23,14 +25,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cadx.files import digest_bytes
+
 LIMIT_S = 2  # of processor time: what others do on the machine does not count
 LIMIT_BYTES = 1 << 30
 DAMAGES_PER_FORMAT = 24
 # Read to be whole before anything is timed: libraries are imported on first use.
 NUM_WHOLE = 1
 TEXTS = ("table", "voc", "coco")
+WITH_CHECKSUM = ("png", "png-16", "npz", "npz-packed", "nifti-gz", "dicom-series")
 
-Shape = tuple[int, ...]
+Content = tuple[tuple[int, ...], str]
+"""Shape, and SHA-256 of the values."""
 
 
 # --- One good file of each format -------------------------------------------------------------------
@@ -131,7 +137,8 @@ def sources() -> dict[str, tuple[str, bytes]]:
         "png": ("a.png", saved(lambda stream: Image.fromarray(gray).save(stream, "PNG"))),
         "png-16": ("a.png", saved(lambda stream: Image.fromarray(gray16).save(stream, "PNG"))),
         "jpeg": ("a.jpg", saved(lambda stream: Image.fromarray(gray).save(stream, "JPEG"))),
-        "npz": ("a.npz", saved(lambda stream: np.savez_compressed(stream, train_images=gray))),
+        "npz": ("a.npz", saved(lambda stream: np.savez(stream, train_images=gray))),
+        "npz-packed": ("a.npz", saved(lambda stream: np.savez_compressed(stream, train_images=gray))),
         "nifti": ("a.nii", nifti(volume)),
         "nifti-gz": ("a.nii.gz", gzip.compress(nifti(volume), mtime=0)),
         "dicom-series": ("a.zip", saved(series)),
@@ -175,8 +182,12 @@ def damaged(data: bytes, rng: np.random.Generator, number: int) -> bytes:
 # --- The process that reads them -----------------------------------------------------------------------
 
 
-def opened(kind: str, path: Path) -> Shape:
-    """The shape of what the file holds, by the reader that ingest would use."""
+def content(values: np.ndarray) -> Content:
+    return values.shape, digest_bytes(np.ascontiguousarray(values).tobytes())
+
+
+def opened(kind: str, path: Path) -> Content:
+    """What the file holds, by the reader that ingest would use."""
     from cadx.catalog import CocoEntry, VocEntry, read_rows
     from cadx.layouts import list_items
     from cadx.reading.identifiers import file_identifiers
@@ -188,10 +199,10 @@ def opened(kind: str, path: Path) -> Shape:
         "patient": "per-image",
         "file": ".",
     }
-    if kind == "npz":
-        return read_arrays(path)["train_images"].shape
+    if kind.startswith("npz"):
+        return content(read_arrays(path)["train_images"])
     if kind == "table":
-        return (len(read_rows(path)), len(read_rows(path)[0]))
+        return (len(read_rows(path)), len(read_rows(path)[0])), ""
     if kind in ("voc", "coco"):
         from PIL import Image
 
@@ -202,26 +213,25 @@ def opened(kind: str, path: Path) -> Shape:
         if kind == "voc":
             (folder / "notes/a.xml").write_bytes(path.read_bytes())
             entry = VocEntry(**detection, format="voc", images="images", annotations="notes")
-            return (len(list_items(entry, folder)),)
+            return (len(list_items(entry, folder)),), ""
         coco = CocoEntry(**detection, format="coco", images="images", annotations=path.name)
-        return (len(list_items(coco, folder)),)
+        return (len(list_items(coco, folder)),), ""
     file_identifiers(path)
     if kind in ("nifti", "nifti-gz", "dicom-series"):
         from cadx.reading.volumes import read_volume
 
-        return read_volume(path).voxels.shape
+        return content(read_volume(path).voxels)
     if kind == "slide":
         from cadx.reading.slides import open_slide, summarise_slide
 
         summarise_slide(path)
         with open_slide(path) as found:
-            found.tile(100, 50, 64, 1.0)
-            return tuple(found.size_px)
-    return read_image(path).pixels.shape
+            return tuple(found.size_px), content(found.tile(100, 50, 64, 1.0))[1]
+    return content(read_image(path).pixels)
 
 
 def read_all(listing: Path) -> None:
-    """Print a line per file of `listing`: its number, seconds, and the shape or the message."""
+    """Print a line per file of `listing`: its number, and shape and digest or the message."""
 
     def too_long(*_: object) -> None:
         raise TimeoutError
@@ -232,7 +242,8 @@ def read_all(listing: Path) -> None:
         with contextlib.suppress(OSError):
             signal.setitimer(signal.ITIMER_PROF, 60 if is_whole else LIMIT_S)
         try:
-            outcome: dict[str, Any] = {"shape": opened(kind, Path(path))}
+            shape, digest = opened(kind, Path(path))
+            outcome: dict[str, Any] = {"shape": shape, "digest": digest}
         except ValueError as error:
             outcome = {"refused": str(error)}
         except BaseException as error:  # what no reader may let through
@@ -271,11 +282,11 @@ def test_no_broken_file_crashes_hangs_or_changes_shape(tmp_path: Path) -> None:
     assert len(files) >= 300
     found, peak_bytes = outcomes(files, tmp_path)
     whole = {
-        kind: outcome.get("shape")
+        kind: (outcome.get("shape"), outcome.get("digest"))
         for (kind, _, is_whole), outcome in zip(files, found, strict=True)
         if is_whole
     }
-    assert all(whole.values()), whole
+    assert all(shape for shape, _ in whole.values()), whole
     refused: Counter[str] = Counter()
     for (kind, path, _), outcome in zip(files, found, strict=True):
         assert "escaped" not in outcome, (path, outcome)
@@ -287,7 +298,9 @@ def test_no_broken_file_crashes_hangs_or_changes_shape(tmp_path: Path) -> None:
         elif kind in TEXTS:
             continue  # text without a checksum: its recorded digest tells
         else:
-            assert outcome["shape"] == whole[kind], (path, outcome)
+            shape, digest = whole[kind]
+            assert outcome["shape"] == shape, (path, outcome)
+            assert outcome["digest"] == digest or kind not in WITH_CHECKSUM, (path, outcome)
     assert peak_bytes < LIMIT_BYTES
     # A magic of noise and a cut are told by the format itself wherever it has a structure.
     assert all(refused[kind] >= DAMAGES_PER_FORMAT // 3 for kind in whole if kind != "table"), refused
@@ -297,7 +310,20 @@ def test_no_broken_file_crashes_hangs_or_changes_shape(tmp_path: Path) -> None:
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     kind=st.sampled_from(
-        ["dicom", "dicom-rle", "png", "jpeg", "npz", "nifti", "dicom-series", "slide", "voc", "coco", "table"]
+        [
+            "dicom",
+            "dicom-rle",
+            "png",
+            "jpeg",
+            "npz",
+            "nifti",
+            "nifti-gz",
+            "dicom-series",
+            "slide",
+            "voc",
+            "coco",
+            "table",
+        ]
     ),
     edits=st.lists(
         st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=8)), max_size=12
@@ -305,9 +331,12 @@ def test_no_broken_file_crashes_hangs_or_changes_shape(tmp_path: Path) -> None:
     kept=st.floats(0.02, 1),
 )
 def test_a_fuzzer_finds_no_way_out_but_a_refusal(
-    whole_files: dict[str, tuple[str, bytes, Shape]], kind: str, edits: list[tuple[float, bytes]], kept: float
+    whole_files: dict[str, tuple[str, bytes, Content]],
+    kind: str,
+    edits: list[tuple[float, bytes]],
+    kept: float,
 ) -> None:
-    name, data, shape = whole_files[kind]
+    name, data, whole = whole_files[kind]
     spoilt = bytearray(data)
     for at, value in edits:
         start = int(at * len(spoilt))
@@ -316,19 +345,20 @@ def test_a_fuzzer_finds_no_way_out_but_a_refusal(
     with TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_bytes(spoilt)
-        message, found = "refused", None
+        message, found = "refused", whole
         try:
             found = opened(kind, path)
         except ValueError as error:
             message = str(error)
     assert message
     assert "\n" not in message
-    assert found in (None, shape) or kind in TEXTS
+    assert found[0] == whole[0] or kind in TEXTS
+    assert found == whole or kind not in WITH_CHECKSUM
 
 
 @pytest.fixture(scope="module")
-def whole_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, bytes, Shape]]:
-    """Format -> (file name, a good file, the shape of what it holds)."""
+def whole_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, bytes, Content]]:
+    """Format -> (file name, a good file, what it holds)."""
     found = {}
     for kind, (name, data) in sources().items():
         path = tmp_path_factory.mktemp(kind) / name

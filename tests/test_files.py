@@ -26,3 +26,13 @@ def test_two_processes_that_write_one_path_leave_the_later_one_whole(tmp_path: P
     assert process.returncode == 0
     assert target.read_text() == "theirs"
     assert [path.name for path in tmp_path.iterdir()] == ["made.json"]
+
+
+def test_what_a_killed_process_left_is_cleared_also_where_it_was_put_into_place_twice(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for name in (f".a.json.{dead.pid}.partial", f"..a.json.{dead.pid}.partial.{dead.pid}.partial"):
+        (tmp_path / name).write_text("half")
+    with replacing(tmp_path / "a.json") as partial:
+        partial.write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

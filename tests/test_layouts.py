@@ -93,6 +93,11 @@ def test_an_xml_bomb_is_refused(tmp_path: Path) -> None:
         (lambda root: (root / "Annotations/a.xml").unlink(), "1 of 2 images have no annotation"),
         (lambda root: (root / "JPEGImages/a.jpg").unlink(), "1 of 2 annotations have no image"),
         (lambda root: (root / "Annotations/a.xml").write_text("<annotation><object>"), "is no XML"),
+        (lambda root: (root / "Annotations/a.xml").write_text("<html/>"), "not Pascal VOC's <annotation>"),
+        (
+            lambda root: (root / "Annotations/a.xml").write_text('<annotation xmlns="http://x"/>'),
+            "not Pascal VOC's <annotation>",
+        ),
         (
             lambda root: voc(root, {"a": [("virus", 1, 1, 2, 2)]}),
             "image 1 in sorted order: box 1 is of a class that is none of cell, platelet",
@@ -165,6 +170,18 @@ def test_coco_boxes_are_corner_and_size(tmp_path: Path) -> None:
             "must be a path within the source",
         ),
         (coco(images=[{"id": 1, "file_name": "gone.png"}], annotations=[]), "image 1: its file is not there"),
+        (
+            coco(annotations=[{"image_id": 1, "category_id": 7, "bbox": [0, 0, 9, 9], "iscrowd": 1}]),
+            "annotation 1 is of a crowd",
+        ),
+        (
+            coco(annotations=[{"image_id": 1, "category_id": 7, "segmentation": [[0, 0, 9, 0, 9, 9]]}]),
+            r"not in COCO.s form .*at annotations.0.bbox",
+        ),
+        (
+            coco(categories=[{"id": 7, "name": "cell"}, {"id": 7, "name": "platelet"}]),
+            "a category id stands twice",
+        ),
     ],
 )
 def test_coco_faults_are_named(tmp_path: Path, content: dict[str, Any], message: str) -> None:

@@ -2,8 +2,11 @@
 
 import io
 import logging
+import struct
 import threading
 import warnings
+import zipfile
+import zlib
 from pathlib import Path
 
 import gdcm
@@ -29,7 +32,7 @@ from scipy.fft import idctn
 
 from cadx.reading.codecs import decode_frame
 from cadx.reading.dicom import dicom_identifiers
-from cadx.reading.images import read_arrays, read_image
+from cadx.reading.images import read_arrays, read_image, read_png_indices
 from cadx.reading.source import MAX_PIXELS, sniff
 
 NAME = "Ignatowska^Bronislawa"
@@ -511,6 +514,64 @@ def test_one_bit_png_is_black_and_white():
     np.testing.assert_array_equal(read_image(stream.getvalue()).pixels, np.eye(4) * 255)
 
 
+def png_of(header: bytes, rows: bytes) -> bytes:
+    """A PNG whose checksums all fit, whatever it claims."""
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    body = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize("interlaced", [0, 1])
+@pytest.mark.parametrize(("colour", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_a_png_with_fewer_pixels_than_it_claims_is_refused_and_not_filled_with_black(
+    tmp_path, colour, channels, interlaced
+):
+    width_px, height_px = 21, 19
+    header = struct.pack(">IIBBBBB", width_px, height_px, 8, colour, 0, 0, interlaced)
+    passes = [(19, 21)]
+    if interlaced:  # counted by hand
+        passes = [(3, 3), (3, 3), (2, 6), (5, 5), (5, 11), (10, 10), (9, 21)]
+    rows = b"".join((b"\0" + b"\x80" * (columns * channels)) * count for count, columns in passes)
+    assert read_image(png_of(header, rows)).pixels.shape[:2] == (height_px, width_px)
+    file = tmp_path / "mask.png"
+    for missing in (1, passes[-1][1] * channels + 1, len(rows) // 2):
+        file.write_bytes(png_of(header, rows[:-missing]))
+        for read in (read_image, read_png_indices):
+            with pytest.raises(ValueError, match="PNG: fewer pixels than its header claims"):
+                read(file)
+
+
+def test_no_bit_of_a_png_can_change_a_pixel_unseen():
+    rng = np.random.default_rng(0)
+    ramp = np.add.outer(np.arange(256), np.arange(256)).astype(np.uint8) // 2
+    noisy = ramp + rng.integers(0, 3, ramp.shape, dtype=np.uint8)
+    data = picture_bytes(noisy)
+    for _ in range(1500):
+        damaged = bytearray(data)
+        damaged[int(rng.integers(8, len(data)))] ^= 1 << int(rng.integers(8))
+        with pytest.raises(ValueError, match=r"^PNG: [^\n]*$"):
+            read_image(bytes(damaged))
+
+
+def test_a_picture_that_is_to_be_turned_is_refused_since_boxes_and_viewers_may_disagree_with_its_pixels():
+    gray = np.arange(40, dtype=np.uint8).reshape(5, 8)
+    for kind in ("PNG", "JPEG"):
+        for orientation in range(1, 9):
+            exif = Image.Exif()
+            exif[0x0112] = orientation
+            data = picture_bytes(gray, kind, exif=exif)
+            if orientation == 1:
+                assert read_image(data).pixels.shape == gray.shape
+                continue
+            with pytest.raises(ValueError, match=f"{kind}: its EXIF orientation .*; save it upright"):
+                read_image(data)
+    damaged = picture_bytes(gray, "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    assert read_image(damaged).pixels.shape == gray.shape, "what nobody can read turns nothing"
+
+
 def test_cmyk_is_refused():
     stream = io.BytesIO()
     Image.new("CMYK", (4, 4)).save(stream, "JPEG")
@@ -613,6 +674,31 @@ def test_arrays(tmp_path):
     (tmp_path / "text.npz").write_text("no archive")
     whole = (tmp_path / "a.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
-    for name in ("objects.npz", "text.npz", "cut.npz", "absent.npz"):
+    with zipfile.ZipFile(tmp_path / "bytes.npz", "w") as archive:
+        archive.writestr("train_images.npy", b"no array")
+    for name in ("objects.npz", "text.npz", "cut.npz", "absent.npz", "bytes.npz"):
         with pytest.raises(ValueError, match=f"^{name}: [^\n]*$"):
             read_arrays(tmp_path / name)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_an_array_that_claims_less_than_it_holds_is_refused_and_its_checksum_is_not_passed_over(
+    tmp_path, save
+):
+    whole = np.random.default_rng(0).integers(0, 256, (512, 2048), dtype=np.uint8)
+    save(tmp_path / "a.npz", train_images=whole)
+    np.testing.assert_array_equal(read_arrays(tmp_path / "a.npz")["train_images"], whole)
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, whole)
+    content = stream.getvalue()
+    packing = zipfile.ZIP_STORED if save is np.savez else zipfile.ZIP_DEFLATED
+    for claim in (b"(112, 2048)", b"(512, 0048)", b"(512, 2008)"):
+        with zipfile.ZipFile(tmp_path / "less.npz", "w", packing) as archive:
+            archive.writestr("train_images.npy", content.replace(b"(512, 2048)", claim))
+        with pytest.raises(ValueError, match=r"^less.npz: [^\n]*$"):
+            read_arrays(tmp_path / "less.npz")
+    if save is np.savez:  # the header stands in the file as it is: one flipped bit of it
+        data = (tmp_path / "a.npz").read_bytes()
+        (tmp_path / "flipped.npz").write_bytes(data.replace(b"(512, 2048)", b"(412, 2048)"))
+        with pytest.raises(ValueError, match=r"^flipped.npz: [^\n]*$"):
+            read_arrays(tmp_path / "flipped.npz")

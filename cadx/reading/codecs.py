@@ -1,7 +1,7 @@
-"""JPEG 2000 and JPEG of 12 bits inside DICOM, decoded by imagecodecs: a plugin of pydicom's decoders.
+"""JPEG 2000, JPEG-LS, lossless JPEG and JPEG of 12 bits inside DICOM, by imagecodecs: a plugin of pydicom's decoders.
 
-Pillow refuses some colour streams of JPEG 2000 that hold to the standard, and neither Pillow nor GDCM decodes JPEG of
-12 bits. imagecodecs (OpenJPEG, libjpeg-turbo) reads both.
+Pillow refuses some colour streams of JPEG 2000 that hold to the standard, neither Pillow nor GDCM decodes JPEG of
+12 bits, and damaged streams end GDCM with its process. imagecodecs (OpenJPEG, CharLS, libjpeg-turbo) reads them all.
 """
 
 from typing import Any
@@ -11,18 +11,31 @@ import numpy as np
 from pydicom.dataset import Dataset
 from pydicom.pixels.common import PhotometricInterpretation
 from pydicom.pixels.decoders.base import DecodeRunner, get_decoder
-from pydicom.uid import JPEG2000, UID, JPEG2000Lossless, JPEGBaseline8Bit, JPEGExtended12Bit
+from pydicom.uid import (
+    JPEG2000,
+    UID,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+)
 
-DECODER_DEPENDENCIES = {
-    JPEGExtended12Bit: ("imagecodecs",),
-    JPEG2000Lossless: ("imagecodecs",),
-    JPEG2000: ("imagecodecs",),
-}
+_JPEG_2000 = (JPEG2000Lossless, JPEG2000)
+_JPEG_LS = (JPEGLSLossless, JPEGLSNearLossless)
+_JPEG_LOSSLESS = (JPEGLossless, JPEGLosslessSV1)
+
+DECODER_DEPENDENCIES = dict.fromkeys(
+    (JPEGExtended12Bit, *_JPEG_LOSSLESS, *_JPEG_LS, *_JPEG_2000), ("imagecodecs",)
+)
 """What pydicom asks of a plugin: the syntaxes that it decodes, and by which packages."""
 
 _NAME = "imagecodecs"
 _START_OF_CODESTREAM = b"\xff\x4f\xff\x51"
 _END_OF_IMAGE = b"\xff\xd9"
+_LOSSLESS_FRAMES = (0xC3, 0xF7)  # SOF3 of lossless JPEG, SOF55 of JPEG-LS
 
 
 def decode_frame(header: Dataset, index: int) -> np.ndarray:
@@ -36,12 +49,10 @@ def decode_frame(header: Dataset, index: int) -> np.ndarray:
     """
     syntax = UID(str(header.file_meta.TransferSyntaxUID))
     plugin = ""
-    if syntax in (JPEG2000Lossless, JPEG2000):
-        plugin = _NAME
-    elif syntax == JPEGExtended12Bit:
-        plugin = "pillow" if header.BitsStored == 8 else _NAME
-    elif syntax == JPEGBaseline8Bit:
+    if syntax == JPEGBaseline8Bit or (syntax == JPEGExtended12Bit and header.BitsStored == 8):
         plugin = "pillow"
+    elif syntax in DECODER_DEPENDENCIES:
+        plugin = _NAME
     stored, _ = get_decoder(syntax).as_array(header, index=index, raw=False, decoding_plugin=plugin)
     return stored
 
@@ -56,11 +67,21 @@ def _decode_frame(stream: bytes, runner: DecodeRunner) -> bytes:
     shape: tuple[int, ...] = (runner.rows, runner.columns)
     if runner.samples_per_pixel > 1:
         shape += (runner.samples_per_pixel,)
-    if runner.transfer_syntax == JPEGExtended12Bit:
-        # libjpeg fills what is missing with gray.
-        if not stream.rstrip(b"\x00\xff").endswith(_END_OF_IMAGE):
-            raise ValueError("the JPEG stream has no end")
+    syntax = runner.transfer_syntax
+    # libjpeg fills what is missing with gray.
+    if syntax not in _JPEG_2000 and not stream.rstrip(b"\x00\xff").endswith(_END_OF_IMAGE):
+        raise ValueError("the JPEG stream has no end")
+    if syntax == JPEGExtended12Bit:
         return _decoded(imagecodecs.jpeg8_decode, stream, shape, np.uint16)
+    if syntax in (*_JPEG_LOSSLESS, *_JPEG_LS):
+        bits = _lossless_bits(stream, shape)
+        runner.set_option("bits_allocated", 8 if bits <= 8 else 16)
+        runner.set_option("planar_configuration", 0)
+        if syntax in _JPEG_LOSSLESS:
+            return _decoded(imagecodecs.jpeg8_decode, stream, shape, f"u{runner.bits_allocated // 8}")
+        pixels: np.ndarray = imagecodecs.jpegls_decode(stream)
+        # A stream that is not interleaved holds one plane after the other.
+        return (pixels if pixels.shape == shape else np.moveaxis(pixels, 0, -1)).tobytes()
     precision = int(runner.get_option("j2k_precision", runner.bits_stored))
     runner.set_option("bits_allocated", 8 if precision <= 8 else 16)
     runner.set_option("planar_configuration", 0)
@@ -77,6 +98,31 @@ def _decode_frame(stream: bytes, runner: DecodeRunner) -> bytes:
         # The transform is a part of the codestream and has been undone with it.
         runner.set_option("photometric_interpretation", PhotometricInterpretation.RGB)
     return decoded
+
+
+def _lossless_bits(stream: bytes, shape: tuple[int, ...]) -> int:
+    """Bits of a value in a lossless stream of this very shape; anything else never reaches its decoder.
+
+    Source: ITU-T T.81, B.1.1 and B.2.2 (markers, frame header); T.87, C.2.2.
+    """
+    at = 2
+    while stream[at] == 0xFF:
+        marker = stream[at + 1]
+        if marker == 0xFF:  # a fill byte
+            at += 1
+            continue
+        if marker in _LOSSLESS_FRAMES:
+            bits, rows, columns, samples = (
+                stream[at + 4],
+                int.from_bytes(stream[at + 5 : at + 7], "big"),
+                int.from_bytes(stream[at + 7 : at + 9], "big"),
+                stream[at + 9],
+            )
+            if (rows, columns, samples) == (*shape, 1)[:3]:
+                return bits
+            break
+        at += 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
+    raise ValueError("no lossless stream of this size")
 
 
 def _decoded(decode: Any, stream: bytes, shape: tuple[int, ...], dtype: Any) -> bytes:

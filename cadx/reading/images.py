@@ -2,7 +2,9 @@
 
 import io
 import re
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,20 @@ from cadx.types import RawImage
 MAX_ARRAYS_BYTES = 1 << 32
 """Largest archive of arrays, unpacked: what its headers claim is checked before anything is."""
 
+_ORIENTATION, _UPRIGHT = 0x0112, 1  # of EXIF
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
+# First row, first column, distance of rows, distance of columns. Source: PNG, third edition, 8.1.
+_PNG_PASSES = (
+    (0, 0, 8, 8),
+    (0, 4, 8, 8),
+    (4, 0, 8, 4),
+    (0, 2, 4, 4),
+    (2, 0, 4, 2),
+    (0, 1, 2, 2),
+    (1, 0, 2, 1),
+)
+_INFLATED_BYTES = 1 << 20
+
 
 def read_image(
     source: Path | bytes, frame: int | None = None, *, photometric: Photometric | None = None
@@ -42,8 +58,8 @@ def read_image(
 
     Raises:
         ValueError: one line, without file name or value: not an image, truncated, several frames and none asked
-            for, no such frame, more than `MAX_PIXELS`, of a kind whose meaning is not known, or of another
-            photometric interpretation than the one given.
+            for, no such frame, more than `MAX_PIXELS`, of a kind whose meaning is not known, to be turned before
+            it is shown (EXIF), or of another photometric interpretation than the one given.
     """
     data = read_bytes(source)
     kind = sniff(data[:HEAD_BYTES])
@@ -75,6 +91,7 @@ def read_png_indices(path: Path) -> np.ndarray:
         with discreet():
             picture: Image.Image = Image.open(io.BytesIO(data), formats=("PNG",))
         check_size(picture.height, picture.width)
+        _check_png(data)
         if picture.mode not in ("1", "L", "P"):
             raise Refusal("a mask must have one channel of at most 8 bits")
         return np.asarray(picture).astype(np.uint8)
@@ -95,10 +112,9 @@ def read_arrays(path: Path, wanted: str = ".*") -> dict[str, np.ndarray]:
             names = {member.filename: member.filename.removesuffix(".npy") for member in archive.infolist()}
             members = [item for item in archive.infolist() if re.fullmatch(wanted, names[item.filename])]
             claimed_bytes = sum(member.file_size for member in members)
-        if claimed_bytes > MAX_ARRAYS_BYTES:
-            raise Refusal(f"claims {claimed_bytes} bytes unpacked, over the limit of {MAX_ARRAYS_BYTES}")
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files if re.fullmatch(wanted, name)}
+            if claimed_bytes > MAX_ARRAYS_BYTES:
+                raise Refusal(f"claims {claimed_bytes} bytes unpacked, over the limit of {MAX_ARRAYS_BYTES}")
+            return {names[member.filename]: _read_array(archive, member) for member in members}
     except FileNotFoundError:
         raise ValueError(f"{path.name}: no such file") from None
     except Refusal as refusal:
@@ -106,6 +122,15 @@ def read_arrays(path: Path, wanted: str = ".*") -> dict[str, np.ndarray]:
     except Exception as error:  # zipfile, zlib and NumPy each have their own types for a damaged archive
         what = type(error).__name__
         raise ValueError(f"{path.name}: no readable .npz of plain arrays ({what}); fetch it again") from None
+
+
+def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    with archive.open(member) as stream:
+        array: np.ndarray = np.lib.format.read_array(stream, allow_pickle=False)
+        # At a member's end the archive compares its checksum; NumPy stops where the header says.
+        if stream.read(1):
+            raise Refusal("an array with more numbers than its header claims; fetch it again")
+    return array
 
 
 # --- PNG and JPEG -----------------------------------------------------------------------------------
@@ -116,8 +141,12 @@ def _read_picture(data: bytes, kind: Format, frame: int | None) -> RawImage:
         picture: Image.Image = Image.open(io.BytesIO(data), formats=(kind,))
     check_size(picture.height, picture.width)
     check_frame(getattr(picture, "n_frames", 1), frame)
+    if kind == "PNG":
+        _check_png(data)
     if frame is not None and frame > 1:
         picture.seek(frame - 1)
+    if _orientation(picture) != _UPRIGHT:
+        raise Refusal("its EXIF orientation turns or mirrors it; save it upright, without that tag")
     assumptions = []
     # Pillow gives 16-bit colour with 8 bits and does not say so; byte 24 is the depth in the PNG header.
     if kind == "PNG" and data[24] == 16 and not picture.mode.startswith("I"):
@@ -125,11 +154,15 @@ def _read_picture(data: bytes, kind: Format, frame: int | None) -> RawImage:
     if "transparency" in picture.info and picture.mode in ("P", "L", "RGB"):
         picture = picture.convert("RGBA")
     if picture.mode in ("LA", "RGBA", "PA"):
-        layer = picture.convert("RGBA")
-        if layer.getchannel("A").getextrema() != (255, 255):
+        if picture.mode != "RGBA":
+            picture = picture.convert("RGBA")
+        opacity = picture.getchannel("A")
+        picture = picture.convert("RGB")
+        if opacity.getextrema() != (255, 255):
             assumptions.append("transparent pixels were laid over black")
-        canvas = Image.new("RGBA", layer.size, (0, 0, 0, 255))
-        picture = Image.alpha_composite(canvas, layer).convert("RGB")
+            canvas = Image.new("RGB", picture.size)
+            canvas.paste(picture, mask=opacity)
+            picture = canvas
     elif picture.mode == "P":
         picture = picture.convert("RGB")
     elif picture.mode == "1":
@@ -141,6 +174,51 @@ def _read_picture(data: bytes, kind: Format, frame: int | None) -> RawImage:
     else:
         raise Refusal(f"colour mode {picture.mode} has no one meaning; export as gray or RGB")
     return RawImage(pixels=gray_if_equal(pixels), assumptions=tuple(assumptions))
+
+
+def _orientation(picture: Image.Image) -> int:
+    """Of EXIF, 1 to 8; 1 where there is none, or none that can be read, as every viewer takes it."""
+    try:
+        return int(picture.getexif().get(_ORIENTATION, _UPRIGHT))
+    except Exception:  # Pillow lets pass what a damaged EXIF makes of it
+        return _UPRIGHT
+
+
+def _check_png(data: bytes) -> None:
+    """Refuse a PNG that fails one of its checksums, or that holds fewer pixels than it claims.
+
+    Pillow passes over both: it takes changed pixels as they are, and those that are missing for black.
+
+    Source: PNG, third edition, 5.3 (chunks), 7.2 and 8.1 (rows and passes).
+    """
+    at, claimed_bytes, held_bytes = 8, 0, 0
+    inflate = zlib.decompressobj()
+    kind = b""
+    while kind != b"IEND":
+        length, kind = struct.unpack_from(">I4s", data, at)
+        body = data[at + 8 : at + 8 + length]
+        (checksum,) = struct.unpack_from(">I", data, at + 8 + length)
+        if zlib.crc32(body, zlib.crc32(kind)) != checksum:
+            raise Refusal("a part of it fails its checksum; export or copy it again")
+        if kind == b"IHDR":
+            claimed_bytes = _png_bytes(body)
+        while kind == b"IDAT" and body and held_bytes < claimed_bytes:
+            held_bytes += len(inflate.decompress(body, _INFLATED_BYTES))
+            body = inflate.unconsumed_tail
+        at += 12 + length
+    if held_bytes < claimed_bytes:
+        raise Refusal("fewer pixels than its header claims; export or copy it again")
+
+
+def _png_bytes(header: bytes) -> int:
+    """How many bytes the pixels of a PNG take unpacked, by its IHDR: a row is its filter's number and its pixels."""
+    width_px, height_px, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", header)
+    num_bytes = 0
+    for row, column, row_step, column_step in _PNG_PASSES if interlaced else ((0, 0, 1, 1),):
+        rows, columns = -(-(height_px - row) // row_step), -(-(width_px - column) // column_step)
+        if rows > 0 and columns > 0:
+            num_bytes += rows * (1 + -(-columns * depth * _PNG_CHANNELS[colour] // 8))
+    return num_bytes
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
