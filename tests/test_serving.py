@@ -170,7 +170,7 @@ REFUSED = {
 
 def lines(folder: Path) -> list[dict[str, Any]]:
     """Every record of a request log; fails on a line that is not whole."""
-    texts = [file.read_text(encoding="utf-8") for file in sorted(folder.iterdir())]
+    texts = [file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.jsonl"))]
     assert all(text.endswith("\n") for text in texts)
     return [json.loads(line) for text in texts for line in text.splitlines()]
 
