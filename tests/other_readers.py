@@ -1,9 +1,8 @@
 """What is in a file by readers that cadx does not use for it: whether what was answered was a valid image.
 
-DICOM by GDCM's own parser and decoders, JPEG 2000 in it by Pillow, JPEG-LS by imagecodecs as in cadx itself (damage may
-end GDCM with its process), shown by pydicom's functions; PNG by libpng and JPEG by libjpeg-turbo (both in imagecodecs);
-NIfTI by nibabel's own array; a slide by Pillow's libtiff. For JPEG of 12 bits no second decoder is at hand: it is
-decoded here, block by block.
+DICOM by GDCM's own parser and decoders, JPEG 2000 in it by Pillow, shown by pydicom's functions; PNG by libpng and JPEG
+by libjpeg-turbo (both in imagecodecs); NIfTI by nibabel's own array; a slide by Pillow's libtiff. For JPEG of 12 bits
+no second decoder is at hand: it is decoded here, block by block.
 """
 
 import gzip
@@ -20,7 +19,7 @@ import pydicom
 from PIL import Image
 from pydicom.encaps import generate_frames
 from pydicom.pixels import apply_modality_lut, apply_windowing
-from pydicom.uid import JPEG2000, JPEG2000Lossless, JPEGExtended12Bit, JPEGLSLossless
+from pydicom.uid import JPEG2000, JPEG2000Lossless, JPEGExtended12Bit
 from scipy.fft import idctn
 
 
@@ -67,9 +66,6 @@ def _stored(data: bytes, header: pydicom.Dataset) -> np.ndarray:
     syntax = header.file_meta.TransferSyntaxUID
     if syntax == JPEGExtended12Bit:
         return decode_jpeg_12(next(generate_frames(header.PixelData, number_of_frames=1)))
-    if syntax == JPEGLSLossless:
-        values = imagecodecs.jpegls_decode(next(generate_frames(header.PixelData, number_of_frames=1)))
-        return values.view(np.int16) if header.PixelRepresentation else values
     if syntax in (JPEG2000, JPEG2000Lossless):
         picture = Image.open(io.BytesIO(next(generate_frames(header.PixelData, number_of_frames=1))))
         # Pillow moves signed values up until they are none.

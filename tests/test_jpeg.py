@@ -7,11 +7,11 @@ from typing import Any
 import imagecodecs
 import numpy as np
 import pytest
-from other_readers import decode_jpeg_12
+from other_readers import decode_jpeg_12, image_elsewhere
 from PIL import Image
 from pydicom.encaps import encapsulate
-from pydicom.uid import JPEGBaseline8Bit
-from test_corpus import dicom_jpeg_12
+from pydicom.uid import JPEGBaseline8Bit, JPEGLosslessSV1
+from test_corpus import dicom_jpeg_12, sources
 from test_reading import dicom_dataset, encode
 
 from cadx.reading.images import read_image
@@ -35,6 +35,13 @@ def in_dicom(stream: bytes) -> bytes:
     return encode(ds)
 
 
+def lossless(pixels: np.ndarray) -> bytes:
+    ds = dicom_dataset(pixels)
+    ds.file_meta.TransferSyntaxUID = JPEGLosslessSV1
+    ds.PixelData = encapsulate([imagecodecs.ljpeg_encode(pixels, bitspersample=16)])
+    return encode(ds)
+
+
 WHOLE = {
     "gray": saved(NOISE),
     "progressive": saved(NOISE, progressive=True),
@@ -50,6 +57,9 @@ WHOLE = {
     "more behind the end": saved(NOISE) + saved(COLOUR),
     "DICOM": in_dicom(saved(NOISE)),
     "DICOM of 12 bits": dicom_jpeg_12(NOISE.astype(np.uint16) * 16),
+    "DICOM, lossless, colour": sources()["dicom-jpeg"][1],
+    "DICOM, lossless": lossless(NOISE.astype(np.uint16) * 256 + 7),
+    "DICOM, lossless, black": lossless(NOISE.astype(np.uint16) * 0),
     "DICOM of 12 bits, dark": dicom_jpeg_12(NOISE.astype(np.uint16) * 0),
 }
 
@@ -97,6 +107,27 @@ def test_the_codes_of_12_bits_are_followed_as_another_decoder_does() -> None:
         assert is_whole == is_valid, number
         verdicts.add(is_valid)
     assert verdicts == {True, False}
+
+
+@pytest.mark.parametrize("kind", ["DICOM, lossless, colour", "DICOM, lossless"])
+def test_a_damaged_lossless_jpeg_is_refused_where_its_codes_run_out_or_are_left(kind: str) -> None:
+    """GDCM refuses the same: it counts samples too."""
+    whole, verdicts = WHOLE[kind], set()
+    start = whole.rindex(b"\xff\xda")
+    for number in range(40):
+        rng = np.random.default_rng(number)
+        spoilt = bytearray(whole)
+        spoilt[int(rng.integers(start + 40, len(whole) - 8))] ^= int(rng.integers(1, 255))
+        try:
+            pixels = read_image(bytes(spoilt)).pixels
+            require_whole_jpeg(bytes(spoilt), pixels.size)
+            is_whole = True
+        except ValueError:
+            is_whole = False
+        verdicts.add(is_whole)
+        if is_whole:
+            np.testing.assert_array_equal(image_elsewhere(bytes(spoilt)), pixels)
+    assert False in verdicts
 
 
 def test_what_is_no_jpeg_passes_unseen() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import imagecodecs
 import numpy as np
 from pydicom.encaps import generate_frames
-from pydicom.uid import UID, JPEGBaseline8Bit, JPEGExtended12Bit
+from pydicom.uid import UID, JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLossless, JPEGLosslessSV1
 
 from cadx.reading.dicom import discreet, parse_header
 from cadx.reading.source import HEAD_BYTES, sniff
@@ -14,7 +14,9 @@ from cadx.reading.source import HEAD_BYTES, sniff
 MAX_CHECKED_PIXELS = 24_000_000
 """Largest JPEG that is checked; the check takes 17 bytes of memory and 25 ns a pixel."""
 
-_SYNTAXES = (JPEGBaseline8Bit, JPEGExtended12Bit)
+_SYNTAXES = (JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLossless, JPEGLosslessSV1)
+_EXTENDED, _LOSSLESS = 0xC1, 0xC3  # the markers of these processes' frames
+_BYTES_AT_ONCE = 1 << 20
 _END_OF_IMAGE = b"\xff\xd9"
 _ENDED = 128
 _RESTART = re.compile(rb"\xff[\xd0-\xd7]")
@@ -24,11 +26,11 @@ _MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")  # those that end a scan, o
 def require_whole_jpeg(data: bytes, num_pixels: int) -> None:
     """Refuse a file with a JPEG whose scans are damaged, or do not end where the image does.
 
-    libjpeg, under Pillow and GDCM alike, decodes such scans to the end: gray where they stop short, noise behind a
-    flipped bit. libjxl packs a JPEG anew without loss, so it must understand each bit, and refuses what it cannot.
-    It passes over bytes behind the last scan; of a whole stream the last byte is needed, so without that one it
-    must refuse. It knows no 12 bits: there the codes are followed here. A flip that leaves a readable stream of the
-    same length makes another valid image.
+    Decoders take such scans to the end: gray where they stop short, noise behind a flipped bit. libjxl packs a JPEG
+    anew without loss, so it must understand each bit, and refuses what it cannot. It passes over bytes behind the
+    last scan; of a whole stream the last byte is needed, so without that one it must refuse. It knows no 12 bits and
+    no lossless JPEG: there the codes are followed here. A flip that leaves a readable stream of the same length makes
+    another valid image.
 
     Args:
         data: a file that `read_image` reads. PNG, and DICOM of other transfer syntaxes, pass unseen.
@@ -45,7 +47,7 @@ def require_whole_jpeg(data: bytes, num_pixels: int) -> None:
             f"JPEG: more than {MAX_CHECKED_PIXELS // 10**6} megapixels; export as PNG, or as DICOM without JPEG"
         )
     try:
-        is_whole = _is_whole_12_bits(stream) if _has_12_bits(stream) else _is_whole(stream)
+        is_whole = _is_whole_by_codes(stream) if _is_followed(stream) else _is_whole(stream)
     except (LookupError, ValueError, StopIteration):  # a segment that is not what its marker says
         is_whole = False
     if not is_whole:
@@ -98,37 +100,50 @@ def _is_understood(scans: bytes) -> bool:
     return True
 
 
-# --- 12 bits ------------------------------------------------------------------------------------------
+# --- What libjxl does not know: sequential JPEG of 12 bits, and lossless JPEG ---------------------------
 
 
-def _has_12_bits(stream: bytes) -> bool:
-    return any(marker == 0xC1 and stream[start] == 12 for marker, start, _ in _segments(stream))
+def _is_followed(stream: bytes) -> bool:
+    return any(
+        marker == _LOSSLESS or (marker == _EXTENDED and stream[start] == 12)
+        for marker, start, _ in _segments(stream)
+    )
 
 
-def _is_whole_12_bits(stream: bytes) -> bool:
-    """Whether the codes of a sequential JPEG of one component give each of its blocks, and nothing more.
+def _is_whole_by_codes(stream: bytes) -> bool:
+    """Whether the codes of the one scan give each block, or each sample of a lossless JPEG, and nothing more.
 
-    Source: ITU-T T.81, F.2.2 (Huffman decoding) and B.2 (segments).
+    Source: ITU-T T.81, F.2.2 and H.2 (Huffman decoding, of blocks and of samples) and B.2 (segments).
     """
     tables: dict[int, bytes] = {}
-    num_blocks = restart = scan = chosen = start = 0
+    process = num_components = num_units = restart = scan = start = 0
+    chosen: list[int] = []
     for marker, start, end in _segments(stream):
         if marker == 0xC4:
             while start < end:
                 kind, lengths = stream[start], stream[start + 1 : start + 17]
                 tables[kind] = stream[start + 1 : start + 17 + sum(lengths)]
                 start += 17 + sum(lengths)
-        elif marker == 0xC1:
+        elif marker in (_EXTENDED, _LOSSLESS):
+            process, num_components = marker, stream[start + 5]
             height, width = (int.from_bytes(stream[at : at + 2], "big") for at in (start + 1, start + 3))
-            num_blocks = -(-height // 8) * -(-width // 8)
+            num_units = height * width if marker == _LOSSLESS else -(-height // 8) * -(-width // 8)
         elif marker == 0xDD:
             restart = int.from_bytes(stream[start:end], "big")
         elif marker == 0xDA:
-            chosen, scan = stream[start + 2], end
+            chosen += [stream[start + 2 + 2 * i] for i in range(stream[start])]
+            scan = end
+    if len(chosen) != num_components:
+        return False
     parts = _RESTART.split(stream[scan:start])
-    wanted = [restart] * (len(parts) - 1) + [num_blocks - restart * (len(parts) - 1)]
-    dc, ac = _steps(tables[chosen >> 4]), _steps(tables[0x10 | chosen & 15])
-    return all(_holds(part, number, dc, ac) for part, number in zip(parts, wanted, strict=True))
+    wanted = [restart] * (len(parts) - 1) + [num_units - restart * (len(parts) - 1)]
+    dc = [_steps(tables[one >> 4]) for one in chosen]
+    if process == _LOSSLESS:
+        return all(_holds_samples(part, number, dc) for part, number in zip(parts, wanted, strict=True))
+    ac = _steps(tables[0x10 | chosen[0] & 15])
+    return num_components == 1 and all(
+        _holds_blocks(part, number, dc[0], ac) for part, number in zip(parts, wanted, strict=True)
+    )
 
 
 def _steps(table: bytes) -> tuple[np.ndarray, np.ndarray]:
@@ -144,16 +159,36 @@ def _steps(table: bytes) -> tuple[np.ndarray, np.ndarray]:
     return bits, symbols
 
 
-def _holds(
+def _holds_samples(part: bytes, number: int, tables: list[tuple[np.ndarray, np.ndarray]]) -> bool:
+    """Whether entropy-coded data hold so many samples of each component."""
+    bits, end = _at_each_bit(part, *(table[0] for table in tables))
+    at = 0
+    try:
+        if all(one == bits[0] for one in bits):
+            of_any, step = bits[0], 1
+            for _ in range(number * len(bits)):
+                step = of_any[at]
+                at += step
+            if not step:  # a code that is none leads nowhere, so the last step tells of all
+                return False
+        else:
+            for _ in range(number):
+                for one in bits:
+                    if not (step := one[at]):
+                        return False
+                    at += step
+    except IndexError:
+        return False
+    return end - 8 < at <= end
+
+
+def _holds_blocks(
     part: bytes, number: int, dc: tuple[np.ndarray, np.ndarray], ac: tuple[np.ndarray, np.ndarray]
 ) -> bool:
     """Whether entropy-coded data hold so many blocks."""
-    data = np.frombuffer(part.replace(b"\xff\x00", b"\xff").rstrip(b"\xff") + b"\xff\xff\xff", np.uint8)
-    three = data[:-2].astype(np.uint32) << 16 | data[1:-1].astype(np.uint32) << 8 | data[2:]
-    ahead = (three[:, None] >> np.arange(8, 0, -1, dtype=np.uint32) & 0xFFFF).ravel()
     # A run moves on by its zeros and the number behind them; the end of a block moves past any block's end.
     run = np.where(ac[1] == 0, _ENDED, (ac[1] >> 4) + 1).astype(np.uint8)
-    dc_bits, ac_bits, ac_run = (of[ahead].tobytes() for of in (dc[0], ac[0], run))
+    (dc_bits, ac_bits, ac_run), end = _at_each_bit(part, dc[0], ac[0], run)
     at = 0
     try:
         for _ in range(number):
@@ -169,4 +204,21 @@ def _holds(
                 return False
     except IndexError:
         return False
-    return 8 * len(data) - at < 32
+    return end - 8 < at <= end
+
+
+def _at_each_bit(part: bytes, *tables: np.ndarray) -> tuple[list[bytes], int]:
+    """What each table says of the 16 bits from each bit of entropy-coded data on; and how many bits these are.
+
+    Fill bytes at the end are left out: in data a zero would stand behind each 255.
+    """
+    data = part.rstrip(b"\xff").replace(b"\xff\x00", b"\xff")
+    end, padded = 8 * len(data), np.frombuffer(data + b"\xff\xff", np.uint8)
+    found: list[list[bytes]] = [[] for _ in tables]
+    for first in range(0, len(padded) - 2, _BYTES_AT_ONCE):
+        some = padded[first : first + _BYTES_AT_ONCE + 2].astype(np.uint32)
+        three = some[:-2] << 16 | some[1:-1] << 8 | some[2:]
+        ahead = (three[:, None] >> np.arange(8, 0, -1, dtype=np.uint32) & 0xFFFF).ravel()
+        for of_table, table in zip(found, tables, strict=True):
+            of_table.append(table[ahead].tobytes())
+    return [b"".join(of_table) for of_table in found], end
