@@ -12,7 +12,7 @@ from cadx.reading.dicom import discreet, parse_header
 from cadx.reading.source import HEAD_BYTES, sniff
 
 MAX_CHECKED_PIXELS = 24_000_000
-"""Largest JPEG that is checked; the check takes 17 bytes of memory and 25 ns a pixel."""
+"""Largest JPEG that is checked; that takes 17 bytes of memory and 25 ns a pixel, of a lossless one 100 ns."""
 
 _SYNTAXES = (JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLossless, JPEGLosslessSV1)
 _EXTENDED, _LOSSLESS = 0xC1, 0xC3  # the markers of these processes' frames
