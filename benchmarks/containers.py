@@ -106,6 +106,11 @@ def _pipelines() -> tuple[float, float]:
         (folder / "data").mkdir()
         shutil.copy(ROOT / "data/catalog.yaml", folder / "data")
         jobs, environment = list(stages(EXPERIMENT)), {**os.environ, "PYTHONPATH": str(ROOT)}
+        # The image holds its modules compiled: here they must be, too.
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        for name in {job.step.name for job in jobs}:
+            command = [sys.executable, "-m", "cadx", name, "--help"]
+            subprocess.run(command, env=environment, capture_output=True, check=True)
         started = time.perf_counter()
         for job in jobs:
             line = content[job.step.name]["cmd"].replace("${item.experiment}", EXPERIMENT)

@@ -1,5 +1,6 @@
-"""Bytes on disk: digests, canonical JSON, and writes that appear whole or not at all; and the bytes in memory."""
+"""Bytes on disk: digests, canonical JSON, locks, writes that appear whole or not at all; and the bytes in memory."""
 
+import fcntl
 import hashlib
 import json
 import math
@@ -94,6 +95,24 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         _remove(partial)
+
+
+@contextmanager
+def locked(path: Path, busy: str) -> Iterator[int]:
+    """The descriptor of a lock file, which nobody else gets while it is open here or in a child.
+
+    The lock goes with the processes that hold it, however they end.
+
+    Raises:
+        ValueError: `busy`, if somebody holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(busy) from None
+        yield lock.fileno()
 
 
 def peak_memory_bytes() -> int:

@@ -5,7 +5,6 @@ A search that was killed and goes on therefore makes the trials of one that was 
 val splits alone: whoever calls `search` gives it a way to train that knows no other.
 """
 
-import fcntl
 import json
 import math
 import shutil
@@ -20,7 +19,7 @@ import numpy as np
 from pydantic import Discriminator, Field, Tag, model_validator
 from rich.console import Console
 
-from cadx.files import canonical_json, digest_bytes
+from cadx.files import canonical_json, digest_bytes, locked
 from cadx.training.recipe import WITHOUT_EFFECT, TrainingConfig
 from cadx.types import Config
 
@@ -256,7 +255,12 @@ def search(
     except ModuleNotFoundError:
         raise ValueError("optuna is not installed: it is the extra 'search'; run `make setup`") from None
     space = _distributions(config, recipe, build, monitor)
-    with _locked(study), _quiet(), _opened(study, config, recipe, origin, monitor, seed) as store:
+    busy = f"{study}: another search is at work there; wait, or name another --study"
+    with (
+        locked(study / "lock", busy),
+        _quiet(),
+        _opened(study, config, recipe, origin, monitor, seed) as store,
+    ):
         as_it_stands = _as_it_stands(config, recipe, build)
         show = _Display(config, monitor)
         while not _enough(trials := store.get_trials(), config):
@@ -334,20 +338,6 @@ def _as_it_stands(config: SearchConfig, recipe: Mapping[str, Any], build: Build)
             return None
         params[path] = same[0]
     return params
-
-
-@contextmanager
-def _locked(study: Path) -> Iterator[None]:
-    """The study for this process alone; the lock goes with the process, however that ends."""
-    study.mkdir(parents=True, exist_ok=True)
-    with (study / "lock").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{study}: another search is at work there; wait, or name another --study"
-            ) from None
-        yield
 
 
 @contextmanager

@@ -115,7 +115,7 @@ def split_links(
     dataset: Path | None,
     validation: Path | None,
     manifest: Manifest,
-    decided: Decision | None = None,
+    decided: Decision | None,
 ) -> Iterator[Link]:
     """Whether the splits are those of training, share no patient, and leave out what validation left out."""
     link = compare("split", splits, manifest.provenance.splits, MANIFEST)

@@ -4,7 +4,6 @@ model_store/<name>.deployed.json    the versions that went live, the latest last
 model_store/.<name>.lock            held by whoever changes them
 """
 
-import fcntl
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -14,7 +13,7 @@ from urllib.parse import quote, urlencode
 
 from pydantic import TypeAdapter, ValidationError
 
-from cadx.files import write_json
+from cadx.files import locked, write_json
 from cadx.types import Config
 from serving.client import RESPONSE_TIMEOUTS_S, Endpoint, Refused, Token
 
@@ -51,14 +50,8 @@ def changing(model_store: Path, name: str) -> Iterator[None]:
     Raises:
         ValueError: if somebody does.
     """
-    model_store.mkdir(parents=True, exist_ok=True)
-    with (model_store / f".{name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{model_store}: another deployment or rollback of {name} is on its way; wait for its end"
-            ) from None
+    busy = f"{model_store}: another deployment or rollback of {name} is on its way; wait for its end"
+    with locked(model_store / f".{name}.lock", busy):
         yield
 
 

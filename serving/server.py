@@ -13,7 +13,6 @@ is given or said to end before it; tokens are asked for; archives come from the 
 no body and no query of a request is ever logged.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -31,6 +30,7 @@ from typing import Any, NamedTuple, Self
 
 import urllib3
 
+from cadx.files import locked
 from serving.client import MAX_REQUEST_BYTES, RESPONSE_TIMEOUTS_S
 from serving.management import STARTUP_TIMEOUT_S
 
@@ -160,7 +160,8 @@ class TorchServe:
         with ExitStack() as stack:
             for folder in (self.model_store, self.request_log, self.logs):
                 folder.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(_locked(self.folder))
+            busy = f"{self.folder}: another server runs there; give each its own folder"
+            lock = stack.enter_context(locked(self.folder / ".lock", busy))
             self._clear()  # what a killed server left
             stack.callback(self._clear)
             self._tmp.mkdir()
@@ -463,17 +464,6 @@ def _require_free(name: str, port: int, host: str) -> None:
             raise ValueError(
                 f"port {port} ({name}): {error.strerror}; stop what listens there, or choose another port"
             ) from None
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[int]:
-    """A file descriptor; while it is open here or in a child, no second server gets the folder."""
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder}: another server runs there; give each its own folder") from None
-        yield lock.fileno()
 
 
 def _get(address: str, key: str, tls: Tls | None = None) -> int:

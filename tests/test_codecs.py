@@ -2,27 +2,19 @@
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
-import gdcm
 import imagecodecs
 import numpy as np
-import pydicom
 import pytest
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGLossless, JPEGLosslessSV1, JPEGLSLossless, JPEGLSNearLossless
-from test_reading import dicom_dataset, encode, picture_bytes
+from test_reading import OF_GDCM, coded_by_gdcm, dicom_dataset, encode, picture_bytes
 
 from cadx.reading.codecs import decode_frame
 from cadx.reading.images import read_image
 
 SYNTAXES = (JPEGLossless, JPEGLosslessSV1, JPEGLSLossless, JPEGLSNearLossless)
-OF_GDCM = {
-    JPEGLossless: gdcm.TransferSyntax.JPEGLosslessProcess14,
-    JPEGLosslessSV1: gdcm.TransferSyntax.JPEGLosslessProcess14_1,
-    JPEGLSLossless: gdcm.TransferSyntax.JPEGLSLossless,
-}
 COLOUR = {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "PlanarConfiguration": 0}
 
 
@@ -31,24 +23,6 @@ def packed(ds: Dataset, syntax: str, stream: bytes) -> Dataset:
     ds.PixelData = encapsulate([stream])
     ds["PixelData"].VR = "OB"
     return ds
-
-
-def coded_by_gdcm(ds: Dataset, syntax: str, folder: Path) -> Dataset:
-    plain, coded = folder / "plain.dcm", folder / "coded.dcm"
-    plain.write_bytes(encode(ds))
-    reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
-    reader.SetFileName(str(plain))
-    assert reader.Read()
-    change.SetTransferSyntax(gdcm.TransferSyntax(OF_GDCM[syntax]))
-    change.SetInput(reader.GetImage())
-    assert change.Change()
-    writer.SetFile(reader.GetFile())
-    writer.SetImage(change.GetOutput())
-    writer.SetFileName(str(coded))
-    assert writer.Write()
-    found = pydicom.dcmread(coded)
-    assert found.file_meta.TransferSyntaxUID == syntax
-    return found
 
 
 @pytest.mark.parametrize("signed", [False, True])

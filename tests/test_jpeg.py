@@ -42,6 +42,13 @@ def lossless(pixels: np.ndarray) -> bytes:
     return encode(ds)
 
 
+def spoilt(data: bytes, first: int, end: int, seed: int) -> bytes:
+    """With one byte of data[first:end] changed."""
+    rng, damaged = np.random.default_rng(seed), bytearray(data)
+    damaged[int(rng.integers(first, end))] ^= int(rng.integers(1, 255))
+    return bytes(damaged)
+
+
 WHOLE = {
     "gray": saved(NOISE),
     "progressive": saved(NOISE, progressive=True),
@@ -91,16 +98,14 @@ def test_the_codes_of_12_bits_are_followed_as_another_decoder_does() -> None:
     whole, verdicts = dicom_jpeg_12(NOISE.astype(np.uint16) * 16), set()
     stream_at = whole.index(b"\xff\xd8\xff")
     for number in range(60):
-        rng = np.random.default_rng(number)
-        spoilt = bytearray(whole)
-        spoilt[int(rng.integers(stream_at + 400, len(whole) - 4))] ^= int(rng.integers(1, 255))
+        damaged = spoilt(whole, stream_at + 400, len(whole) - 4, number)
         try:
-            decode_jpeg_12(bytes(spoilt[stream_at:]))
+            decode_jpeg_12(damaged[stream_at:])
             is_valid = True
         except (ValueError, LookupError, StopIteration, RuntimeError):
             is_valid = False
         try:
-            require_whole_jpeg(bytes(spoilt), NOISE.size)
+            require_whole_jpeg(damaged, NOISE.size)
             is_whole = True
         except ValueError:
             is_whole = False
@@ -115,18 +120,16 @@ def test_a_damaged_lossless_jpeg_is_refused_where_its_codes_run_out_or_are_left(
     whole, verdicts = WHOLE[kind], set()
     start = whole.rindex(b"\xff\xda")
     for number in range(40):
-        rng = np.random.default_rng(number)
-        spoilt = bytearray(whole)
-        spoilt[int(rng.integers(start + 40, len(whole) - 8))] ^= int(rng.integers(1, 255))
+        damaged = spoilt(whole, start + 40, len(whole) - 8, number)
         try:
-            pixels = read_image(bytes(spoilt)).pixels
-            require_whole_jpeg(bytes(spoilt), pixels.size)
+            pixels = read_image(damaged).pixels
+            require_whole_jpeg(damaged, pixels.size)
             is_whole = True
         except ValueError:
             is_whole = False
         verdicts.add(is_whole)
         if is_whole:
-            np.testing.assert_array_equal(image_elsewhere(bytes(spoilt)), pixels)
+            np.testing.assert_array_equal(image_elsewhere(damaged), pixels)
     assert False in verdicts
 
 

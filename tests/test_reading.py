@@ -25,7 +25,9 @@ from pydicom.uid import (
     ComputedRadiographyImageStorage,
     ExplicitVRLittleEndian,
     JPEGExtended12Bit,
+    JPEGLossless,
     JPEGLosslessSV1,
+    JPEGLSLossless,
     RLELossless,
 )
 from scipy.fft import idctn
@@ -36,6 +38,11 @@ from cadx.reading.images import read_arrays, read_image, read_png_indices
 from cadx.reading.source import MAX_PIXELS, sniff
 
 NAME = "Ignatowska^Bronislawa"
+OF_GDCM = {
+    JPEGLossless: gdcm.TransferSyntax.JPEGLosslessProcess14,
+    JPEGLosslessSV1: gdcm.TransferSyntax.JPEGLosslessProcess14_1,
+    JPEGLSLossless: gdcm.TransferSyntax.JPEGLSLossless,
+}
 
 
 def dicom_dataset(stored: np.ndarray, *, bits: int | None = None, **elements: object) -> Dataset:
@@ -65,6 +72,25 @@ def encode(ds: Dataset) -> bytes:
     stream = io.BytesIO()
     pydicom.dcmwrite(stream, ds, enforce_file_format=True)
     return stream.getvalue()
+
+
+def coded_by_gdcm(ds: Dataset, syntax: str, folder: Path) -> Dataset:
+    """The same dataset, its pixels packed by GDCM."""
+    plain, coded = folder / "plain.dcm", folder / "coded.dcm"
+    plain.write_bytes(encode(ds))
+    reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
+    reader.SetFileName(str(plain))
+    assert reader.Read()
+    change.SetTransferSyntax(gdcm.TransferSyntax(OF_GDCM[syntax]))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    writer.SetFileName(str(coded))
+    assert writer.Write()
+    found = pydicom.dcmread(coded)
+    assert found.file_meta.TransferSyntaxUID == syntax
+    return found
 
 
 def dicom_bytes(stored: np.ndarray, **elements: object) -> bytes:
@@ -230,20 +256,8 @@ def test_jpeg_baseline_in_dicom_reads_as_the_jpeg_itself():
 
 def test_lossless_jpeg_the_archives_commonest_form_gives_the_uncompressed_pixels(ramp12, tmp_path):
     ds = dicom_dataset(ramp12, bits=12, WindowCenter="1800", WindowWidth="1500")
-    plain, packed = tmp_path / "plain.dcm", tmp_path / "packed.dcm"
-    plain.write_bytes(encode(ds))
-    reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
-    reader.SetFileName(str(plain))
-    assert reader.Read()
-    change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGLosslessProcess14_1))
-    change.SetInput(reader.GetImage())
-    assert change.Change()
-    writer.SetFile(reader.GetFile())
-    writer.SetImage(change.GetOutput())
-    writer.SetFileName(str(packed))
-    assert writer.Write()
-    assert pydicom.dcmread(packed).file_meta.TransferSyntaxUID == JPEGLosslessSV1
-    np.testing.assert_array_equal(read_image(packed).pixels, read_image(plain).pixels)
+    packed = coded_by_gdcm(ds, JPEGLosslessSV1, tmp_path)
+    np.testing.assert_array_equal(read_image(encode(packed)).pixels, read_image(encode(ds)).pixels)
 
 
 @pytest.mark.parametrize("file", ["693_J2KI.dcm", "JPEG2000.dcm"])

@@ -37,7 +37,7 @@ def on_scale(name: str, part: Part) -> Part:
     scale, there, back = _SCALES[name]
     with np.errstate(divide="ignore", invalid="ignore"):
         centre, scaled = there(value), there(replicates[~np.isnan(replicates)])
-    if scaled.size < 2 or not np.isfinite([centre, *scaled]).all():
+    if scaled.size < 2 or not (np.isfinite(centre) and np.isfinite(scaled).all()):
         return part
     half = critical_value(part.patients) * scaled.std(ddof=1)
     method = part.estimate.method.replace("percentile", f"{scale} scale")

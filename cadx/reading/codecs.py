@@ -41,7 +41,8 @@ _LOSSLESS_FRAMES = (0xC3, 0xF7)  # SOF3 of lossless JPEG, SOF55 of JPEG-LS
 def decode_frame(header: Dataset, index: int) -> np.ndarray:
     """The stored values of frame `index`, from 0: H W, or H W 3 as RGB.
 
-    No decoder is taken that fills what a truncated stream lacks where another one refuses it.
+    No decoder is taken that fills what a truncated stream lacks where another one refuses it; but for lossless JPEG,
+    since GDCM, which does, ends its process on damage. `cadx.reading.jpeg` tells whether such a stream is whole.
 
     Raises:
         NotImplementedError: if the transfer syntax has no decoder.
