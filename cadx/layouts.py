@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel, FiniteFloat, ValidationError
@@ -29,10 +29,15 @@ from cadx.catalog import (
 from cadx.reading.dicom import parse_age, parse_sex
 from cadx.reading.source import sniff_file
 
+if TYPE_CHECKING:
+    from xml.etree.ElementTree import Element
+
 
 class _CocoImage(BaseModel):
     id: int | str
     file_name: str
+    height: FiniteFloat | None = None
+    width: FiniteFloat | None = None
 
 
 class _CocoCategory(BaseModel):
@@ -77,6 +82,7 @@ class Item:
         mask: file of the mask.
         mask_values: class -> its value in the mask, where the mask decides about the labels.
         clinical: name -> number, NaN where missing.
+        size_px: height and width of the image that the boxes were drawn in; None where nobody wrote them down.
     """
 
     place: str
@@ -91,6 +97,7 @@ class Item:
     mask_values: dict[str, int] = field(default_factory=dict)
     clinical: dict[str, float] = field(default_factory=dict)
     frame: int | None = None
+    size_px: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -363,7 +370,8 @@ def _voc_items(entry: VocEntry, root: Path) -> list[Item]:
     items = []
     for number, stem in enumerate(sorted(paths), start=1):
         place = f"image {number} in sorted order"
-        boxes = list(_voc_boxes(entry, notes[stem], place))
+        annotation = _voc_annotation(notes[stem], place)
+        boxes = list(_voc_boxes(entry, annotation, place))
         items.append(
             Item(
                 place=place,
@@ -372,6 +380,7 @@ def _voc_items(entry: VocEntry, root: Path) -> list[Item]:
                 labels=_present(entry.classes, boxes),
                 given_split=given.get(stem, ""),
                 boxes=boxes,
+                size_px=_size_px(annotation.findtext("size/height"), annotation.findtext("size/width")),
             )
         )
     if not items:
@@ -390,7 +399,7 @@ def _by_stem(paths: Iterable[Path], what: str) -> dict[str, Path]:
     return found
 
 
-def _voc_boxes(entry: VocEntry, path: Path, place: str) -> Iterator[Box]:
+def _voc_annotation(path: Path, place: str) -> "Element":
     from defusedxml import DefusedXmlException
     from defusedxml.ElementTree import ParseError, parse
 
@@ -403,7 +412,11 @@ def _voc_boxes(entry: VocEntry, path: Path, place: str) -> Iterator[Box]:
         ) from None
     if root.tag != "annotation":  # what is no VOC must not read as an image without boxes
         raise ValueError(f"{place}: its annotation is XML, but not Pascal VOC's <annotation>; fetch it again")
-    for number, element in enumerate(root.iter("object"), start=1):
+    return root
+
+
+def _voc_boxes(entry: VocEntry, annotation: "Element", place: str) -> Iterator[Box]:
+    for number, element in enumerate(annotation.iter("object"), start=1):
         name = (element.findtext("name") or "").strip()
         if name not in entry.classes:
             raise ValueError(
@@ -413,6 +426,15 @@ def _voc_boxes(entry: VocEntry, path: Path, place: str) -> Iterator[Box]:
         x0, y0, x1, y1 = _corners(corners, f"{place}: box {number}")
         # Equal corners are a click, not a box of one pixel: without area, so that `validate` finds it.
         yield name, x0 - 1, y0 - 1, x1 - (x1 <= x0), y1 - (y1 <= y0)
+
+
+def _size_px(height: str | float | None, width: str | float | None) -> tuple[int, int] | None:
+    """Height and width as an annotation tells them; tools that do not know them write 0, or nothing."""
+    try:
+        size = int(height or 0), int(width or 0)
+    except ValueError:
+        return None
+    return size if min(size) > 0 else None
 
 
 def _coco_items(entry: CocoEntry, root: Path) -> list[Item]:
@@ -436,7 +458,7 @@ def _coco_items(entry: CocoEntry, root: Path) -> list[Item]:
         classes = {category.id: category.name for category in content.categories}
         if len(classes) != len(content.categories):
             raise ValueError(f"{where}: a category id stands twice")
-        images = {image.id: image.file_name for image in content.images}
+        images = {image.id: image for image in content.images}
         if len(images) != len(content.images):
             raise ValueError(f"{where}: an image id stands twice")
         boxes: dict[int | str, list[Box]] = {image: [] for image in images}
@@ -452,9 +474,9 @@ def _coco_items(entry: CocoEntry, root: Path) -> list[Item]:
                 )
             x, y, width, height = found.bbox
             boxes[found.image_id].append((classes[found.category_id], x, y, x + width, y + height))
-        for number, (image, file) in enumerate(images.items(), start=1):
+        for number, (image, listed) in enumerate(images.items(), start=1):
             place = f"{where}, image {number}"
-            relative = _within(file, f"{place}: file_name")
+            relative = _within(listed.file_name, f"{place}: file_name")
             if not (root / entry.images / relative).is_file():
                 raise ValueError(f"{place}: its file is not there; add it, or remove the image")
             if relative.as_posix() in items:
@@ -466,6 +488,7 @@ def _coco_items(entry: CocoEntry, root: Path) -> list[Item]:
                 labels=_present(entry.classes, boxes[image]),
                 given_split=split,
                 boxes=boxes[image],
+                size_px=_size_px(listed.height, listed.width),
             )
     if not items:
         raise ValueError("annotations: no image is listed")

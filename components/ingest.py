@@ -370,6 +370,12 @@ def _read(item: Item, entry: FileEntry) -> _Read:
 def _load_image(item: Item, entry: FileEntry) -> _Loaded:
     data = item.path.read_bytes()
     image = read_image(data, item.frame, photometric=entry.photometric_interpretation)
+    height_px, width_px = image.pixels.shape[:2]
+    if item.size_px not in (None, (height_px, width_px)):
+        raise ValueError(
+            f"its boxes were drawn in an image of another size ({item.size_px} px, this one has "
+            f"{(height_px, width_px)}); pair each annotation with its own image, or correct the size in it"
+        )
     one_patient = item.frame is not None and entry.patient == "per-image"
     return _Loaded(
         array=image.pixels,

@@ -713,6 +713,35 @@ def test_a_mask_value_that_is_no_class_is_refused_and_not_taken_for_background(r
         run(pairs(tmp_path, Image.fromarray(drawn)))
 
 
+def test_boxes_of_an_image_of_another_size_are_refused(run, tmp_path):
+    write_png(tmp_path / "own/JPEGImages/a.png", np.zeros((6, 5), np.uint8))
+    (tmp_path / "own/Annotations").mkdir()
+    note = tmp_path / "own/Annotations/a.xml"
+    entry = COMMON | {
+        "task": "detection", "classes": ["cell"], "positive": None, "format": "voc",
+        "file": str(tmp_path / "own"), "patient": "per-image",
+    }  # fmt: skip
+    size = "<annotation><size><width>{}</width><height>{}</height></size></annotation>"
+    note.write_text(size.format(6, 5))
+    with pytest.raises(
+        ValueError, match=r"drawn in an image of another size \(\(5, 6\) px, this one has \(6, 5\)"
+    ):
+        run(entry)
+    note.write_text(size.format(5, 6))
+    assert len(run(entry).samples) == 1
+
+
+def test_a_damaged_jpeg_is_not_ingested(run, folders, tmp_path):
+    """Its decoders would fill what is missing with gray."""
+    file = tmp_path / "own/opacity/o9.jpg"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
+    Image.fromarray(noise).save(file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-600] + whole[-2:])
+    with pytest.raises(ValueError, match="JPEG: damaged, truncated or of a rare kind"):
+        run(folders)
+
+
 def test_a_mask_is_no_jpeg_whose_noise_would_become_classes(run, tmp_path):
     with pytest.raises(ValueError, match="image 1 in sorted order: a mask must be a PNG"):
         run(pairs(tmp_path, Image.fromarray(np.zeros((6, 5), np.uint8)), name="a.jpg"))

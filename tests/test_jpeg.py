@@ -73,7 +73,7 @@ WHOLE = {
 
 @pytest.mark.parametrize("kind", WHOLE)
 def test_a_whole_jpeg_passes(kind: str) -> None:
-    require_whole_jpeg(WHOLE[kind], read_image(WHOLE[kind]).pixels.size)
+    assert read_image(WHOLE[kind]).pixels.size
 
 
 @pytest.mark.parametrize("within", [bytes, in_dicom], ids=["alone", "in DICOM"])
@@ -87,10 +87,10 @@ def test_a_jpeg_that_stops_short_or_goes_on_is_refused_though_its_decoder_takes_
     start, end = whole.rindex(b"\xff\xda") + 20, whole.rindex(b"\xff\xd9")
     cuts = [whole[: start + (end - start) * part // 20] + whole[end:] for part in range(20)]
     more = [whole[:end] + bytes([number]) * number + whole[end:] for number in range(2, 12)]
-    for damaged in map(within, cuts + more):
-        pixels = read_image(damaged).pixels
-        with pytest.raises(ValueError, match=r"^JPEG: damaged, truncated or of a rare kind[^\n]*$"):
-            require_whole_jpeg(damaged, pixels.size)
+    for damaged in cuts + more:
+        assert Image.open(io.BytesIO(damaged)).convert("L").size
+        with pytest.raises(ValueError, match=r"^(JPEG|DICOM): damaged, truncated or of a rare kind[^\n]*$"):
+            read_image(within(damaged))
 
 
 def test_the_codes_of_12_bits_are_followed_as_another_decoder_does() -> None:
@@ -105,7 +105,7 @@ def test_the_codes_of_12_bits_are_followed_as_another_decoder_does() -> None:
         except (ValueError, LookupError, StopIteration, RuntimeError):
             is_valid = False
         try:
-            require_whole_jpeg(damaged, NOISE.size)
+            read_image(damaged)
             is_whole = True
         except ValueError:
             is_whole = False
@@ -123,7 +123,6 @@ def test_a_damaged_lossless_jpeg_is_refused_where_its_codes_run_out_or_are_left(
         damaged = spoilt(whole, start + 40, len(whole) - 8, number)
         try:
             pixels = read_image(damaged).pixels
-            require_whole_jpeg(damaged, pixels.size)
             is_whole = True
         except ValueError:
             is_whole = False
@@ -133,11 +132,6 @@ def test_a_damaged_lossless_jpeg_is_refused_where_its_codes_run_out_or_are_left(
     assert False in verdicts
 
 
-def test_what_is_no_jpeg_passes_unseen() -> None:
-    for data in (encode(dicom_dataset(NOISE)), b"\x89PNG\r\n\x1a\n"):
-        require_whole_jpeg(data, NOISE.size)
-
-
 def test_a_jpeg_too_large_to_be_checked_is_refused() -> None:
-    with pytest.raises(ValueError, match="more than 24 megapixels; export as PNG"):
+    with pytest.raises(ValueError, match="a JPEG of more than 24 megapixels; export as PNG"):
         require_whole_jpeg(WHOLE["gray"], MAX_CHECKED_PIXELS + 1)

@@ -78,6 +78,20 @@ def test_bccd_has_its_published_counts_and_two_boxes_without_area(mirror: Path, 
     assert empty == ["00338", "00343"]
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "size_px"),
+    [("30", "40", (30, 40)), ("0", "0", None), ("", "40", None), ("x", "4", None)],
+)
+def test_the_size_of_an_annotated_image_is_taken_where_it_is_told(
+    tmp_path: Path, height: str, width: str, size_px: tuple[int, int] | None
+) -> None:
+    entry = voc(tmp_path, {"a": []})
+    (tmp_path / "Annotations/a.xml").write_text(
+        f"<annotation><size><width>{width}</width><height>{height}</height></size></annotation>"
+    )
+    assert list_items(entry, tmp_path)[0].size_px == size_px
+
+
 def test_an_xml_bomb_is_refused(tmp_path: Path) -> None:
     entry = voc(tmp_path, {"a": []})
     (tmp_path / "Annotations/a.xml").write_text(
@@ -134,7 +148,9 @@ def test_coco_boxes_are_corner_and_size(tmp_path: Path) -> None:
         picture(tmp_path / f"images/{name}.png")
     (tmp_path / "train.json").write_text(json.dumps(coco()))
     (tmp_path / "test.json").write_text(
-        json.dumps(coco(images=[{"id": 1, "file_name": "three.png"}], annotations=[]))
+        json.dumps(
+            coco(images=[{"id": 1, "file_name": "three.png", "height": 30, "width": 40}], annotations=[])
+        )
     )
     entry = CocoEntry(
         **DETECTION,
@@ -146,7 +162,7 @@ def test_coco_boxes_are_corner_and_size(tmp_path: Path) -> None:
     assert (one.boxes, one.given_split) == ([], "train")
     assert two.boxes == [("platelet", 3, 4, 13.5, 10)]
     assert two.labels == {"cell": 0, "platelet": 1}
-    assert three.given_split == "test"
+    assert (three.given_split, three.size_px) == ("test", (30, 40))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ import pydicom
 import pytest
 from PIL import Image
 from pydicom.data import get_testdata_file
+from pydicom.datadict import tag_for_keyword
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.pixels import apply_modality_lut, apply_windowing
 from pydicom.pixels.decoders.base import get_decoder
@@ -225,6 +227,17 @@ def test_padding_outside_the_collimator_is_black_even_in_monochrome1():
     assert read_image(data).pixels.tolist() == [[0, 245, 0]]
 
 
+@pytest.mark.parametrize(("padding", "limit"), [(63536, 63537), (-2000, -1999), (-32768, -1999)])
+def test_padding_of_signed_pixels_is_black_however_its_number_is_typed(padding, limit):
+    stored = np.array([[-2000, -1999, -500, 1500]], dtype=np.int16)
+    ds = dicom_dataset(stored, bits=16, PhotometricInterpretation="MONOCHROME1")
+    for keyword, value in (("PixelPaddingValue", padding), ("PixelPaddingRangeLimit", limit)):
+        ds.add(DataElement(tag_for_keyword(keyword), "US" if value > 0 else "SS", value))
+    pixels = read_image(encode(ds)).pixels
+    assert pixels[0, :2].tolist() == [0, 0]
+    assert pixels[0, 2] > pixels[0, 3] > 0
+
+
 @pytest.mark.parametrize(
     "file",
     [
@@ -243,6 +256,32 @@ def test_rle_of_our_own(ramp12):
     plain = read_image(encode(ds)).pixels
     ds.compress(RLELossless)
     np.testing.assert_array_equal(read_image(encode(ds)).pixels, plain)
+
+
+def test_rle_that_is_not_whole_is_refused_though_its_decoder_takes_it():
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32), np.uint8) // 64 * 64
+    ds = dicom_dataset(pixels)
+    ds.compress(RLELossless)
+    whole = next(pydicom.encaps.generate_frames(ds.PixelData, number_of_frames=1))
+    controls, at = [], 64
+    while at < len(whole) - 1:
+        controls.append(at)
+        at += 2 if whole[at] > 128 else 2 + whole[at]
+    longer = [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in controls[:40]]
+    reasons = []
+    for damaged in (*longer, whole[:-8], whole + b"\x03abcd", whole[:64] + whole[66:]):
+        ds.PixelData = pydicom.encaps.encapsulate([damaged])
+        try:
+            read_image(encode(ds))
+        except ValueError as error:
+            reasons.append(str(error))
+    # One flipped bit leaves a stream that happens to fit: another valid image.
+    assert len(reasons) == len(longer) + 2
+    assert {reason.partition(":")[2].partition(";")[0] for reason in reasons} == {
+        " damaged or truncated: its RLE data are not those of a whole image"
+    }
+    ds.PixelData = pydicom.encaps.encapsulate([whole + b"\0\0\0\0"])
+    np.testing.assert_array_equal(read_image(encode(ds)).pixels, pixels)
 
 
 def test_jpeg_baseline_in_dicom_reads_as_the_jpeg_itself():
@@ -595,6 +634,14 @@ def test_cmyk_is_refused():
 
 # --- Bad input ----------------------------------------------------------------------------------------
 
+
+def png_of_size(side_px: int) -> bytes:
+    """A PNG whose header claims this size, with its right checksum."""
+    data = picture_bytes(np.zeros((4, 4), np.uint8))
+    header = data[12:16] + struct.pack(">II", side_px, side_px) + data[24:29]
+    return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+
+
 GRAY = np.random.default_rng(2).integers(0, 256, (40, 40), dtype=np.uint8)
 BAD = {
     "empty file": (b"", "an empty file"),
@@ -604,9 +651,7 @@ BAD = {
     "truncated PNG": (picture_bytes(GRAY)[:-900], "PNG: damaged or truncated"),
     "truncated JPEG": (picture_bytes(GRAY, "JPEG")[:-300], "JPEG: damaged or truncated"),
     "no rows": (dicom_bytes(GRAY, Rows=0), "an empty image"),
-    "huge PNG": (
-        (lambda data: data[:16] + (70000).to_bytes(4, "big") * 2 + data[24:])(picture_bytes(GRAY)), "PNG: ",
-    ),
+    "huge PNG": (png_of_size(20_000), "PNG: claims more than twice the limit"),
     "huge DICOM": (dicom_bytes(GRAY, Rows=60000, Columns=60000), f"over the limit of {MAX_PIXELS}"),
     "several frames": (dicom_bytes(GRAY, NumberOfFrames="2", PixelData=GRAY.tobytes() * 2), "several frames"),
     "palette": (dicom_bytes(GRAY, PhotometricInterpretation="PALETTE COLOR"), "PhotometricInterpretation"),

@@ -30,6 +30,9 @@ from cadx.types import Estimate
 MIN_ERRORS = 5
 """Errors below which a share's interval holds the truth more, or less, often than it says (`docs/coverage.md`)."""
 
+MIN_PATIENTS = 20
+"""Patients with several cases each below which the same holds."""
+
 
 def at_threshold(
     labels: ArrayLike, scores: ArrayLike, threshold: float, patients: ArrayLike | None = None
@@ -182,6 +185,8 @@ def _posterior(name: str, hit: Estimate, alarm: Estimate, prior: float) -> Estim
 
     low, high = _ratio_limits(hit, alarm)
     method = f"MOVER of the likelihood ratio, at a prevalence of {prior if name == 'ppv' else 1 - prior:g}"
+    doubts = [part.method.partition("; ")[2] for part in (hit, alarm) if "too few" in part.method]
+    method = "; ".join([method, *dict.fromkeys(doubts)])
     return estimate_of(share / total, at(low), at(high), n, method)
 
 
@@ -240,6 +245,8 @@ def share(
     low, high = wilson_limits(value, effective, critical)
     if (errors := min(value, 1 - value) * n) < MIN_ERRORS - 1e-9:
         method += f"; too few errors ({errors:.0f}): may be conservative"
+    elif cases.clustered and patients < MIN_PATIENTS:
+        method += f"; too few patients ({patients}): may be conservative"
     return Part(estimate_of(value, low, high, n, method), by_seed, influence=influence)
 
 

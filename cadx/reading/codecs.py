@@ -4,11 +4,13 @@ Pillow refuses some colour streams of JPEG 2000 that hold to the standard, neith
 12 bits, and damaged streams end GDCM with its process. imagecodecs (OpenJPEG, CharLS, libjpeg-turbo) reads them all.
 """
 
+import struct
 from typing import Any
 
 import imagecodecs
 import numpy as np
 from pydicom.dataset import Dataset
+from pydicom.encaps import get_frame
 from pydicom.pixels.common import PhotometricInterpretation
 from pydicom.pixels.decoders.base import DecodeRunner, get_decoder
 from pydicom.uid import (
@@ -21,11 +23,16 @@ from pydicom.uid import (
     JPEGLosslessSV1,
     JPEGLSLossless,
     JPEGLSNearLossless,
+    RLELossless,
 )
+
+from cadx.reading.jpeg import require_whole_jpeg
+from cadx.reading.source import Refusal
 
 _JPEG_2000 = (JPEG2000Lossless, JPEG2000)
 _JPEG_LS = (JPEGLSLossless, JPEGLSNearLossless)
 _JPEG_LOSSLESS = (JPEGLossless, JPEGLosslessSV1)
+_JPEG = (JPEGBaseline8Bit, JPEGExtended12Bit, *_JPEG_LOSSLESS)
 
 DECODER_DEPENDENCIES = dict.fromkeys(
     (JPEGExtended12Bit, *_JPEG_LOSSLESS, *_JPEG_LS, *_JPEG_2000), ("imagecodecs",)
@@ -41,11 +48,12 @@ _LOSSLESS_FRAMES = (0xC3, 0xF7)  # SOF3 of lossless JPEG, SOF55 of JPEG-LS
 def decode_frame(header: Dataset, index: int) -> np.ndarray:
     """The stored values of frame `index`, from 0: H W, or H W 3 as RGB.
 
-    No decoder is taken that fills what a truncated stream lacks where another one refuses it; but for lossless JPEG,
-    since GDCM, which does, ends its process on damage. `cadx.reading.jpeg` tells whether such a stream is whole.
+    The decoders of JPEG and RLE let damaged streams pass, so that each stream is judged by itself, too. GDCM, which
+    refuses lossless JPEG that is damaged, ends its process on other kinds of damage.
 
     Raises:
         NotImplementedError: if the transfer syntax has no decoder.
+        Refusal: for JPEG or RLE that is not whole.
         Exception: whatever the decoders raise for damaged bytes.
     """
     syntax = UID(str(header.file_meta.TransferSyntaxUID))
@@ -54,8 +62,44 @@ def decode_frame(header: Dataset, index: int) -> np.ndarray:
         plugin = "pillow"
     elif syntax in DECODER_DEPENDENCIES:
         plugin = _NAME
+    if syntax == RLELossless:
+        _require_whole_rle(_frame(header, index), header.Rows * header.Columns)
     stored, _ = get_decoder(syntax).as_array(header, index=index, raw=False, decoding_plugin=plugin)
+    if syntax in _JPEG:
+        require_whole_jpeg(_frame(header, index), stored.shape[0] * stored.shape[1])
     return stored
+
+
+def _frame(header: Dataset, index: int) -> bytes:
+    """The stream of frame `index`, from 0."""
+    offsets = None
+    if "ExtendedOffsetTable" in header:
+        offsets = (header.ExtendedOffsetTable, header.ExtendedOffsetTableLengths)
+    num_frames = int(header.get("NumberOfFrames") or 1)
+    return get_frame(header.PixelData, index, number_of_frames=num_frames, extended_offsets=offsets)
+
+
+def _require_whole_rle(stream: bytes, num_pixels: int) -> None:
+    """Refuse RLE of which a segment holds fewer bytes than pixels, or more.
+
+    Source: DICOM PS3.5, annex G: the header's offsets, runs and literals, zeros behind a segment.
+    """
+    num_segments, *starts = struct.unpack_from("<16L", stream)
+    starts = starts[:num_segments]
+    for at, end in zip(starts, [*starts[1:], len(stream)], strict=True):
+        missing = num_pixels
+        while missing > 0 and at < end:
+            control = stream[at]
+            if control > 128:
+                at, missing = at + 2, missing - (257 - control)
+            elif control < 128:
+                at, missing = at + 2 + control, missing - (1 + control)
+            else:
+                at += 1
+        if missing or at > end or any(stream[at:end]):
+            raise Refusal(
+                "damaged or truncated: its RLE data are not those of a whole image; export it again"
+            )
 
 
 def is_available(syntax: str) -> bool:

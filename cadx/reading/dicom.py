@@ -256,8 +256,12 @@ def _display_table(header: Dataset, assumptions: list[str]) -> np.ndarray:
     if header_text(header, "PhotometricInterpretation") == "MONOCHROME1":
         unit = 1.0 - unit
     if isinstance(padding := header.get("PixelPaddingValue"), int):
+        # Written unsigned over signed pixels, or the other way round, its bits are those of a pixel.
+        span = 1 << int(header.BitsAllocated)
+        least = -span // 2 if signed else 0
         limit = header.get("PixelPaddingRangeLimit", padding)
-        unit[(values >= min(padding, limit)) & (values <= max(padding, limit))] = 0.0
+        first, last = sorted((end - least) % span + least for end in (padding, limit))
+        unit[(values >= first) & (values <= last)] = 0.0
     eight_bits = bits <= 8 and modality.max() - modality.min() <= 255
     dtype = np.uint8 if eight_bits else np.uint16
     table: np.ndarray = np.rint(unit * np.iinfo(dtype).max).astype(dtype)

@@ -11,8 +11,10 @@ import numpy as np
 from PIL import Image
 
 from cadx.reading.dicom import Photometric, discreet, read_dicom
+from cadx.reading.jpeg import require_whole_jpeg
 from cadx.reading.source import (
     HEAD_BYTES,
+    MAX_PIXELS,
     Format,
     Refusal,
     check_frame,
@@ -57,9 +59,10 @@ def read_image(
             meaning; recorded as an assumption.
 
     Raises:
-        ValueError: one line, without file name or value: not an image, truncated, several frames and none asked
-            for, no such frame, more than `MAX_PIXELS`, of a kind whose meaning is not known, to be turned before
-            it is shown (EXIF), or of another photometric interpretation than the one given.
+        ValueError: one line, without file name or value: not an image, damaged, several frames and none asked for,
+            no such frame, too many pixels (`MAX_PIXELS`, of JPEG `MAX_CHECKED_PIXELS`), of a kind whose meaning is
+            not known, to be turned before it is shown (EXIF), or of another photometric interpretation than the one
+            given.
     """
     data = read_bytes(source)
     kind = sniff(data[:HEAD_BYTES])
@@ -88,9 +91,7 @@ def read_png_indices(path: Path) -> np.ndarray:
     if sniff(data[:HEAD_BYTES]) != "PNG":
         raise ValueError("a mask must be a PNG: other formats change values, or are not read as masks")
     try:
-        with discreet():
-            picture: Image.Image = Image.open(io.BytesIO(data), formats=("PNG",))
-        check_size(picture.height, picture.width)
+        picture = _opened(data, "PNG")
         _check_png(data)
         if picture.mode not in ("1", "L", "P"):
             raise Refusal("a mask must have one channel of at most 8 bits")
@@ -137,9 +138,7 @@ def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray
 
 
 def _read_picture(data: bytes, kind: Format, frame: int | None) -> RawImage:
-    with discreet():  # Pillow's alarm at large sizes, which are refused below
-        picture: Image.Image = Image.open(io.BytesIO(data), formats=(kind,))
-    check_size(picture.height, picture.width)
+    picture = _opened(data, kind)
     check_frame(getattr(picture, "n_frames", 1), frame)
     if kind == "PNG":
         _check_png(data)
@@ -173,7 +172,20 @@ def _read_picture(data: bytes, kind: Format, frame: int | None) -> RawImage:
         pixels = np.array(picture)
     else:
         raise Refusal(f"colour mode {picture.mode} has no one meaning; export as gray or RGB")
+    if kind == "JPEG":
+        require_whole_jpeg(data, picture.height * picture.width)
     return RawImage(pixels=gray_if_equal(pixels), assumptions=tuple(assumptions))
+
+
+def _opened(data: bytes, kind: Format) -> Image.Image:
+    """The picture before its pixels are decoded, refused where they are too many."""
+    try:
+        with discreet():  # Pillow's alarm at large sizes, which are refused below
+            picture: Image.Image = Image.open(io.BytesIO(data), formats=(kind,))
+    except Image.DecompressionBombError:
+        raise Refusal(f"claims more than twice the limit of {MAX_PIXELS} pixels") from None
+    check_size(picture.height, picture.width)
+    return picture
 
 
 def _orientation(picture: Image.Image) -> int:

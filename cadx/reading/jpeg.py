@@ -1,20 +1,16 @@
-"""Whether the JPEG of a file is whole: its decoders fill what it lacks with gray, and say nothing."""
+"""Whether a JPEG is whole: its decoders fill what it lacks with gray, and say nothing."""
 
 import re
 from collections.abc import Iterator
 
 import imagecodecs
 import numpy as np
-from pydicom.encaps import generate_frames
-from pydicom.uid import UID, JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLossless, JPEGLosslessSV1
 
-from cadx.reading.dicom import discreet, parse_header
-from cadx.reading.source import HEAD_BYTES, sniff
+from cadx.reading.source import Refusal
 
 MAX_CHECKED_PIXELS = 24_000_000
-"""Largest JPEG that is checked; that takes 17 bytes of memory and 25 ns a pixel, of a lossless one 100 ns."""
+"""Largest JPEG that is taken: the check needs up to 40 bytes of memory and 100 ns a pixel."""
 
-_SYNTAXES = (JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLossless, JPEGLosslessSV1)
 _EXTENDED, _LOSSLESS = 0xC1, 0xC3  # the markers of these processes' frames
 _BYTES_AT_ONCE = 1 << 20
 _END_OF_IMAGE = b"\xff\xd9"
@@ -23,8 +19,8 @@ _RESTART = re.compile(rb"\xff[\xd0-\xd7]")
 _MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")  # those that end a scan, or stand before it
 
 
-def require_whole_jpeg(data: bytes, num_pixels: int) -> None:
-    """Refuse a file with a JPEG whose scans are damaged, or do not end where the image does.
+def require_whole_jpeg(stream: bytes, num_pixels: int) -> None:
+    """Refuse a JPEG whose scans are damaged, or do not end where the image does.
 
     Decoders take such scans to the end: gray where they stop short, noise behind a flipped bit. libjxl packs a JPEG
     anew without loss, so it must understand each bit, and refuses what it cannot. It passes over bytes behind the
@@ -33,42 +29,24 @@ def require_whole_jpeg(data: bytes, num_pixels: int) -> None:
     another valid image.
 
     Args:
-        data: a file that `read_image` reads. PNG, and DICOM of other transfer syntaxes, pass unseen.
+        stream: a JPEG file, or a frame of one inside DICOM, that a decoder has taken.
         num_pixels: of the image that it was decoded to.
 
     Raises:
-        ValueError: one line, without a value of the file.
+        Refusal: one line, without a value of the file.
     """
-    stream = _jpeg_stream(data)
-    if stream is None:
-        return
     if num_pixels > MAX_CHECKED_PIXELS:
-        raise ValueError(
-            f"JPEG: more than {MAX_CHECKED_PIXELS // 10**6} megapixels; export as PNG, or as DICOM without JPEG"
+        raise Refusal(
+            f"a JPEG of more than {MAX_CHECKED_PIXELS // 10**6} megapixels; export as PNG, or as DICOM without JPEG"
         )
     try:
         is_whole = _is_whole_by_codes(stream) if _is_followed(stream) else _is_whole(stream)
     except (LookupError, ValueError, StopIteration):  # a segment that is not what its marker says
         is_whole = False
     if not is_whole:
-        raise ValueError(
-            "JPEG: damaged, truncated or of a rare kind: its data are not those of a whole image; export it again"
+        raise Refusal(
+            "damaged, truncated or of a rare kind: its JPEG data are not those of a whole image; export it again"
         )
-
-
-def _jpeg_stream(data: bytes) -> bytes | None:
-    """The JPEG in a file: the file itself, or the one frame of a DICOM file; None if it holds none."""
-    kind = sniff(data[:HEAD_BYTES])
-    if kind == "JPEG":
-        return data
-    if kind != "DICOM" or not any(syntax.encode() in data for syntax in _SYNTAXES):
-        return None
-    with discreet():
-        header = parse_header(data)
-        if UID(str(header.file_meta.TransferSyntaxUID)) not in _SYNTAXES:
-            return None
-        stream: bytes = next(generate_frames(header.PixelData, number_of_frames=1))
-    return stream
 
 
 def _segments(stream: bytes) -> Iterator[tuple[int, int, int]]:
