@@ -10,7 +10,6 @@ shapes, and needs no patients. Whatever memory is told of is measured in a proce
 
 import contextlib
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -52,7 +51,6 @@ HALF = 0.5
 """What we want to need of the text's memory."""
 
 _WIDTH = 140
-_LINE_OF_TEXT = 0.036  # of the axis of quality, in the drawing
 _TIMED = 20
 _TIMED_S = 20.0
 _MB = 1e6
@@ -932,75 +930,45 @@ def write(benchmark: Benchmark, docs: Path, readme: Path) -> None:
 
 
 def draw(benchmark: Benchmark, path: Path) -> None:
-    """Draw quality against memory, and the memory of steps, as an SVG file."""
+    """Draw the quality of each experiment, and the memory of steps, as an SVG file."""
     import matplotlib as mpl
 
     drawing, (left, right) = panels(11, 4.6, columns=2)
     colours = {told.name: PALETTE[number % len(PALETTE)] for number, told in enumerate(TOLD)}
-    for told in TOLD:
-        low, high = told.quality
-        left.plot(
-            [told.memory_gb] * 2,
-            [low, high],
-            color=colours[told.name],
-            linewidth=11,
-            alpha=0.3,
-            solid_capstyle="butt",
-        )
-        left.text(
-            told.memory_gb,
-            low - 0.006,
-            told.name,
-            ha="center",
-            va="top",
-            fontsize=8,
-            color=colours[told.name],
-        )
-    points: list[tuple[float, float, str]] = []
-    for run in benchmark.runs:
-        estimate, row = run.metrics[run.quality], run.told
-        if run.training is None or row is None or estimate.value is None:
-            continue
-        colour = colours[row.name]
-        memory_gb = run.training.peak_memory_mb / 1000
-        low, high = (estimate.value if end is None else end for end in (estimate.low, estimate.high))
-        left.errorbar(
-            [memory_gb],
-            [estimate.value],
-            yerr=[[estimate.value - low], [high - estimate.value]],
-            color=colour,
-            marker="o",
-            markersize=6,
-            capsize=3,
-            markerfacecolor="white" if run.synthetic else colour,
-        )
-        points.append((estimate.value, memory_gb, run.experiment))
-    lowest, highest = left.get_ylim()
-    line, below = _LINE_OF_TEXT * (highest - lowest), math.inf
-    for value, memory_gb, name in sorted(points, reverse=True):
-        below = min(value, below - line)
-        left.annotate(
-            name,
-            (memory_gb, value),
-            xytext=(0.37, below),
-            va="center",
-            fontsize=8,
-            color=INK,
-            arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkB": 4},
-        )
-    left.set_xscale("log")
-    left.set_xlim(0.35, 12)
-    left.set_xticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
-    left.minorticks_off()
-    left.set(
-        xlabel="memory, GB (ours: the training's whole process)", ylabel="accuracy, or AP50 of detectors"
-    )
-    left.set_title(
-        "Quality: bars are the text's, points ours (hollow: drawn patients)", loc="left", fontsize=10
-    )
+    _draw_quality(left, benchmark.runs, colours)
     _draw_steps(right, benchmark.steps, colours)
     with mpl.rc_context({"svg.hashsalt": "cadx", "svg.fonttype": "path"}), replacing(path) as partial:
         drawing.savefig(partial, format="svg", metadata={"Date": None, "Creator": None})
+
+
+def _draw_quality(axes: Any, runs: Sequence[Run], colours: Mapping[str, str]) -> None:
+    rows = [run for told in TOLD for run in runs if run.told is not None and run.told.name == told.name]
+    for place, run in enumerate(reversed(rows)):
+        estimate, told = run.metrics[run.quality], run.told
+        assert told is not None
+        low, high = told.quality
+        axes.barh(place, high - low, left=low, height=0.72, color=colours[told.name], alpha=0.25)
+        if estimate.value is None:
+            continue
+        ends = [estimate.value if end is None else end for end in (estimate.low, estimate.high)]
+        axes.errorbar(
+            [estimate.value],
+            [place],
+            xerr=[[estimate.value - ends[0]], [ends[1] - estimate.value]],
+            color=colours[told.name],
+            marker="o",
+            markersize=6,
+            capsize=3,
+            markerfacecolor="white" if run.synthetic else colours[told.name],
+        )
+    axes.set_yticks(range(len(rows)), [run.experiment for run in reversed(rows)])
+    for label, run in zip(axes.get_yticklabels(), reversed(rows), strict=True):
+        assert run.told is not None
+        label.set_color(colours[run.told.name])
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    axes.set(xlabel="accuracy, or AP50 of detectors", xlim=(0, 1.02))
+    axes.set_title("Quality: pale the text's, points ours (hollow: drawn patients)", loc="left", fontsize=10)
 
 
 def _draw_steps(axes: Any, steps: Sequence[Step], colours: Mapping[str, str]) -> None:

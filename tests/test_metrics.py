@@ -991,6 +991,14 @@ def test_few_errors_and_few_patients_are_told() -> None:
     assert "too few" not in metrics.share_of([True] * 90 + [False] * 10).method
     y, p, _ = draw(4, n=70)
     assert "too few" in auc(y, p).method
+    # Patients count, not their images; and what is derived from a doubted share is doubted.
+    labels, scores = np.repeat([0, 1], 60), np.tile(np.repeat([0.2, 0.8], 30), 2)
+    for num_patients, word in ((19, "too few patients (19)"), (20, "")):
+        found = metrics.at_threshold(labels, scores, 0.5, np.arange(120) % num_patients)
+        elsewhere = metrics.predictive_values(found["sensitivity"], found["specificity"], 0.05)
+        for estimate in (found["ppv"], elsewhere["ppv"], elsewhere["npv"]):
+            assert ("too few" in estimate.method) == bool(word), estimate.method
+            assert word in estimate.method
     # Whatever rests on both classes says so where one of them is small, alone and as a mean over classes.
     rng = np.random.default_rng(0)
     for positives, doubted in ((49, True), (50, False)):
