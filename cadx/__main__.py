@@ -773,10 +773,11 @@ def _champion(group: Group) -> App:
         /,
         *,
         seed: int = 0,
+        replace: bool = False,
         reports: Path = Path("data/reports"),
         registry: str = _REGISTRY,
     ) -> None:
-        """Make the bundle of a seed the champion, if the gate let it through.
+        """Make the bundle of a seed the champion, if the gate let it through and compared it with the present one.
 
         Example: `cadx champion promote phantom-xray --seed 0`.
 
@@ -786,6 +787,8 @@ def _champion(group: Group) -> App:
             A section of params.yaml whose steps have run.
         seed
             Of the bundle.
+        replace
+            Also where the gate has not compared it with the present champion.
         reports
             Where the steps write what people read.
         registry
@@ -799,6 +802,7 @@ def _champion(group: Group) -> App:
             decision=told / "decision.json",
             metrics=told / "metrics.json",
             predictions=told / "predictions.parquet",
+            replace=replace,
         )
         print(f"{experiment}: version {made.version} is the champion, bundle {made.bundle}")
 

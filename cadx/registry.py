@@ -105,11 +105,20 @@ class Registry:
         """Every experiment that has a champion."""
         return sorted(model.name for model in self._client.search_registered_models())
 
-    def promote(self, experiment: str, *, decision: Path, metrics: Path, predictions: Path) -> Champion:
+    def promote(
+        self, experiment: str, *, decision: Path, metrics: Path, predictions: Path, replace: bool = False
+    ) -> Champion:
         """Make a bundle the champion that the gate let through; the former one stays in the history.
 
+        Args:
+            experiment: a section of params.yaml.
+            decision: the gate's file.
+            metrics: what it rests on.
+            predictions: what they were made from.
+            replace: also where the gate has not compared it with the present champion.
+
         Raises:
-            ValueError: if the gate refused it, or the files do not belong together.
+            ValueError: if the gate refused it or has not seen the champion, or the files do not belong together.
         """
         decided, record = read_decision(decision), read_metrics(metrics)
         _, info = read_predictions(predictions)
@@ -125,6 +134,11 @@ class Registry:
         former = self.champion(experiment)
         if former and former.bundle == decided.bundle:
             return former
+        if former and decided.champion != former.bundle and not replace:
+            raise ValueError(
+                f"{decision}: the gate has not compared it with the champion, {former.bundle}; run `cadx champion "
+                "export` and `cadx gate --champion`, or say --replace"
+            )
         tags = {"bundle": decided.bundle, "seed": str(decided.seed), "predictions": digest}
         run = self._client.create_run(self._experiment_id(experiment), tags=tags)
         for name, estimate in record.metrics.items():

@@ -10,11 +10,14 @@ from cadx.comparing import read_scored
 from cadx.files import digest_path, write_json
 from cadx.gating import Check, Decision
 from cadx.registry import Registry, show_history
+from cadx.types import Digest
 
 pytest.importorskip("mlflow", reason="of the extra 'registry'")
 
 
-def judged(folder: Path, *, seed: int, promote: bool = True) -> dict[str, Path]:
+def judged(
+    folder: Path, *, seed: int, promote: bool = True, champion: Digest | None = None
+) -> dict[str, Path]:
     """What `evaluate` and `gate` leave of a model."""
     folder.mkdir()
     files = {name: folder / f"{name}.json" for name in ("metrics", "decision")}
@@ -32,6 +35,7 @@ def judged(folder: Path, *, seed: int, promote: bool = True) -> dict[str, Path]:
     decision = Decision(
         experiment="squares", seed=seed, split="test", promote=promote, reasons=() if promote else (check.reason,),
         checks=(check,), bundle=info.bundle, metrics=digest_path(files["metrics"]),
+        champion=champion,
     )  # fmt: skip
     write_json(files["decision"], decision.model_dump(mode="json"))
     return files
@@ -51,8 +55,9 @@ def test_the_champion_changes_and_the_history_stays(
         registry.export("squares", tmp_path / "champion.parquet")
     assert not (tmp_path / "champion.parquet").exists()
 
-    first, second = judged(tmp_path / "1", seed=1), judged(tmp_path / "2", seed=2)
+    first = judged(tmp_path / "1", seed=1)
     made = registry.promote("squares", **first)
+    second = judged(tmp_path / "2", seed=2, champion=made.bundle)
     assert (made.version, made.seed, made.is_current) == (1, 1, True)
     assert made.metrics == {"auc": 0.9, "auc_low": 0.8, "auc_high": 0.95}
     assert registry.promote("squares", **first).version == 1, "it is the champion already"
@@ -84,6 +89,18 @@ def test_only_what_the_gate_let_through_becomes_champion(address: str, tmp_path:
     with pytest.raises(ValueError, match=r"not what .* was made from"):
         registry.promote("squares", **good | {"predictions": other["predictions"]})
     assert registry.history("squares") == before
+
+
+def test_the_champion_is_not_replaced_by_what_the_gate_has_not_compared_with_it(tmp_path: Path) -> None:
+    registry = Registry(f"sqlite:///{tmp_path}/mlflow.db")
+    first = registry.promote("squares", **judged(tmp_path / "1", seed=1))
+    alone = judged(tmp_path / "2", seed=2)
+    of_another = judged(tmp_path / "3", seed=3, champion=Digest("sha256:" + 64 * "0"))
+    for files in (alone, of_another):
+        with pytest.raises(ValueError, match=f"not compared it with the champion, {first.bundle}"):
+            registry.promote("squares", **files)
+    assert registry.champion("squares") == first
+    assert registry.promote("squares", **alone, replace=True).version == 2
 
 
 def test_predictions_that_were_changed_in_the_registry_are_not_handed_out(tmp_path: Path) -> None:

@@ -735,8 +735,11 @@ def test_empty_slide_has_no_tissue(shade: int) -> None:
 
 def test_saturation_is_compared_in_its_own_range() -> None:
     """The chapter's sketch compared 0..255 with thresholds for 0..1, so that glass was tissue (or nothing was)."""
-    picture = np.full((100, 200, 3), 240, np.uint8)
+    noise = np.random.default_rng(0).integers(-3, 4, (100, 200, 3))
+    picture = (np.full((100, 200, 3), 240) + noise).astype(np.uint8)
     picture[:, 100:] = (230, 190, 210)  # saturation .17, which is 44 of 255
+    of_255 = np.asarray(Image.fromarray(picture).convert("HSV"))[..., 1]
+    assert (of_255[:, :100] > 0.1).mean() > 0.9, "the sketch's rule would not fail here"
     assert tissue_mask(picture, 8.0)[:, 100:].all()
     assert not tissue_mask(picture, 8.0)[:, :100].any()
     assert not tissue_mask(picture, 8.0, minimum_saturation=0.2, maximum_saturation=0.2).any()
