@@ -89,6 +89,43 @@ def test_the_temperature_lowers_the_likelihood_loss_of_the_calibration_split(
     assert log_loss(labels[:, 1], probabilities[:, 1]) < log_loss(labels[:, 1], uncalibrated[:, 1])
 
 
+def test_an_isotonic_curve_goes_with_the_bundle_into_each_answer(
+    cohort: tuple[Path, Path], trained: Path, tmp_path: Path
+) -> None:
+    """Over the calibration split its answers are those of scikit-learn's regression on the scaled ones."""
+    from sklearn.isotonic import IsotonicRegression
+
+    straight = run(cohort, trained, tmp_path / "straight")
+    curved = run(cohort, trained, tmp_path / "curved", method="isotonic")
+    assert curved.manifest.isotonic
+    assert not straight.manifest.isotonic
+    labels, scaled = split_scores(straight, cohort, "calibration")
+    _, found = split_scores(curved, cohort, "calibration")
+    expected = IsotonicRegression(y_min=0, y_max=1).fit(scaled[:, 1], labels[:, 1]).predict(scaled[:, 1])
+    np.testing.assert_allclose(found[:, 1], expected, atol=0.02)
+    assert np.abs(found[:, 1] - scaled[:, 1]).max() > 0.02, "the curve would change nothing here"
+
+
+def test_who_is_referred_follows_from_the_declared_coverage(
+    cohort: tuple[Path, Path], trained: Path, tmp_path: Path
+) -> None:
+    folder, assigned = DatasetFolder(cohort[0]), read_splits(cohort[1])
+    ids = assigned.loc[assigned["split"] == "test", "sample_id"].tolist()
+    shares = []
+    for coverage in (0.5, 0.9):
+        bundle = run(cohort, trained, tmp_path / f"{coverage}", coverage=coverage)
+        sets = bundle.manifest.conformal
+        assert sets is not None
+        answers = Predictor(bundle, device="cpu").predict_many([RawImage(folder.pixels(i)) for i in ids])
+        for answer in answers:
+            assert list(answer.prediction_set or ()) == [
+                name for name, p in answer.probabilities.items() if 1 - p <= sets.quantiles[name]
+            ]
+            assert answer.refer == (answer.prediction_set != (answer.decision,))
+        shares.append(np.mean([answer.refer for answer in answers]))
+    assert len({0.0, 1.0, *shares}) > 2, "neither all nor none"
+
+
 def test_no_other_split_is_looked_at(cohort: tuple[Path, Path], trained: Path, tmp_path: Path) -> None:
     """With the labels of val and test turned round, the bundle is the same to the byte."""
     dataset = shutil.copytree(cohort[0], tmp_path / "dataset")

@@ -1,5 +1,8 @@
 """Prediction sets hold the truth as often as they say; isotonic curves and other prevalences do what they should."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,6 +11,8 @@ from scipy import stats
 
 from cadx import conformal
 from cadx.conformal import Conformal, fit, possible, refers
+from cadx.evaluating.decisions import MINIMUM_COVERED, coverage
+from cadx.predicting.table import Arrays
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=60), st.floats(0.05, 0.95))
@@ -104,3 +109,24 @@ def test_coverage_of_one_calibration_varies_as_a_beta_variable() -> None:
 def test_shapes_that_do_not_fit_are_refused_in_one_line() -> None:
     with pytest.raises(ValueError, match=r"probabilities: shape .* give N 2 of both"):
         fit([[0.1, 0.9]], [[1, 0], [0, 1]], "binary", ("a", "b"))
+
+
+def test_a_site_that_is_unlike_the_calibration_split_is_seen_by_its_own_coverage() -> None:
+    rng = np.random.default_rng(5)
+    sites = np.repeat(["hill", "dale", "few"], [300, 300, MINIMUM_COVERED - 1])
+    ill = rng.random(len(sites)) < 0.5
+    # At `dale` the ill look well: their sets do not hold the truth.
+    p = np.where(ill & (sites != "dale"), 0.95, 0.05)
+    labels = np.stack([~ill, ill], axis=1).astype(float)
+    shown = np.stack([1 - p, p], axis=1)[None]
+    sets = Conformal(coverage=0.9, quantiles={"well": 0.1, "ill": 0.1})
+    told: Any = SimpleNamespace(classes=("well", "ill"), conformal=sets)
+    rows = Arrays(labels=labels, probabilities=shown, decisions=shown > 0.5, patients=None)
+    found = coverage([told], rows, sites.tolist())
+    assert found["by_site"]["hill"].value == 1
+    assert found["by_site"]["dale"].value == pytest.approx(1 - ill[sites == "dale"].mean())
+    assert found["by_site"]["dale"].high < 0.9
+    assert found["by_site"]["few"].value is None
+    assert "too few: 19 cases, 20 needed" in found["by_site"]["few"].method
+    assert found["by_class"]["well"].value == 1
+    assert found["by_class"]["ill"].value < 0.9
