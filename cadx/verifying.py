@@ -9,6 +9,7 @@ Each file's digest stands in a file further down the chain, its witness:
     decision.json, metrics      in the archive
     bundle.json                 in predictions, metrics, decision, archive, deployment and its signature
     the archive                 in the deployment
+    what each stage read, wrote and was told    in dvc.lock
 
 A changed byte is named at the file that it stands in: of several witnesses of one file the majority is believed.
 Nothing is opened before its digest holds, so that a damaged file is named and does not end the walk.

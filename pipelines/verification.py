@@ -1,12 +1,15 @@
 """`cadx verify`: the chain of `cadx.verifying`, with what the steps and the endpoint know of it."""
 
+import hashlib
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import yaml
 
 from cadx.bundle import Manifest, parameters_digest, read_manifest
 from cadx.datasets import DatasetFolder
@@ -55,6 +58,7 @@ class Evidence:
     signature: Path | None = None
     public_key: Path | None = None
     params: Path | None = None
+    lock: Path | None = None
     endpoint: str = ""
     key_file: Path | None = None
 
@@ -108,6 +112,7 @@ def _beside(bundle: Path, reports: Path) -> Evidence:
         "deployment": told / "serving" / "deployment.json",
         "signature": signature_of(bundle),
         "params": Path("params.yaml"),
+        "lock": Path("dvc.lock"),
     }
     return replace(Evidence(bundle), **{name: path for name, path in places.items() if path.exists()})
 
@@ -128,6 +133,7 @@ def _links(at: Evidence) -> Iterator[Link]:
     yield from split_links(at.splits, at.dataset, at.validation, manifest, decided)
     yield from code_links(ROOT, source_digests("train"), manifest)
     yield _parameters(at, manifest)
+    yield from _stages(at, manifest)
     yield from weights_links(at.bundle, manifest)
     names: dict[Path | None, Any] = {
         at.predictions: at.predictions and predicted_by(at.predictions),
@@ -185,6 +191,59 @@ def _parameters(at: Evidence, manifest: Manifest) -> Link:
         return Link("parameters", "ok", where, "as bundle.json says", found, found)
     said = f"trained with others: {manifest.experiment}.train there, or {at.imbalance}, has changed"
     return Link("parameters", "broken", where, said, manifest.provenance.parameters, found)
+
+
+def _stages(at: Evidence, manifest: Manifest) -> Iterator[Link]:
+    """Whether every file and parameter is that of the last run of each stage, as `dvc repro` wrote it down.
+
+    Folders are left to the digests that cadx keeps of them.
+    """
+    name = manifest.experiment
+    if at.lock is None:
+        yield Link("stages", "not at hand", said="no dvc.lock given")
+        return
+    root = at.lock.parent
+    recorded = yaml.load(at.lock.read_bytes(), yaml.CSafeLoader)["stages"]
+    ran = {
+        stage: record
+        for stage, record in recorded.items()
+        if stage.partition("@")[2] in (name, f"{name}-{manifest.provenance.seed}")
+    }
+    changed: dict[str, Link] = {}
+    files: set[str] = set()
+    for stage, record in ran.items():
+        for one in (*record["deps"], *record["outs"]):
+            path, md5 = one["path"], one["md5"]
+            if md5.endswith(".dir"):
+                continue
+            files.add(path)
+            if not (root / path).is_file():
+                wrong = "missing"
+            elif hashlib.md5((root / path).read_bytes(), usedforsecurity=False).hexdigest() != md5:
+                wrong = "changed"
+            else:
+                continue
+            said = f"{wrong} since {stage} ran, says {at.lock.name}"
+            changed.setdefault(path, Link("stages", "broken", path, said, md5))
+        for path, values in record.get("params", {}).items():
+            today = yaml.load((root / path).read_bytes(), yaml.CSafeLoader) if (root / path).is_file() else {}
+            for key, value in values.items():
+                if _at(today, key) != value:
+                    said = f"changed since {stage} ran, says {at.lock.name}"
+                    changed[key] = Link("stages", "broken", f"{path}:{key}", said)
+    yield from changed.values()
+    if not ran:
+        yield Link("stages", "not at hand", str(at.lock), f"holds no stage of {name}")
+    elif not changed:
+        said = f"{len(ran)} stages, {len(files)} files and their parameters as they ran"
+        yield Link("stages", "ok", str(at.lock), said)
+
+
+def _at(content: Any, key: str) -> Any:
+    """What stands in nested mappings under keys joined by dots; None if nothing does."""
+    for part in key.split("."):
+        content = content.get(part) if isinstance(content, Mapping) else None
+    return content
 
 
 def _review(at: Evidence, manifest: Manifest, digest: Digest) -> Link:

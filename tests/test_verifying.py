@@ -1,5 +1,6 @@
 """The chain from the data to the endpoint: it holds as the steps left it, and one changed byte anywhere is named."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -237,6 +238,43 @@ def test_other_parameters_and_other_code_are_named(
     lines = broken(capsys.readouterr().out)
     assert len(lines) == 1
     assert "cadx/losses.py" in lines[0]
+
+
+def test_what_a_stage_read_and_wrote_is_held_against_the_lock(
+    chain: Chain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bounds of the gate and html pages have no other witness."""
+
+    def held(path: Path) -> dict[str, str]:
+        md5 = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+        return {"path": path.relative_to(chain.folder).as_posix(), "md5": md5}
+
+    metrics, report = chain.told / "metrics.json", chain.told / "report.html"
+    folder = {"path": "work/squares/dataset", "md5": "0" * 32 + ".dir"}
+    stages = {
+        "evaluate@squares-0": {"deps": [folder], "outs": [held(metrics), held(report)]},
+        "gate@squares-0": {
+            "deps": [held(metrics)],
+            "outs": [held(chain.decision)],
+            "params": {"params.yaml": {"squares.gate": PARAMS["gate"]}},
+        },
+        "gate@squares-1": {"deps": [{"path": "gone.json", "md5": "0" * 32}], "outs": []},
+    }
+    lock = chain.folder / "dvc.lock"
+    lock.write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}))
+    assert chain.verify(lock=lock)
+    assert "2 stages, 3 files and their parameters as they ran" in capsys.readouterr().out
+
+    (chain.folder / "params.yaml").write_text(
+        yaml.safe_dump({"squares": PARAMS | {"gate": {"at_least": {"auc": 0.001}}}})
+    )
+    flip(report)
+    assert not chain.verify(lock=lock)
+    first, second = broken(capsys.readouterr().out)
+    assert "report.html" in first
+    assert "changed since evaluate@squares-0 ran" in first
+    assert "params.yaml:squares.gate" in second
+    assert "changed since gate@squares-0 ran" in second
 
 
 def test_a_leaking_split_is_refused_though_every_digest_holds(
