@@ -138,6 +138,8 @@ def test_the_mr_series_is_stopped_by_its_name_and_cleaned_on_request(
     assert "\n" not in str(error.value)
     dataset = made("dicom-mr", root, tmp_path)
     stored = b"".join(path.read_bytes() for path in (tmp_path / "dataset").rglob("*") if path.is_file())
+    assert b"PGBM" not in stored
+    assert b"LIFEx" not in stored
     told = dataset.samples.to_csv() + dataset.info.model_dump_json()  # columns are stored compressed
     for name in named:
         assert name.encode() not in stored
