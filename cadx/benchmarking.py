@@ -942,29 +942,27 @@ def draw(benchmark: Benchmark, path: Path) -> None:
 
 
 def _draw_quality(axes: Any, runs: Sequence[Run], colours: Mapping[str, str]) -> None:
-    rows = [run for told in TOLD for run in runs if run.told is not None and run.told.name == told.name]
-    for place, run in enumerate(reversed(rows)):
-        estimate, told = run.metrics[run.quality], run.told
-        assert told is not None
+    rows = [(run, told) for told in TOLD for run in runs if run.told == told][::-1]
+    for place, (run, told) in enumerate(rows):
         low, high = told.quality
         axes.barh(place, high - low, left=low, height=0.72, color=colours[told.name], alpha=0.25)
+        estimate = run.metrics[run.quality]
         if estimate.value is None:
             continue
-        ends = [estimate.value if end is None else end for end in (estimate.low, estimate.high)]
+        low, high = (estimate.value if end is None else end for end in (estimate.low, estimate.high))
         axes.errorbar(
             [estimate.value],
             [place],
-            xerr=[[estimate.value - ends[0]], [ends[1] - estimate.value]],
+            xerr=[[estimate.value - low], [high - estimate.value]],
             color=colours[told.name],
             marker="o",
             markersize=6,
             capsize=3,
             markerfacecolor="white" if run.synthetic else colours[told.name],
         )
-    axes.set_yticks(range(len(rows)), [run.experiment for run in reversed(rows)])
-    for label, run in zip(axes.get_yticklabels(), reversed(rows), strict=True):
-        assert run.told is not None
-        label.set_color(colours[run.told.name])
+    axes.set_yticks(range(len(rows)), [run.experiment for run, _ in rows])
+    for label, (_, told) in zip(axes.get_yticklabels(), rows, strict=True):
+        label.set_color(colours[told.name])
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
     axes.set(xlabel="accuracy, or AP50 of detectors", xlim=(0, 1.02))

@@ -1,6 +1,5 @@
 """`cadx verify`: the chain of `cadx.verifying`, with what the steps and the endpoint know of it."""
 
-import hashlib
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 import yaml
 
 from cadx.bundle import Manifest, parameters_digest, read_manifest
+from cadx.catalog import digest_as
 from cadx.datasets import DatasetFolder
 from cadx.files import digest_bytes, digest_path
 from cadx.gating import Decision, read_decision
@@ -202,41 +202,50 @@ def _stages(at: Evidence, manifest: Manifest) -> Iterator[Link]:
     if at.lock is None:
         yield Link("stages", "not at hand", said="no dvc.lock given")
         return
-    root = at.lock.parent
     recorded = yaml.load(at.lock.read_bytes(), yaml.CSafeLoader)["stages"]
     ran = {
         stage: record
         for stage, record in recorded.items()
         if stage.partition("@")[2] in (name, f"{name}-{manifest.provenance.seed}")
     }
+    # Stages share files, and may have seen different ones; each file is read once.
+    files = {
+        (one["path"], f"md5:{one['md5']}"): stage
+        for stage, record in reversed(ran.items())
+        for one in (*record["deps"], *record["outs"])
+        if not one["md5"].endswith(".dir")
+    }
+    parameters = {
+        (path, key): (stage, value)
+        for stage, record in ran.items()
+        for path, values in record.get("params", {}).items()
+        for key, value in values.items()
+    }
+    root, says = at.lock.parent, f"ran, says {at.lock.name}"
+    found = {path: _md5(root / path) for path, _ in files}
+    today = {path: _yaml(root / path) for path, _ in parameters}
     changed: dict[str, Link] = {}
-    files: set[str] = set()
-    for stage, record in ran.items():
-        for one in (*record["deps"], *record["outs"]):
-            path, md5 = one["path"], one["md5"]
-            if md5.endswith(".dir"):
-                continue
-            files.add(path)
-            if not (root / path).is_file():
-                wrong = "missing"
-            elif hashlib.md5((root / path).read_bytes(), usedforsecurity=False).hexdigest() != md5:
-                wrong = "changed"
-            else:
-                continue
-            said = f"{wrong} since {stage} ran, says {at.lock.name}"
-            changed.setdefault(path, Link("stages", "broken", path, said, md5))
-        for path, values in record.get("params", {}).items():
-            today = yaml.load((root / path).read_bytes(), yaml.CSafeLoader) if (root / path).is_file() else {}
-            for key, value in values.items():
-                if _at(today, key) != value:
-                    said = f"changed since {stage} ran, says {at.lock.name}"
-                    changed[key] = Link("stages", "broken", f"{path}:{key}", said)
+    for (path, md5), stage in files.items():
+        if found[path] != md5:
+            said = f"{'changed' if found[path] else 'missing'} since {stage} {says}"
+            changed[path] = Link("stages", "broken", path, said, md5.removeprefix("md5:"))
+    for (path, key), (stage, value) in parameters.items():
+        if _at(today[path], key) != value:
+            changed[key] = Link("stages", "broken", f"{path}:{key}", f"changed since {stage} {says}")
     yield from changed.values()
     if not ran:
         yield Link("stages", "not at hand", str(at.lock), f"holds no stage of {name}")
     elif not changed:
-        said = f"{len(ran)} stages, {len(files)} files and their parameters as they ran"
+        said = f"{len(ran)} stages, {len(found)} files and their parameters as they ran"
         yield Link("stages", "ok", str(at.lock), said)
+
+
+def _md5(path: Path) -> str | None:
+    return digest_as(path, "md5:") if path.is_file() else None
+
+
+def _yaml(path: Path) -> Any:
+    return yaml.load(path.read_bytes(), yaml.CSafeLoader) if path.is_file() else None
 
 
 def _at(content: Any, key: str) -> Any:
