@@ -83,6 +83,33 @@ def test_what_no_dataset_stores_is_no_obstacle():
     assert dicom_identifiers(encode(dicom(**common))) == ()
 
 
+def test_a_text_that_repeats_the_patients_name_or_number_is_found():
+    """People type names into descriptions; one that the header itself gives away needs no list."""
+    header = {"PatientName": "ANDERSSON^JO", "PatientID": "47110815", "PatientIdentityRemoved": "NO"}
+    described = dicom(**header, StudyDescription="CT Andersson, control", ProtocolName="chest 47110815")
+    described.private_block(0x0029, "CADX TEST", create=True).add_new(0x10, "LO", "seen with Mr. Andersson")
+    quiet = dicom(
+        **header, StudyDescription="CT control", ProtocolName="Jo"
+    )  # too short to be told from a word
+    expected = {"(0029,1010)", "PatientID", "PatientName", "ProtocolName", "StudyDescription"}
+    assert set(dicom_identifiers(encode(described))) == expected
+    assert dicom_identifiers(encode(quiet)) == ("PatientID", "PatientName")
+
+
+@pytest.mark.parametrize(
+    "keyword", ["InstitutionName", "Manufacturer", "ManufacturerModelName", "ViewPosition"]
+)
+@pytest.mark.parametrize("patient", ["", "DOE^JANE"])
+def test_what_would_be_stored_is_reported_and_left_out_where_it_names_someone(keyword, patient):
+    told = encode(dicom(PatientName=patient, **{keyword: "DOE^JANE"}))
+    assert keyword in dicom_identifiers(told)
+    assert not {"site", "scanner", "view"} & read_image(told).attributes.keys()
+
+
+def test_a_study_that_is_called_head_routine_is_nobody():
+    assert dicom_identifiers(encode(dicom(StudyDescription="Head^Routine"))) == ()
+
+
 def test_the_mirrors_named_series_is_found_as_a_folder_and_as_a_zip(mirror, tmp_path):
     series = mirror / "dicom_ct" / "tcia_PGBM-003" / "11-T1post-18670"
     expected = ("AccessionNumber", "PatientName")

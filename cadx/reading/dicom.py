@@ -56,6 +56,19 @@ institution, device and descriptions of study and series. A dataset stores none 
 
 Source: DICOM PS3.15 Annex E, table E.1-1.
 """
+_STORED = ("InstitutionName", "Manufacturer", "ManufacturerModelName", "ViewPosition")
+_NAMING = (
+    "OtherPatientNames",
+    "PatientBirthName",
+    "PatientMotherBirthName",
+    "PatientName",
+    "ResponsiblePerson",
+)
+_FREE_TEXT = frozenset({"LO", "LT", "SH", "ST", "UC", "UT"})
+_NAMING_LETTERS = 4  # shorter words of a name stand in ordinary texts too
+_PERSON_NAME = re.compile(
+    r"[^\W\d_]\^[^\W\d_]"
+)  # family^given, PS3.5 6.2.1; studies are called Head^Routine as well
 BURNED_IN = "BurnedInAnnotation"
 """The one identifier that cannot be dropped with the header: it stands in the pixels."""
 
@@ -75,7 +88,9 @@ def dicom_identifiers(source: Path | bytes) -> tuple[str, ...]:
     """Keywords, sorted, of the elements that identify a patient and carry a value; never the values.
 
     All person names at any depth, `IDENTIFYING_KEYWORDS`, `PatientID` unless the file says
-    PatientIdentityRemoved = YES, and `BurnedInAnnotation` where it is YES. Empty for PNG and JPEG.
+    PatientIdentityRemoved = YES, texts that repeat a word of the patient's names or of that ID, what would be
+    stored but looks like a name (see `header_attributes`), and `BurnedInAnnotation` where it is YES. Empty for
+    PNG and JPEG.
 
     Raises:
         ValueError: one line, if the header cannot be read.
@@ -87,15 +102,21 @@ def dicom_identifiers(source: Path | bytes) -> tuple[str, ...]:
     try:
         with discreet():
             header = parse_header(data)
-            removed = header_text(header, "PatientIdentityRemoved") == "YES"
+            removed = _identity_removed(header)
+            words = _naming_words(header)
             for element in header.iterall():
                 keyword = element.keyword or f"({element.tag.group:04X},{element.tag.element:04X})"
                 named = element.VR == "PN" or keyword in IDENTIFYING_KEYWORDS
                 if element.keyword == "PatientID":
                     named = not removed
+                elif element.VR in _FREE_TEXT:
+                    named = named or not words.isdisjoint(_words(str(element.value)))
                 # An empty sequence and an empty value both have no truth.
                 if named and not element.is_empty and str(element.value).strip():
                     found.add(keyword)
+            found.update(
+                keyword for keyword in _STORED if _names_someone(header_text(header, keyword), words)
+            )
             if header_text(header, BURNED_IN) == "YES":
                 found.add(BURNED_IN)
     except Refusal as refusal:
@@ -103,6 +124,24 @@ def dicom_identifiers(source: Path | bytes) -> tuple[str, ...]:
     except Exception as error:  # see read_image
         raise ValueError(f"DICOM: the header cannot be read ({type(error).__name__})") from None
     return tuple(sorted(found))
+
+
+def _identity_removed(header: Dataset) -> bool:
+    return header_text(header, "PatientIdentityRemoved") == "YES"
+
+
+def _words(text: str) -> set[str]:
+    return {word for word in re.split(r"[\W_]+", text.casefold()) if len(word) >= _NAMING_LETTERS}
+
+
+def _naming_words(header: Dataset) -> set[str]:
+    """By which words the header itself names its patient: of the names, and of an ID that is no pseudonym."""
+    keywords = _NAMING if _identity_removed(header) else (*_NAMING, "PatientID")
+    return set().union(*(_words(header_text(header, keyword)) for keyword in keywords))
+
+
+def _names_someone(text: str, words: set[str]) -> bool:
+    return _PERSON_NAME.search(text) is not None or not words.isdisjoint(_words(text))
 
 
 def parse_age(text: str) -> float:
@@ -338,13 +377,22 @@ def _spacing_mm(header: Dataset, assumptions: list[str]) -> tuple[Millimetres, M
 
 
 def header_attributes(header: Dataset, assumptions: list[str]) -> dict[str, Any]:
-    """What a header says of group and machine, as `RawImage.attributes`; appends to `assumptions`."""
-    maker = (header_text(header, "Manufacturer"), header_text(header, "ManufacturerModelName"))
+    """What a header says of group and machine, as `RawImage.attributes`; appends to `assumptions`.
+
+    A text that names someone, in the form of a DICOM name (Doe^Jane) or by a word of the patient's names or ID in the
+    same header, is left out: `dicom_identifiers` reports it.
+    """
+    words = _naming_words(header)
+    stored = {
+        keyword: "" if _names_someone(text, words) else text
+        for keyword in _STORED
+        for text in (header_text(header, keyword),)
+    }
     attributes: dict[str, Any] = {
-        "site": header_text(header, "InstitutionName"),
-        "scanner": " ".join(filter(None, maker)),
+        "site": stored["InstitutionName"],
+        "scanner": " ".join(filter(None, (stored["Manufacturer"], stored["ManufacturerModelName"]))),
         "sex": parse_sex(header_text(header, "PatientSex")),
-        "view": header_text(header, "ViewPosition"),
+        "view": stored["ViewPosition"],
     }
     age_text = header_text(header, "PatientAge")
     if not np.isnan(age := parse_age(age_text)):
