@@ -28,6 +28,7 @@ SETS: dict[str, tuple[str, int, dict[str, int]]] = {
     "nih-rsna": ("image", 60, {"no_opacity": 28, "opacity": 32}),
     "nih-rsna-boxes": ("image", 60, {"opacity": 32}),
     "adrenalmnist3d": ("volume", 1584, {"normal": 1234, "hyperplasia": 350}),
+    "adrenalmnist3d-64": ("volume", 1584, {"normal": 1234, "hyperplasia": 350}),
     "hippocampus-volumes": ("volume", 200, {"anterior": 200, "posterior": 200}),
     # Three volumes have fewer than two places 3 mm inside of the posterior part.
     "hippocampus": ("volume", 1196, {"neither": 400, "anterior": 400, "posterior": 396}),
@@ -37,10 +38,11 @@ SETS: dict[str, tuple[str, int, dict[str, int]]] = {
     "tcga-brca": ("features", 1096, {"censored": 945, "event": 151}),
     "dicom-ct": ("volume", 1, {"lesion": 1}),
     "dicom-mr": ("volume", 2, {"tumour": 2}),
+    "dicom-cr": ("image", 2, {"chest": 2}),
     "wsi-cmu1": ("slide", 1, {"tissue": 1}),
 }
-TOO_SMALL_TO_SPLIT = {"dicom-ct", "dicom-mr", "wsi-cmu1"}
-GIVEN = {"pneumoniamnist", "pneumoniamnist-9to1", "adrenalmnist3d", "bccd"}
+TOO_SMALL_TO_SPLIT = {"dicom-cr", "dicom-ct", "dicom-mr", "wsi-cmu1"}
+GIVEN = {"pneumoniamnist", "pneumoniamnist-9to1", "adrenalmnist3d", "adrenalmnist3d-64", "bccd"}
 
 
 @pytest.fixture(autouse=True)
