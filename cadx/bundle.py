@@ -22,17 +22,13 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from pydantic import Field, ValidationError, model_validator
-from safetensors.torch import load_file
-from safetensors.torch import save as safetensors_bytes
-from torch import Tensor, nn
 
 from cadx.datasets import SourceInfo
 from cadx.files import canonical_json, digest_bytes, digest_path, replacing, write_json
@@ -40,6 +36,9 @@ from cadx.loading import Input
 from cadx.materials import bill_of_materials
 from cadx.models import ModelConfig, PretrainedOrigin
 from cadx.types import Config, Conformal, Digest, Estimate, Judged, Knots, Task
+
+if TYPE_CHECKING:  # importing torch takes two seconds, and most readers of a bundle build no network
+    from torch import Tensor, nn
 
 MANIFEST = "bundle.json"
 REFERENCE = "reference.parquet"
@@ -211,7 +210,7 @@ def answer_columns(task: Task, classes: Sequence[str]) -> list[str]:
 def write_bundle(
     path: Path,
     manifest: Manifest,
-    state_dicts: Sequence[Mapping[str, Tensor]],
+    state_dicts: "Sequence[Mapping[str, Tensor]]",
     reference: pd.DataFrame,
     *,
     history: Sequence[Mapping[str, Any]] = (),
@@ -227,6 +226,8 @@ def write_bundle(
         history: one record per epoch. Without clock times or memory, which differ from run to run.
         averaged: the weights are an exponential moving average.
     """
+    from safetensors.torch import save as safetensors_bytes
+
     assert state_dicts, "a bundle needs weights"
     with replacing(path) as folder:
         (folder / "weights").mkdir(parents=True)
@@ -308,8 +309,11 @@ class Bundle:
         has_temperature = self.manifest.temperature is not None or self.manifest.task == "detection"
         return has_temperature and self.manifest.operating_point is not None
 
-    def networks(self) -> list[nn.Module]:
+    def networks(self) -> "list[nn.Module]":
         """The ensemble's members in eval mode, on the CPU."""
+        import torch
+        from safetensors.torch import load_file
+
         members: list[nn.Module] = []
         for weights in self.manifest.weights:
             # Building draws random weights, which are thrown away: the caller's generator must not notice.
@@ -434,6 +438,8 @@ def _write_heldout(path: Path, frame: pd.DataFrame) -> None:
 
 def versions() -> dict[str, str]:
     """The versions of what computes an answer: Python, torch, torchvision and NumPy."""
+    import torch
+
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cadx import detection
-from cadx.evaluating import judged_on
+from cadx.evaluating import by_patient, judged_on
 from cadx.explaining import draw_band, patient_band, roc_heights, square, title
 from cadx.metrics import Difference, delong_difference, roc, score, tango_difference
 from cadx.predicting import PredictionsInfo, arrays, box_table, read_predictions
@@ -83,13 +83,18 @@ def read_scored(path: Path) -> Scored:
 
 
 def paired(a: Scored, b: Scored) -> Scored:
-    """`b` with its rows in the order of `a`: the same samples, of the same patients, with the same truth.
+    """`b` with its rows in the order of `a`: the same samples and patients, the same truth, the same aggregation.
 
     Raises:
         ValueError: if they are not.
     """
     if (a.info.task, a.info.classes) != (b.info.task, b.info.classes):
         raise ValueError("the two have other classes or another task: nothing to be compared")
+    if a.info.aggregate != b.info.aggregate:
+        raise ValueError(
+            f"one declares evaluate.aggregate {a.info.aggregate}, the other {b.info.aggregate}: they are of other "
+            "cases; score both with the same"
+        )
     rows = pd.Index(b.frame["sample_id"]).get_indexer(a.frame["sample_id"])
     if len(a.frame) != len(b.frame) or (rows < 0).any():
         shared = int((rows >= 0).sum())
@@ -104,6 +109,16 @@ def paired(a: Scored, b: Scored) -> Scored:
             "the two know other labels, lesions or patients of the same images; score both on one dataset"
         )
     return b._replace(frame=ordered)
+
+
+def as_declared(scored: Scored) -> Scored:
+    """One row a patient where the predictions declare that images are aggregated, else the rows as they are.
+
+    Of two that are `paired` the patients come in the same order.
+    """
+    if scored.info.aggregate == "none":
+        return scored
+    return scored._replace(frame=by_patient(scored.frame, scored.info, scored.info.aggregate))
 
 
 def all_paired(scored: Sequence[Scored]) -> list[Scored]:
@@ -136,10 +151,12 @@ def compare_metrics(
 ) -> list[Comparison]:
     """Each of `metrics` of both models with its paired difference; of every class where none is the positive one.
 
+    It is of patients where both predictions declare that images are aggregated.
+
     Raises:
         ValueError: if the two are not of the same cases (`paired`), or a metric is not one of their task.
     """
-    info, b = a.info, paired(a, b)
+    info, a, b = a.info, as_declared(a), as_declared(paired(a, b))
     known = [name for name in get_args(ComparedMetric) if (name in _OF_BOXES) == (info.task == "detection")]
     metrics = known if metrics is None else metrics
     if unknown := [name for name in metrics if name not in known]:
@@ -208,8 +225,11 @@ def _compare_boxes(a: Scored, b: Scored, metrics: Sequence[ComparedMetric]) -> l
 
 
 def agreement(a: Scored, b: Scored) -> Agreement:
-    """How many labelled cases both, one or none of two models answers rightly, in every class."""
-    b = paired(a, b)
+    """How many labelled cases both, one or none of two models answers rightly, in every class.
+
+    A case is a patient where both predictions declare that images are aggregated.
+    """
+    a, b = as_declared(a), as_declared(paired(a, b))
     first, second = arrays(a.frame, a.info), arrays(b.frame, b.info)
     labelled = ~np.isnan(first.labels).all(axis=1)
     unknown = np.isnan(first.labels)
@@ -288,8 +308,15 @@ def _page(
     page.facts([(f"{_name(one)}, A - B", difference_text(one.difference)) for one in found[:3]])
     page.section("Differences")
     patients = f" of {first.frame['patient'].nunique():,} patients" if info.clustered else ""
+    aggregated = (
+        f" Each patient is one case, with the {'highest' if info.aggregate == 'max' else 'mean'} probability of its "
+        "images."
+        if info.aggregate != "none"
+        else ""
+    )
     page.text(
-        f"Both models answered the same {len(first.frame):,} images{patients} of {judged_on(info.split)}. An interval "
+        f"Both models answered the same {len(first.frame):,} images{patients} of {judged_on(info.split)}.{aggregated} "
+        "An interval "
         "of A - B that leaves out 0 speaks for one of them; one that holds 0 says that these patients cannot tell "
         "them apart, not that they are alike. Where many metrics are compared, some differ by chance."
     )
@@ -314,7 +341,7 @@ def _page(
     page.section("Cases")
     page.table(
         [
-            {"answered rightly by": who, "images": count}
+            {"answered rightly by": who, "images" if info.aggregate == "none" else "patients": count}
             for who, count in zip(
                 ("both", "A alone", "B alone", "neither"),
                 counts,
@@ -349,7 +376,7 @@ def _drawn(first: Scored, second: Scored, found: Sequence[Comparison]) -> "Figur
     if info.positive:
         column = info.classes.index(info.positive)
         for letter, scored in (("A", first), ("B", second)):
-            rows = arrays(scored.frame, scored.info)
+            rows = arrays(as_declared(scored).frame, scored.info)
             labels, scores = rows.labels[:, column], rows.probabilities[:, column]
             known = ~np.isnan(labels)
             labels, scores = labels[known], scores[known]

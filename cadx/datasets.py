@@ -42,7 +42,7 @@ SHARD_SAMPLES = 4096
 # Memory maps held open by one process: each costs address space and about 1 MB for its header.
 _OPEN_SHARDS = 64
 
-_VOXELS = ("uint8", "uint16", "int16", "float32")
+VOXEL_TYPES = ("uint8", "uint16", "int16", "float32")
 _CLONE = (
     0x40049409  # FICLONE of Linux, by which Btrfs and XFS share blocks until one of the copies is written
 )
@@ -651,9 +651,9 @@ def preview(kind: Kind, pixels: np.ndarray) -> np.ndarray:
 def _check_array(kind: Kind, array: np.ndarray) -> None:
     if kind in ("image", "slide"):
         check_pixels(array)
-    elif kind == "volume" and (array.ndim != 3 or str(array.dtype) not in _VOXELS or not array.size):
+    elif kind == "volume" and (array.ndim != 3 or str(array.dtype) not in VOXEL_TYPES or not array.size):
         raise ValueError(
-            f"voxels are {array.dtype} {array.shape}; give D H W of {', '.join(_VOXELS)}, not empty"
+            f"voxels are {array.dtype} {array.shape}; give D H W of {', '.join(VOXEL_TYPES)}, not empty"
         )
     elif kind == "features" and (array.ndim != 2 or array.dtype != np.float32 or not array.size):
         raise ValueError(f"features are {array.dtype} {array.shape}; give T E of float32, not empty")

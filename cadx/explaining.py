@@ -64,29 +64,6 @@ def overlay(pixels: np.ndarray, attention: np.ndarray) -> np.ndarray:
     return np.round(255 * ((1 - opacity) * image + opacity * colour)).astype(np.uint8)
 
 
-def draw_boxes(
-    pixels: np.ndarray, groups: Sequence[tuple[np.ndarray, str]], width_px: int | None = None
-) -> np.ndarray:
-    """The image with rectangles around boxes: H W 3 uint8.
-
-    Args:
-        pixels: H W or H W 3, uint8 or uint16.
-        groups: boxes (B 4, x0 y0 x1 y1 in pixels of the image) with their colour; later ones lie above.
-        width_px: of the lines, which lie outside of the boxes; None for one that shows in a thumbnail.
-    """
-    from PIL import Image, ImageDraw
-
-    picture = Image.fromarray(overlay(pixels, np.zeros(pixels.shape[:2])))
-    width = max(1, max(pixels.shape[:2]) // 180) if width_px is None else width_px
-    pen = ImageDraw.Draw(picture)
-    for boxes, colour in groups:
-        for x0, y0, x1, y1 in np.asarray(boxes).reshape(-1, 4).tolist():
-            pen.rectangle(
-                (x0 - width, y0 - width, x1 + width - 1, y1 + width - 1), outline=colour, width=width
-            )
-    return np.asarray(picture)
-
-
 def visualize_attention_map(
     thumbnail: np.ndarray,
     weights: np.ndarray,

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cadx.metrics import Difference, Subgroup
-from cadx.types import Config, Digest, Estimate
+from cadx.types import Aggregation, Config, Digest, Estimate
 
 
 class Check(Config):
@@ -34,6 +34,7 @@ class Decision(Config):
         champion: the bundle that it was compared with; None where there was none.
         reviewer: who signed for it; None where nobody was asked.
         reasons: why not; empty where `promote`.
+        not_judged: floors of subgroups that hold too few, or one class only: they stopped nothing, and promise nothing.
     """
 
     schema_version: Literal[1] = 1
@@ -42,12 +43,22 @@ class Decision(Config):
     split: str
     promote: bool
     reasons: tuple[str, ...]
+    not_judged: tuple[str, ...] = ()
     checks: tuple[Check, ...]
     bundle: Digest
     metrics: Digest
     validation: Digest | None = None
     champion: Digest | None = None
     reviewer: str | None = None
+
+    @property
+    def why(self) -> str:
+        """The reasons, or how many checks hold and how many floors of subgroups could not be judged."""
+        if self.reasons:
+            return "; ".join(self.reasons)
+        num_open = len(self.not_judged)
+        held = f"all {len(self.checks) - num_open} checks hold"
+        return f"{held}; {num_open} floors of subgroups could not be judged" if num_open else held
 
 
 class MetricsFile(BaseModel):
@@ -66,6 +77,7 @@ class MetricsFile(BaseModel):
     n: int
     n_patients: int
     clustered: bool
+    aggregate: Aggregation = "none"
     warnings: tuple[str, ...]
     metrics: dict[str, Estimate]
     by_subgroup: dict[str, dict[str, Subgroup]]

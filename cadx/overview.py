@@ -16,11 +16,11 @@ from rich.table import Table
 from cadx.bundle import Bundle
 from cadx.datasets import DatasetFolder, read_splits
 from cadx.evaluating import HEADLINES, Settings, evaluation_of, judged_on, meanings_of
-from cadx.explaining import draw_boxes, overlay, title
+from cadx.explaining import overlay, title
 from cadx.files import digest_path
 from cadx.gating import Decision, read_decisions
 from cadx.predicting import Predictor, read_predictions
-from cadx.reporting import PALETTE, Page, estimate_text, figure, panels
+from cadx.reporting import PALETTE, Page, draw_boxes, estimate_text, figure, panels
 from cadx.types import Estimate, RawImage, Task
 
 _NUM_PICTURES = 6
@@ -202,7 +202,7 @@ def _gate(page: Page, decisions: Sequence[Decision]) -> None:
                 "experiment": decision.experiment,
                 "seed": str(decision.seed),
                 "decision": "promote" if decision.promote else "refuse",
-                "why": "; ".join(decision.reasons) or f"all {len(decision.checks)} checks hold",
+                "why": decision.why,
             }
             for decision in decisions
         ],

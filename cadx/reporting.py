@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from cadx.files import replacing
 from cadx.types import Estimate
@@ -109,6 +109,27 @@ def thumbnail_png(image: np.ndarray | bytes, max_px: int = THUMBNAIL_PX) -> byte
     out = io.BytesIO()
     picture.save(out, format="PNG")
     return out.getvalue()
+
+
+def draw_boxes(
+    pixels: np.ndarray, groups: Sequence[tuple[np.ndarray, str]], width_px: int | None = None
+) -> np.ndarray:
+    """The image with rectangles around boxes: H W 3 uint8.
+
+    Args:
+        pixels: H W or H W 3, uint8 or uint16.
+        groups: boxes (B 4, x0 y0 x1 y1 in pixels of the image) with their colour; later ones lie above.
+        width_px: of the lines, which lie outside of the boxes; None for one that shows in a thumbnail.
+    """
+    picture = Image.fromarray(_to_uint8(pixels)).convert("RGB")
+    width = max(1, max(pixels.shape[:2]) // 180) if width_px is None else width_px
+    pen = ImageDraw.Draw(picture)
+    for boxes, colour in groups:
+        for x0, y0, x1, y1 in np.asarray(boxes).reshape(-1, 4).tolist():
+            pen.rectangle(
+                (x0 - width, y0 - width, x1 + width - 1, y1 + width - 1), outline=colour, width=width
+            )
+    return np.asarray(picture)
 
 
 def side_by_side(left: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -522,8 +522,8 @@ def _verdicts(one: _Experiment) -> str:
 
 def _gate(one: _Experiment) -> Iterator[str]:
     for decision in one.decisions:
-        why = "; ".join(decision.reasons) or f"all {len(decision.checks)} checks hold"
-        yield f"Gate, seed {decision.seed}: {'promoted' if decision.promote else 'refused'}, {_escaped(why)}"
+        said = "promoted" if decision.promote else "refused"
+        yield f"Gate, seed {decision.seed}: {said}, {_escaped(decision.why)}"
 
 
 def _commit(file: Path) -> str:

@@ -7,15 +7,16 @@ of (seed, epoch, sample), whatever the batch, its order and the number of loader
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image
 from pydantic import Field, field_validator
 
 from cadx.types import Config, check_pixels
+
+if TYPE_CHECKING:  # importing torch takes two seconds, and a description needs none
+    import torch
 
 # Rec. 601 luma. Source: ITU-R BT.601-7, section 2.5.1.
 _LUMA = (np.float32(0.299), np.float32(0.587), np.float32(0.114))
@@ -92,7 +93,7 @@ class Preprocessing(Config):
         top_px, left_px = (self.height_px - height_px) // 2, (self.width_px - width_px) // 2
         return Placement(top_px, left_px, height_px, width_px)
 
-    def apply(self, pixels: np.ndarray) -> torch.Tensor:
+    def apply(self, pixels: np.ndarray) -> "torch.Tensor":
         """The network's input, C H W float32, from raw pixels H W or H W 3 (uint8 or uint16, black = 0).
 
         The resize is bilinear with antialiasing, pixel centres at half-integers.
@@ -100,6 +101,8 @@ class Preprocessing(Config):
         Raises:
             ValueError: if the pixels have another shape or dtype.
         """
+        import torch
+
         check_pixels(pixels)
         place = self.placement(*pixels.shape[:2])
         if pixels.ndim == 2:
@@ -206,15 +209,15 @@ def _interpolate(values: np.ndarray, positions: np.ndarray) -> np.ndarray:
 class _Draws(NamedTuple):
     """One batch of random draws, N each, uniform in -1..1."""
 
-    flip: torch.Tensor
-    rotation: torch.Tensor
-    shift_x: torch.Tensor
-    shift_y: torch.Tensor
-    scale: torch.Tensor
-    brightness: torch.Tensor
-    contrast: torch.Tensor
-    vertical_flip: torch.Tensor
-    depth_flip: torch.Tensor
+    flip: "torch.Tensor"
+    rotation: "torch.Tensor"
+    shift_x: "torch.Tensor"
+    shift_y: "torch.Tensor"
+    scale: "torch.Tensor"
+    brightness: "torch.Tensor"
+    contrast: "torch.Tensor"
+    vertical_flip: "torch.Tensor"
+    depth_flip: "torch.Tensor"
 
 
 class Augmentation(Config):
@@ -243,13 +246,13 @@ class Augmentation(Config):
 
     def apply(
         self,
-        batch: torch.Tensor,
+        batch: "torch.Tensor",
         *,
         seed: int,
         epoch: int,
-        samples: Sequence[int] | torch.Tensor,
+        samples: "Sequence[int] | torch.Tensor",
         background: float,
-    ) -> torch.Tensor:
+    ) -> "torch.Tensor":
         """The augmented batch, N C H W, on the batch's device; the batch itself if nothing is to be done.
 
         Args:
@@ -261,6 +264,9 @@ class Augmentation(Config):
         """
         if self.is_identity:
             return batch
+        import torch
+        import torch.nn.functional as F
+
         indices = [int(sample) for sample in samples]
         assert len(indices) == len(batch), f"{len(indices)} sample indices for a batch of {len(batch)}"
         draws = _draw(seed, epoch, indices, batch.device)
@@ -282,8 +288,10 @@ class Augmentation(Config):
             batch = batch + self.noise_std * _noise(seed, epoch, indices, batch)
         return batch
 
-    def _grid(self, draws: _Draws, *, height_px: int, width_px: int) -> torch.Tensor:
+    def _grid(self, draws: _Draws, *, height_px: int, width_px: int) -> "torch.Tensor":
         """Where each output pixel comes from, N H W 2 (x, y) in -1..1; turned about the centre."""
+        import torch
+
         # Not affine_grid: it multiplies matrices, and a BLAS may round a batch of one differently.
         device = draws.rotation.device
         x = ((torch.arange(width_px, device=device) * 2 + 1) / width_px - 1).view(1, 1, -1)
@@ -298,7 +306,7 @@ class Augmentation(Config):
         return torch.stack((source_x, source_y), dim=-1)
 
 
-def _per_image(values: torch.Tensor) -> torch.Tensor:
+def _per_image(values: "torch.Tensor") -> "torch.Tensor":
     return values.view(-1, 1, 1, 1)
 
 
@@ -306,8 +314,10 @@ def _key(seed: int, epoch: int) -> np.ndarray:
     return np.random.SeedSequence((seed, epoch)).generate_state(2, np.uint64)
 
 
-def _draw(seed: int, epoch: int, samples: Sequence[int], device: torch.device) -> _Draws:
+def _draw(seed: int, epoch: int, samples: Sequence[int], device: "torch.device") -> _Draws:
     """All draws, used or not: switching one change on leaves the others as they were."""
+    import torch
+
     key = _key(seed, epoch)
     values = np.empty((len(_Draws._fields), len(samples)), np.float32)
     for row, sample in enumerate(samples):
@@ -317,8 +327,10 @@ def _draw(seed: int, epoch: int, samples: Sequence[int], device: torch.device) -
     return _Draws(*torch.from_numpy(values).to(device))
 
 
-def _noise(seed: int, epoch: int, samples: Sequence[int], batch: torch.Tensor) -> torch.Tensor:
+def _noise(seed: int, epoch: int, samples: Sequence[int], batch: "torch.Tensor") -> "torch.Tensor":
     """Standard normal noise like `batch`, drawn image by image on its device."""
+    import torch
+
     noise = torch.empty_like(batch)
     generator = torch.Generator(batch.device)
     for image, sample in zip(noise, samples, strict=True):

@@ -25,6 +25,9 @@ Kind = Literal["image", "volume", "slide", "features"]
 Split = Literal["train", "val", "calibration", "test", "excluded"]
 Judged = Literal["val", "calibration", "test", "folds"]
 """What answers are scored on: a split, or the folds of a cross-validation, each by the network that did not see it."""
+Aggregation = Literal["none", "max", "mean"]
+"""What becomes of a patient's images before they are scored: each stands for itself, or all become one case with the
+highest, or the mean, of their probabilities."""
 
 Millimetres = NewType("Millimetres", float)
 Micrometres = NewType("Micrometres", float)

@@ -101,6 +101,7 @@ def evaluate(
         resampled_thresholds=manifest.operating_point.resampled if manifest.operating_point else {},
         conformal=manifest.conformal,
         assumptions=tuple(dict.fromkeys((*manifest.assumptions, *folder.info.assumptions))),
+        aggregate=params.aggregate,
     )
     settings = Settings(
         resamples=params.resamples,

@@ -126,7 +126,7 @@ def gate(
     if rival and params.margins:
         if predictions is None:
             raise ValueError("--champion without --predictions: give this model's, on the same patients")
-        checks += _against(rival, predictions, opened.digest, params.margins)
+        checks += _against(rival, predictions, record, params.margins)
     numbers, reviewer = digest_path(metrics), None
     if params.reviewers:
         signed_off = _signed_off(review, record, numbers, params.reviewers)
@@ -140,6 +140,7 @@ def gate(
             split=record.split,
             promote=all(check.passed for check in checks),
             reasons=tuple(check.reason for check in checks if not check.passed),
+            not_judged=tuple(check.reason for check in checks if check.passed and _unanswered(check)),
             checks=tuple(checks),
             bundle=opened.digest,
             metrics=numbers,
@@ -240,15 +241,21 @@ def _is_open(rule: Mapping[str, object]) -> bool:
 
 
 def _against(
-    champion: Scored, predictions: Path, bundle: Digest, margins: Mapping[ComparedMetric, float]
+    champion: Scored, predictions: Path, record: MetricsFile, margins: Mapping[ComparedMetric, float]
 ) -> list[Check]:
     """A check for each margin, on the patients that both models were asked about."""
     challenger = read_scored(predictions)
-    if challenger.info.bundle != bundle:
+    if challenger.info.bundle != record.bundle:
         raise ValueError(f"{predictions}: answers of another bundle than the one that is judged; evaluate it")
     what = "not inferior to the champion"
-    if champion.info.bundle == bundle:
+    if champion.info.bundle == record.bundle:
         return [Check(what=what, passed=True, reason="it is the champion itself")]
+    if challenger.info.aggregate != record.aggregate:
+        reason = (
+            f"cannot be compared with the champion: {predictions} declares evaluate.aggregate "
+            f"{challenger.info.aggregate}, but the metrics are of {record.aggregate}; evaluate again"
+        )
+        return [Check(what=what, passed=False, reason=reason)]
     try:
         found = compare_metrics(challenger, champion, list(margins))
     except ValueError as error:
@@ -275,14 +282,24 @@ def _signed_off(
     return Check(what=what, passed=not wrong, reason=reason)
 
 
+def _unanswered(check: Check) -> bool:
+    """Whether a bound was asked for, and there was no number to hold against it."""
+    return check.bound is not None and check.value is None
+
+
 def _subgroup_floors(
     name: str, bound: float, by_subgroup: Mapping[str, Mapping[str, Subgroup]]
 ) -> Iterator[Check]:
-    """A check for each subgroup; those that are too small are listed, and stop nothing unless all are."""
+    """A check for each subgroup; those that are too small are listed, and stop nothing unless all are.
+
+    So are those of one class only, however many patients they have, where the metric needs both.
+    """
     judged = 0
     for attribute, groups in by_subgroup.items():
         for value, group in groups.items():
-            estimate = group.metrics.get(name) or getattr(group, name, None) or _UNKNOWN
+            # What else needs both classes is left out where AUC is undefined: that says why.
+            missing = group.auc if group.auc.low is None else _UNKNOWN
+            estimate = group.metrics.get(name) or getattr(group, name, None) or missing
             what = f"{title(name)} in {attribute} {value}"
             if estimate.low is None:
                 reason = f"{what} was not judged: {estimate.method}"

@@ -78,10 +78,10 @@ from pydantic import Field
 
 from cadx.datasets import DatasetFolder, read_splits
 from cadx.files import digest_path, write_json
-from cadx.losses import LossConfig, Weighting
 from cadx.reporting import INK, MUTED, PALETTE, Page, figure, panels
 from cadx.sampling import BOX_SIZES_PX, ClassBalance, analyze_class_imbalance, count_box_sizes
 from cadx.types import Config, Kind, Task
+from cadx.weighting import LossConfig, Weighting
 from components.contract import In, Out, Params, step
 
 SPLITS = ("train", "val", "calibration", "test", "excluded")

@@ -37,7 +37,7 @@ from cadx.catalog import (
     pseudonym,
     site_key,
 )
-from cadx.datasets import DatasetWriter, SourceInfo, preview
+from cadx.datasets import VOXEL_TYPES, DatasetWriter, SourceInfo, preview
 from cadx.drift import image_statistics
 from cadx.files import digest_bytes, digest_path
 from cadx.layouts import FileEntry, Item, list_items, read_bags
@@ -177,9 +177,14 @@ def _add_arrays(writer: DatasetWriter, name: str, entry: NpzEntry, path: Path) -
             raise ValueError(f"{name}: {split}_images belongs to none of train, val, calibration, test")
         volumes = entry.kind == "volume"
         colour = images.ndim == 4 and images.shape[3] == 3 and not volumes
-        if str(images.dtype) not in ("uint8", "uint16") or not (images.ndim == 3 + volumes or colour):
+        types = VOXEL_TYPES if volumes else ("uint8", "uint16")
+        if str(images.dtype) not in types or not (images.ndim == 3 + volumes or colour):
             form = "N D H W" if volumes else "N H W or N H W 3"
-            raise ValueError(f"{name}: {split}_images must be {form}, uint8 or uint16")
+            raise ValueError(
+                f"{name}: {split}_images must be {form} of {', '.join(types)}, not {images.dtype} {images.shape}"
+            )
+        if images.dtype.kind == "f" and not np.isfinite(images).all():
+            raise ValueError(f"{name}: {split}_images holds values that are not finite")
         if not images.size:
             raise ValueError(f"{name}: {split}_images is empty: {images.shape}")
         if labels is None or labels.ndim == 0 or len(labels) != len(images):

@@ -221,7 +221,11 @@ def _known(bundle: Bundle, decided: Decision, record: MetricsFile, params: Packa
 
 def _verdict(page: Page, decided: Decision) -> None:
     if decided.promote:
-        page.callout("ok", f"Passed the gate: all {len(decided.checks)} declared checks hold.")
+        page.callout("ok", f"Passed the gate: {decided.why}.")
+    if decided.not_judged:
+        page.callout(
+            "warn", "Too few to be judged, and so promised to nobody: " + "; ".join(decided.not_judged) + "."
+        )
     for reason in decided.reasons:
         page.callout("stop", f"Refused by the gate: {reason}.")
     with page.details("What the gate asked"):

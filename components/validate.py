@@ -34,6 +34,7 @@ validation.json:
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
@@ -43,7 +44,7 @@ from pydantic import Field
 from cadx.datasets import DatasetFolder
 from cadx.files import digest_path, write_json
 from cadx.quality import PRECEDENCE, DuplicateKind, box_problems, checked_samples, feature_table
-from cadx.reporting import Page, boxes_by_group, side_by_side
+from cadx.reporting import PALETTE, Page, boxes_by_group, draw_boxes, side_by_side
 from cadx.sampling import analyze_class_imbalance
 from components.contract import In, Out, Params, step
 
@@ -57,6 +58,8 @@ NUM_SAMPLE_IDS = 20
 NUM_BOXES_NAMED = 5
 NUM_SHOWN = 9
 NUM_ROWS_SHOWN = 500
+INVALID_BOX = "invalid_box"
+FAULTY_COLOUR = "#E3000F"
 
 
 class ValidateParams(Params):
@@ -444,7 +447,7 @@ def _box_rules(params: ValidateParams) -> list[_Rule]:
             "correct the boxes at their source",
         ),
         _Rule(
-            "invalid_box",
+            INVALID_BOX,
             params.invalid_box,
             (_values("has_area", [True]), _values("is_inside", [True])),
             says("without area, or outside the image"),
@@ -721,14 +724,17 @@ def _page(
         page.section("What was found")
     known = set(checked["sample_id"])
     for outcome in shown:
+        of_boxes = outcome.rule.name == INVALID_BOX
+        picture = partial(_with_faulty_boxes, folder, outcome.rows) if of_boxes else folder.preview
         page.images(
             [
-                (folder.preview(sample_id), sample_id)
+                (picture(sample_id), sample_id)
                 for sample_id in outcome.sample_ids[:NUM_SHOWN]
                 if sample_id in known
             ],
-            f"{outcome.rule.name.replace('_', ' ').capitalize()}: {_shown(len(outcome.sample_ids), noun)}",
-            max_px=128,
+            f"{outcome.rule.name.replace('_', ' ').capitalize()}: {_shown(len(outcome.sample_ids), noun)}"
+            + (" The faulty boxes are red, cut at the image's edge." if of_boxes else ""),
+            max_px=256 if of_boxes else 128,
         )
 
     page.section(f"What the {noun}s look like")
@@ -819,6 +825,21 @@ def _show_intensities(page: Page, kept: pd.DataFrame) -> None:
             " Sites that stand apart are told apart by a network too.",
             alt="Box plots of mean image intensity, one per site.",
         )
+
+
+def _with_faulty_boxes(folder: DatasetFolder, faulty: list[int], sample_id: str) -> np.ndarray:
+    """The image with its boxes, over them in red those at the rows `faulty` of the table of boxes."""
+    pixels = folder.pixels(sample_id)
+    size_px = np.array(pixels.shape[1::-1])
+    line_px = max(3, size_px.max() // 60)  # a box without area is as large as its lines
+    boxes = folder.boxes.reset_index(drop=True)
+    of_image = boxes[boxes["sample_id"] == sample_id]
+    corners = of_image[["x0", "y0", "x1", "y1"]].to_numpy(np.float64).reshape(-1, 2, 2)
+    # What lies outside shows as a line along the edge, and corners in the wrong order as the box they span.
+    shown = np.clip(np.nan_to_num(np.sort(corners, axis=1)), line_px, size_px - line_px).reshape(-1, 4)
+    is_faulty = of_image.index.isin(faulty)
+    sound = draw_boxes(pixels, [(shown[~is_faulty], PALETTE[0])])
+    return draw_boxes(sound, [(shown[is_faulty], FAULTY_COLOUR)], line_px)
 
 
 def _shown(number: int, noun: str, limit: int = NUM_SHOWN) -> str:

@@ -79,6 +79,27 @@ def test_arrays_of_volumes_need_their_spacing_from_the_catalogue(tmp_path: Path)
     assert all(said in page for said in dataset.info.assumptions)
 
 
+@pytest.mark.parametrize("kind", ["int16", "float32"])
+def test_arrays_of_hounsfield_units_are_read_as_they_are(tmp_path: Path, kind: str) -> None:
+    voxels = np.random.default_rng(0).integers(-1024, 3071, (4, 8, 20, 18)).astype(kind)
+    entry = {"format": "npz", "kind": "volume", "file": str(tmp_path / "scans.npz"), "spacing_mm": [3, 1, 1]}
+    np.savez(tmp_path / "scans.npz", train_images=voxels, train_labels=np.arange(4) % 2)
+    dataset = ingested(tmp_path, **entry)
+    for number in range(4):
+        np.testing.assert_array_equal(dataset.pixels(f"train-{number:05d}"), voxels[number])
+        assert str(dataset.pixels(f"train-{number:05d}").dtype) == kind
+
+
+def test_an_array_with_a_voxel_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    voxels = np.zeros((4, 8, 20, 18), np.float32)
+    voxels[2, 1, 3, 4] = np.nan
+    np.savez(tmp_path / "scans.npz", train_images=voxels, train_labels=np.arange(4) % 2)
+    entry = {"format": "npz", "kind": "volume", "file": str(tmp_path / "scans.npz"), "spacing_mm": [3, 1, 1]}
+    with pytest.raises(ValueError, match="train_images holds values that are not finite"):
+        ingested(tmp_path, **entry)
+    assert not (tmp_path / "dataset").exists()
+
+
 def test_the_model_card_states_what_was_assumed_of_the_data(tmp_path: Path) -> None:
     run = prepare(tmp_path)
     run.evaluate(tmp_path / "scored", split="test", minimum_n=5)

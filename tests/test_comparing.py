@@ -23,6 +23,7 @@ def scored(
     task: str = "binary",
     per_patient: int = 1,
     start: int = 0,
+    aggregate: str = "none",
 ) -> Path:
     """Predictions of a model of some skill on cases that depend on nothing but their number."""
     classes = {"binary": ("normal", "opacity"), "multilabel": ("opacity", "stripe")}[task]
@@ -38,6 +39,7 @@ def scored(
     info = PredictionsInfo(
         experiment="squares", seed=seed, split="test", bundle=digest_bytes(str(seed).encode()), task=task,
         classes=classes, positive=positive, clustered=per_patient > 1, thresholds=thresholds, assumptions=(),
+        aggregate=aggregate,
     )  # fmt: skip
     frame = pd.DataFrame(
         {
@@ -95,6 +97,36 @@ def test_images_of_one_patient_widen_the_interval(tmp_path: Path) -> None:
         assert many.difference.value == pytest.approx(few.difference.value)
         width = many.difference.high - many.difference.low
         assert width == pytest.approx(few.difference.high - few.difference.low, rel=0.05), "as if seen once"
+
+
+@pytest.mark.parametrize("how", ["max", "mean"])
+def test_where_both_declare_patients_the_cases_are_patients(tmp_path: Path, how: str) -> None:
+    a, b = (
+        read_scored(
+            scored(tmp_path / f"{seed}.parquet", skill=skill, seed=seed, per_patient=3, aggregate=how)
+        )
+        for seed, skill in ((1, 2.0), (2, 1.0))
+    )
+    found = {one.metric: one for one in compare_metrics(a, b)}
+    right, areas = [], []
+    for one in (a, b):
+        patients = one.frame.groupby("patient")
+        truth, highest = patients["label_opacity"].max(), patients["prob_opacity"].agg(how)
+        areas.append(roc_auc_score(truth, highest))
+        right.append((highest >= 0.5) == (truth == 1))
+    assert found["auc"].difference.value == pytest.approx(areas[0] - areas[1])
+    assert found["auc"].difference.n == 100, "patients, not 300 images"
+    positive = truth == 1
+    difference = right[0][positive].mean() - right[1][positive].mean()
+    assert found["sensitivity"].difference.value == pytest.approx(difference)
+    assert found["sensitivity"].difference.method.startswith("Tango, McNemar"), "a patient is one case"
+    assert "effective n" not in found["sensitivity"].difference.method
+    counts = agreement(a, b)
+    assert counts.only_a == (right[0] & ~right[1]).sum()
+    assert sum(counts) == 100
+    compare_files(tmp_path / "1.parquet", tmp_path / "2.parquet", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert f"with the {'highest' if how == 'max' else 'mean'} probability of its images" in page
 
 
 def test_each_class_of_a_multilabel_task_is_compared(tmp_path: Path) -> None:
@@ -168,6 +200,10 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path: Path) -> None:
         (scored(tmp_path / "b.parquet", skill=2, seed=1, start=10), "of which they share 290"),
         (scored(tmp_path / "c.parquet", skill=2, seed=1, task="multilabel"), "other classes"),
         (scored(tmp_path / "d.parquet", skill=2, seed=1, per_patient=2), "other labels, lesions or patients"),
+        (
+            scored(tmp_path / "e.parquet", skill=2, seed=1, aggregate="max"),
+            "evaluate.aggregate none, the other max",
+        ),
         (tmp_path / "none.parquet", "no predictions there"),
     ):
         with pytest.raises(ValueError, match=message) as caught:

@@ -245,6 +245,21 @@ def test_help_lists_every_step_and_imports_none_of_them(root: Path) -> None:
     assert all(re.search(rf"\b{name}\b", shown) for name in NAMES)
 
 
+LIGHT = ("split", "validate", "imbalance", "summarise", "gate", "package", "choose", "fetch", "notify")
+"""Steps whose work is tables, figures and files."""
+
+
+def test_a_light_step_starts_without_torch(root: Path) -> None:
+    # Two seconds, and 400 MB of memory, before the step's own work. One process: an import stays.
+    probe = "import sys\n" + "".join(
+        f"import components.{name}\nif 'torch' in sys.modules: sys.exit('{name}')\n" for name in LIGHT
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", probe], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, f"starting this step imports torch: {found.stderr}"
+
+
 COMMANDS = [[name] for name in command_line() if not name.startswith("-")]
 COMMANDS += [["champion", name] for name in command_line()["champion"] if not name.startswith("-")]
 

@@ -59,3 +59,63 @@ def test_groups_of_too_few_patients_have_no_gap(detection: Detection) -> None:
     gap = Detection(detection.frame, detection.info, few).gaps["site"]["south"]["sensitivity"]
     assert (gap.value, gap.p, gap.p_adjusted) == (None, None, None)
     assert gap.method == "too few: 60 patients, 61 needed"
+
+
+def of_sizes(tmp_path: Path, *, small: float, n: int = 160) -> Detection:
+    """Every other image holds a lesion of 30 pixels a side, found at a rate of `small`, the others one of 60 or 120."""
+    tmp_path.mkdir(exist_ok=True)
+    parts = []
+    for scale, skill, rows in ((1, small, n), (2, 0.9, n), (4, 0.9, n // 4)):
+        path = boxes_of(tmp_path / f"{scale}.parquet", skill=skill, seed=scale, n=rows)
+        frame, info = read_predictions(path)
+        for column in ("boxes", "lesions"):
+            frame[column] = [
+                [box | {side: scale * box[side] for side in ("x0", "y0", "x1", "y1")} for box in boxes]
+                for boxes in frame[column]
+            ]
+        # The same patients have all three.
+        parts.append(frame.assign(sample_id=f"{scale}-" + frame["sample_id"], site="a", sex=""))
+    return Detection(pd.concat(parts, ignore_index=True).sample(frac=1, random_state=0), info, SETTINGS)
+
+
+def test_a_size_of_lesion_that_is_missed_is_found_and_corrected_for_with_the_rest(tmp_path: Path) -> None:
+    detection = of_sizes(tmp_path, small=0.4)
+    groups, gaps = detection.by_subgroup["lesion size"], detection.gaps["lesion size"]
+    assert (groups["small"].n_positive, groups["medium"].n_positive, groups["large"].n_positive) == (
+        80,
+        80,
+        20,
+    )
+    assert set(gaps) == {"small", "medium", "large"}
+    found = {name: groups[name].sensitivity for name in ("medium", "large")}
+    others = sum(one.value * one.n for one in found.values()) / sum(one.n for one in found.values())
+    gap = gaps["small"]["sensitivity"]
+    assert gap.value == pytest.approx(groups["small"].sensitivity.value - others)
+    assert gap.high < 0
+    assert gap.p_adjusted < 0.05
+    flat = [gap for groups in detection.gaps.values() for found in groups.values() for gap in found.values()]
+    expected = multipletests([gap.p for gap in flat], method="holm")[1]
+    assert [gap.p_adjusted for gap in flat] == pytest.approx(expected)
+    fair = of_sizes(tmp_path, small=0.9).gaps["lesion size"]
+    assert all(found["sensitivity"].p_adjusted > 0.05 for found in fair.values())
+
+
+def test_lesions_of_a_size_that_few_patients_have_are_not_judged(tmp_path: Path) -> None:
+    detection = of_sizes(tmp_path, small=0.9)
+    few = detection._settings.model_copy(update={"minimum_n": 21})
+    detection = Detection(detection.frame, detection.info, few)
+    groups, gaps = detection.by_subgroup["lesion size"], detection.gaps["lesion size"]
+    large = groups["large"]
+    for estimate in (large.sensitivity, large.metrics["ap"], gaps["large"]["sensitivity"]):
+        assert estimate.value is None
+        assert estimate.method == "too few: 20 patients with lesions, 21 needed"
+    assert large.n_positive == 20
+    assert groups["small"].sensitivity == detection.scores.metrics["sensitivity_small"]
+    assert gaps["small"]["sensitivity"].p_adjusted is not None
+
+
+def test_what_each_of_several_seeds_misses_of_a_size_is_averaged(tmp_path: Path) -> None:
+    first, second = (of_sizes(tmp_path / name, small=rate) for name, rate in (("a", 0.9), ("b", 0.2)))
+    both = Detection(first.frame, first.info, SETTINGS, [(second.frame, second.info)])
+    gap = [one.gaps["lesion size"]["small"]["sensitivity"].value for one in (first, second, both)]
+    assert gap[2] == pytest.approx((gap[0] + gap[1]) / 2)

@@ -5,16 +5,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 from pydantic import ValidationError
+from scipy import special
 from test_evaluate import Run, prepare
 from test_verifying import make_key
 
 from cadx.bundle import Bundle
 from cadx.datasets import read_splits, write_splits
+from cadx.evaluating import Classification, Settings
 from cadx.files import digest_path, write_json
 from cadx.gating import Decision, ceiling, floor, read_decision
-from cadx.predicting import read_predictions, write_predictions
+from cadx.predicting import answer_table, decide, read_predictions, write_predictions
 from cadx.signing import Review, write_review
 from cadx.types import Estimate
 from components.gate import GateParams, gate
@@ -176,6 +180,85 @@ def test_a_miscalibrated_model_is_refused_though_it_ranks_well(
     assert [reason.split(" is ")[0] for reason in reasons] == ["calibration slope"]
 
 
+def evaluated(run: Run, *, change: str = "") -> dict[str, Any]:
+    """What an evaluation says of calibrated answers about 500 patients of three sites, changed as named.
+
+    `collapsed`: at site south five in six positives are missed. `sharpened`: logits are three times the true ones.
+    `no positives`: site east holds none.
+    """
+    _, info = read_predictions(run.bundle.parent / "scored" / "predictions.parquet")
+    rng = np.random.default_rng(0)
+    n, logits = 500, rng.normal(0, 3, 500)
+    ill = rng.random(n) < special.expit(logits)
+    site = np.array(["north"] * 260 + ["south"] * 120 + ["east"] * 120)
+    if change == "collapsed":
+        logits = np.where(ill & (site == "south") & (rng.random(n) < 5 / 6), -2.0, logits)
+    elif change == "sharpened":
+        logits = 3 * logits
+    elif change == "no positives":
+        ill &= site != "east"
+    p = special.expit(logits)
+    p = np.stack([1 - p, p], axis=1)
+    info = info.model_copy(update={"thresholds": {"opacity": 0.5}, "resampled_thresholds": {}})
+    assert info.classes == ("normal", "opacity")
+    calls = decide(p, info.thresholds, info.task, info.classes, info.positive)
+    known = {
+        "sample_id": [f"n{row}" for row in range(n)], "patient": [f"p{row}" for row in range(n)], "site": site,
+        "scanner": "", "age": float("nan"), "sex": "", "label_normal": 1.0 - ill, "label_opacity": 1.0 * ill,
+    }  # fmt: skip
+    answers = answer_table(p, calls, info.task, info.classes)
+    frame = pd.concat([pd.DataFrame(known), answers], axis=1)
+    settings = Settings(resamples=100, subgroups=("site",), minimum_n=20)
+    return Classification(frame, info, settings).record()
+
+
+REAL: dict[str, Any] = {
+    "at_least": {"auc": 0.8, "sensitivity": 0.6, "calibration_slope": 0.7},
+    "at_most": {"calibration_slope": 1.4},
+    "subgroup_at_least": {"sensitivity": 0.6},
+}
+
+
+def test_a_site_where_lesions_are_missed_is_refused_by_its_name(
+    judge: Callable[..., Decision], ready: tuple[Run, dict[str, Any]]
+) -> None:
+    sound = judge(evaluated(ready[0]), **REAL)
+    assert sound.promote
+    assert sound.not_judged == ()
+    # What is asked of all together still holds.
+    bounds = REAL | {"at_least": {"auc": 0.7, "sensitivity": 0.6}, "at_most": {}}
+    (reason,) = judge(evaluated(ready[0], change="collapsed"), **bounds).reasons
+    assert reason.startswith("sensitivity in site south is 0.1")
+    assert reason.endswith("beyond the floor of 0.6")
+
+
+def test_answers_that_are_too_sure_are_refused_though_they_rank_as_well(
+    judge: Callable[..., Decision], ready: tuple[Run, dict[str, Any]]
+) -> None:
+    record = evaluated(ready[0], change="sharpened")
+    fair = evaluated(ready[0])["metrics"]
+    assert record["metrics"]["auc"] == fair["auc"]
+    assert record["metrics"]["sensitivity"] == fair["sensitivity"]
+    (reason,) = judge(record, **REAL).reasons
+    assert reason.startswith("calibration slope is 0.3")
+
+
+def test_a_subgroup_of_one_class_is_named_and_not_judged(
+    judge: Callable[..., Decision], ready: tuple[Run, dict[str, Any]]
+) -> None:
+    record = evaluated(ready[0], change="no positives")
+    bounds = {"at_least": EASY, "subgroup_at_least": {"sensitivity": 0.6, "auc": 0.7, "npv": 0.5}}
+    decision = judge(record, **bounds)
+    assert decision.promote
+    why = "was not judged: too few: 0 patients with positives, 20 needed"
+    assert decision.not_judged == tuple(
+        f"{name} in site east {why}" for name in ("AUC", "sensitivity", "NPV")
+    )
+    # Where it is the only one, nothing was shown.
+    alone = {"by_subgroup": {"site": {"east": record["by_subgroup"]["site"]["east"]}}}
+    assert not judge(record | alone, **bounds).promote
+
+
 def judged_data(run: Run, folder: Path, *, leak: bool = False, **validation: Any) -> dict[str, Path]:
     """Dataset, splits and validation as the gate takes them; with a patient of train in test, if asked."""
     frame = read_splits(run.splits)
@@ -260,6 +343,40 @@ def test_a_model_must_not_be_worse_than_the_champion_by_more_than_the_margin(
     # The champion itself, and a first model.
     assert judge(given={"predictions": own, "champion": own}, at_least=EASY, margins=margins).promote
     assert judge(at_least=EASY, margins=margins).promote
+
+
+def test_the_champion_is_met_on_patients_where_both_declare_them_and_not_at_all_where_one_does(
+    judge: Callable[..., Decision], ready: tuple[Run, dict[str, Any]], tmp_path: Path
+) -> None:
+    """On images the challenger is no worse; on patients, by their highest probability, it is."""
+    source = ready[0].bundle.parent / "scored" / "predictions.parquet"
+    frame, info = read_predictions(source)
+    frame = pd.concat([frame.assign(patient=frame["sample_id"] + f"-{k}") for k in range(8)])
+    frame = pd.concat([frame.assign(sample_id=frame["patient"] + f"-{k}") for k in range(5)])
+    ill, last = frame["label_opacity"] == 1, frame["sample_id"].str.endswith("-4")
+    files, rng = {}, np.random.default_rng(0)
+    for name, misled in (("champion", False), ("own", last)):
+        sure = np.where(ill, 0.7, 0.3) + 0.6 * (~ill & misled) + rng.normal(0, 0.1, len(frame))
+        sure = np.clip(sure, 0, 1)
+        answers = frame.assign(prob_opacity=sure, prob_normal=1 - sure)
+        answers["decision"] = np.where(sure >= info.thresholds["opacity"], "opacity", "normal")
+        bundle = info.bundle if name == "own" else "sha256:" + "1" * 64
+        for how in ("none", "max"):
+            files[name, how] = tmp_path / f"{name}-{how}.parquet"
+            changed = info.model_copy(update={"bundle": bundle, "aggregate": how, "clustered": True})
+            write_predictions(files[name, how], answers, changed)
+
+    def meet(own: str, champion: str, metrics: str) -> Decision:
+        given = {"predictions": files["own", own], "champion": files["champion", champion]}
+        return judge({"aggregate": metrics}, given=given, at_least=EASY, margins={"auc": 0.6})
+
+    assert meet("none", "none", "none").reasons == ()
+    (reason,) = meet("max", "max", "max").reasons
+    assert reason.startswith("AUC less the champion's is -0.")
+    (reason,) = meet("max", "none", "max").reasons
+    assert "one declares evaluate.aggregate max, the other none" in reason
+    (reason,) = meet("none", "none", "max").reasons
+    assert "declares evaluate.aggregate none, but the metrics are of max" in reason
 
 
 def test_a_champion_of_other_patients_is_no_yardstick(

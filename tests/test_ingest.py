@@ -650,7 +650,7 @@ def test_differing_digest_is_refused_with_both_named(run, folders, tmp_path):
         ),
         ({"train_labels": np.array([[0]])}, "do not have equal lengths"),
         ({"train_images": np.zeros((2, 4, 4, 4), np.uint8)}, "must be N H W or N H W 3"),
-        ({"train_images": np.zeros((2, 4, 4))}, "uint8 or uint16"),
+        ({"train_images": np.zeros((2, 4, 4))}, "of uint8, uint16, not float64"),
         (
             {"extra_images": np.zeros((2, 4, 4), np.uint8), "extra_labels": np.zeros((2, 1))},
             "extra_images belongs to none",

@@ -138,7 +138,7 @@ def test_the_middles_do_not_depend_on_how_the_mask_is_cut(tmp_path, monkeypatch)
     folder = write_dataset(tmp_path / "d", [voxels_of(0)], [mask])
     preprocessing = VolumePreprocessing(patch_px=(1, 1, 1), window_hu=(-1000, 1000))
     for slab_bytes in (1 << 22, 1):
-        monkeypatch.setattr("cadx.loading.volumes._SLAB_BYTES", slab_bytes)
+        monkeypatch.setattr("cadx.loading.patches._SLAB_BYTES", slab_bytes)
         dataset = patches_of(folder, preprocessing=preprocessing, positive_fraction=1.0)
         assert {dataset.start_px(index) for index in range(50)} == set(map(tuple, np.argwhere(mask).tolist()))
 
@@ -333,7 +333,7 @@ def test_volumes_without_a_scale_get_their_own_mean_and_deviation(folder):
 def test_moments_do_not_depend_on_how_the_volume_is_cut(monkeypatch):
     source = VolumeSource.of_array(voxels_of(7), SPACING_MM)
     whole = source.moments()
-    monkeypatch.setattr("cadx.loading.volumes._SLAB_BYTES", 1)
+    monkeypatch.setattr("cadx.loading.patches._SLAB_BYTES", 1)
     np.testing.assert_allclose(source.moments(), whole, rtol=1e-9)
 
 

@@ -1,6 +1,7 @@
 """Every number against an independent reference: scikit-learn, statsmodels, or the formula written out."""
 
 import gc
+import itertools
 import json
 import math
 
@@ -9,7 +10,7 @@ import pytest
 import statsmodels.api as sm
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 from sklearn import metrics as reference
 from sklearn.calibration import calibration_curve as reference_calibration_curve
 from statsmodels.stats.contingency_tables import mcnemar
@@ -25,12 +26,13 @@ from cadx.metrics import (
     auc,
     calculate_medical_classification_metrics,
     delong_difference,
+    reliability,
     score,
     score_subgroups,
     tango_difference,
     wilson,
 )
-from cadx.metrics.estimates import Cases, difference_of
+from cadx.metrics.estimates import Cases, difference_of, one_score
 from cadx.metrics.multiplicity import holm
 from cadx.metrics.proportions import balanced, f1, sensitivity, specificity
 from cadx.metrics.ranking import average_precision
@@ -164,6 +166,15 @@ def test_multiclass_values_equal_scikit_learn() -> None:
         assert value["accuracy_at_operating_point"] == pytest.approx(reference.accuracy_score(y, calls))
         assert value["balanced_accuracy"] == pytest.approx(reference.balanced_accuracy_score(y, calls))
         assert value["f1"] == pytest.approx(reference.f1_score(y, calls, average="macro"))
+        for name, measure, label in (
+            ("sensitivity", reference.recall_score, 1),
+            ("specificity", reference.recall_score, 0),
+            ("ppv", reference.precision_score, 1),
+            ("npv", reference.precision_score, 0),
+        ):
+            of_each = [measure(y == c, calls == c, pos_label=label, zero_division=np.nan) for c in range(k)]
+            # A class that is never called has no predictive value, and is left out of the mean.
+            assert value[name] == pytest.approx(np.nanmean(of_each))
         assert value["log_loss"] == pytest.approx(reference.log_loss(y, p))
         assert value["brier"] == pytest.approx(((p - np.eye(k)[y]) ** 2).sum(1).mean())
         assert list(scores.confusion.at_operating_point) == reference.confusion_matrix(y, calls).tolist()
@@ -227,6 +238,85 @@ def test_calibration_error_of_true_probabilities_is_what_chance_gives() -> None:
     assert 0.9 < np.mean(inside) < 0.99
 
 
+def calibrated(kind: str, rng: np.random.Generator, sharpness: float = 1.0) -> tuple[np.ndarray, ...]:
+    """Labels, probabilities and patients of 60 patients with 10 images each; their logits `sharpness` times true."""
+    patients = np.repeat(np.arange(60), 10)
+    if kind == "independent":
+        truth, random = rng.random(600), rng.random(600)
+    elif kind == "one outcome":  # of a patient, but not one risk
+        truth, random = rng.random(600), np.repeat(rng.random(60), 10)
+    else:
+        copies = {"identical": 10, "two pictures": 5}[kind]
+        truth, random = (np.repeat(rng.random(600 // copies), copies) for _ in range(2))
+    return (random < truth).astype(int), special.expit(sharpness * special.logit(truth)), patients
+
+
+def found_miscalibrated(y: np.ndarray, p: np.ndarray, patients: np.ndarray | None) -> bool:
+    cases = one_score(y, p, patients)
+    error = probability_scores(cases, np.empty((0, cases.num_patients), np.uint8))
+    return (
+        error["expected_calibration_error"].estimate.value
+        > reliability.ece_if_calibrated(cases).estimate.high
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "power"), [("independent", 195), ("identical", 75), ("two pictures", 120), ("one outcome", 180)]
+)
+def test_calibration_is_doubted_of_true_probabilities_seldom_whatever_patients_share(
+    kind: str, power: int
+) -> None:
+    """Of 200 sets: twelve false alarms at most, where images taken as independent raise up to 199."""
+    sets = [calibrated(kind, np.random.default_rng(seed)) for seed in range(200)]
+    assert sum(found_miscalibrated(*one) for one in sets) <= 12
+    if kind != "independent":
+        assert sum(found_miscalibrated(y, p, None) for y, p, _ in sets) >= 40, "the fault this is about"
+    # Twice too sharp, it is found.
+    sharp = [calibrated(kind, np.random.default_rng(seed), 2.0) for seed in range(200)]
+    assert sum(found_miscalibrated(*one) for one in sharp) >= power
+
+
+def test_the_dependence_of_a_patients_outcomes_is_that_of_all_pairs() -> None:
+    for seed in range(50):
+        y, p, patients = draw(seed, n=60, clusters=True)
+        cases = one_score(y, p, patients)
+        seen = largest = 0.0
+        for i, j in itertools.combinations(range(60), 2):
+            if patients[i] == patients[j] and int(p[i] * 10) == int(p[j] * 10):
+                seen += (y[i] - p[i]) * (y[j] - p[j])
+                largest += min(p[i], p[j]) - p[i] * p[j]
+        expected = min(max(seen / largest, 0.0), 1.0)
+        assert reliability._shared(cases, cases.p[0]) == pytest.approx(expected)
+
+
+def test_copies_of_an_image_are_drawn_as_one_in_the_calibration_of_chance() -> None:
+    rng = np.random.default_rng(0)
+    p = rng.random(200)
+    y = (rng.random(200) < p).astype(int)
+    once = score_binary(y, p).metrics["ece_if_calibrated"]
+    copies = score_binary(np.tile(y, 10), np.tile(p, 10), np.tile(np.arange(200), 10))
+    thrice = copies.metrics["ece_if_calibrated"]
+    assert "dependent within patients" in thrice.method
+    assert "dependent" not in once.method
+    assert thrice.value == pytest.approx(once.value, rel=0.1)
+    assert thrice.high == pytest.approx(once.high, rel=0.1)
+
+
+def test_limits_of_the_calibration_curve_count_copies_once() -> None:
+    y, p, _ = draw(6, n=400)
+    once = metrics.calibration_curve(y, p)
+    copies = metrics.calibration_curve(np.tile(y, 5), np.tile(p, 5), np.tile(np.arange(400), 5))
+    np.testing.assert_allclose(copies.observed, once.observed)
+    large = once.n >= 30  # below, Student's t takes its toll
+    assert large.sum() >= 4
+    ratio = (copies.high - copies.low) / (once.high - once.low)
+    assert ((ratio[large] > 0.97) & (ratio[large] < 1.1)).all()
+    alone = metrics.calibration_curve(y, p, np.arange(400))
+    np.testing.assert_array_equal(alone.low, once.low)
+    low, _ = wilson(once.observed * once.n, once.n)
+    np.testing.assert_allclose(once.low, low)
+
+
 @pytest.mark.parametrize("clusters", [False, True])
 def test_calibration_slope_and_intercept_equal_statsmodels(clusters: bool) -> None:
     tested = 0
@@ -265,6 +355,11 @@ def test_wilson_limits_equal_statsmodels() -> None:
         low, high = wilson(hits, n)
         expected = np.array([proportion_confint(k, n, method="wilson") for k in hits])
         np.testing.assert_allclose(np.stack([low, high], axis=1), expected, atol=1e-12)
+    rng = np.random.default_rng(0)
+    n = rng.integers(1, 2000, 200)
+    hits = rng.integers(0, n + 1)
+    expected = [proportion_confint(k, size, method="wilson") for k, size in zip(hits, n, strict=True)]
+    np.testing.assert_allclose(np.stack(wilson(hits, n), axis=1), expected, atol=1e-12)
 
 
 def test_independent_proportions_have_plain_wilson_limits() -> None:
@@ -443,7 +538,7 @@ def test_copies_of_an_image_do_not_narrow_any_interval() -> None:
     assert thrice.clustered
     assert (thrice.n, thrice.n_patients) == (600, 200)
     for name, estimate in once.metrics.items():
-        if name == "ece_if_calibrated":  # it draws cases, not patients
+        if name == "ece_if_calibrated":  # drawn, not resampled: its own test is above
             continue
         other = thrice.metrics[name]
         assert other.value == pytest.approx(estimate.value)

@@ -4,6 +4,7 @@ import io
 import logging
 import struct
 import threading
+import tracemalloc
 import warnings
 import zipfile
 import zlib
@@ -34,6 +35,7 @@ from pydicom.uid import (
 )
 from scipy.fft import idctn
 
+from cadx.reading import images
 from cadx.reading.codecs import decode_frame
 from cadx.reading.dicom import dicom_identifiers
 from cadx.reading.images import read_arrays, read_image, read_png_indices
@@ -738,6 +740,55 @@ def test_arrays(tmp_path):
     for name in ("objects.npz", "text.npz", "cut.npz", "absent.npz", "bytes.npz"):
         with pytest.raises(ValueError, match=f"^{name}: [^\n]*$"):
             read_arrays(tmp_path / name)
+
+
+def write_planes(path: Path, claimed: int, held: int) -> bytes:
+    """An archive of one array of `claimed` zero planes of 1 MB, by its header, which holds `held`; its bytes."""
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("train_images.npy", "w") as stream,
+    ):
+        form = {"descr": "|u1", "fortran_order": False, "shape": (claimed, 1000, 1000)}
+        np.lib.format.write_array_header_1_0(stream, form)
+        for _ in range(held):
+            stream.write(bytes(1_000_000))
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("is_forged", [False, True])
+def test_a_large_array_of_another_size_than_it_claims_is_refused_in_little_memory(tmp_path, is_forged):
+    path = tmp_path / "bomb.npz"
+    data = write_planes(path, 160, 159)
+    if is_forged:  # the archive's table of contents claims what the array's header claims
+        place = data.rindex(b"PK\x01\x02") + 24
+        assert struct.unpack_from("<I", data, place) == (159_000_128,)
+        path.write_bytes(data[:place] + struct.pack("<I", 160_000_128) + data[place + 4 :])
+    tracemalloc.start()
+    with pytest.raises(
+        ValueError, match=r"^bomb.npz: 'train_images.npy' takes 159000128 bytes where its head"
+    ):
+        read_arrays(path)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 20e6
+    for claimed in (158, 1 << 40):
+        write_planes(path, claimed, 1)
+        with pytest.raises(ValueError, match=r"^bomb.npz: 'train_images.npy' takes 1000128 bytes where"):
+            read_arrays(path)
+
+
+def test_whole_arrays_read_alike_whether_they_are_counted_first_or_not(tmp_path, monkeypatch):
+    zeros, noise = np.zeros((64, 64, 64), "<i2"), np.random.default_rng(0).random((9, 20, 30)).T
+    fields = np.array([(1, 2.5)], [("größe", "i4"), ("b", "f8")])  # version 3 of the form
+    arrays = {"zeros": zeros, "noise": noise, "fields": fields, "empty": np.zeros((0, 3)), "one": np.array(7)}
+    np.savez_compressed(tmp_path / "a.npz", **arrays)
+    for trusted_bytes in (1 << 27, 0):
+        monkeypatch.setattr(images, "_TRUSTED_BYTES", trusted_bytes)
+        found = read_arrays(tmp_path / "a.npz")
+        assert found.keys() == arrays.keys()
+        for name, array in arrays.items():
+            assert found[name].dtype == array.dtype
+            np.testing.assert_array_equal(found[name], array)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])

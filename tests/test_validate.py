@@ -191,6 +191,27 @@ def test_images_and_boxes(tmp_path: Path):
     assert failed(result) == {"age_range": ["s004"], "tiny_image": ["s000"], "invalid_box": ["s001", "s002"]}
 
 
+def test_a_faulty_box_is_drawn_in_red_over_the_others(tmp_path: Path):
+    boxes = [
+        ("sick", 4, 4, 12, 12),
+        ("sick", 15, 7, 15, 7),
+        ("sick", 16, 18, 99, 99),
+    ]  # sound, no area, leaves
+    dataset = cohort(tmp_path / "d", {1: {"boxes": boxes}})
+    judge(tmp_path, dataset)
+    found = (tmp_path / "validation.html").read_text().rpartition("What was found")[2]
+    ((data, _),) = re.findall(
+        r'<img src="data:image/png;base64,([^"]+)" alt="(s001)"', found.split("Invalid box:")[0]
+    )
+    shown = read_image(base64.b64decode(data)).pixels.astype(int)
+    red = (shown[..., 0] - shown[..., 1:].max(axis=2)) > 100
+    assert red[7, 15]
+    assert red[17:, 15:].any()
+    assert not red[:4].any()
+    blue = (shown[..., 2] - shown[..., 0]) > 100
+    assert blue[3, 4:12].all()
+
+
 def test_patients_across_official_splits_are_counted(tmp_path: Path):
     parts = {row: {"given_split": "val" if row % 8 == 1 else "train"} for row in range(24)}
     result = judge(tmp_path, cohort(tmp_path / "d", parts))

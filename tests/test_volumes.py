@@ -403,6 +403,46 @@ def test_a_changed_voxel_in_a_gzip_is_found_by_its_checksum(tmp_path):
         read_volume(path)
 
 
+@pytest.mark.parametrize("planes", [(159,), (161,), (80, 79), (80, 81)])
+def test_a_large_gzip_of_fewer_or_more_voxels_than_claimed_is_refused_in_little_memory(tmp_path, planes):
+    head = gzip.decompress(write_nifti(tmp_path / "v.nii.gz", phantom().astype(np.float32)).read_bytes())[
+        :352
+    ]
+    head = head[:40] + struct.pack("<4h", 3, 512, 512, 160) + head[48:]  # 160 MiB
+    for number, count in enumerate(planes):  # a member each
+        with gzip.open(tmp_path / "v.nii.gz", "ab" if number else "wb", compresslevel=1) as member:
+            member.write(b"" if number else head)
+            for _ in range(count):
+                member.write(bytes(512 * 512 * 4))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"^NIfTI: its header claims another number of voxels than the file"):
+        read_volume(tmp_path / "v.nii.gz")
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 20e6
+
+
+def test_a_large_gzip_is_read_once_unless_it_has_several_members_or_is_packed_too_tightly(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(volumes, "_TRUSTED_BYTES", 0)
+    opened = []
+    monkeypatch.setattr(gzip, "open", lambda *a, real=gzip.open: opened.append(a) or real(*a))
+    path = write_nifti(tmp_path / "v.nii.gz", phantom())
+    expected = phantom().transpose(2, 1, 0)
+    np.testing.assert_array_equal(read_volume(path).voxels, expected)
+    assert len(opened) == 1
+    block = gzip.decompress(path.read_bytes())
+    path.write_bytes(
+        gzip.compress(block[:400]) + gzip.compress(block[400:]) + bytes(16)
+    )  # padded as tapes are
+    np.testing.assert_array_equal(read_volume(path).voxels, expected)
+    assert len(opened) == 3
+    tight = np.zeros((64, 64, 64), np.uint8)
+    assert not read_volume(write_nifti(tmp_path / "tight.nii.gz", tight)).voxels.any()
+    assert len(opened) == 5
+
+
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
 def test_a_header_that_claims_terabytes_is_refused_at_once(tmp_path, suffix):
     path = write_nifti(tmp_path / f"v{suffix}", phantom(), version=nibabel.Nifti2Image)
@@ -623,6 +663,59 @@ def test_missing_slices_are_found(tmp_path):
     assert volume.findings == ("missing_slices: 3 slices are missing in 2 places",)
     assert volume.voxels.shape == (9, 6, 7)
     assert volume.spacing_mm == (2.5, 0.9, 0.8)
+
+
+BY_HEADER = ", by SpacingBetweenSlices or InstanceNumber"
+ALTERNATE = (0, 2, 4, 6, 8, 10)
+
+
+@pytest.mark.parametrize(
+    ("kept", "common", "numbers", "finding"),
+    [
+        ((0, 1, 2, 6, 7, 8), {}, None, "3 slices are missing in 1 places"),
+        ((0, 1, 2, 4, 6, 8, 10), {}, None, "4 slices are missing in 4 places"),  # most are lost
+        (ALTERNATE, {"SpacingBetweenSlices": 2.5}, None, f"5 slices are missing in 5 places{BY_HEADER}"),
+        (ALTERNATE, {"SpacingBetweenSlices": 2.4}, None, f"5 slices are missing in 5 places{BY_HEADER}"),
+        (ALTERNATE, {}, range(1, 13), f"5 slices are missing in 5 places{BY_HEADER}"),
+        (ALTERNATE, {}, range(12, 0, -1), f"5 slices are missing in 5 places{BY_HEADER}"),
+        ((0, 3, 6, 9), {}, range(1, 13), f"6 slices are missing in 3 places{BY_HEADER}"),
+        ((0, 5), {"SpacingBetweenSlices": 2.5}, None, f"4 slices are missing in 1 places{BY_HEADER}"),
+        ((0, 1, 3), {}, range(1, 13), "1 slices are missing in 1 places"),
+        # Nothing is lost:
+        (range(12), {"SpacingBetweenSlices": 2.5}, range(1, 13), None),
+        (range(3, 12), {}, range(1, 13), None),
+        (ALTERNATE, {"SliceThickness": 2.5}, None, None),  # room between slices
+        (ALTERNATE, {"SpacingBetweenSlices": 5}, range(1, 13), None),  # the header knows of it
+        (ALTERNATE, {"SpacingBetweenSlices": 1, "SliceThickness": 4}, None, None),  # written from edge to edge
+        (ALTERNATE, {"SpacingBetweenSlices": 7}, None, None),
+        (ALTERNATE, {"SpacingBetweenSlices": 0}, [1] * 12, None),
+        (ALTERNATE, {}, [1, 0, 4, 0, 2, 0, 5, 0, 3, 0, 6, 0], None),  # interleaved
+        (ALTERNATE, {}, [1, 0, 3, 0, 5, 0, 9, 0, 11, 0, 13, 0], None),  # out of step with the places
+        (ALTERNATE, {"Modality": "MR"}, range(1, 13), None),  # one of two echoes
+        (ALTERNATE, {}, range(10**30, 10**30 + 12), None),  # longer than an IS may be
+    ],
+)  # fmt: skip
+def test_slices_lost_in_a_pattern_are_found_and_none_where_none_is_lost(
+    tmp_path, kept, common, numbers, finding
+):
+    elements = [{"InstanceNumber": number} for number in numbers or ()]
+    folder = write_series(tmp_path / "s", phantom((7, 6, 12)), elements=elements, **common)
+    for k in set(range(12)).difference(kept):
+        next(folder.glob(f"*-{k}.dcm")).unlink()
+    volume = read_volume(folder)
+    assert volume.findings[:1] == (() if finding is None else (f"missing_slices: {finding}",))
+    np.testing.assert_array_equal(volume.voxels, phantom((7, 6, 12)).transpose(2, 1, 0)[list(kept)])
+    # The slices stay where they are: lost ones are reported, never made up.
+    gaps_mm = 2.5 * np.diff(sorted(kept))
+    assert volume.spacing_mm == (np.median(gaps_mm), 0.9, 0.8)
+
+
+def test_a_few_slices_out_of_place_do_not_make_all_others_missing(tmp_path):
+    heights = [float(k) for k in range(30)]
+    heights[7], heights[15], heights[22] = 6.25, 14.25, 21.25
+    places = [{"ImagePositionPatient": [0, 0, z]} for z in heights]
+    volume = read_volume(write_series(tmp_path / "s", phantom((3, 4, 30)), elements=places))
+    assert volume.findings == ("uneven_spacing: gaps between slices of 0.25 to 1.75 mm",)
 
 
 def test_equal_copies_of_a_slice_are_dropped_and_found(tmp_path):

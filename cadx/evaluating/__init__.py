@@ -3,9 +3,8 @@
 from cadx import detection, metrics
 from cadx.evaluating import boxes, classification
 from cadx.evaluating.boxes import Detection
-from cadx.evaluating.classification import Classification
+from cadx.evaluating.classification import Classification, by_patient
 from cadx.evaluating.evaluation import (
-    Aggregation,
     Attribute,
     Evaluation,
     Mistake,
@@ -16,7 +15,7 @@ from cadx.evaluating.evaluation import (
 )
 from cadx.evaluating.glossary import show_glossary
 from cadx.metrics import Meaning
-from cadx.types import Task
+from cadx.types import Aggregation, Task
 
 METRICS = {**metrics.METRICS, **detection.METRICS}
 """Every metric that an evaluation may hold: what can be bounded, or ranked by."""
@@ -45,6 +44,7 @@ __all__ = [
     "Evaluation",
     "Mistake",
     "Settings",
+    "by_patient",
     "described",
     "evaluation_of",
     "judged_on",

@@ -29,23 +29,23 @@ from cadx.evaluating.evaluation import (
     judged_on,
     show_metrics,
 )
-from cadx.explaining import Band, draw_band, draw_boxes, show_subgroups, square, title
-from cadx.metrics import Difference, Gap, Subgroup, corrected
+from cadx.evaluating.lesion_sizes import ATTRIBUTE
+from cadx.explaining import Band, draw_band, show_subgroups, square, title
+from cadx.metrics import Difference, Gap, Subgroup, corrected, share_of
 from cadx.metrics.estimates import difference_of
 from cadx.predicting import (
     PredictionsInfo,
-    Predictor,
     box_lists,
     box_table,
-    detection_table,
-    image_answers,
     subgroups,
 )
-from cadx.reporting import INK, PALETTE, Page, panels
+from cadx.reporting import INK, PALETTE, Page, draw_boxes, panels
 from cadx.types import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from cadx.predicting import Predictor
 
 HEADLINE = ("ap50", "sensitivity", "false_positives_per_image", "precision", "froc", "ap")
 BOX_COLOUR, MISTAKE_COLOUR = PALETTE[1], PALETTE[3]
@@ -98,11 +98,15 @@ class Detection(Evaluation):
             }
             for attribute, values in subgroups(self.frame, self._settings.subgroups).items()
         }
-        return found | ({"lesion size": self._by_size()} if len(self._lesions) else {})
+        return found | ({ATTRIBUTE: self._by_size()} if self._sizes else {})
 
     @cached_property
     def gaps(self) -> dict[str, dict[str, dict[str, Gap]]]:
-        """Attribute -> value -> how far it is from all others, as `metrics.subgroup_gaps` has it of labels."""
+        """Attribute -> value -> how far it is from all others, as `metrics.subgroup_gaps` has it of labels.
+
+        Lesions of a size are held against those of all other sizes, by sensitivity alone. A patient may have both,
+        which makes that interval conservative (`difference_of`).
+        """
         found: dict[str, dict[str, dict[str, Difference]]] = {}
         for attribute, values in subgroups(self.frame, self._settings.subgroups).items():
             words = sorted(set(values) - {"", "unknown"})
@@ -116,11 +120,21 @@ class Detection(Evaluation):
                 found.setdefault(attribute, {})[word] = {
                     name: difference_of(here[name], others[name]) for name in here
                 }
+        sizes = list(self._sizes)
+        for size in sizes[: 1 if len(sizes) == 2 else None]:
+            if len(sizes) == 1:
+                continue
+            inside = self._sizes[size]
+            found.setdefault(ATTRIBUTE, {})[size] = {
+                "sensitivity": difference_of(self._found_of(inside), self._found_of(~inside))
+            }
         return corrected(found)
 
     @staticmethod
-    def predict(predictor: Predictor, folder: DatasetFolder, sample_ids: Sequence[str]) -> pd.DataFrame:
+    def predict(predictor: "Predictor", folder: DatasetFolder, sample_ids: Sequence[str]) -> pd.DataFrame:
         """The rows of the predictions file."""
+        from cadx.predicting import detection_table, image_answers
+
         classes = predictor.bundle.manifest.classes
         answers = predictor.detect(predictor.stored(folder, sample_ids))
         found = detection_table(dict(zip(sample_ids, answers, strict=True)), classes)
@@ -244,7 +258,7 @@ class Detection(Evaluation):
         thick = max(3, max(pixels.shape) // 90)
         return draw_boxes(pixels, [(mistake.box, MISTAKE_COLOUR)], thick)
 
-    def show_explanations(self, page: Page, folder: DatasetFolder, predictor: Predictor) -> None:
+    def show_explanations(self, page: Page, folder: DatasetFolder, predictor: "Predictor") -> None:
         """Nothing: a box says itself where the evidence lies."""
 
     @cached_property
@@ -284,23 +298,58 @@ class Detection(Evaluation):
         held = self._lesions["sample_id"].isin(self.frame.loc[which, "sample_id"])
         return _as_subgroup(int(which.sum()), int(held.sum()), metrics)
 
+    @cached_property
+    def _sizes(self) -> dict[str, np.ndarray]:
+        """Size -> which lesions have it, of the sizes that any has."""
+        areas = (self._lesions[["x1", "y1"]].to_numpy() - self._lesions[["x0", "y0"]].to_numpy()).prod(axis=1)
+        inside = {size: (low <= areas) & (areas <= high) for size, (low, high) in AREAS_PX2.items()}
+        return {size: which for size, which in inside.items() if size != "all" and which.any()}
+
+    @cached_property
+    def _caught(self) -> tuple[np.ndarray, np.ndarray]:
+        """S L, which lesions each seed's called boxes find; and whose they are."""
+        images = self.frame["sample_id"].tolist()
+        keys, found = ["sample_id", "class", *_COORDINATES], []
+        for table, thresholds in zip(self._found, self._thresholds, strict=True):
+            _, matched = match_boxes(table, self._lesions, images, classes=self.info.classes)
+            called = matched["score"] >= matched["class"].map(thresholds)
+            # Matched lesions come by class: back into the order of the file, equal ones one after another.
+            places = [
+                one.sort_values(keys, kind="stable").index
+                for one in (self._lesions.reset_index(drop=True), matched)
+            ]
+            row = np.empty(len(called), bool)
+            row[places[0]] = called.to_numpy()[places[1]]
+            found.append(row)
+        owner = self._lesions["sample_id"].to_numpy(object)
+        if self._patients is not None:
+            owner = pd.Series(self._patients, index=images).loc[owner].to_numpy(object)
+        return np.array(found), owner
+
+    def _too_few(self, which: np.ndarray) -> str:
+        """Why lesions are too few to judge, "" if they are not: the rule of `metrics.score_subgroups`."""
+        num_patients, needed = len(set(self._caught[1][which])), self._settings.minimum_n
+        return (
+            f"too few: {num_patients} patients with lesions, {needed} needed" if num_patients < needed else ""
+        )
+
+    def _found_of(self, which: np.ndarray) -> Estimate:
+        """The share of some lesions that is found."""
+        if why := self._too_few(which):
+            return _nothing(why, int(which.sum()))
+        caught, owner = self._caught
+        return share_of(caught[:, which], owner[which])
+
     def _by_size(self) -> dict[str, Subgroup]:
         """Lesions of each size: what is said of images has no size."""
-        sides = self._lesions[["x1", "y1"]].to_numpy() - self._lesions[["x0", "y0"]].to_numpy()
-        areas = sides.prod(axis=1)
         groups = {}
-        for size, (low, high) in AREAS_PX2.items():
-            inside = (low <= areas) & (areas <= high)
-            if size == "all" or not inside.any():
-                continue
+        for size, inside in self._sizes.items():
             images = self._lesions.loc[inside, "sample_id"].nunique()
             of_images = _nothing("undefined: an image has no lesion size", 0)
-            metrics = {
-                "sensitivity": self.scores.metrics[f"sensitivity_{size}"],
-                "image_specificity": of_images,
-                "image_auc": of_images,
-                "ap": self.scores.metrics[f"ap_{size}"],
-            }
+            of_lesions = {name: self.scores.metrics[f"{name}_{size}"] for name in ("sensitivity", "ap")}
+            if why := self._too_few(inside):
+                of_lesions = {name: _nothing(why, one.n) for name, one in of_lesions.items()}
+            metrics = {"image_specificity": of_images, "image_auc": of_images, **of_lesions}
             groups[size] = _as_subgroup(images, int(inside.sum()), metrics)
         return groups
 

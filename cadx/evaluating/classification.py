@@ -11,7 +11,6 @@ from cadx.datasets import DatasetFolder
 from cadx.evaluating import decisions
 from cadx.evaluating.evaluation import (
     LESION_COLOUR,
-    Aggregation,
     Evaluation,
     Mistake,
     Settings,
@@ -20,12 +19,10 @@ from cadx.evaluating.evaluation import (
     judged_on,
     show_metrics,
 )
-from cadx.evaluating.explanations import cases_of, explain, show_explanations
 from cadx.evaluating.lesion_sizes import largest_lesions, only_sized, size_groups, with_reasons
 from cadx.evaluating.uncertainty import disagreement, show_uncertainty, uncertainty, uncertainty_record
 from cadx.explaining import (
     draw_band,
-    draw_boxes,
     next_at,
     patient_band,
     roc_heights,
@@ -48,17 +45,18 @@ from cadx.metrics import (
 from cadx.predicting import (
     Arrays,
     PredictionsInfo,
-    Predictor,
     answer_table,
     arrays,
     decide,
     subgroups,
 )
-from cadx.reporting import INK, MUTED, PALETTE, Page, panels
-from cadx.types import Estimate, Task
+from cadx.reporting import INK, MUTED, PALETTE, Page, draw_boxes, panels
+from cadx.types import Aggregation, Estimate, Task
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from cadx.predicting import Predictor
 
 ROC_POINTS = 101
 HEADLINES: dict[Task, tuple[str, ...]] = {
@@ -179,7 +177,7 @@ class Classification(Evaluation):
         return decisions.coverage(self.infos, self._images, self._sites)
 
     @staticmethod
-    def predict(predictor: Predictor, folder: DatasetFolder, sample_ids: Sequence[str]) -> pd.DataFrame:
+    def predict(predictor: "Predictor", folder: DatasetFolder, sample_ids: Sequence[str]) -> pd.DataFrame:
         """The rows of the predictions file; columns beyond its own are for this evaluation alone."""
         manifest = predictor.bundle.manifest
         logits, features = predictor.logits(predictor.stored(folder, sample_ids))
@@ -296,8 +294,10 @@ class Classification(Evaluation):
             return pixels
         return draw_boxes(pixels, [(lesions.to_numpy(np.float64), LESION_COLOUR)])
 
-    def show_explanations(self, page: Page, folder: DatasetFolder, predictor: Predictor) -> None:
+    def show_explanations(self, page: Page, folder: DatasetFolder, predictor: "Predictor") -> None:
         """Add maps of hits, misses and false alarms, each with its scores."""
+        from cadx.evaluating.explanations import cases_of, explain, show_explanations
+
         cases = cases_of(self.info, self.rows, self.frame["sample_id"].tolist())
         show_explanations(page, explain(predictor, folder, cases))
 
@@ -357,7 +357,7 @@ class Classification(Evaluation):
                 exact = None if several else (precision.recall, precision.precision)
                 draw_band(precision_axes, band, name, drawn_as=exact)
             for row in scores:
-                bins = calibration_curve(labels, row)
+                bins = calibration_curve(labels, row, patients)
                 calibration_axes.errorbar(
                     bins.probability,
                     bins.observed,
@@ -375,6 +375,7 @@ class Classification(Evaluation):
         precision_axes.set_title("Precision-recall")
         calibration_axes.set_title("Calibration")
         dots = "" if info.task == "multiclass" else "Black dots: operating points. "
+        on_patients = ", on the effective number of cases over patients" if self.scores.clustered else ""
         page.figure(
             drawing,
             ("Lines: means over seeds; of calibration, one for each seed. " if several else "")
@@ -383,7 +384,7 @@ class Classification(Evaluation):
             + (", each resample applied to all seeds. " if several else ". ")
             + dots
             + "Calibration in ten bins"
-            + ("." if several else " with Wilson limits."),
+            + ("." if several else " with Wilson limits" + on_patients + "."),
             alt=f"ROC, precision-recall and calibration curves of {', '.join(_of_interest(info))}",
         )
 

@@ -12,18 +12,17 @@ from cadx.datasets import DatasetFolder
 from cadx.detection import DetectionScores
 from cadx.explaining import title
 from cadx.metrics import Meaning, Scores
-from cadx.predicting import PredictionsInfo, Predictor
+from cadx.predicting import PredictionsInfo
 from cadx.reporting import PALETTE, Page
-from cadx.types import Config, Judged
+from cadx.types import Aggregation, Config, Judged
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from cadx.predicting import Predictor
+
 Attribute = Literal["site", "sex", "age", "scanner"]
 """What subgroups may be made by."""
-Aggregation = Literal["none", "max", "mean"]
-"""What becomes of a patient's images before they are scored: each stands for itself, or all become one case with the
-highest, or the mean, of their probabilities."""
 
 
 class Settings(Config):
@@ -133,7 +132,7 @@ class Evaluation(ABC):
 
     @staticmethod
     @abstractmethod
-    def predict(predictor: Predictor, folder: DatasetFolder, sample_ids: Sequence[str]) -> pd.DataFrame:
+    def predict(predictor: "Predictor", folder: DatasetFolder, sample_ids: Sequence[str]) -> pd.DataFrame:
         """The rows of the predictions file."""
 
     @abstractmethod
@@ -177,7 +176,7 @@ class Evaluation(ABC):
             )
 
     @abstractmethod
-    def show_explanations(self, page: Page, folder: DatasetFolder, predictor: Predictor) -> None:
+    def show_explanations(self, page: Page, folder: DatasetFolder, predictor: "Predictor") -> None:
         """Add the section on why a few answers are as they are; nothing where no map can show it."""
 
 

@@ -12,24 +12,24 @@ threshold, which every model has.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from scipy import special
-from torch import nn
 
 from cadx import calibration
 from cadx.evaluating.evaluation import dump
 from cadx.metrics import auc, share_of
-from cadx.models.head import AttentionPoolingClassifier
-from cadx.models.slide import DeepMIL
-from cadx.predicting import Arrays, PredictionsInfo, Predictor
-from cadx.predicting.predictor import pool_logits
+from cadx.predicting import Arrays, PredictionsInfo
 from cadx.reporting import MUTED, Page, panels
 from cadx.types import Estimate
+
+if TYPE_CHECKING:  # imported where a network is asked: a summary asks none, and torch takes two seconds
+    from torch import nn
+
+    from cadx.predicting import Predictor
 
 FloatArray = NDArray[np.float64]
 
@@ -40,7 +40,7 @@ _SAME = 1e-3  # of a logit: what float32 may differ by between a batch and its p
 
 
 def member_probabilities(
-    predictor: Predictor, logits: np.ndarray, features: np.ndarray, *, passes: int = PASSES
+    predictor: "Predictor", logits: np.ndarray, features: np.ndarray, *, passes: int = PASSES
 ) -> FloatArray | None:
     """What each member says, S N K, calibrated as the answer is; None where there is but one, or the family forbids.
 
@@ -53,6 +53,10 @@ def member_probabilities(
         features: N F, likewise.
         passes: for each network with dropout; seeded by the bundle's seed.
     """
+    import torch
+
+    from cadx.predicting import pool_logits
+
     manifest = predictor.bundle.manifest
     layers = [_last_layer(network) for network in predictor.networks]
     if features.shape[1] != sum(layer.in_features for layer, _ in layers) or not len(logits):
@@ -79,8 +83,13 @@ def member_probabilities(
     )
 
 
-def _last_layer(network: nn.Module) -> tuple[nn.Linear, float]:
+def _last_layer(network: "nn.Module") -> "tuple[nn.Linear, float]":
     """The layer that makes logits of features, a copy, and the share of features that training drops before it."""
+    from torch import nn
+
+    from cadx.models.head import AttentionPoolingClassifier
+    from cadx.models.slide import DeepMIL
+
     if isinstance(network, AttentionPoolingClassifier):
         layer, share = network.classifier, network.dropout.p
     else:
@@ -135,7 +144,7 @@ def aurc(errors: np.ndarray, doubt: np.ndarray) -> float:
 
 
 def disagreement(
-    predictor: Predictor, logits: np.ndarray, features: np.ndarray
+    predictor: "Predictor", logits: np.ndarray, features: np.ndarray
 ) -> dict[str, NDArray[np.float64]]:
     """Two columns, N: `disagreement` in nats, and `members`, how many disagree; empty where there is but one."""
     said = member_probabilities(predictor, logits, features)

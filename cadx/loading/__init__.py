@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag
 
-from cadx.loading.slides import TilePreprocessing
-from cadx.loading.volumes import VolumePreprocessing
+from cadx.loading.patches import VolumePreprocessing
+from cadx.loading.tiles import TilePreprocessing
 from cadx.transforms import Preprocessing
 from cadx.types import Config
 

@@ -251,14 +251,16 @@ def share(
 
 
 def share_of(right: ArrayLike, patients: ArrayLike | None = None) -> Estimate:
-    """The share of N cases that are right, with the interval of `share`.
+    """The share of N cases that are right, or of S N for S models, with the interval of `share`.
 
     >>> share_of([True, True, False, True]).value
     0.75
     """
-    calls = np.asarray(right, dtype=bool)
-    cases = replace(one_score(np.ones(calls.size), calls, patients), called=calls[None])
-    return share(cases, calls[None], np.ones_like(calls[None]), "no cases").estimate
+    calls = np.atleast_2d(np.asarray(right, dtype=bool))
+    cases = replace(
+        one_score(np.ones(calls.shape[1]), calls[0], patients), p=calls.astype(float), called=calls
+    )
+    return share(cases, calls, np.ones_like(calls), "no cases").estimate
 
 
 def call_metrics(cases: Cases) -> dict[str, Part]:

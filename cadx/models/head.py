@@ -1,13 +1,11 @@
 """The head of classifiers of images and volumes: the attention that is shown is the one that pools."""
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from cadx.models.interface import Output
-
-Pooling = Literal["attention", "average"]
+from cadx.models.interface import Output, Pooling
 
 
 class Backbone(Protocol):

@@ -6,15 +6,19 @@ trained and given targets, with its losses by name, else with a `Detections` for
 """
 
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from pydantic import Field, StringConstraints
-from torch import Tensor
 
 from cadx.types import Config, Digest
 
+if TYPE_CHECKING:  # importing torch takes two seconds
+    from torch import Tensor
+
 Norm = Literal["batch", "group"]
 ImageNorm = Norm | Literal["frozen_batch"]
+Pooling = Literal["attention", "average"]
+"""How a classifier of images or volumes pools its feature map."""
 TorchvisionName = Annotated[str, StringConstraints(pattern=r"^torchvision:\w+$")]
 Pretrained = Annotated[TorchvisionName | Path, Field(union_mode="left_to_right")]
 """A local state dict, or torchvision's published one by name, as "torchvision:IMAGENET1K_V1"."""
@@ -30,9 +34,9 @@ class Output(NamedTuple):
         features: N F, the pooled features that the classifier sees.
     """
 
-    logits: Tensor
-    attention: Tensor
-    features: Tensor
+    logits: "Tensor"
+    attention: "Tensor"
+    features: "Tensor"
 
 
 class Detections(NamedTuple):
@@ -44,9 +48,9 @@ class Detections(NamedTuple):
         scores: B float32, 0..1, falling; all 1 in a target.
     """
 
-    boxes_xyxy: Tensor
-    labels: Tensor
-    scores: Tensor
+    boxes_xyxy: "Tensor"
+    labels: "Tensor"
+    scores: "Tensor"
 
 
 class PretrainedOrigin(Config):

@@ -28,6 +28,7 @@ from cadx.models import Detections
 from cadx.predicting.bags import FeatureSubject, SlideSubject
 from cadx.predicting.boxes import detectors_answer
 from cadx.predicting.images import ImageSubject
+from cadx.predicting.prevalence import prevalence_of
 from cadx.predicting.subject import Source, Subject
 from cadx.predicting.table import decide
 from cadx.predicting.volumes import VolumeSubject
@@ -352,31 +353,3 @@ def _ranges(reference: pd.DataFrame) -> dict[str, tuple[float, float]]:
             margin = RANGE_MARGIN * (high - low) + 1e-5  # the reference is rounded
             ranges[column.removeprefix("stat_")] = (low - margin, high + margin)
     return ranges
-
-
-def prevalence_of(bundle: Bundle, wanted: Mapping[str, float]) -> dict[str, float]:
-    """The shares to answer for, of every class they concern; empty for those of the calibration split.
-
-    Raises:
-        ValueError: if they are not shares of the bundle's classes, or it does not know its own.
-    """
-    if not wanted:
-        return {}
-    manifest, shares = bundle.manifest, dict(wanted)
-    if not manifest.prevalence:
-        raise ValueError(
-            f"{bundle.path}: does not know the prevalence it was calibrated at; run `cadx calibrate` of this version"
-        )
-    if manifest.task == "binary" and set(shares) == {manifest.positive}:
-        (share,) = shares.values()
-        shares |= {name: 1 - share for name in manifest.classes if name != manifest.positive}
-    if manifest.task != "multilabel" and (
-        set(shares) != set(manifest.classes) or not np.isclose(sum(shares.values()), 1)
-    ):
-        raise ValueError(
-            f"prevalence {shares}: give the shares of {', '.join(manifest.classes)}, which sum to 1"
-        )
-    calibration.at_prevalence(  # refuses what is no share
-        np.full(len(manifest.classes), 0.5), manifest.prevalence, shares, manifest.task, manifest.classes
-    )
-    return shares

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from cadx.bundle import answer_columns
 from cadx.files import replacing
-from cadx.types import Config, Conformal, Digest, Judged, Task
+from cadx.types import Aggregation, Config, Conformal, Digest, Judged, Task
 
 
 def decide(
@@ -55,8 +55,8 @@ BOX_LISTS = {
 class PredictionsInfo(Config):
     """What the rows of a predictions file are: kept in the file's own metadata.
 
-    `bundle` is the digest of the bundle that gave them, `resampled_thresholds` are its operating point's; the other
-    fields are as in its manifest.
+    `bundle` is the digest of the bundle that gave them, `resampled_thresholds` are its operating point's, `aggregate`
+    is how a patient's rows are to become one case where they are scored; the other fields are as in its manifest.
     """
 
     experiment: str
@@ -70,6 +70,7 @@ class PredictionsInfo(Config):
     thresholds: dict[str, float]
     resampled_thresholds: dict[str, tuple[float, ...]] = Field(default_factory=dict)
     conformal: Conformal | None = None
+    aggregate: Aggregation = "none"
     assumptions: tuple[str, ...]
 
     @property

@@ -1,10 +1,12 @@
 """One 2D image, DICOM, PNG or JPEG, -> pixels, geometry and what the file says; and arrays of images."""
 
 import io
+import math
 import re
 import struct
 import zipfile
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,9 @@ from cadx.types import RawImage
 
 MAX_ARRAYS_BYTES = 1 << 32
 """Largest archive of arrays, unpacked: what its headers claim is checked before anything is."""
+
+_ARRAY_HEAD_BYTES = 1 << 14  # NumPy itself refuses a header of more than 10,000
+_TRUSTED_BYTES, _TRUSTED_DEFLATE = 1 << 27, 100  # an array larger and packed more tightly is counted first
 
 _ORIENTATION, _UPRIGHT = 0x0112, 1  # of EXIF
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
@@ -105,8 +110,11 @@ def read_png_indices(path: Path) -> np.ndarray:
 def read_arrays(path: Path, wanted: str = ".*") -> dict[str, np.ndarray]:
     """The arrays of an .npz archive whose names match `wanted`. Pickled objects are refused, never loaded.
 
+    No array is unpacked before each of them has the bytes that its header claims.
+
     Raises:
-        ValueError: one line: missing, no archive, truncated, with objects, or larger than `MAX_ARRAYS_BYTES`.
+        ValueError: one line: missing, no archive, truncated, with objects, with an array of another size than its
+            header claims, or larger than `MAX_ARRAYS_BYTES`.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -115,6 +123,8 @@ def read_arrays(path: Path, wanted: str = ".*") -> dict[str, np.ndarray]:
             claimed_bytes = sum(member.file_size for member in members)
             if claimed_bytes > MAX_ARRAYS_BYTES:
                 raise Refusal(f"claims {claimed_bytes} bytes unpacked, over the limit of {MAX_ARRAYS_BYTES}")
+            for member in members:
+                _check_array(archive, member)
             return {names[member.filename]: _read_array(archive, member) for member in members}
     except FileNotFoundError:
         raise ValueError(f"{path.name}: no such file") from None
@@ -123,6 +133,32 @@ def read_arrays(path: Path, wanted: str = ".*") -> dict[str, np.ndarray]:
     except Exception as error:  # zipfile, zlib and NumPy each have their own types for a damaged archive
         what = type(error).__name__
         raise ValueError(f"{path.name}: no readable .npz of plain arrays ({what}); fetch it again") from None
+
+
+def _check_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+    """Refuse an array of another size than its header claims; no more than its header and 1 MiB is held.
+
+    What the archive says of the size is believed, and NumPy's reading finds out a lie, unless that could flood
+    the memory first: then the array is unpacked twice, the first time only to be counted.
+    """
+    with archive.open(member) as stream:
+        head = io.BytesIO(stream.read(_ARRAY_HEAD_BYTES))
+        # Versions 2 and 3 differ in the letters of field names alone.
+        is_first = np.lib.format.read_magic(head) == (1, 0)
+        read_header = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(head)
+        if dtype.hasobject:
+            raise Refusal("an array of pickled objects, which are never loaded; save plain numbers")
+        claimed_bytes = head.tell() + math.prod(shape) * dtype.itemsize
+        held_bytes = member.file_size
+        is_doubtful = held_bytes > max(_TRUSTED_BYTES, member.compress_size * _TRUSTED_DEFLATE)
+        if is_doubtful and claimed_bytes == held_bytes:
+            chunks = iter(partial(stream.read, _INFLATED_BYTES), b"")
+            held_bytes = len(head.getbuffer()) + sum(map(len, chunks))
+    if claimed_bytes != held_bytes:
+        raise Refusal(
+            f"{member.filename!r} takes {held_bytes} bytes where its header claims {claimed_bytes}; fetch it again"
+        )
 
 
 def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:

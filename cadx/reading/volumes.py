@@ -6,12 +6,13 @@ file's affine, never by the order in which a library hands them over.
 """
 
 import gzip
+import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
@@ -47,11 +48,13 @@ SPACING_RANGE_MM = (1e-3, 100.0)
 
 _SPACING_TOLERANCE = 5e-3  # relative; writers round pixdim to three digits
 _GIVEN_TOLERANCE = 0.01  # relative; what is given may be rounded
-_GAP_TOLERANCE = 0.01  # relative to the median gap between slices
-_MISSING_TOLERANCE = 0.1  # a gap this close to a whole multiple of the median has lost slices
+_GAP_TOLERANCE = 0.01  # relative to the base gap between slices
+_MISSING_TOLERANCE = 0.1  # a gap this close to a whole multiple of the base gap has lost slices
 _OBLIQUE_DEGREES = 1.0
 _TILT_DEGREES = 0.5
 _MAX_DEFLATE = 1032  # zlib cannot pack better than 1032:1
+_TRUSTED_BYTES, _TRUSTED_DEFLATE = 1 << 27, 100  # a gzip larger and packed more tightly is counted first
+_COUNTED_BYTES = 1 << 20  # at a time
 _LARGEST = 1e6  # of any length in a header, in its own unit: what lies beyond is damage and would overflow
 _WHOLE_LIMIT = 1 << 20  # largest whole slope or intercept; products stay inside int64
 _UNITS_MM = {1: 1000.0, 2: 1.0, 3: 1e-3}  # the low three bits of xyzt_units
@@ -163,11 +166,10 @@ def _read(
     if kind == "NIfTI":
         size_bytes = source.stat().st_size
         with source.open("rb") as plain:
-            return _read_nifti(plain, size_bytes, given_mm, uncoded_axes, exact=True)
+            return _read_nifti(plain, lambda claimed: claimed == size_bytes, given_mm, uncoded_axes)
     if kind == "gzip":
         with gzip.open(source) as unpacked:
-            limit_bytes = source.stat().st_size * _MAX_DEFLATE
-            return _read_nifti(cast(BinaryIO, unpacked), limit_bytes, given_mm, uncoded_axes, exact=False)
+            return _read_nifti(cast(BinaryIO, unpacked), partial(_unpacks_to, source), given_mm, uncoded_axes)
     if kind == "zip":
         with zipfile.ZipFile(source) as archive:
             return _read_series(_members(archive), given_mm)
@@ -357,13 +359,11 @@ def _geometry_findings(steps: np.ndarray, axes: np.ndarray) -> list[str]:
 
 def _read_nifti(
     stream: BinaryIO,
-    size_bytes: int,
+    may_hold: Callable[[int], bool],
     given_mm: tuple[float, float, float] | None,
     uncoded_axes: str,
-    *,
-    exact: bool,
 ) -> RawVolume:
-    """The volume in a stream that holds `size_bytes`, exactly or at most."""
+    """The volume in a stream that `may_hold` so many bytes, judged before memory is taken for them."""
     header = _nifti_header(stream)
     shape_ijk = _nifti_shape(header)
     dtype = header.get_data_dtype()
@@ -375,7 +375,7 @@ def _read_nifti(
     if not (offset_bytes.is_integer() and 0 <= offset_bytes - start_bytes <= MAX_EXTENSION_BYTES):
         raise Refusal("its header does not say where the voxels start; export it again")
     claimed_bytes = int(offset_bytes) + int(np.prod(shape_ijk, dtype=np.int64)) * dtype.itemsize
-    if claimed_bytes > size_bytes or (exact and claimed_bytes < size_bytes):
+    if not may_hold(claimed_bytes):
         raise Refusal("its header claims another number of voxels than the file holds; copy it again")
 
     assumptions: list[str] = []
@@ -400,6 +400,32 @@ def _read_nifti(
         assumptions=tuple(assumptions),
         findings=tuple(_geometry_findings(steps, axes)),
     )
+
+
+def _unpacks_to(source: Path, num_bytes: int) -> bool:
+    """Whether the gzip at `source` may unpack to `num_bytes`, without holding more than 1 MiB of it.
+
+    A claim that costs little memory is left to the reading itself. A large one must agree with the size at the
+    file's end and be packed no more tightly than images are. Otherwise, as with a file of several members or a
+    mask of hundreds of megabytes, the bytes are unpacked once only to be counted.
+
+    Source: RFC 1952, 2.3.1: ISIZE, the last four bytes of a member, is its size modulo 2^32.
+    """
+    packed_bytes = source.stat().st_size
+    if num_bytes > packed_bytes * _MAX_DEFLATE:
+        return False
+    if num_bytes <= _TRUSTED_BYTES:
+        return True
+    with source.open("rb") as packed:
+        packed.seek(-4, os.SEEK_END)
+        size_at_end = int.from_bytes(packed.read(4), "little")
+    if size_at_end == num_bytes % (1 << 32) and num_bytes <= packed_bytes * _TRUSTED_DEFLATE:
+        return True
+    held_bytes = 0
+    with gzip.open(source) as unpacked:
+        while held_bytes <= num_bytes and (chunk := unpacked.read(_COUNTED_BYTES)):
+            held_bytes += len(chunk)
+    return held_bytes == num_bytes
 
 
 def _nifti_version(head: bytes) -> int | None:
@@ -534,7 +560,10 @@ class _Frame:
         position_mm: centre of the first pixel in LPS, 3.
         cosines: directions of increasing column and row numbers in LPS, 2 x 3.
         pixel_mm: (row, column) spacing, or None where the file does not say.
-        step_mm: distance to the next slice, else thickness, as the header has it; or None.
+        between_mm: distance to the next slice as the header has it, or None.
+        thickness_mm: of the slice, or None.
+        number: InstanceNumber, or None where it counts no slices: absent, or of MR, whose echoes and phases
+            share one count.
         scale: (slope, intercept).
         stored: dtype of the stored values.
         series: UID of the series, which no message repeats.
@@ -547,7 +576,9 @@ class _Frame:
     position_mm: np.ndarray
     cosines: np.ndarray
     pixel_mm: tuple[float, float] | None
-    step_mm: float | None
+    between_mm: float | None
+    thickness_mm: float | None
+    number: int | None
     scale: tuple[float, float]
     stored: np.dtype[Any]
     series: str
@@ -583,7 +614,7 @@ def _read_series(
     heights_mm = np.array([frame.position_mm @ normal for frame in frames])
     order = np.argsort(heights_mm, kind="stable")
     frames, heights_mm = [frames[number] for number in order], heights_mm[order]
-    is_new, findings = _judge_gaps(heights_mm)
+    is_new, findings = _judge_gaps(frames, heights_mm)
     kept = [frame for frame, new in zip(frames, is_new, strict=True) if new]
     steps, origin_mm, spacing = _series_geometry(kept, heights_mm[is_new], normal, given_mm, assumptions)
     axes = _orientation(steps)
@@ -668,6 +699,8 @@ def _file_frames(header: Dataset, read: Callable[[], bytes]) -> Iterator[_Frame]
         thickness = _frame_numbers(header, index, "PixelMeasuresSequence", "SliceThickness", 1)
         slope = _frame_numbers(header, index, "PixelValueTransformationSequence", "RescaleSlope", 1) or [1.0]
         intercept = _frame_numbers(header, index, "PixelValueTransformationSequence", "RescaleIntercept", 1)
+        number = header_text(header, "InstanceNumber")
+        counts = number.isdecimal() and header_text(header, "Modality") != "MR"
         if slope[0] == 0:
             raise Refusal("RescaleSlope is 0, which leaves no range of values; export it again")
         yield _Frame(
@@ -677,7 +710,9 @@ def _file_frames(header: Dataset, read: Callable[[], bytes]) -> Iterator[_Frame]
             position_mm=np.array(position),
             cosines=directions,
             pixel_mm=(pixel[0], pixel[1]) if pixel and min(pixel) > 0 else None,
-            step_mm=next((value[0] for value in (between, thickness) if value and value[0] > 0), None),
+            between_mm=between[0] if between and between[0] > 0 else None,
+            thickness_mm=thickness[0] if thickness and thickness[0] > 0 else None,
+            number=int(number) if counts else None,
             scale=(slope[0], intercept[0] if intercept else 0.0),
             stored=stored,
             series=header_text(header, "SeriesInstanceUID"),
@@ -727,7 +762,7 @@ def _check_alike(frames: Sequence[_Frame]) -> None:
         raise Refusal("slices of different PixelSpacing; export one stack per series")
 
 
-def _judge_gaps(heights_mm: np.ndarray) -> tuple[np.ndarray, list[str]]:
+def _judge_gaps(frames: Sequence[_Frame], heights_mm: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Which slices, sorted by height, lie at a place of their own, and what is doubtful about the gaps."""
     findings = []
     is_new = np.concatenate([[True], np.diff(heights_mm) > SPACING_RANGE_MM[0]])
@@ -735,17 +770,66 @@ def _judge_gaps(heights_mm: np.ndarray) -> tuple[np.ndarray, list[str]]:
         findings.append(f"duplicate_slices: {num_twice} equal copies were left out")
     gaps_mm = np.diff(heights_mm[is_new])
     if len(gaps_mm):
-        multiples = gaps_mm / np.median(gaps_mm)
+        kept = [frame for frame, new in zip(frames, is_new, strict=True) if new]
+        multiples = gaps_mm / _base_gap_mm(gaps_mm, _header_gaps_mm(kept, gaps_mm))
         whole = np.rint(multiples)
         is_hole = (whole > 1) & (np.abs(multiples - whole) <= _MISSING_TOLERANCE)
         if is_hole.any():
-            findings.append(
-                f"missing_slices: {int((whole - 1)[is_hole].sum())} slices are missing in {is_hole.sum()} places"
-            )
+            words = f"{int((whole - 1)[is_hole].sum())} slices are missing in {is_hole.sum()} places"
+            if is_hole.all():  # no gap of the base length is left to compare with
+                words += ", by SpacingBetweenSlices or InstanceNumber"
+            findings.append(f"missing_slices: {words}")
         if (~is_hole & (np.abs(multiples - 1) > _GAP_TOLERANCE)).any():
             low_mm, high_mm = gaps_mm[~is_hole].min(), gaps_mm[~is_hole].max()
             findings.append(f"uneven_spacing: gaps between slices of {low_mm:.4g} to {high_mm:.4g} mm")
     return is_new, findings
+
+
+def _base_gap_mm(gaps_mm: np.ndarray, claims_mm: Sequence[float]) -> float:
+    """The distance between slices before any was lost.
+
+    Most gaps are whole multiples of it, and none rounds to 0 of it. It is the first such among `claims_mm`, else
+    the smallest gap that is a fifth of all and no single one, else the median gap. As gaps measure it better than
+    headers write it, it is then taken from those of that length, where there are any.
+    """
+    for base_mm in chain(claims_mm, np.sort(gaps_mm)):
+        multiples = gaps_mm / base_mm
+        whole = np.rint(multiples)
+        fits = np.abs(multiples - whole) <= _MISSING_TOLERANCE
+        is_known = base_mm in claims_mm or (fits & (whole == 1)).sum() >= max(2, len(gaps_mm) / 5)
+        if is_known and whole.min() >= 1 and fits.mean() > 0.5:
+            single_mm = gaps_mm[whole == 1]
+            return float(np.median(single_mm)) if len(single_mm) else float(base_mm)
+    return float(np.median(gaps_mm))
+
+
+def _header_gaps_mm(frames: Sequence[_Frame], gaps_mm: np.ndarray) -> list[float]:
+    """What the headers of slices, sorted and each at its own place, say of the distance between slices.
+
+    SliceThickness says nothing of it: slices may overlap or leave room between them. InstanceNumber does where it
+    runs along the stack in step with the gaps, such as 1, 3, 5 at equal distance or 1, 2, 4 with a second gap of
+    double length. Numbers in any other order, such as 1, 4, 2, 5 of interleaved slices, say nothing.
+    """
+    claims_mm: list[float] = []
+    between_mm = [frame.between_mm or 0.0 for frame in frames]
+    thickness_mm = frames[0].thickness_mm or 0.0
+    # Some writers give the room between slices instead of the distance of their centres.
+    is_room = between_mm[0] < thickness_mm / 2 and bool(
+        np.isclose(between_mm[0] + thickness_mm, np.median(gaps_mm), rtol=_GIVEN_TOLERANCE)
+    )
+    if (
+        between_mm[0]
+        and not is_room
+        and np.allclose(between_mm, between_mm[0], rtol=_GIVEN_TOLERANCE, atol=0)
+    ):
+        claims_mm.append(between_mm[0])
+    numbers = [frame.number for frame in frames if frame.number is not None]
+    steps = np.diff(numbers)
+    if len(numbers) == len(frames) and ((steps > 0).all() or (steps < 0).all()):
+        numbered_mm = float(np.median(gaps_mm / np.abs(steps)))
+        if (np.abs(gaps_mm / numbered_mm - np.abs(steps)) <= _MISSING_TOLERANCE).all():
+            claims_mm.append(numbered_mm)
+    return claims_mm
 
 
 def _series_geometry(
@@ -760,7 +844,7 @@ def _series_geometry(
     Source: DICOM PS3.3 C.7.6.2.1.1, equation C.7.6.2.1-1. DICOM's patient axes point left, posterior and
     superior (C.7.6.2.1.1), so that x and y change their signs.
     """
-    pixel_mm, step_mm = frames[0].pixel_mm, frames[0].step_mm
+    pixel_mm, step_mm = frames[0].pixel_mm, frames[0].between_mm or frames[0].thickness_mm
     if len(frames) > 1:
         way = (frames[-1].position_mm - frames[0].position_mm) / (heights_mm[-1] - heights_mm[0])
         step = way * float(np.median(np.diff(heights_mm)))
