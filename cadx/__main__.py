@@ -61,7 +61,7 @@ _EXAMPLES = {
 }
 """Of the steps that are no stages; `deploy` and `monitor` with a server that `cadx serve` runs."""
 _REGISTRY = "sqlite:///data/registry/mlflow.db"
-_COMMAND_NAMES = {"compile_pipeline": "compile"}  # a built-in function's name
+_COMMAND_NAMES = {"compile_pipeline": "compile", "write_code_digests": "code-digests"}
 
 
 def command_line(tokens: Sequence[str] = ()) -> App:
@@ -107,6 +107,7 @@ def command_line(tokens: Sequence[str] = ()) -> App:
         benchmark,
         recommend,
         doctor,
+        write_code_digests,
         dataset_form,
     ):
         app.command(
@@ -944,6 +945,22 @@ def doctor() -> None:
     from cadx.doctor import examine
 
     sys.exit(0 if examine() else 1)
+
+
+def write_code_digests(*, output: Path) -> None:
+    """Write a digest of the code behind each stage: by it `dvc repro` sees which stages an edit concerns.
+
+    Example: `cadx code-digests --output data/work/code.json`.
+
+    Parameters
+    ----------
+    output
+        A JSON file: the digests by step.
+    """
+    from cadx.files import write_json
+    from components import code_digests
+
+    write_json(output, code_digests())
 
 
 def dataset_form() -> None:

@@ -1,6 +1,12 @@
 """The steps, in order. Everything else about a step stands in the file of its name."""
 
-from components.contract import Step
+from pathlib import Path
+
+from cadx.types import Digest
+from components.contract import Step, code_digest, source_digests
+
+CODE = Path("data/work/code.json")
+"""Where dvc.yaml's stage `code` writes `code_digests`."""
 
 STEPS = (
     Step("ingest"),
@@ -21,3 +27,8 @@ STEPS = (
     Step("predict", reproducible=False),
     Step("notify", reproducible=False),
 )
+
+
+def code_digests() -> dict[str, Digest]:
+    """The digest of each stage's code, by its step: DVC runs a stage again where its own has changed."""
+    return {step.name: code_digest(source_digests(step.name)) for step in STEPS if step.reproducible}

@@ -32,6 +32,7 @@ from cadx.verifying import (
     split_links,
     weights_links,
 )
+from components import CODE, code_digests
 from components.contract import ROOT, read_params, source_digests
 from components.gate import GateParams
 from components.package import PackageParams, verdict_of
@@ -194,7 +195,7 @@ def _parameters(at: Evidence, manifest: Manifest) -> Link:
 
 
 def _stages(at: Evidence, manifest: Manifest) -> Iterator[Link]:
-    """Whether every file and parameter is that of the last run of each stage, as `dvc repro` wrote it down.
+    """Whether code, parameters and files are those of the last run of each stage, as `dvc repro` wrote it down.
 
     Folders are left to the digests that cadx keeps of them.
     """
@@ -223,7 +224,8 @@ def _stages(at: Evidence, manifest: Manifest) -> Iterator[Link]:
     }
     root, says = at.lock.parent, f"ran, says {at.lock.name}"
     found = {path: _md5(root / path) for path, _ in files}
-    today = {path: _yaml(root / path) for path, _ in parameters}
+    today = {path: _yaml(root / path) for path in {path for path, _ in parameters} - {str(CODE)}}
+    today[str(CODE)] = code_digests()  # of the code as it is, whoever wrote the file
     changed: dict[str, Link] = {}
     for (path, md5), stage in files.items():
         if found[path] != md5:
@@ -231,12 +233,13 @@ def _stages(at: Evidence, manifest: Manifest) -> Iterator[Link]:
             changed[path] = Link("stages", "broken", path, said, md5.removeprefix("md5:"))
     for (path, key), (stage, value) in parameters.items():
         if _at(today[path], key) != value:
-            changed[key] = Link("stages", "broken", f"{path}:{key}", f"changed since {stage} {says}")
+            what = f"code of {key}" if path == str(CODE) else f"{path}:{key}"
+            changed[what] = Link("stages", "broken", what, f"changed since {stage} {says}")
     yield from changed.values()
     if not ran:
         yield Link("stages", "not at hand", str(at.lock), f"holds no stage of {name}")
     elif not changed:
-        said = f"{len(ran)} stages, {len(found)} files and their parameters as they ran"
+        said = f"{len(ran)} stages: code, parameters and {len(found)} files as they ran"
         yield Link("stages", "ok", str(at.lock), said)
 
 

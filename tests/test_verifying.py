@@ -16,6 +16,7 @@ from cadx.bundle import Bundle
 from cadx.datasets import read_splits, write_splits
 from cadx.files import digest_path
 from cadx.signing import Review, check_signature, objection, sign, signature_of, write_review
+from components import CODE, code_digests
 from components.calibrate import calibrate
 from components.evaluate import evaluate
 from components.gate import gate
@@ -249,6 +250,7 @@ def test_what_a_stage_read_and_wrote_is_held_against_the_lock(
         md5 = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
         return {"path": path.relative_to(chain.folder).as_posix(), "md5": md5}
 
+    code = code_digests()["gate"]
     metrics, report = chain.told / "metrics.json", chain.told / "report.html"
     folder = {"path": "work/squares/dataset", "md5": "0" * 32 + ".dir"}
     stages = {
@@ -256,14 +258,14 @@ def test_what_a_stage_read_and_wrote_is_held_against_the_lock(
         "gate@squares-0": {
             "deps": [held(metrics)],
             "outs": [held(chain.decision)],
-            "params": {"params.yaml": {"squares.gate": PARAMS["gate"]}},
+            "params": {str(CODE): {"gate": code}, "params.yaml": {"squares.gate": PARAMS["gate"]}},
         },
         "gate@squares-1": {"deps": [{"path": "gone.json", "md5": "0" * 32}], "outs": []},
     }
     lock = chain.folder / "dvc.lock"
     lock.write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}))
     assert chain.verify(lock=lock)
-    assert "2 stages, 3 files and their parameters as they ran" in capsys.readouterr().out
+    assert "2 stages: code, parameters and 3 files as they ran" in capsys.readouterr().out
 
     (chain.folder / "params.yaml").write_text(
         yaml.safe_dump({"squares": PARAMS | {"gate": {"at_least": {"auc": 0.001}}}})
@@ -275,6 +277,18 @@ def test_what_a_stage_read_and_wrote_is_held_against_the_lock(
     assert "changed since evaluate@squares-0 ran" in first
     assert "params.yaml:squares.gate" in second
     assert "changed since gate@squares-0 ran" in second
+
+
+def test_code_that_was_edited_since_a_stage_ran_is_named_by_its_step(
+    chain: Chain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock = chain.folder / "dvc.lock"
+    ran = {"deps": [], "outs": [], "params": {str(CODE): {"gate": "sha256:" + "0" * 64}}}
+    lock.write_text(yaml.safe_dump({"schema": "2.0", "stages": {"gate@squares-0": ran}}))
+    assert not chain.verify(lock=lock)
+    (line,) = broken(capsys.readouterr().out)
+    assert "code of gate" in line
+    assert "changed since gate@squares-0 ran" in line
 
 
 def test_a_leaking_split_is_refused_though_every_digest_holds(
