@@ -98,7 +98,8 @@ def parse(text: str) -> ir.PipelineSpec:
 def stage_items(experiment: str) -> dict[str, dict[str, Any]]:
     """Task name -> its stage in dvc.yaml, with DVC's placeholders filled in."""
     items = {}
-    for name, stage in DVC["stages"].items():
+    for name in (step.name for step in STEPS if step.reproducible):
+        stage = DVC["stages"][name]
         for seed in SEEDS if "seed" in stage["matrix"] else [None]:
             text = json.dumps(stage).replace("${item.experiment}", experiment)
             filled = text.replace("${item.seed}", str(seed))
