@@ -98,7 +98,7 @@ def parse(text: str) -> ir.PipelineSpec:
 def stage_items(experiment: str) -> dict[str, dict[str, Any]]:
     """Task name -> its stage in dvc.yaml, with DVC's placeholders filled in."""
     items = {}
-    for name in (step.name for step in STEPS if step.reproducible):
+    for name in (one.name for one in STEPS if one.reproducible):
         stage = DVC["stages"][name]
         for seed in SEEDS if "seed" in stage["matrix"] else [None]:
             text = json.dumps(stage).replace("${item.experiment}", experiment)
