@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 from pydantic import ValidationError
-from test_phantom_volume import statistics_auc
 
+from benchmarks.phantoms import statistics_auc
 from cadx.catalog import ENTRY, TableEntry
 from cadx.drift import image_statistics
 from cadx.files import digest_path

@@ -10,8 +10,8 @@ import tifffile
 from PIL import Image
 from pydantic import ValidationError
 from scipy.ndimage import binary_dilation, distance_transform_edt, gaussian_filter
-from test_phantom_volume import statistics_auc
 
+from benchmarks.phantoms import statistics_auc
 from cadx.drift import image_statistics
 from cadx.files import digest_path
 from cadx.phantom.cohort import Faults, Shift

@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 from scipy.ndimage import binary_dilation, label
 
+from benchmarks.phantoms import statistics_auc
 from cadx.drift import image_statistics
 from cadx.files import digest_path
 from cadx.phantom import PHANTOM
@@ -43,37 +44,6 @@ class Volumes:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Volumes:
     return Volumes(tmp_path_factory.mktemp("volumes") / "cohort", SMALL)
-
-
-def statistics_auc(features: pd.DataFrame, labels: pd.Series, patients: pd.Series) -> float:
-    """AUC of a logistic regression on the features, out of fold with patients kept together, mean of three."""
-    from sklearn.linear_model import LogisticRegressionCV
-    from sklearn.metrics import roc_auc_score
-    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    table, truth = pd.get_dummies(features).to_numpy(dtype=float), labels.to_numpy()
-    model = make_pipeline(
-        StandardScaler(),
-        LogisticRegressionCV(
-            Cs=(1e-3, 1e-2, 1e-1, 1.0),
-            cv=3,
-            l1_ratios=(0.0,),
-            use_legacy_attributes=False,
-            scoring="roc_auc",
-            max_iter=2000,
-            class_weight="balanced",
-        ),
-    )
-    aucs = []
-    for seed in range(3):
-        folds = StratifiedGroupKFold(5, shuffle=True, random_state=seed)
-        scores = cross_val_predict(
-            model, table, truth, groups=patients.to_numpy(), cv=folds, method="decision_function"
-        )
-        aucs.append(roc_auc_score(truth, scores))
-    return float(np.mean(aucs))
 
 
 # --- What is on disk ----------------------------------------------------------------------------------
