@@ -213,7 +213,7 @@ def _stages(at: Evidence, manifest: Manifest) -> Iterator[Link]:
     files = {
         (one["path"], f"md5:{one['md5']}"): stage
         for stage, record in reversed(ran.items())
-        for one in (*record["deps"], *record["outs"])
+        for one in (*record.get("deps", ()), *record["outs"])
         if not one["md5"].endswith(".dir")
     }
     parameters = {

@@ -283,7 +283,7 @@ def test_code_that_was_edited_since_a_stage_ran_is_named_by_its_step(
     chain: Chain, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lock = chain.folder / "dvc.lock"
-    ran = {"deps": [], "outs": [], "params": {str(CODE): {"gate": "sha256:" + "0" * 64}}}
+    ran = {"outs": [], "params": {str(CODE): {"gate": "sha256:" + "0" * 64}}}
     lock.write_text(yaml.safe_dump({"schema": "2.0", "stages": {"gate@squares-0": ran}}))
     assert not chain.verify(lock=lock)
     (line,) = broken(capsys.readouterr().out)
