@@ -166,7 +166,7 @@ def test_tasks_wait_for_one_another_as_stages_do(experiment: str, compiled: Comp
 
     makes = {name: paths(stage["outs"] + stage.get("metrics", [])) for name, stage in stages.items()}
     for name, stage in stages.items():
-        needed = {maker for maker, outputs in makes.items() if outputs & paths(stage["deps"])}
+        needed = {maker for maker, outputs in makes.items() if outputs & paths(stage.get("deps", []))}
         assert set(pipeline.root.dag.tasks[name].dependent_tasks) == needed
 
 
