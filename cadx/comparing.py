@@ -92,8 +92,8 @@ def paired(a: Scored, b: Scored) -> Scored:
         raise ValueError("the two have other classes or another task: nothing to be compared")
     if a.info.aggregate != b.info.aggregate:
         raise ValueError(
-            f"one declares evaluate.aggregate {a.info.aggregate}, the other {b.info.aggregate}: they are of other "
-            "cases; score both with the same"
+            f"the first declares evaluate.aggregate {a.info.aggregate}, the second {b.info.aggregate}: they are of "
+            "other cases; score both with the same (files of older versions declare none)"
         )
     rows = pd.Index(b.frame["sample_id"]).get_indexer(a.frame["sample_id"])
     if len(a.frame) != len(b.frame) or (rows < 0).any():

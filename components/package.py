@@ -206,7 +206,7 @@ def _known(bundle: Bundle, decided: Decision, record: MetricsFile, params: Packa
         "limitations": " ".join((*params.limits, *record.warnings, *manifest.assumptions)),
         "poor_input": "Unreadable input is refused; an image outside of the training range gets a warning.",
         "availability": f"Bundle {bundle.digest}, code of training {trained.code}.",
-        "gate": f"{'Passed' if decided.promote else 'Refused'} by {len(decided.checks)} declared checks.",
+        "gate": f"{'Passed' if decided.promote else 'Refused'}: {decided.why}.",
     }
     if manifest.temperature is not None:
         facts["calibration"] = f"Temperature {manifest.temperature:.3f} and a bias per class, on calibration."
@@ -223,9 +223,7 @@ def _verdict(page: Page, decided: Decision) -> None:
     if decided.promote:
         page.callout("ok", f"Passed the gate: {decided.why}.")
     if decided.not_judged:
-        page.callout(
-            "warn", "Too few to be judged, and so promised to nobody: " + "; ".join(decided.not_judged) + "."
-        )
+        page.callout("warn", "Not judged, and so promised to nobody: " + "; ".join(decided.not_judged) + ".")
     for reason in decided.reasons:
         page.callout("stop", f"Refused by the gate: {reason}.")
     with page.details("What the gate asked"):

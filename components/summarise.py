@@ -42,10 +42,16 @@ def summarise(*, predictions: Ins, metrics: Out, report: Out, params: SummariseP
     is applied to all seeds. How far the seeds differ stands beside it.
 
     Raises:
-        ValueError: if the files are not of one experiment and split, or not of the same samples.
+        ValueError: if the files are not of one experiment and split, or not of the same samples, or were scored with
+            another aggregation.
     """
     read = _read(predictions)
     frame, info, _ = read[0]
+    if params.aggregate != info.aggregate:
+        raise ValueError(
+            f"summarise.aggregate is {params.aggregate}, but the predictions were scored with evaluate.aggregate "
+            f"{info.aggregate}; set both alike"
+        )
     settings = Settings(
         resamples=params.resamples,
         subgroups=params.subgroups,

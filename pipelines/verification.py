@@ -197,6 +197,8 @@ def _parameters(at: Evidence, manifest: Manifest) -> Link:
 def _stages(at: Evidence, manifest: Manifest) -> Iterator[Link]:
     """Whether code, parameters and files are those of the last run of each stage, as `dvc repro` wrote it down.
 
+    The code is that of the cadx that verifies, as for the bundle's own digests.
+
     Folders are left to the digests that cadx keeps of them.
     """
     name = manifest.experiment
@@ -236,8 +238,13 @@ def _stages(at: Evidence, manifest: Manifest) -> Iterator[Link]:
             what = f"code of {key}" if path == str(CODE) else f"{path}:{key}"
             changed[what] = Link("stages", "broken", what, f"changed since {stage} {says}")
     yield from changed.values()
+    untold = [stage for stage, record in ran.items() if str(CODE) not in record.get("params", {})]
     if not ran:
         yield Link("stages", "not at hand", str(at.lock), f"holds no stage of {name}")
+    elif untold:
+        yield Link(
+            "stages", "not at hand", str(at.lock), f"does not say by what code {', '.join(untold)} ran"
+        )
     elif not changed:
         said = f"{len(ran)} stages: code, parameters and {len(found)} files as they ran"
         yield Link("stages", "ok", str(at.lock), said)

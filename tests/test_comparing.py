@@ -202,7 +202,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path: Path) -> None:
         (scored(tmp_path / "d.parquet", skill=2, seed=1, per_patient=2), "other labels, lesions or patients"),
         (
             scored(tmp_path / "e.parquet", skill=2, seed=1, aggregate="max"),
-            "evaluate.aggregate none, the other max",
+            "evaluate.aggregate none, the second max",
         ),
         (tmp_path / "none.parquet", "no predictions there"),
     ):

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cadx import models, predicting
 from cadx.__main__ import command_line
 from cadx.catalog import load_catalog
-from components import CODE, STEPS
+from components import CODE, STEPS, code_digests
 from components.contract import (
     In,
     Keep,
@@ -76,6 +77,22 @@ def test_function_file_and_parameter_class_share_one_word(entry: Step) -> None:
 
 def test_exactly_the_reproducible_steps_are_stages(pipeline: dict) -> None:
     assert list(pipeline["stages"]) == ["code", *(s.name for s in STEPS if s.reproducible)]
+
+
+def test_the_stage_code_runs_on_every_edit_that_a_step_depends_on(pipeline: dict) -> None:
+    stage = pipeline["stages"]["code"]
+    assert shlex.split(stage["cmd"]) == ["cadx", "code-digests", "--output", str(CODE)]
+    assert stage["outs"] == [str(CODE)]
+    assert set(code_digests()) == {step.name for step in STEPS if step.reproducible}
+    watched = tuple(f"{folder}/" for folder in stage["deps"])
+    assert all(path.startswith(watched) for step in STEPS for path in code_dependencies(step.name))
+
+
+def test_what_is_imported_on_request_is_part_of_the_code() -> None:
+    """`import_module` by a table is invisible to the import graph: the twin import for types is what counts."""
+    train, evaluate = code_dependencies("train"), code_dependencies("evaluate")
+    assert {f"cadx/models/{module}.py" for module in models._NETWORKS.values()} <= set(train)
+    assert {f"cadx/predicting/{module}.py" for module in predicting._WITH_TORCH.values()} <= set(evaluate)
 
 
 @pytest.mark.parametrize("entry", [s for s in STEPS if s.reproducible], ids=lambda s: s.name)

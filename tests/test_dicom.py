@@ -101,9 +101,22 @@ def test_a_text_that_repeats_the_patients_name_or_number_is_found():
 )
 @pytest.mark.parametrize("patient", ["", "DOE^JANE"])
 def test_what_would_be_stored_is_reported_and_left_out_where_it_names_someone(keyword, patient):
-    told = encode(dicom(PatientName=patient, **{keyword: "DOE^JANE"}))
-    assert keyword in dicom_identifiers(told)
-    assert not {"site", "scanner", "view"} & read_image(told).attributes.keys()
+    for text in ("DOE^JANE", "Jane Doe")[: 2 if patient else 1]:
+        told = encode(dicom(PatientName=patient, **{keyword: text}))
+        assert keyword in dicom_identifiers(told)
+        image = read_image(told)
+        assert not {"site", "scanner", "view"} & image.attributes.keys()
+        assert f"{keyword} was left out: it names somebody" in image.assumptions
+
+
+@pytest.mark.parametrize(
+    ("patient", "removed"), [("HALL^MARY", "NO"), ("STMARY-0012", "YES"), ("ST^MARY^HOSPITAL", "YES")]
+)
+def test_a_clinic_that_shares_a_word_with_its_patient_stays(patient: str, removed: str):
+    header = {"PatientName": patient, "PatientID": patient, "PatientIdentityRemoved": removed}
+    image = read_image(encode(dicom(**header, InstitutionName="St. Mary Hospital", Manufacturer="HALL")))
+    assert image.attributes["site"] == "St. Mary Hospital"
+    assert image.attributes["scanner"] == "HALL"
 
 
 def test_a_study_that_is_called_head_routine_is_nobody():

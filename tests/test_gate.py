@@ -374,7 +374,7 @@ def test_the_champion_is_met_on_patients_where_both_declare_them_and_not_at_all_
     (reason,) = meet("max", "max", "max").reasons
     assert reason.startswith("AUC less the champion's is -0.")
     (reason,) = meet("max", "none", "max").reasons
-    assert "one declares evaluate.aggregate max, the other none" in reason
+    assert "the first declares evaluate.aggregate max, the second none" in reason
     (reason,) = meet("none", "none", "max").reasons
     assert "declares evaluate.aggregate none, but the metrics are of max" in reason
 

@@ -148,12 +148,18 @@ def test_every_number_that_one_seed_is_given_is_joined(
 
 
 def test_patients_are_joined_as_one_seed_scores_them(seeds: list[Path], tmp_path: Path) -> None:
-    summarise(
-        predictions=tuple(seeds),
-        metrics=tmp_path / "metrics.json",
-        report=tmp_path / "report.html",
-        params=SummariseParams(resamples=50, minimum_n=5, aggregate="max"),
-    )
+    declared = []
+    for path in seeds:
+        frame, info = read_predictions(path)
+        declared.append(tmp_path / f"{info.seed}.parquet")
+        write_predictions(declared[-1], frame, info.model_copy(update={"aggregate": "max"}))
+    outputs = {"metrics": tmp_path / "metrics.json", "report": tmp_path / "report.html"}
+    params = SummariseParams(resamples=50, minimum_n=5, aggregate="max")
+    with pytest.raises(
+        ValueError, match=r"summarise\.aggregate is max, but .* evaluate\.aggregate none; set both"
+    ):
+        summarise(predictions=tuple(seeds), **outputs, params=params)
+    summarise(predictions=tuple(declared), **outputs, params=params)
     found = json.loads((tmp_path / "metrics.json").read_text())
     each = []
     for path in seeds:

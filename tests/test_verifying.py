@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -254,7 +255,11 @@ def test_what_a_stage_read_and_wrote_is_held_against_the_lock(
     metrics, report = chain.told / "metrics.json", chain.told / "report.html"
     folder = {"path": "work/squares/dataset", "md5": "0" * 32 + ".dir"}
     stages = {
-        "evaluate@squares-0": {"deps": [folder], "outs": [held(metrics), held(report)]},
+        "evaluate@squares-0": {
+            "deps": [folder],
+            "outs": [held(metrics), held(report)],
+            "params": {str(CODE): {"evaluate": code_digests()["evaluate"]}},
+        },
         "gate@squares-0": {
             "deps": [held(metrics)],
             "outs": [held(chain.decision)],
@@ -283,12 +288,17 @@ def test_code_that_was_edited_since_a_stage_ran_is_named_by_its_step(
     chain: Chain, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lock = chain.folder / "dvc.lock"
-    ran = {"outs": [], "params": {str(CODE): {"gate": "sha256:" + "0" * 64}}}
+    ran: dict[str, Any] = {"outs": [], "params": {str(CODE): {"gate": "sha256:" + "0" * 64}}}
     lock.write_text(yaml.safe_dump({"schema": "2.0", "stages": {"gate@squares-0": ran}}))
     assert not chain.verify(lock=lock)
     (line,) = broken(capsys.readouterr().out)
     assert "code of gate" in line
     assert "changed since gate@squares-0 ran" in line
+
+    del ran["params"]
+    lock.write_text(yaml.safe_dump({"schema": "2.0", "stages": {"gate@squares-0": ran}}))
+    assert chain.verify(lock=lock)
+    assert "does not say by what code gate@squares-0 ran" in capsys.readouterr().out
 
 
 def test_a_leaking_split_is_refused_though_every_digest_holds(

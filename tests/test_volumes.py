@@ -665,7 +665,7 @@ def test_missing_slices_are_found(tmp_path):
     assert volume.spacing_mm == (2.5, 0.9, 0.8)
 
 
-BY_HEADER = ", by SpacingBetweenSlices or InstanceNumber"
+BY_DISTANCE, BY_NUMBER = ", by SpacingBetweenSlices", ", by InstanceNumber"
 ALTERNATE = (0, 2, 4, 6, 8, 10)
 
 
@@ -674,12 +674,12 @@ ALTERNATE = (0, 2, 4, 6, 8, 10)
     [
         ((0, 1, 2, 6, 7, 8), {}, None, "3 slices are missing in 1 places"),
         ((0, 1, 2, 4, 6, 8, 10), {}, None, "4 slices are missing in 4 places"),  # most are lost
-        (ALTERNATE, {"SpacingBetweenSlices": 2.5}, None, f"5 slices are missing in 5 places{BY_HEADER}"),
-        (ALTERNATE, {"SpacingBetweenSlices": 2.4}, None, f"5 slices are missing in 5 places{BY_HEADER}"),
-        (ALTERNATE, {}, range(1, 13), f"5 slices are missing in 5 places{BY_HEADER}"),
-        (ALTERNATE, {}, range(12, 0, -1), f"5 slices are missing in 5 places{BY_HEADER}"),
-        ((0, 3, 6, 9), {}, range(1, 13), f"6 slices are missing in 3 places{BY_HEADER}"),
-        ((0, 5), {"SpacingBetweenSlices": 2.5}, None, f"4 slices are missing in 1 places{BY_HEADER}"),
+        (ALTERNATE, {"SpacingBetweenSlices": 2.5}, None, f"5 slices are missing in 5 places{BY_DISTANCE}"),
+        (ALTERNATE, {"SpacingBetweenSlices": 2.4}, None, f"5 slices are missing in 5 places{BY_DISTANCE}"),
+        (ALTERNATE, {}, range(1, 13), f"5 slices are missing in 5 places{BY_NUMBER}"),
+        (ALTERNATE, {}, range(12, 0, -1), f"5 slices are missing in 5 places{BY_NUMBER}"),
+        ((0, 3, 6, 9), {}, range(1, 13), f"6 slices are missing in 3 places{BY_NUMBER}"),
+        ((0, 5), {"SpacingBetweenSlices": 2.5}, None, f"4 slices are missing in 1 places{BY_DISTANCE}"),
         ((0, 1, 3), {}, range(1, 13), "1 slices are missing in 1 places"),
         # Nothing is lost:
         (range(12), {"SpacingBetweenSlices": 2.5}, range(1, 13), None),
@@ -688,6 +688,9 @@ ALTERNATE = (0, 2, 4, 6, 8, 10)
         (ALTERNATE, {"SpacingBetweenSlices": 5}, range(1, 13), None),  # the header knows of it
         (ALTERNATE, {"SpacingBetweenSlices": 1, "SliceThickness": 4}, None, None),  # written from edge to edge
         (ALTERNATE, {"SpacingBetweenSlices": 7}, None, None),
+        (range(12), {"SpacingBetweenSlices": 0.25}, None, None),  # centimetres
+        (range(12), {"SpacingBetweenSlices": 1e-16}, None, None),
+        ((0, 3, 6, 9), {"SpacingBetweenSlices": 2.5, "SliceThickness": 5}, None, None),  # room, or three-fold loss
         (ALTERNATE, {"SpacingBetweenSlices": 0}, [1] * 12, None),
         (ALTERNATE, {}, [1, 0, 4, 0, 2, 0, 5, 0, 3, 0, 6, 0], None),  # interleaved
         (ALTERNATE, {}, [1, 0, 3, 0, 5, 0, 9, 0, 11, 0, 13, 0], None),  # out of step with the places

@@ -206,8 +206,9 @@ def _bins(p: FloatArray) -> IntArray:
 def ece_if_calibrated(cases: Cases) -> Part:
     """Mean and central 95 % of the calibration error when outcomes are drawn from the probabilities.
 
-    A patient's cases hang together as they do in the data: each takes the patient's random number, or, with the chance
-    that `_shared` finds, one of its own. So each outcome still has its probability, and copies of an image count once.
+    A patient's cases hang together as they do in the data: with a chance that follows from `_shared` each takes the
+    patient's random number, else one of its own. So each outcome still has its probability, and copies of an image
+    count once.
 
     Source: consistency resampling, Broecker and Smith 2007, Weather Forecast 22:651, which draws cases independently
     of each other, as is done here where no patient has several. The dependence within patients is our own addition;

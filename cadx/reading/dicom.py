@@ -88,7 +88,8 @@ def dicom_identifiers(source: Path | bytes) -> tuple[str, ...]:
     """Keywords, sorted, of the elements that identify a patient and carry a value; never the values.
 
     All person names at any depth, `IDENTIFYING_KEYWORDS`, `PatientID` unless the file says
-    PatientIdentityRemoved = YES, texts that repeat a word of the patient's names or of that ID, what would be
+    PatientIdentityRemoved = YES, texts that repeat a word of four letters and more of the
+    patient's names or of that ID, what would be
     stored but looks like a name (see `header_attributes`), and `BurnedInAnnotation` where it is YES. Empty for
     PNG and JPEG.
 
@@ -110,7 +111,7 @@ def dicom_identifiers(source: Path | bytes) -> tuple[str, ...]:
                 if element.keyword == "PatientID":
                     named = not removed
                 elif element.VR in _FREE_TEXT:
-                    named = named or not words.isdisjoint(_words(str(element.value)))
+                    named = named or _repeats(str(element.value), words)
                 # An empty sequence and an empty value both have no truth.
                 if named and not element.is_empty and str(element.value).strip():
                     found.add(keyword)
@@ -131,17 +132,22 @@ def _identity_removed(header: Dataset) -> bool:
 
 
 def _words(text: str) -> set[str]:
-    return {word for word in re.split(r"[\W_]+", text.casefold()) if len(word) >= _NAMING_LETTERS}
+    return {word for word in re.split(r"[\W_]+", text.casefold()) if word}
 
 
 def _naming_words(header: Dataset) -> set[str]:
-    """By which words the header itself names its patient: of the names, and of an ID that is no pseudonym."""
-    keywords = _NAMING if _identity_removed(header) else (*_NAMING, "PatientID")
+    """By which words the header itself names its patient; none where names and ID are pseudonyms."""
+    keywords = () if _identity_removed(header) else (*_NAMING, "PatientID")
     return set().union(*(_words(header_text(header, keyword)) for keyword in keywords))
 
 
+def _repeats(text: str, words: set[str]) -> bool:
+    return any(len(word) >= _NAMING_LETTERS for word in words & _words(text))
+
+
 def _names_someone(text: str, words: set[str]) -> bool:
-    return _PERSON_NAME.search(text) is not None or not words.isdisjoint(_words(text))
+    """Whether what would be stored is a name: a clinic or a maker may well share one word with a patient."""
+    return _PERSON_NAME.search(text) is not None or len(words & _words(text)) > 1
 
 
 def parse_age(text: str) -> float:
@@ -379,15 +385,15 @@ def _spacing_mm(header: Dataset, assumptions: list[str]) -> tuple[Millimetres, M
 def header_attributes(header: Dataset, assumptions: list[str]) -> dict[str, Any]:
     """What a header says of group and machine, as `RawImage.attributes`; appends to `assumptions`.
 
-    A text that names someone, in the form of a DICOM name (Doe^Jane) or by a word of the patient's names or ID in the
-    same header, is left out: `dicom_identifiers` reports it.
+    A text that names someone, in the form of a DICOM name (Doe^Jane) or by two words of the patient's names and ID
+    in the same header, is left out and said to be; `dicom_identifiers` reports it.
     """
     words = _naming_words(header)
-    stored = {
-        keyword: "" if _names_someone(text, words) else text
-        for keyword in _STORED
-        for text in (header_text(header, keyword),)
-    }
+    stored = {keyword: header_text(header, keyword) for keyword in _STORED}
+    for keyword, text in stored.items():
+        if _names_someone(text, words):
+            stored[keyword] = ""
+            assumptions.append(f"{keyword} was left out: it names somebody")
     attributes: dict[str, Any] = {
         "site": stored["InstitutionName"],
         "scanner": " ".join(filter(None, (stored["Manufacturer"], stored["ManufacturerModelName"]))),

@@ -8,11 +8,11 @@ file's affine, never by the order in which a library hands them over.
 import gzip
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
@@ -49,6 +49,7 @@ SPACING_RANGE_MM = (1e-3, 100.0)
 _SPACING_TOLERANCE = 5e-3  # relative; writers round pixdim to three digits
 _GIVEN_TOLERANCE = 0.01  # relative; what is given may be rounded
 _GAP_TOLERANCE = 0.01  # relative to the base gap between slices
+_MOST_MULTIPLE = 8  # of the distance that a header gives, in the usual gap
 _MISSING_TOLERANCE = 0.1  # a gap this close to a whole multiple of the base gap has lost slices
 _OBLIQUE_DEGREES = 1.0
 _TILT_DEGREES = 0.5
@@ -771,13 +772,14 @@ def _judge_gaps(frames: Sequence[_Frame], heights_mm: np.ndarray) -> tuple[np.nd
     gaps_mm = np.diff(heights_mm[is_new])
     if len(gaps_mm):
         kept = [frame for frame, new in zip(frames, is_new, strict=True) if new]
-        multiples = gaps_mm / _base_gap_mm(gaps_mm, _header_gaps_mm(kept, gaps_mm))
+        base_mm, source = _base_gap_mm(gaps_mm, _header_gaps_mm(kept, gaps_mm))
+        multiples = gaps_mm / base_mm
         whole = np.rint(multiples)
         is_hole = (whole > 1) & (np.abs(multiples - whole) <= _MISSING_TOLERANCE)
         if is_hole.any():
             words = f"{int((whole - 1)[is_hole].sum())} slices are missing in {is_hole.sum()} places"
             if is_hole.all():  # no gap of the base length is left to compare with
-                words += ", by SpacingBetweenSlices or InstanceNumber"
+                words += f", by {source}"
             findings.append(f"missing_slices: {words}")
         if (~is_hole & (np.abs(multiples - 1) > _GAP_TOLERANCE)).any():
             low_mm, high_mm = gaps_mm[~is_hole].min(), gaps_mm[~is_hole].max()
@@ -785,36 +787,41 @@ def _judge_gaps(frames: Sequence[_Frame], heights_mm: np.ndarray) -> tuple[np.nd
     return is_new, findings
 
 
-def _base_gap_mm(gaps_mm: np.ndarray, claims_mm: Sequence[float]) -> float:
-    """The distance between slices before any was lost.
+def _base_gap_mm(gaps_mm: np.ndarray, claims_mm: Mapping[str, float]) -> tuple[float, str]:
+    """The distance between slices before any was lost, and which element of the header says so ("" for none).
 
-    Most gaps are whole multiples of it, and none rounds to 0 of it. It is the first such among `claims_mm`, else
-    the smallest gap that is a fifth of all and no single one, else the median gap. As gaps measure it better than
-    headers write it, it is then taken from those of that length, where there are any.
+    Most gaps are whole multiples of it, and none rounds to 0 of it. It is the first such among `claims_mm`, unless the
+    usual gap would be more than `_MOST_MULTIPLE` of it, as of a length in another unit; else the smallest gap that is a
+    fifth of all and no single one; else the median gap. As gaps measure it better than headers write it, it is then
+    taken from those of that length, where there are any.
     """
-    for base_mm in chain(claims_mm, np.sort(gaps_mm)):
+    candidates = [*claims_mm.items(), *(("", gap_mm) for gap_mm in np.sort(gaps_mm))]
+    for source, base_mm in candidates:
         multiples = gaps_mm / base_mm
         whole = np.rint(multiples)
         fits = np.abs(multiples - whole) <= _MISSING_TOLERANCE
-        is_known = base_mm in claims_mm or (fits & (whole == 1)).sum() >= max(2, len(gaps_mm) / 5)
+        if source:
+            is_known = np.median(multiples) <= _MOST_MULTIPLE
+        else:
+            is_known = (fits & (whole == 1)).sum() >= max(2, len(gaps_mm) / 5)
         if is_known and whole.min() >= 1 and fits.mean() > 0.5:
             single_mm = gaps_mm[whole == 1]
-            return float(np.median(single_mm)) if len(single_mm) else float(base_mm)
-    return float(np.median(gaps_mm))
+            return float(np.median(single_mm)) if len(single_mm) else float(base_mm), source
+    return float(np.median(gaps_mm)), ""
 
 
-def _header_gaps_mm(frames: Sequence[_Frame], gaps_mm: np.ndarray) -> list[float]:
-    """What the headers of slices, sorted and each at its own place, say of the distance between slices.
+def _header_gaps_mm(frames: Sequence[_Frame], gaps_mm: np.ndarray) -> dict[str, float]:
+    """What the headers of slices, sorted and each at its own place, say of the distance between slices, by element.
 
     SliceThickness says nothing of it: slices may overlap or leave room between them. InstanceNumber does where it
     runs along the stack in step with the gaps, such as 1, 3, 5 at equal distance or 1, 2, 4 with a second gap of
     double length. Numbers in any other order, such as 1, 4, 2, 5 of interleaved slices, say nothing.
     """
-    claims_mm: list[float] = []
+    claims_mm: dict[str, float] = {}
     between_mm = [frame.between_mm or 0.0 for frame in frames]
     thickness_mm = frames[0].thickness_mm or 0.0
     # Some writers give the room between slices instead of the distance of their centres.
-    is_room = between_mm[0] < thickness_mm / 2 and bool(
+    is_room = between_mm[0] <= thickness_mm / 2 and bool(
         np.isclose(between_mm[0] + thickness_mm, np.median(gaps_mm), rtol=_GIVEN_TOLERANCE)
     )
     if (
@@ -822,13 +829,13 @@ def _header_gaps_mm(frames: Sequence[_Frame], gaps_mm: np.ndarray) -> list[float
         and not is_room
         and np.allclose(between_mm, between_mm[0], rtol=_GIVEN_TOLERANCE, atol=0)
     ):
-        claims_mm.append(between_mm[0])
+        claims_mm["SpacingBetweenSlices"] = between_mm[0]
     numbers = [frame.number for frame in frames if frame.number is not None]
     steps = np.diff(numbers)
     if len(numbers) == len(frames) and ((steps > 0).all() or (steps < 0).all()):
         numbered_mm = float(np.median(gaps_mm / np.abs(steps)))
         if (np.abs(gaps_mm / numbered_mm - np.abs(steps)) <= _MISSING_TOLERANCE).all():
-            claims_mm.append(numbered_mm)
+            claims_mm["InstanceNumber"] = numbered_mm
     return claims_mm
 
 
