@@ -21,6 +21,8 @@ def claim(
 
 
 def put_section(page: Path, heading: str, text: str) -> None:
-    """Write a section at the end of a page, in place of the one of that heading and all that follows it."""
-    before = page.read_text(encoding="utf-8").split(f"\n## {heading}\n")[0].rstrip("\n")
-    page.write_text(f"{before}\n\n## {heading}\n\n{text}\n", encoding="utf-8")
+    """Write a section of a page in place of the one of that heading, or at the end where there is none."""
+    before, *sections = page.read_text(encoding="utf-8").rstrip("\n").split("\n\n## ")
+    named = dict(section.split("\n\n", 1) for section in sections) | {heading: text}
+    parts = [before, *(f"## {name}\n\n{body}" for name, body in named.items())]
+    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")

@@ -20,7 +20,7 @@ from benchmarks.coverage import PAGE, SETS
 from cadx import conformal
 from cadx.metrics import share_of
 from cadx.metrics.estimates import patient_codes
-from cadx.predicting import Arrays, PredictionsInfo, arrays, read_predictions
+from cadx.predicting.table import Arrays, PredictionsInfo, arrays, read_predictions
 from cadx.types import Estimate
 
 HALVES = 20

@@ -15,7 +15,8 @@ import pandas as pd
 
 from benchmarks._claim import claim
 from cadx.datasets import DatasetFolder, write_splits
-from cadx.predicting import Predictor, out_of_fold
+from cadx.predicting.folds import out_of_fold
+from cadx.predicting.predictor import Predictor
 from components.contract import ROOT, read_params
 from components.ingest import IngestParams, ingest
 from components.train import TrainParams, train

@@ -21,7 +21,8 @@ import numpy as np
 from benchmarks._claim import claim
 from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
 from cadx.files import digest_path
-from cadx.loading.volumes import Patch3DDataset, VolumePreprocessing
+from cadx.loading.patches import VolumePreprocessing
+from cadx.loading.volumes import Patch3DDataset
 from cadx.reading.volumes import read_volume
 
 PATCH_PX = 64

@@ -18,8 +18,8 @@ import torch
 import urllib3
 
 from benchmarks._claim import claim
-from cadx.predicting import Predictor
-from cadx.reading.images import encode_png
+from cadx.predicting.predictor import Predictor
+from cadx.reading.images import encode_png, read_image
 from components.deploy import DeployParams
 from serving.archive import write_archive
 from serving.client import Answer, Client
@@ -64,10 +64,10 @@ def _measured(
     batch = DeployParams().batch_size
 
     def in_process(number: int) -> None:
-        predictor.predict_many([pngs[(number + k) % NUM_IMAGES] for k in range(batch)])
+        predictor.predict_many([read_image(pngs[(number + k) % NUM_IMAGES]) for k in range(batch)])
 
     def lone_in_process(number: int) -> None:
-        predictor.predict(pngs[number % NUM_IMAGES])
+        predictor.predict(read_image(pngs[number % NUM_IMAGES]))
 
     answers: list[Answer] = []
 

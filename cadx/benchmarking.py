@@ -564,7 +564,7 @@ def _kind_of(dataset: Path) -> Kind:
 def _answers(bundle: Path, dataset: Path, splits: Path, split: str) -> Inference:
     """Ask a bundle for samples of a split, one by one."""
     libraries_mb = peak_memory_mb()
-    from cadx.predicting import Predictor
+    from cadx.predicting.predictor import Predictor
 
     predictor, folder = Predictor(bundle), DatasetFolder(dataset)
     frame = read_splits(splits)

@@ -30,6 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, ValidationError, model_validator
 
+from cadx import calibration
 from cadx.datasets import SourceInfo
 from cadx.files import canonical_json, digest_bytes, digest_path, replacing, write_json
 from cadx.loading import Input
@@ -347,6 +348,36 @@ class Bundle:
                 "run `cadx calibrate` of this version"
             )
         return pd.read_parquet(self.path / HELDOUT)
+
+    def shares_at(self, prevalence: Mapping[str, float]) -> dict[str, float]:
+        """The shares to answer for at a prevalence, of every class they concern; empty where none is given.
+
+        Args:
+            prevalence: class -> its share. For binary tasks the positive class's suffices; multilabel ones take any.
+
+        Raises:
+            ValueError: if they are not shares of the bundle's classes, or it does not know its own.
+        """
+        if not prevalence:
+            return {}
+        manifest, shares = self.manifest, dict(prevalence)
+        if not manifest.prevalence:
+            raise ValueError(
+                f"{self.path}: does not know the prevalence it was calibrated at; run `cadx calibrate` of this version"
+            )
+        if manifest.task == "binary" and set(shares) == {manifest.positive}:
+            (share,) = shares.values()
+            shares |= {name: 1 - share for name in manifest.classes if name != manifest.positive}
+        if manifest.task != "multilabel" and (
+            set(shares) != set(manifest.classes) or not np.isclose(sum(shares.values()), 1)
+        ):
+            raise ValueError(
+                f"prevalence {shares}: give the shares of {', '.join(manifest.classes)}, which sum to 1"
+            )
+        calibration.at_prevalence(  # refuses what is no share
+            np.full(len(manifest.classes), 0.5), manifest.prevalence, shares, manifest.task, manifest.classes
+        )
+        return shares
 
     def history(self) -> list[dict[str, Any]]:
         """One record per training epoch."""

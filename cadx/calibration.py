@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, special
+from scipy import special
 
 from cadx.metrics.estimates import patient_codes, resample
 from cadx.types import Knots, Task
@@ -42,6 +42,8 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike, task: Task) -> float:
     >>> fit_temperature([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0]], [[1, 0], [1, 0], [0, 1]], "binary").__round__(4)
     2.8854
     """
+    from scipy import optimize
+
     z, y = _checked(logits, labels)
     known = np.isfinite(y) if task == "multilabel" else np.isfinite(y).all(axis=1)
     z, y = z[known], y[known]
@@ -79,6 +81,8 @@ def fit_temperature_and_bias(logits: ArrayLike, labels: ArrayLike, task: Task) -
     Hard-To-Beat at Label Shift Adaptation", section 3; for two classes it is Platt 1999. Concave, so that the
     start, the best temperature alone, decides nothing.
     """
+    from scipy import optimize
+
     start = np.concatenate([[1 / fit_temperature(logits, labels, task)], np.zeros(np.shape(logits)[1])])
     z, y = _checked(logits, labels)
     known = np.isfinite(y) if task == "multilabel" else np.isfinite(y).all(axis=1, keepdims=True) & (y == y)

@@ -21,7 +21,7 @@ from cadx import detection
 from cadx.evaluating import by_patient, judged_on
 from cadx.explaining import draw_band, patient_band, roc_heights, square, title
 from cadx.metrics import Difference, delong_difference, roc, score, tango_difference
-from cadx.predicting import PredictionsInfo, arrays, box_table, read_predictions
+from cadx.predicting.table import PredictionsInfo, arrays, box_table, read_predictions
 from cadx.reporting import MISSING, MUTED, PALETTE, Page, estimate_text, panels
 from cadx.types import Estimate
 

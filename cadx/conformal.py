@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special
 
 from cadx.metrics.estimates import patient_codes
 from cadx.types import Conformal, Task
@@ -118,7 +118,7 @@ def expected_range(patients: int, coverage: float) -> tuple[float, float]:
     rank = math.ceil((patients + 1) * coverage - 1e-9)
     if rank > patients:
         return 1.0, 1.0
-    low, high = stats.beta.ppf([0.025, 0.975], rank, patients + 1 - rank)
+    low, high = special.betaincinv(rank, patients + 1 - rank, [0.025, 0.975])
     return float(low), float(high)
 
 

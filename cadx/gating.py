@@ -34,7 +34,6 @@ class Decision(Config):
         champion: the bundle that it was compared with; None where there was none.
         reviewer: who signed for it; None where nobody was asked.
         reasons: why not; empty where `promote`.
-        not_judged: floors of subgroups that hold too few, or one class only: they stopped nothing, and promise nothing.
     """
 
     schema_version: Literal[1] = 1
@@ -43,13 +42,21 @@ class Decision(Config):
     split: str
     promote: bool
     reasons: tuple[str, ...]
-    not_judged: tuple[str, ...] = ()
     checks: tuple[Check, ...]
     bundle: Digest
     metrics: Digest
     validation: Digest | None = None
     champion: Digest | None = None
     reviewer: str | None = None
+
+    @property
+    def not_judged(self) -> tuple[str, ...]:
+        """Floors of subgroups that hold too few, or one class only: they stopped nothing, and promise nothing."""
+        return tuple(
+            check.reason
+            for check in self.checks
+            if check.passed and check.bound is not None and check.value is None
+        )
 
     @property
     def why(self) -> str:

@@ -12,19 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cadx.weighting import BoxLoss, LossConfig, Weighting, class_weights, count_labels
-
-__all__ = [
-    "AssignedTargets",
-    "BalancedCrossEntropyLoss",
-    "BoxLoss",
-    "FocalLoss",
-    "FocalLossForDetection",
-    "LossConfig",
-    "Weighting",
-    "class_weights",
-    "count_labels",
-]
+from cadx.weighting import BoxLoss
 
 
 class FocalLoss(nn.Module):

@@ -19,7 +19,8 @@ from cadx.evaluating import HEADLINES, Settings, evaluation_of, judged_on, meani
 from cadx.explaining import overlay, title
 from cadx.files import digest_path
 from cadx.gating import Decision, read_decisions
-from cadx.predicting import Predictor, read_predictions
+from cadx.predicting.predictor import Predictor
+from cadx.predicting.table import read_predictions
 from cadx.reporting import PALETTE, Page, draw_boxes, estimate_text, figure, panels
 from cadx.types import Estimate, RawImage, Task
 

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from cadx.files import digest_path, replacing
 from cadx.gating import read_decision, read_metrics
-from cadx.predicting import read_predictions
+from cadx.predicting.table import read_predictions
 from cadx.types import Digest
 
 _SQLITE = "sqlite:///"

@@ -26,7 +26,7 @@ from cadx.evaluating import HEADLINES, Evaluation, Mistake, Settings, evaluation
 from cadx.explaining import title
 from cadx.files import digest_bytes, digest_path, replacing
 from cadx.gating import Decision, read_decision
-from cadx.predicting import PredictionsInfo, read_predictions
+from cadx.predicting.table import PredictionsInfo, read_predictions
 from cadx.reporting import INK, MISSING, MUTED, estimate_text, panels, svg_file, thumbnail_png
 from cadx.types import Estimate, Task
 

@@ -10,7 +10,10 @@ from cadx import calibration, conformal, detection
 from cadx.bundle import REFERENCE_DECIMALS, Bundle, OperatingPoint
 from cadx.datasets import DatasetFolder, read_splits
 from cadx.metrics import Scores, score
-from cadx.predicting import Predictor, answer_table, decide, detection_table, image_answers, out_of_fold
+from cadx.predicting.boxes import detection_table, image_answers
+from cadx.predicting.folds import out_of_fold
+from cadx.predicting.predictor import Predictor
+from cadx.predicting.table import answer_table, decide
 from cadx.types import Estimate, Task
 from components.contract import In, Out, Params, step
 

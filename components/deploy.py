@@ -15,8 +15,8 @@ from pydantic import Field
 from cadx.datasets import DatasetFolder
 from cadx.files import digest_bytes, digest_path, replacing, write_json
 from cadx.gating import Decision, read_decision
-from cadx.loading.volumes import VolumeSource
-from cadx.predicting import PredictionsInfo, read_predictions
+from cadx.loading.patches import VolumeSource
+from cadx.predicting.table import PredictionsInfo, read_predictions
 from cadx.reading.images import encode_png
 from cadx.types import Digest
 from components.contract import In, Keep, Out, Params, step
@@ -128,7 +128,7 @@ def deploy(
 
         def compare(name: str) -> float:
             client = Client(inference, name, key_file=key_file)
-            with _asking(client, folder, release.version, model_store) as ask:
+            with asking(client, folder, model_store, release.version) as ask:
                 answers = [ask(sample_id) for sample_id in golden["sample_id"]]
             return _largest_difference(golden, info, answers, params.tolerance)
 
@@ -175,10 +175,17 @@ def deploy(
 
 
 @contextmanager
-def _asking(
-    client: Client, folder: DatasetFolder, version: str, model_store: Path
+def asking(
+    client: Client, folder: DatasetFolder, model_store: Path, version: str | None = None
 ) -> Iterator[Callable[[str], AnyAnswer]]:
-    """How to ask the endpoint about a sample of the dataset, as a clinic would about its file."""
+    """How to ask an endpoint about a sample of the dataset, as a clinic would about its file, but marked as golden.
+
+    Args:
+        client: of the model.
+        folder: the dataset.
+        model_store: of the server: it reads slides there, which are laid there meanwhile.
+        version: of the model; None for the default one.
+    """
     if folder.info.kind == "volume":
         yield lambda sample_id: client.predict_volume(
             encode_nifti(

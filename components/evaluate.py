@@ -24,7 +24,9 @@ from cadx.evaluating import (
 )
 from cadx.files import digest_path, write_json
 from cadx.loading import input_text
-from cadx.predicting import PredictionsInfo, Predictor, out_of_fold, write_predictions
+from cadx.predicting.folds import out_of_fold
+from cadx.predicting.predictor import Predictor
+from cadx.predicting.table import PredictionsInfo, write_predictions
 from cadx.reporting import Page, estimate_text
 from cadx.types import Digest, Judged
 from components.contract import In, Keep, Out, Params, step

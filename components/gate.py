@@ -140,7 +140,6 @@ def gate(
             split=record.split,
             promote=all(check.passed for check in checks),
             reasons=tuple(check.reason for check in checks if not check.passed),
-            not_judged=tuple(check.reason for check in checks if check.passed and _unanswered(check)),
             checks=tuple(checks),
             bundle=opened.digest,
             metrics=numbers,
@@ -280,11 +279,6 @@ def _signed_off(
     wrong = objection(review, reviewers, bundle=record.bundle, metrics=metrics)
     reason = f"the sign-off does not count: {wrong}" if wrong else f"signed off by {signed.reviewer}"
     return Check(what=what, passed=not wrong, reason=reason)
-
-
-def _unanswered(check: Check) -> bool:
-    """Whether a bound was asked for, and there was no number to hold against it."""
-    return check.bound is not None and check.value is None
 
 
 def _subgroup_floors(

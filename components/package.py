@@ -15,7 +15,6 @@ from cadx.files import digest_path
 from cadx.gating import Decision, MetricsFile, read_decision, read_metrics
 from cadx.loading import input_text
 from cadx.metrics import Subgroup
-from cadx.predicting import prevalence_of
 from cadx.reporting import Page, estimate_text
 from components.contract import In, Out, Params, step
 from serving.archive import NAME_PATTERN, Release, Verdict, release_of, write_archive
@@ -63,7 +62,7 @@ def package(*, bundle: In, decision: In, metrics: In, archive: Out, card: Out, p
         )
     verdict = verdict_of(decided, decision)
     try:
-        prevalence_of(opened, params.prevalence)
+        opened.shares_at(params.prevalence)
     except ValueError as error:
         raise ValueError(f"package.prevalence: {error}") from None
     release = release_of(name, opened.manifest, opened.digest, verdict, decided.metrics, params.prevalence)

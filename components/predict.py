@@ -16,7 +16,7 @@ unreadable.jsonl holds `{"sha256", "reason"}`, one line per file.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,9 +29,14 @@ from pydantic import Field
 
 from cadx.bundle import Manifest, answer_columns
 from cadx.files import digest_path
-from cadx.predicting import Predictor
+from cadx.predicting.predictor import Predictor
+from cadx.reading.images import read_image
+from cadx.reading.volumes import read_volume
 from cadx.types import Prediction
 from components.contract import In, Out, Params, step
+
+_READERS: dict[str, Callable[[Path], Any]] = {"image": read_image, "volume": read_volume}
+"""What is read of a file before the Predictor sees it; a slide is read where it lies."""
 
 
 class PredictParams(Params):
@@ -101,7 +106,7 @@ def _answers(
         read: list[tuple[File, Any]] = []
         for file in group:
             try:
-                raw = predictor.subject.read(file.path)
+                raw = predictor.subject.read(_READERS.get(predictor.subject.kind, Path)(file.path))
                 predictor.subject.require_spacing(raw)
             except ValueError as error:
                 refused.append(

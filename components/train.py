@@ -23,11 +23,11 @@ from pydantic import ValidationError
 from cadx.bundle import Manifest, Provenance, parameters_digest, versions, write_bundle
 from cadx.datasets import DatasetFolder, read_splits
 from cadx.files import digest_path, plain
-from cadx.losses import LossConfig
 from cadx.models import pretrained_origin
 from cadx.splitting import cross_validation
 from cadx.training import Fitted, Recipe, SamplerName, TrainingConfig, discard_checkpoint, fit
 from cadx.types import Config
+from cadx.weighting import LossConfig
 from components.contract import (
     In,
     Keep,

@@ -15,7 +15,7 @@ from scipy.ndimage import gaussian_filter
 from cadx.datasets import DatasetFolder
 from cadx.files import write_json
 from cadx.gating import Decision, read_decisions
-from cadx.predicting import read_predictions
+from cadx.predicting.table import read_predictions
 from cadx.reading.images import encode_png
 from components.contract import Alarm, read_params
 from components.deploy import DeployParams, NotPromoted, deploy, evenly_spread

@@ -15,7 +15,6 @@ from cadx.catalog import digest_as
 from cadx.datasets import DatasetFolder
 from cadx.files import digest_bytes, digest_path
 from cadx.gating import Decision, read_decision
-from cadx.reading.images import encode_png
 from cadx.signing import REVIEW, objection, read_review, signature_of
 from cadx.types import Digest
 from cadx.verifying import (
@@ -34,6 +33,7 @@ from cadx.verifying import (
 )
 from components import CODE, code_digests
 from components.contract import ROOT, read_params, source_digests
+from components.deploy import asking
 from components.gate import GateParams
 from components.package import PackageParams, verdict_of
 from components.train import TrainParams
@@ -367,7 +367,7 @@ def _unpacked(archive: Path, folder: Path) -> Path:
 
 
 def _endpoint(at: Evidence, release: Release | None, digest: Digest) -> Link:
-    """Which bundle a running server answers from, by the golden question about one image."""
+    """Which bundle a running server answers from, by a golden question about one sample, whatever its kind."""
     if not at.endpoint:
         return Link("endpoint", "not at hand", said="no --endpoint given")
     if release is None or at.dataset is None:
@@ -376,14 +376,21 @@ def _endpoint(at: Evidence, release: Release | None, digest: Digest) -> Link:
         folder = DatasetFolder(at.dataset)
     except (ValueError, OSError) as error:
         return Link("endpoint", "not at hand", at.endpoint, str(error))
-    if folder.info.kind != "image":
-        return Link("endpoint", "not at hand", at.endpoint, f"asked by images, not by {folder.info.kind}")
+    if folder.info.kind == "features":
+        return Link("endpoint", "not at hand", at.endpoint, "bags of features have no endpoint")
+    # Where `serving.server` has it.
+    store = (at.key_file.parent if at.key_file else Path()) / "model_store"
+    if folder.info.kind == "slide" and not store.is_dir():
+        said = f"{store}: no such folder; a server reads slides from there, give the --key-file beside it"
+        return Link("endpoint", "not at hand", at.endpoint, said)
     client = Client(at.endpoint, release.name, key_file=at.key_file)
-    ask = client.detect if folder.info.task == "detection" else client.predict
     try:
-        answer = ask(encode_png(folder.pixels(folder.samples["sample_id"].iloc[0])), golden=True)
+        with asking(client, folder, store) as ask:
+            answer = ask(folder.samples["sample_id"].iloc[0])
     except (ValueError, ConnectionError) as error:  # refused; no key file, since the server is not there
         return Link("endpoint", "broken", at.endpoint, str(error))
+    except OSError as error:
+        return Link("endpoint", "not at hand", at.endpoint, f"the sample cannot be sent: {error}")
     said = f"{release.name} {answer.model.version} answers"
     if answer.model.bundle == digest:
         return Link("endpoint", "ok", at.endpoint, said, digest, digest)

@@ -23,7 +23,7 @@ import numpy as np
 from torch import nn
 
 from cadx.drift import STATISTICS
-from cadx.predicting import Predictor, prevalence_of
+from cadx.predicting.predictor import Predictor
 from cadx.reading.images import encode_png
 from serving.archive import BUNDLE, RELEASE, parse_release
 from serving.client import SCHEMA_VERSION
@@ -138,7 +138,7 @@ class Answerer(ABC):
         operating_point = self._predictor.bundle.manifest.operating_point
         if operating_point is None:
             raise ValueError(f"{BUNDLE}: no operating point yet; run `cadx calibrate` first")
-        self._shares_here = prevalence_of(self._predictor.bundle, self.release.prevalence)
+        self._shares_here = self._predictor.bundle.shares_at(self.release.prevalence)
         self._operating_point = operating_point
         decision = self.release.decision
         self._objections = () if decision.promote else (f"not released: {'; '.join(decision.reasons)}",)

@@ -151,7 +151,7 @@ def write_archive(path: Path, bundle: Path, release: Release) -> None:
 def _handler(manifest: "Manifest") -> tuple[str, str] | None:
     """File name and source of the handler of a bundle's endpoint; None if no endpoint takes its samples."""
     # Imported, though only its text is needed: so it shows what an archive depends on.
-    from cadx.predicting import subject_of
+    from cadx.predicting.predictor import subject_of
     from serving import detection_handler, radiograph_handler, slide_handler, volume_handler
 
     kind = "detection" if manifest.task == "detection" else subject_of(manifest).kind

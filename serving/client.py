@@ -217,6 +217,10 @@ class DetectionAnswer(_Answer):
     kind: Literal["detection"]
     boxes: tuple[Box, ...] = Field(description="by falling score; those below the threshold too")
     decision: tuple[str, ...] = Field(description="the classes of which a box is called")
+    prediction_set: tuple[str, ...] | None = Field(
+        default=None, description="as of other kinds; null, as a box's score is no probability"
+    )
+    refer: bool = Field(default=False, description="as of other kinds; false, as no detector abstains")
 
 
 AnyAnswer = Annotated[Answer | VolumeAnswer | SlideAnswer | DetectionAnswer, Field(discriminator="kind")]

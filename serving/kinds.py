@@ -133,11 +133,12 @@ class DetectionAnswerer(Answerer):
                 name: max((box["score"] for box in boxes if box["class"] == name), default=0.0)
                 for name in classes
             }
+            said = {"boxes": boxes, "prediction_set": None, "refer": False}
             outcomes.append(
                 Outcome(
-                    {"boxes": boxes, "decision": [name for name in classes if name in called]},
+                    said | {"decision": [name for name in classes if name in called]},
                     # A class's best score stands where other kinds have its probability: so one watch serves all.
-                    {"boxes": boxes, "probabilities": best, "prediction_set": None, "refer": False},
+                    said | {"probabilities": best},
                     statistics,
                     np.empty(0, np.float32),
                     (*raw.assumptions, *self._predictor.unusual(statistics)),

@@ -13,7 +13,7 @@ from test_bundle import NUM, train_bundle, write_dataset
 from cadx.bundle import Bundle
 from cadx.datasets import DatasetFolder, read_splits, write_splits
 from cadx.files import digest_path
-from cadx.predicting import Predictor
+from cadx.predicting.predictor import Predictor
 from cadx.types import RawImage
 from components.calibrate import CalibrateParams, calibrate
 

@@ -11,7 +11,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 
 from cadx.comparing import agreement, compare_files, compare_metrics, paired, read_scored
 from cadx.files import digest_bytes
-from cadx.predicting import PredictionsInfo, answer_table, decide, write_predictions
+from cadx.predicting.table import PredictionsInfo, answer_table, decide, write_predictions
 
 
 def scored(

@@ -14,7 +14,8 @@ from cadx.bundle import Bundle
 from cadx.datasets import DatasetFolder, read_splits, write_splits
 from cadx.evaluating.glossary import WORDS
 from cadx.metrics import METRICS
-from cadx.predicting import Predictor, read_predictions
+from cadx.predicting.predictor import Predictor
+from cadx.predicting.table import read_predictions
 from cadx.types import RawImage
 from components.calibrate import CalibrateParams, calibrate
 from components.evaluate import EvaluateParams, evaluate

@@ -9,7 +9,7 @@ from statsmodels.stats.multitest import multipletests
 from test_comparing import boxes_of
 
 from cadx.evaluating import Detection, Settings
-from cadx.predicting import read_predictions
+from cadx.predicting.table import read_predictions
 from cadx.reporting import Page
 
 SETTINGS = Settings(resamples=0, subgroups=("site", "sex"), minimum_n=20)

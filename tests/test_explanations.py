@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from test_evaluate import Run, prepare
+from test_loading_slides import section, slide_dataset, write_slide
 from torch import nn
 
 from cadx.datasets import DatasetFolder
@@ -19,8 +21,11 @@ from cadx.evaluating.explanations import (
     with_random_weights,
 )
 from cadx.models.radiograph import ConvNeXtConfig, DenseNetConfig, ResNetConfig
+from cadx.models.slide import EncoderConfig, MILConfig
 from cadx.models.volume import DenseNet3DConfig, ResNet3DConfig
-from cadx.predicting import Predictor
+from cadx.predicting.bags import embed_tiles
+from cadx.predicting.predictor import Predictor
+from serving.demo import write_demo_bundle
 
 
 def test_areas_equal_a_walk_place_by_place() -> None:
@@ -123,6 +128,68 @@ def test_random_weights_are_seeded_and_leave_the_network_and_torch_alone() -> No
         assert not torch.allclose(one(image).attention, other(image).attention)
         # An attention that starts from zero would be level, and comparable with nothing.
         assert one(image).attention.std() > 0
+
+
+ENCODER = EncoderConfig(depth=18, width=0.125, stem="small")
+
+
+@pytest.mark.parametrize(
+    ("config", "channels"),
+    [
+        (ResNetConfig(width=0.25), 1),
+        (DenseNetConfig(growth_rate=4, block_config=(1, 1, 1, 1)), 1),
+        (ConvNeXtConfig(width=0.125, depths=(1, 1, 1, 1)), 1),
+        (ResNet3DConfig(depth=10, width=0.125), 1),
+        (DenseNet3DConfig(growth_rate=4, block_config=(1, 1, 1, 1)), 1),
+        *((MILConfig(pooling=pooling, encoder=ENCODER), 3) for pooling in ("gated_attention", "transformer")),
+    ],
+    ids=lambda value: f"{getattr(value, 'family', '')} {getattr(value, 'pooling', '')}".strip(),
+)
+def test_no_weight_of_any_family_outlives_the_check(config, channels: int) -> None:
+    """Nor what a normalisation counted; a frozen encoder is no exception, nor a class token or a layer's scale."""
+    network = config.build(2, channels)
+    learnt = dict(network.named_parameters()) | {
+        name: buffer
+        for name, buffer in network.named_buffers()
+        if name.endswith(("running_mean", "running_var"))
+    }
+    with torch.no_grad():
+        for values in learnt.values():
+            values.add_(0.05 * torch.rand_like(values) + 0.01)
+    fresh = with_random_weights(network, 0).state_dict()
+    assert not [name for name, values in learnt.items() if torch.equal(values, fresh[name])]
+
+
+def test_the_check_of_a_slide_draws_its_encoder_anew(tmp_path: Path) -> None:
+    """As if a network with random weights had been asked about the slide from its file on."""
+    slide = write_slide(tmp_path / "a.tiff", section(400, 500, np.s_[64:320, 64:448]))
+    folder = slide_dataset(tmp_path / "dataset", {"a": slide})
+    encoder = ENCODER.model_dump() | {"frozen": True}
+    path = write_demo_bundle(
+        tmp_path / "bundle",
+        "slide",
+        model={"family": "mil", "pooling": "transformer", "hidden_dim": 32, "encoder": encoder},
+        preprocessing={"tile_px": 64, "height_px": 32, "width_px": 32, "channels": 3},
+    )
+    predictor = Predictor(path, device="cpu")
+    (explained,) = explain(predictor, folder, [Case("a", "finding", "found", 0.9)])
+
+    (network,) = predictor.networks
+    random = with_random_weights(network, predictor.bundle.manifest.seed)
+    tiles = next(iter(predictor.stored(folder, ["a"]))).stream
+    maps = []
+    for one in (network, random):
+        with torch.no_grad():
+            embeddings, _ = embed_tiles(one.encode, tiles, torch.device("cpu"))
+            if one is random:
+                one.fit_inputs([embeddings])
+            maps.append(
+                one(embeddings[None], torch.ones(1, len(embeddings), dtype=torch.bool)).attention[0].numpy()
+            )
+    assert len(maps[0]) == 24
+    expected = stats.spearmanr(*maps).statistic
+    assert explained.maps[0].when_random == pytest.approx(expected, abs=1e-6)
+    assert abs(expected) < 0.9
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
 from cadx.detection import calculate_map
 from cadx.files import digest_bytes
 from cadx.models import ModelConfig
-from cadx.predicting import Predictor
 from cadx.predicting.boxes import detection_table
+from cadx.predicting.predictor import Predictor
 from cadx.training import TrainingConfig, fit
 from cadx.training.volumes import VolumeWorkload
 from cadx.training.workload import Draw, Setting

@@ -18,7 +18,7 @@ from cadx.datasets import read_splits, write_splits
 from cadx.evaluating import Classification, Settings
 from cadx.files import digest_path, write_json
 from cadx.gating import Decision, ceiling, floor, read_decision
-from cadx.predicting import answer_table, decide, read_predictions, write_predictions
+from cadx.predicting.table import answer_table, decide, read_predictions, write_predictions
 from cadx.signing import Review, write_review
 from cadx.types import Estimate
 from components.gate import GateParams, gate
@@ -254,6 +254,8 @@ def test_a_subgroup_of_one_class_is_named_and_not_judged(
     assert decision.not_judged == tuple(
         f"{name} in site east {why}" for name in ("AUC", "sensitivity", "NPV")
     )
+    assert decision.why.endswith("; 3 floors of subgroups could not be judged")
+    assert "not_judged" not in decision.model_dump(), "the checks say it already"
     # Where it is the only one, nothing was shown.
     alone = {"by_subgroup": {"site": {"east": record["by_subgroup"]["site"]["east"]}}}
     assert not judge(record | alone, **bounds).promote

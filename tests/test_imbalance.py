@@ -13,8 +13,8 @@ import pytest
 from cadx.datasets import DatasetWriter, SourceInfo, write_splits
 from cadx.drift import image_statistics
 from cadx.files import digest_bytes
-from cadx.losses import LossConfig
 from cadx.reporting import PALETTE
+from cadx.weighting import LossConfig
 from components.imbalance import (
     ImbalanceParams,
     Recommendation,

@@ -16,7 +16,8 @@ from cadx.detection import METRICS, calculate_map
 from cadx.drift import image_statistics
 from cadx.files import digest_bytes
 from cadx.gating import read_decision
-from cadx.predicting import Predictor, box_table, read_predictions
+from cadx.predicting.predictor import Predictor
+from cadx.predicting.table import box_table, read_predictions
 from cadx.splitting import cross_validation
 from components.calibrate import calibrate
 from components.evaluate import evaluate
@@ -120,6 +121,8 @@ def test_a_kind_goes_from_training_to_a_report(kind: str, tmp_path: Path) -> Non
     assert record["metrics"]["auc"]["value"] == pytest.approx(roc_auc_score(sick, frame["prob_nodule"]))
     page = (tmp_path / "report.html").read_text()
     assert ("voxels" if kind == "volume" else "12 numbers for each instance") in page
+    # A bag of numbers has no picture to lay a map over.
+    assert ("the same network gives with random weights" in page) == (kind == "volume")
 
 
 def test_cross_validation_answers_each_sample_by_the_network_that_did_not_see_it(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
 from cadx.evaluating import Classification, Settings
 from cadx.evaluating.lesion_sizes import largest_lesions
 from cadx.files import digest_bytes
-from cadx.predicting import PredictionsInfo
+from cadx.predicting.table import PredictionsInfo
 
 SPACING_MM = (0.5, 0.4)
 

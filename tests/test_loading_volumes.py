@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
 from cadx.files import digest_bytes
-from cadx.loading.volumes import GridPatches, Patch3DDataset, VolumePreprocessing, VolumeSource
+from cadx.loading.patches import VolumePreprocessing, VolumeSource
+from cadx.loading.volumes import GridPatches, Patch3DDataset
 from cadx.reading.volumes import read_volume
 
 SPACING_MM = (2.5, 0.9, 0.8)

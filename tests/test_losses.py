@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
-from cadx.losses import BalancedCrossEntropyLoss, FocalLoss, LossConfig, class_weights, count_labels
+from cadx.losses import BalancedCrossEntropyLoss, FocalLoss
+from cadx.weighting import LossConfig, class_weights, count_labels
 
 CLASSES = torch.tensor([0, 0, 2, 1, 0, 2])
 WEIGHTS = torch.tensor([0.5, 3.0, 1.2])

@@ -4,6 +4,8 @@ import gc
 import itertools
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -315,6 +317,41 @@ def test_limits_of_the_calibration_curve_count_copies_once() -> None:
     np.testing.assert_array_equal(alone.low, once.low)
     low, _ = wilson(once.observed * once.n, once.n)
     np.testing.assert_allclose(once.low, low)
+
+
+def test_the_calibration_curve_of_several_models_is_their_mean() -> None:
+    y, p, _ = draw(6, n=400)
+    q = np.clip(p**1.3, 0.15, 1)  # without the lowest bin
+    one, other = metrics.calibration_curve(y, p), metrics.calibration_curve(y, q)
+    both = metrics.calibration_curve(y, [p, q])
+    assert len(both.n) == len(one.n) == len(other.n) + 1
+    for curve in ("probability", "observed"):
+        first, second, mean = getattr(one, curve), getattr(other, curve), getattr(both, curve)
+        np.testing.assert_allclose(mean[0], first[0], err_msg="only one model has a case there")
+        np.testing.assert_allclose(mean[1:], (first[1:] + second) / 2)
+    with pytest.raises(ValueError, match="row 3"):
+        metrics.calibration_curve(y, [p, np.where(np.arange(400) == 3, 1.5, p)])
+
+
+def test_limits_of_the_calibration_curve_do_not_shrink_with_the_number_of_models() -> None:
+    """Three networks that agree tell no more of the patients than one; three that do not, a little more."""
+    rng = np.random.default_rng(3)
+    truth = rng.normal(-0.5, 1.5, 40_000)
+    said = special.expit(truth + rng.normal(0, 0.5, (3, truth.size)))
+    ill = (rng.random(truth.size) < special.expit(truth)).astype(int)
+    # What the interval is of: in each bin the share of the ill, the mean over the models, in the population.
+    expected = metrics.calibration_curve(ill, said).observed
+    hits, total = np.zeros(10), 500
+    for _ in range(total):
+        drawn = rng.integers(truth.size, size=800)
+        found = metrics.calibration_curve(ill[drawn], said[:, drawn])
+        assert len(found.n) == 10
+        hits += (found.low <= expected) & (expected <= found.high)
+    assert ((hits / total > 0.92) & (hits / total < 0.99)).all(), hits / total
+    same = metrics.calibration_curve(ill[:800], np.tile(said[:1, :800], (3, 1)))
+    alone = metrics.calibration_curve(ill[:800], said[0, :800])
+    ratio = (same.high - same.low) / (alone.high - alone.low)
+    assert ((ratio > 0.99) & (ratio < 1.1)).all(), ratio
 
 
 @pytest.mark.parametrize("clusters", [False, True])
@@ -1149,3 +1186,19 @@ def test_a_difference_of_proportions_is_newcombes() -> None:
         low, high = confint_proportions_2indep(k, n, j, m, compare="diff", method="newcomb")
         assert (found.low, found.high) == pytest.approx((low, high), abs=1e-9)
         assert (found.p < 0.05) == (not found.low <= 0 <= found.high)
+
+
+def test_what_only_reads_numbers_starts_without_scipys_slow_parts() -> None:
+    """A third of the start of steps that take a second: critical values come from scipy.special."""
+    probe = "import sys, components.gate, components.summarise, components.package; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout
+    assert not {"scipy.stats", "scipy.optimize"} & set(loaded.split())
+
+
+@given(st.floats(1, 1e6) | st.just(math.inf), st.floats(-40, 40))
+def test_tails_and_critical_values_are_those_of_scipys_distributions(
+    freedom: float, statistic: float
+) -> None:
+    assert special.stdtr(freedom, -statistic) == stats.t.sf(statistic, freedom)
+    assert special.stdtrit(freedom, 0.975) == stats.t.ppf(0.975, freedom)
+    assert special.ndtr(-statistic) == stats.norm.sf(statistic)

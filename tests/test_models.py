@@ -21,16 +21,13 @@ from torchvision.models import convnext
 from cadx.files import digest_path
 from cadx.models import (
     ConvNeXtConfig,
-    ConvNeXtMedical,
     DenseNetConfig,
-    DenseNetMedical,
-    MedicalClassificationModel,
-    MedicalResNet,
     ModelConfig,
     PretrainedOrigin,
     ResNetConfig,
     pretrained_origin,
 )
+from cadx.models.radiograph import ConvNeXtMedical, DenseNetMedical, MedicalClassificationModel, MedicalResNet
 
 SMALL = [
     ResNetConfig(width=0.25),

@@ -9,8 +9,8 @@ import pytest
 from test_evaluate import Run, prepare
 
 from cadx.datasets import DatasetFolder
-from cadx.predicting import Predictor
-from cadx.reading.images import encode_png
+from cadx.predicting.predictor import Predictor
+from cadx.reading.images import encode_png, read_image
 from components.predict import PredictParams, predict
 
 NAME = "DOE^JANE"
@@ -56,7 +56,7 @@ def test_answers_are_the_predictors_and_joined_by_the_files_digest(
     predictor = Predictor(ready.bundle)
     for path in (inbox / "deeper").iterdir():
         [row] = frame[frame["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()].to_dict("records")
-        expected = predictor.predict(path)
+        expected = predictor.predict(read_image(path))
         assert row["decision"] == expected.decision
         for name, probability in expected.probabilities.items():
             assert row[f"prob_{name}"] == pytest.approx(probability, abs=1e-6)

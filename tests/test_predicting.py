@@ -16,15 +16,9 @@ from test_bundle import SIZE_PX, draw, operating_point, train_bundle, write_data
 
 from cadx.bundle import Bundle
 from cadx.datasets import DatasetFolder
-from cadx.predicting import (
-    PredictionsInfo,
-    Predictor,
-    decide,
-    pool_logits,
-    read_predictions,
-    subgroups,
-    write_predictions,
-)
+from cadx.predicting.predictor import Predictor, pool_logits
+from cadx.predicting.table import PredictionsInfo, decide, read_predictions, subgroups, write_predictions
+from cadx.reading.images import read_image
 from cadx.types import RawImage
 
 THRESHOLD = 0.3
@@ -108,9 +102,9 @@ def test_the_format_of_the_file_changes_nothing(
     predictor: Predictor, pixels: list[np.ndarray], encode, tmp_path: Path
 ) -> None:
     for image in pixels[:4]:
-        from_bytes = predictor.predict(encode(image), attention=True)
+        from_bytes = predictor.predict(read_image(encode(image)), attention=True)
         (tmp_path / "image").write_bytes(encode(image))
-        from_file = predictor.predict(tmp_path / "image")
+        from_file = predictor.predict(read_image(tmp_path / "image"))
         from_pixels = predictor.predict(RawImage(image), attention=True)
         assert from_bytes.probabilities == from_pixels.probabilities == from_file.probabilities
         assert from_bytes.statistics == from_pixels.statistics
@@ -121,7 +115,10 @@ def test_what_the_dataset_stores_is_answered_as_the_file_was(
     predictor: Predictor, cohort: tuple[Path, Path], pixels: list[np.ndarray]
 ) -> None:
     stored = DatasetFolder(cohort[0]).pixels("s0003")
-    assert predictor.predict(png(stored)).probabilities == predictor.predict(RawImage(stored)).probabilities
+    assert (
+        predictor.predict(read_image(png(stored))).probabilities
+        == predictor.predict(RawImage(stored)).probabilities
+    )
 
 
 def test_the_decision_is_the_operating_point_not_one_half(
@@ -204,8 +201,8 @@ def test_a_bundle_that_needs_spacing_refuses_an_image_without(
     (strict / "bundle.json").write_text(text.replace('"requires_spacing": false', '"requires_spacing": true'))
     predictor = Predictor(strict)
     with pytest.raises(ValueError, match="no pixel spacing"):
-        predictor.predict(png(pixels[0]))
-    assert predictor.predict(dicom(pixels[0])).decision in ("normal", "opacity")
+        predictor.predict(read_image(png(pixels[0])))
+    assert predictor.predict(read_image(dicom(pixels[0]))).decision in ("normal", "opacity")
 
 
 def test_an_ensemble_averages_probabilities(

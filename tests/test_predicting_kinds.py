@@ -11,11 +11,12 @@ import torch
 from cadx.bundle import Manifest, Provenance, write_bundle
 from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
 from cadx.files import digest_bytes, digest_path
-from cadx.loading.volumes import VolumePreprocessing, VolumeSource
+from cadx.loading.patches import VolumePreprocessing, VolumeSource
 from cadx.models import Detections, MILConfig, Output, ResNet3DConfig, ResNetConfig
-from cadx.predicting import Predictor
 from cadx.predicting.boxes import detect, pool_detections
+from cadx.predicting.predictor import Predictor
 from cadx.predicting.volumes import slide_over
+from cadx.reading.volumes import read_volume
 from cadx.training import TrainingConfig, fit
 from cadx.transforms import Cells, Preprocessing
 from tests.test_loading_slides import section, slide_dataset, write_slide
@@ -161,11 +162,11 @@ def test_a_file_and_its_dataset_give_one_answer(tmp_path: Path) -> None:
     state = config.model.build(2, 1).state_dict()
     predictor = Predictor(write_trained(tmp_path / "bundle", folder, config, state), uncalibrated_ok=True)
     stored, features = predictor.logits(predictor.stored(folder, ["s0", "s1"]))
-    read = [predictor.subject.item(predictor.subject.read(file)) for file in files[:2]]
+    read = [predictor.subject.item(read_volume(file)) for file in files[:2]]
     from_files, same_features = predictor.logits(read)
     assert np.array_equal(stored, from_files)
     assert np.array_equal(features, same_features)
-    raw = predictor.subject.read(files[1])
+    raw = read_volume(files[1])
     grid = predictor._forward(read[1:2]).attention[0]
     attention = predictor.subject.attention(raw, read[1], grid)
     assert attention.shape == raw.voxels.shape

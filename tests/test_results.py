@@ -14,7 +14,7 @@ from test_summarise import write_seed
 
 from cadx.evaluating import Classification, Settings
 from cadx.files import digest_path, write_json
-from cadx.predicting import read_predictions
+from cadx.predicting.table import read_predictions
 from cadx.results import write_results
 from components.summarise import SummariseParams, summarise
 

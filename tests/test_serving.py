@@ -33,7 +33,8 @@ from test_bundle import draw, operating_point, train_bundle, write_dataset
 from cadx.bundle import Bundle
 from cadx.drift import STATISTICS
 from cadx.files import digest_path
-from cadx.predicting import Predictor
+from cadx.predicting.predictor import Predictor
+from cadx.reading.images import read_image
 from serving.answering import REQUEST_LOG, Request, RequestLog
 from serving.archive import Release, Verdict, read_release, version_of, write_archive
 from serving.client import MAX_REQUEST_BYTES, Answer, Client, Endpoint, Refused
@@ -245,7 +246,7 @@ def test_only_a_complete_bundle_under_its_own_name_is_packed(
 def test_the_endpoint_answers_as_the_predictor_does(
     client: Client, predictor: Predictor, bundle: Bundle, kind: str
 ) -> None:
-    answer, expected = client.predict(SENT[kind]), predictor.predict(SENT[kind])
+    answer, expected = client.predict(SENT[kind]), predictor.predict(read_image(SENT[kind]))
     assert answer.probabilities == pytest.approx(expected.probabilities, abs=1e-6)
     assert answer.decision == expected.decision
     assert answer.warnings == expected.warnings
@@ -270,7 +271,9 @@ def test_batches_change_no_answer_and_a_bad_image_spoils_no_other(
             assert isinstance(result, Refused)
             assert result.status == 400
         else:
-            assert result.probabilities == pytest.approx(predictor.predict(image).probabilities, abs=1e-6)
+            assert result.probabilities == pytest.approx(
+                predictor.predict(read_image(image)).probabilities, abs=1e-6
+            )
 
 
 def test_a_version_may_be_named(client: Client, bundle: Bundle) -> None:
@@ -284,7 +287,7 @@ def test_a_version_may_be_named(client: Client, bundle: Bundle) -> None:
 def test_attention_lies_over_the_image_that_was_sent(client: Client, predictor: Predictor) -> None:
     for kind in ("DICOM of 16 bits", "another size"):
         picture = Image.open(io.BytesIO(client.predict(SENT[kind], attention=True).attention_png))
-        expected = predictor.predict(SENT[kind], attention=True).attention
+        expected = predictor.predict(read_image(SENT[kind]), attention=True).attention
         assert picture.mode == "L"
         np.testing.assert_array_equal(np.asarray(picture), np.rint(expected * 255).astype(np.uint8))
 
@@ -395,7 +398,7 @@ def test_each_answer_is_one_whole_line_of_the_request_log(
     }
     assert (first["site"], first["scanner"]) == ("North", "Acme X1")
     assert (second["site"], second["scanner"]) == ("", "")
-    expected = predictor.predict(SENT["DICOM"])
+    expected = predictor.predict(read_image(SENT["DICOM"]))
     assert first["statistics"] == {name: expected.statistics[name] for name in STATISTICS}
     assert first["embedding"] == pytest.approx(expected.embedding.tolist(), abs=2e-5)
     assert first["probabilities"] == answers[0].probabilities
@@ -480,7 +483,7 @@ def test_a_mixed_batch_gets_each_request_its_own_reply(
     assert context.statuses == {0: 200, 1: 400, 2: 200, 3: 400, 4: 400, 5: 200}
     assert set(context.content_types.values()) == {"application/json"}
     for i, kind in ((0, "DICOM"), (2, "PNG of 16 bits"), (5, "JPEG")):
-        expected = predictor.predict(SENT[kind])
+        expected = predictor.predict(read_image(SENT[kind]))
         assert replies[i]["probabilities"] == pytest.approx(expected.probabilities, abs=1e-6)
     assert [i for i, reply in enumerate(replies) if "attention_png" in reply] == [2]
     assert [list(replies[i]) for i in (1, 3, 4)] == [["error"]] * 3
@@ -532,7 +535,7 @@ def test_an_answer_says_the_probabilities_at_the_prevalence_of_its_release_too(
     for plain, told, image in zip(*replies, ("DICOM", "PNG"), strict=True):
         assert "at_prevalence" not in plain
         assert told["probabilities"] == plain["probabilities"]
-        expected = there.predict(SENT[image])
+        expected = there.predict(read_image(SENT[image]))
         assert told["at_prevalence"]["probabilities"] == pytest.approx(expected.probabilities, abs=1e-6)
         assert told["at_prevalence"]["prevalence"] == pytest.approx({"normal": 0.98, "opacity": 0.02})
         assert told["decision"] == plain["decision"] == expected.decision

@@ -4,6 +4,8 @@ import gzip
 import io
 import json
 import os
+import re
+import shutil
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,11 +29,14 @@ from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
 from cadx.drift import image_statistics
 from cadx.files import digest_bytes, write_json
 from cadx.gating import Decision
-from cadx.predicting import PredictionsInfo, Predictor, answer_table, write_predictions
+from cadx.predicting.predictor import Predictor
+from cadx.predicting.table import PredictionsInfo, answer_table, write_predictions
 from cadx.reading.images import encode_png, read_image
 from cadx.reading.slides import open_slide
 from cadx.reading.source import gray_if_equal
+from cadx.reading.volumes import read_volume
 from components.deploy import DeployParams, deploy
+from pipelines.verification import verify
 from serving.answering import Answerer, Reply, Request, RequestLog
 from serving.archive import write_archive
 from serving.client import Client, DetectionAnswer, Refused, SlideAnswer, VolumeAnswer
@@ -165,7 +170,7 @@ def test_a_volume_is_answered_alike_from_each_of_its_formats(
 ) -> None:
     plain = encode_nifti(VOXELS, None, (1.5, 1.0, 0.7))
     (tmp_path / "a.nii").write_bytes(plain)
-    expected = predictors["volume"].predict(tmp_path / "a.nii")
+    expected = predictors["volume"].predict(read_volume(tmp_path / "a.nii"))
     for body in (plain, gzip.compress(plain)):
         reply = one(answerers["volume"], body)
         assert reply.status == 200
@@ -174,7 +179,7 @@ def test_a_volume_is_answered_alike_from_each_of_its_formats(
         assert reply.content["decision"] == expected.decision
     (tmp_path / "a.zip").write_bytes(series())
     reply = one(answerers["volume"], series())
-    from_zip = predictors["volume"].predict(tmp_path / "a.zip").probabilities
+    from_zip = predictors["volume"].predict(read_volume(tmp_path / "a.zip")).probabilities
     assert reply.content["probabilities"] == pytest.approx(from_zip, abs=1e-6)
     assert len(lines(tmp_path / "log")) == 3
 
@@ -193,8 +198,8 @@ def test_the_attention_of_a_volume_lies_over_the_original_in_any_viewer(
     assert answer.attention is not None
     assert answer.attention.nifti is not None
     overlay = nibabel.Nifti1Image.from_bytes(gzip.decompress(answer.attention.nifti))
-    raw = predictors["volume"].subject.read(tmp_path / "a.nii")
-    attention = predictors["volume"].predict(tmp_path / "a.nii", attention=True).attention
+    raw = read_volume(tmp_path / "a.nii")
+    attention = predictors["volume"].predict(read_volume(tmp_path / "a.nii"), attention=True).attention
     assert attention is not None
     most = np.unravel_index(attention.argmax(), attention.shape)
     assert answer.attention.slice == most[0]
@@ -498,7 +503,7 @@ def test_every_kind_is_deployed_against_its_evaluation_and_served(
         archive.extractall(tmp_path / "series")
     (tmp_path / "series" / ".DS_Store").write_bytes(b"x")
     (tmp_path / "series.zip").write_bytes(series())
-    expected = predictors["volume"].predict(tmp_path / "series.zip").probabilities
+    expected = predictors["volume"].predict(read_volume(tmp_path / "series.zip")).probabilities
     assert clients["volume"].predict_volume(tmp_path / "series").probabilities == pytest.approx(
         expected, abs=1e-6
     )
@@ -516,6 +521,66 @@ def test_every_kind_is_deployed_against_its_evaluation_and_served(
     ):
         with pytest.raises(Refused, match=reason):
             call()
+
+
+def one_image(folder: Path) -> DatasetFolder:
+    """A dataset of one image whose boxes are sought."""
+    with DatasetWriter(
+        folder,
+        name="detection",
+        kind="image",
+        task="detection",
+        classes=("normal", "finding"),
+        positive=None,
+        modality="noise",
+        clustered=False,
+        source=SourceInfo(title="t", licence="CC0", citation="c"),
+    ) as writer:
+        pixels = gray(1)
+        writer.add(
+            sample_id="d0",
+            pixels=pixels,
+            labels={},
+            boxes=[("finding", 1.0, 2.0, 9.0, 8.0)],
+            patient="p0",
+            sha256=digest_bytes(pixels.tobytes()),
+            statistics=image_statistics(pixels),
+        )
+    return DatasetFolder(folder)
+
+
+@pytest.mark.slow
+def test_verify_asks_a_server_of_each_kind_which_bundle_answers(
+    server: TorchServe,
+    archives: dict[str, Path],
+    predictors: dict[str, Predictor],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "500")  # of the table that is printed
+    management = Management(server.management, key_file=server.key_file)
+    folders = datasets(tmp_path) | {"detection": one_image(tmp_path / "boxes")}
+    for kind, dataset in folders.items():
+        if management.default_version(kind) is None:
+            management.register(f"{kind}.mar")
+        others = tmp_path / kind / "bundle"  # the same in other words: another bundle
+        shutil.copytree(predictors[kind].bundle.path, others)
+        (others / "bundle.json").write_text(json.dumps(json.loads((others / "bundle.json").read_text())))
+        for bundle, state in ((predictors[kind].bundle.path, "ok"), (others, "broken")):
+            verify(
+                str(bundle),
+                work=tmp_path,
+                reports=tmp_path,
+                dataset=dataset.path,
+                archive=archives[kind],
+                endpoint=server.inference,
+                key_file=server.key_file,
+            )
+            (line,) = (line for line in capsys.readouterr().out.splitlines() if "│ endpoint " in line)
+            assert re.search(rf"\b{state} +│ endpoint ", line), line
+            assert ("from another bundle" in line) == (state == "broken")
+    assert not list(server.model_store.glob("golden*")), "the slide that was asked about is gone"
 
 
 def worker(server: TorchServe, name: str) -> tuple[int, float]:
@@ -607,7 +672,7 @@ def require_seen(
         assert np.abs(ours.astype(int) - theirs).max() <= 2, "two decoders of JPEG round differently"
         return
     if name == "demo-volume":
-        ours = predictor.subject.read(slide)
+        ours = read_volume(slide)
         voxels = volume_elsewhere(body)
         raw: Any = replace(ours, voxels=voxels.astype(ours.voxels.dtype))
         assert np.array_equal(raw.voxels, voxels)
@@ -629,6 +694,6 @@ def test_a_dataset_of_volumes_reads_as_the_file_that_a_deployment_sends(
     predictors: dict[str, Predictor], tmp_path: Path
 ) -> None:
     (tmp_path / "a.nii").write_bytes(encode_nifti(VOXELS, None, (1.37, 0.703125, 0.7)))
-    raw = predictors["volume"].subject.read(tmp_path / "a.nii")
+    raw = read_volume(tmp_path / "a.nii")
     assert np.array_equal(raw.voxels, VOXELS)
     assert raw.spacing_mm == pytest.approx((1.37, 0.703125, 0.7), rel=1e-6)

@@ -12,7 +12,7 @@ from test_bundle import write_dataset
 from cadx.datasets import DatasetFolder, read_splits
 from cadx.evaluating import Classification, Settings
 from cadx.metrics import score
-from cadx.predicting import PredictionsInfo, arrays, read_predictions, write_predictions
+from cadx.predicting.table import PredictionsInfo, arrays, read_predictions, write_predictions
 from cadx.types import Conformal
 from components.summarise import SummariseParams, summarise
 
@@ -239,6 +239,8 @@ def test_the_report_stands_alone_and_names_no_patient(seeds: list[Path], tmp_pat
         "seed 2",
         "SD of seeds",
         "site: north",
+        "Lines: means over seeds. Bands",
+        "Calibration in ten bins with Wilson limits, on the effective number of cases over patients.",
         "pixel values were taken as linear",
     ):
         assert text in html, text

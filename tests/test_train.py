@@ -19,8 +19,8 @@ import torch
 from cadx.bundle import Bundle
 from cadx.datasets import DatasetWriter, SourceInfo, write_splits
 from cadx.files import digest_bytes, digest_path
-from cadx.losses import LossConfig
 from cadx.models import ResNetConfig
+from cadx.weighting import LossConfig
 from components.contract import ROOT, read_params
 from components.train import TrainParams, train
 

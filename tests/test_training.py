@@ -22,11 +22,11 @@ from sklearn.metrics import roc_auc_score
 from cadx import training
 from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
 from cadx.files import digest_bytes
-from cadx.losses import LossConfig
 from cadx.models import DenseNetConfig, ResNetConfig
 from cadx.sampling import BalancedSampler, EpochSampler
 from cadx.training import Fitted, TrainingConfig, fit, learning_rate_factor, loop, macro_auc
 from cadx.transforms import Augmentation, Preprocessing
+from cadx.weighting import LossConfig
 
 ROOT = Path(__file__).parents[1]
 CLASSES = ("normal", "bright", "striped")
@@ -541,7 +541,9 @@ def test_two_processes_are_one_with_the_same_batch(binary: DatasetFolder, tmp_pa
             assert torch.equal(tensor, second["weights"][key]), "the processes must not drift apart"
             if name == "batch":
                 continue  # each process normalises by its own part
-            assert torch.allclose(tensor.float(), one.state_dict[key].float(), atol=1e-4), (name, key)
+            # As a whole: Adam turns the noise in a gradient of almost zero into a full step for that weight.
+            alike = one.state_dict[key].float()
+            assert (tensor - alike).norm() <= 1e-4 * alike.norm(), (name, key)
         if name == "batch":
             continue
         for mine, theirs in zip(one.history, first["history"], strict=True):

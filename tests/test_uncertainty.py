@@ -13,7 +13,8 @@ from test_evaluate import Run
 from cadx.datasets import DatasetFolder, read_splits
 from cadx.evaluating import Classification, Settings
 from cadx.evaluating.uncertainty import aurc, member_probabilities, mutual_information, risk_by_coverage
-from cadx.predicting import Predictor, read_predictions
+from cadx.predicting.predictor import Predictor
+from cadx.predicting.table import read_predictions
 from components.calibrate import CalibrateParams, calibrate
 
 

@@ -33,19 +33,14 @@ from cadx.evaluating.lesion_sizes import ATTRIBUTE
 from cadx.explaining import Band, draw_band, show_subgroups, square, title
 from cadx.metrics import Difference, Gap, Subgroup, corrected, share_of
 from cadx.metrics.estimates import difference_of
-from cadx.predicting import (
-    PredictionsInfo,
-    box_lists,
-    box_table,
-    subgroups,
-)
+from cadx.predicting.table import PredictionsInfo, box_lists, box_table, subgroups
 from cadx.reporting import INK, PALETTE, Page, draw_boxes, panels
 from cadx.types import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from cadx.predicting import Predictor
+    from cadx.predicting.predictor import Predictor
 
 HEADLINE = ("ap50", "sensitivity", "false_positives_per_image", "precision", "froc", "ap")
 BOX_COLOUR, MISTAKE_COLOUR = PALETTE[1], PALETTE[3]
@@ -133,7 +128,7 @@ class Detection(Evaluation):
     @staticmethod
     def predict(predictor: "Predictor", folder: DatasetFolder, sample_ids: Sequence[str]) -> pd.DataFrame:
         """The rows of the predictions file."""
-        from cadx.predicting import detection_table, image_answers
+        from cadx.predicting.boxes import detection_table, image_answers
 
         classes = predictor.bundle.manifest.classes
         answers = predictor.detect(predictor.stored(folder, sample_ids))

@@ -42,21 +42,14 @@ from cadx.metrics import (
     score_subgroups,
     subgroup_gaps,
 )
-from cadx.predicting import (
-    Arrays,
-    PredictionsInfo,
-    answer_table,
-    arrays,
-    decide,
-    subgroups,
-)
+from cadx.predicting.table import Arrays, PredictionsInfo, answer_table, arrays, decide, subgroups
 from cadx.reporting import INK, MUTED, PALETTE, Page, draw_boxes, panels
 from cadx.types import Aggregation, Estimate, Task
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from cadx.predicting import Predictor
+    from cadx.predicting.predictor import Predictor
 
 ROC_POINTS = 101
 HEADLINES: dict[Task, tuple[str, ...]] = {
@@ -356,18 +349,17 @@ class Classification(Evaluation):
                 precision = precision_recall(labels, scores[0])
                 exact = None if several else (precision.recall, precision.precision)
                 draw_band(precision_axes, band, name, drawn_as=exact)
-            for row in scores:
-                bins = calibration_curve(labels, row, patients)
-                calibration_axes.errorbar(
-                    bins.probability,
-                    bins.observed,
-                    yerr=None if several else np.abs(np.stack([bins.low, bins.high]) - bins.observed),
-                    marker="o",
-                    markersize=3 if several else 4,
-                    linewidth=1 if several else 1.2,
-                    elinewidth=1,
-                    color=colour,
-                )
+            bins = calibration_curve(labels, scores, patients)
+            calibration_axes.errorbar(
+                bins.probability,
+                bins.observed,
+                yerr=np.abs(np.stack([bins.low, bins.high]) - bins.observed),
+                marker="o",
+                markersize=4,
+                linewidth=1.2,
+                elinewidth=1,
+                color=colour,
+            )
             self._draw_operating_points(roc_axes, precision_axes, name)
         calibration_axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
         square(precision_axes, "recall (sensitivity)", "precision (PPV)")
@@ -375,16 +367,16 @@ class Classification(Evaluation):
         precision_axes.set_title("Precision-recall")
         calibration_axes.set_title("Calibration")
         dots = "" if info.task == "multiclass" else "Black dots: operating points. "
-        on_patients = ", on the effective number of cases over patients" if self.scores.clustered else ""
+        effective = self.scores.clustered or several
+        on_patients = ", on the effective number of cases over patients" if effective else ""
         page.figure(
             drawing,
-            ("Lines: means over seeds; of calibration, one for each seed. " if several else "")
+            ("Lines: means over seeds. " if several else "")
             + "Bands: pointwise 95 % limits, bootstrap of "
             + ("patients" if info.clustered else "images")
             + (", each resample applied to all seeds. " if several else ". ")
             + dots
-            + "Calibration in ten bins"
-            + ("." if several else " with Wilson limits" + on_patients + "."),
+            + f"Calibration in ten bins with Wilson limits{on_patients}.",
             alt=f"ROC, precision-recall and calibration curves of {', '.join(_of_interest(info))}",
         )
 

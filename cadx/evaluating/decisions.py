@@ -21,7 +21,7 @@ from cadx.metrics import (
     with_chosen_threshold,
 )
 from cadx.metrics.decisions import mean_share_of
-from cadx.predicting import Arrays, PredictionsInfo
+from cadx.predicting.table import Arrays, PredictionsInfo
 from cadx.reporting import INK, MUTED, Page, panels
 
 PREVALENCES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)

@@ -12,14 +12,14 @@ from cadx.datasets import DatasetFolder
 from cadx.detection import DetectionScores
 from cadx.explaining import title
 from cadx.metrics import Meaning, Scores
-from cadx.predicting import PredictionsInfo
+from cadx.predicting.table import PredictionsInfo
 from cadx.reporting import PALETTE, Page
 from cadx.types import Aggregation, Config, Judged
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from cadx.predicting import Predictor
+    from cadx.predicting.predictor import Predictor
 
 Attribute = Literal["site", "sex", "age", "scanner"]
 """What subgroups may be made by."""

@@ -12,7 +12,8 @@ outlasts a blur, and both areas are 1.) A tile of a slide is taken out of its ba
 same map moved by half of the picture. A map that does no better than its control says nothing of the place.
 
 The second check is whether a map changes when every weight is drawn anew (Adebayo et al. 2018, "Sanity checks for
-saliency maps"): one that stays the same shows the picture's edges and not what was learnt.
+saliency maps": all layers at once, the encoder of a slide's tiles among them, frozen or not): one that stays the same
+shows the picture's edges and not what was learnt.
 
 A volume is looked at in the window that decides, the one in which the class is likeliest, and of its mirror images
 (`VolumePreprocessing.mirrors`) only as it lies.
@@ -39,9 +40,9 @@ from cadx.models import Output
 from cadx.models.head import AttentionPoolingClassifier
 from cadx.models.radiograph import RadiographConfig
 from cadx.models.volume import VolumeConfig
-from cadx.predicting import Arrays, PredictionsInfo, Predictor
 from cadx.predicting.bags import SlideTiles, embed_tiles
-from cadx.predicting.predictor import pool_logits
+from cadx.predicting.predictor import Predictor, pool_logits
+from cadx.predicting.table import Arrays, PredictionsInfo
 from cadx.reporting import Page
 from cadx.transforms import Cells, Preprocessing
 
@@ -155,22 +156,30 @@ def _recorded_features(network: AttentionPoolingClassifier) -> Iterator[list[Ten
 
 
 def with_random_weights(network: nn.Module, seed: int) -> nn.Module:
-    """A copy whose layers are drawn anew, each as it is drawn before training; normalisations forget too."""
+    """A copy in which every weight is drawn anew, a frozen encoder's too; normalisations forget what they counted.
+
+    Layers are drawn as before training; what stands in no such layer (a class token, a scale) from a normal
+    distribution of the spread that it has.
+    """
     fresh = copy.deepcopy(network)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         for module in fresh.modules():
-            if callable(draw := getattr(module, "reset_parameters", None)):
+            draw = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
+            if callable(draw):
                 draw()
+                continue
+            for parameter in module.parameters(recurse=False):
+                parameter.normal_(std=float(parameter.square().mean().sqrt()))
     return fresh.eval()
 
 
 class _Probe(ABC):
     """One sample before a bundle's networks: maps over its places, and what they say when only some are shown."""
 
-    def __init__(self, predictor: Predictor, column: int) -> None:
+    def __init__(self, predictor: Predictor, random: Sequence[nn.Module], column: int) -> None:
         self.manifest = predictor.bundle.manifest
-        self.networks = predictor.networks
+        self.networks, self.random = predictor.networks, random
         self.column = column
 
     @abstractmethod
@@ -203,9 +212,15 @@ class _Places(_Probe):
     """An image, or the window of a volume that decides; a place is a pixel or voxel of the network's input."""
 
     def __init__(
-        self, predictor: Predictor, column: int, inputs: Tensor, cells: Sequence[Cells], picture: np.ndarray
+        self,
+        predictor: Predictor,
+        random: Sequence[nn.Module],
+        column: int,
+        inputs: Tensor,
+        cells: Sequence[Cells],
+        picture: np.ndarray,
     ) -> None:
-        super().__init__(predictor, column)
+        super().__init__(predictor, random, column)
         self.device = next(self.networks[0].parameters()).device
         self.inputs, self.cells, self.picture = inputs, cells, picture
         self.background = inputs.median()
@@ -254,34 +269,40 @@ class _Places(_Probe):
 
 
 class _Bag(_Probe):
-    """A slide's tiles; a place is a tile. The encoder is asked once."""
+    """A slide's tiles; a place is a tile. Each encoder is asked once, and the tiles are read once for all of them."""
 
     def __init__(
         self,
         predictor: Predictor,
+        random: Sequence[nn.Module],
         column: int,
         tiles: SlideTiles,
         thumbnail: np.ndarray,
         spacing_um: tuple[float, float],
     ) -> None:
-        super().__init__(predictor, column)
+        super().__init__(predictor, random, column)
         made = self.manifest.preprocessing
         assert isinstance(made, TilePreprocessing)
         self.thumbnail, self.spacing_um, self.tile_um = thumbnail, spacing_um, made.tile_px * made.mpp
         device = next(self.networks[0].parameters()).device
-        self.embeddings: list[Tensor] = []
+        networks = [*self.networks, *random]
+
+        def encode(tiles: Tensor) -> Tensor:
+            return torch.cat([network.encode(tiles).float() for network in networks], dim=1)  # type: ignore[operator]
+
         with torch.inference_mode():
-            for network in self.networks:
-                embeddings, positions_um = embed_tiles(network.encode, tiles.stream, device)  # type: ignore[arg-type]
-                self.embeddings.append(embeddings)
+            embeddings, positions_um = embed_tiles(encode, tiles.stream, device)
+        self.embeddings = dict(zip(networks, embeddings.chunk(len(networks), dim=1), strict=True))
+        for network in random:
+            # The moments that training found are those of the encoder that it had.
+            network.fit_inputs([self.embeddings[network]])  # type: ignore[operator]
         self.positions_um = positions_um.numpy()
 
     def maps(self, networks: Sequence[nn.Module]) -> dict[str, np.ndarray]:
         shown = np.ones((1, len(self.positions_um)), dtype=bool)
         with torch.inference_mode():
             attention = [
-                self._answer(network, embeddings, shown).attention[0]
-                for network, embeddings in zip(networks, self.embeddings, strict=True)
+                self._answer(network, self.embeddings[network], shown).attention[0] for network in networks
             ]
         return {"attention": torch.stack(attention).mean(0).cpu().numpy()}
 
@@ -292,8 +313,7 @@ class _Bag(_Probe):
         # A bag has at least one tile: where none is left, the first one stays.
         shown = shown.copy()
         shown[~shown.any(1), 0] = True
-        embeddings = self.embeddings[self.networks.index(network)]
-        said = [self._answer(network, embeddings, row[None]).logits for row in shown]
+        said = [self._answer(network, self.embeddings[network], row[None]).logits for row in shown]
         return torch.cat(said)
 
     def draw(self, grids: Sequence[np.ndarray]) -> np.ndarray:
@@ -333,12 +353,12 @@ def explain(
     random = [with_random_weights(network, manifest.seed) for network in predictor.networks]
     found = []
     for case in cases:
-        probe = _probe(predictor, folder, case.sample_id, manifest.classes.index(case.name))
+        probe = _probe(predictor, random, folder, case.sample_id, manifest.classes.index(case.name))
         # Where nothing is preferred, or no slope is left, there is no map: equal pooling, a bag of one tile.
         grids = {name: grid for name, grid in probe.maps(probe.networks).items() if np.ptp(grid) > 0}
         if not grids:
             continue
-        others = probe.maps(random)
+        others = probe.maps(probe.random)
         maps = []
         for method, grid in grids.items():
             places = probe.over_places(grid)
@@ -351,21 +371,23 @@ def explain(
     return found
 
 
-def _probe(predictor: Predictor, folder: DatasetFolder, sample_id: str, column: int) -> _Probe:
+def _probe(
+    predictor: Predictor, random: Sequence[nn.Module], folder: DatasetFolder, sample_id: str, column: int
+) -> _Probe:
     manifest = predictor.bundle.manifest
     item = next(predictor.stored(folder, [sample_id]))
     made, model = manifest.preprocessing, manifest.model
     if isinstance(made, TilePreprocessing):
         row = folder.samples.iloc[int(folder.rows([sample_id])[0])]
         spacing_um = (1000 * float(row["spacing_row_mm"]), 1000 * float(row["spacing_column_mm"]))
-        return _Bag(predictor, column, item, folder.pixels(sample_id), spacing_um)
+        return _Bag(predictor, random, column, item, folder.pixels(sample_id), spacing_um)
     if isinstance(made, VolumePreprocessing):
         assert isinstance(model, VolumeConfig)
         window = _deciding_window(predictor, GridPatches(item, made), column)
-        return _Places(predictor, column, window, model.cells, np.empty(0))
+        return _Places(predictor, random, column, window, model.cells, np.empty(0))
     assert isinstance(made, Preprocessing)
     assert isinstance(model, RadiographConfig)
-    return _Places(predictor, column, made.apply(item), (model.cells,) * 2, item)
+    return _Places(predictor, random, column, made.apply(item), (model.cells,) * 2, item)
 
 
 def _deciding_window(predictor: Predictor, windows: GridPatches, column: int) -> Tensor:

@@ -22,14 +22,14 @@ from scipy import special
 from cadx import calibration
 from cadx.evaluating.evaluation import dump
 from cadx.metrics import auc, share_of
-from cadx.predicting import Arrays, PredictionsInfo
+from cadx.predicting.table import Arrays, PredictionsInfo
 from cadx.reporting import MUTED, Page, panels
 from cadx.types import Estimate
 
 if TYPE_CHECKING:  # imported where a network is asked: a summary asks none, and torch takes two seconds
     from torch import nn
 
-    from cadx.predicting import Predictor
+    from cadx.predicting.predictor import Predictor
 
 FloatArray = NDArray[np.float64]
 
@@ -55,7 +55,7 @@ def member_probabilities(
     """
     import torch
 
-    from cadx.predicting import pool_logits
+    from cadx.predicting.predictor import pool_logits
 
     manifest = predictor.bundle.manifest
     layers = [_last_layer(network) for network in predictor.networks]

@@ -16,19 +16,6 @@ from cadx.reading.slides import CACHE_BYTES, MAX_UPSAMPLING, Slide, SlidePool
 from cadx.transforms import Preprocessing
 from cadx.types import Kind
 
-__all__ = [
-    "Bag",
-    "BagBatch",
-    "BagDataset",
-    "FeatureBagDataset",
-    "MILDataset",
-    "TilePreprocessing",
-    "collate_bags",
-    "stream_tiles",
-    "tissue_cells",
-    "tissue_fractions",
-]
-
 _LOG = logging.getLogger(__name__)
 
 

@@ -17,16 +17,6 @@ from cadx.datasets import DatasetFolder
 from cadx.loading.epochs import EpochDataset
 from cadx.loading.patches import Moments, Triple, VolumePreprocessing, VolumeSource
 
-__all__ = [
-    "GridPatches",
-    "Moments",
-    "Patch",
-    "Patch3DDataset",
-    "Triple",
-    "VolumePreprocessing",
-    "VolumeSource",
-]
-
 # Foreground voxels kept of each mask, evenly spread over it: 24 kB a volume.
 _MAX_CENTRES = 4096
 

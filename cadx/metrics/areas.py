@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import optimize, special, stats
+from scipy import special
 
 from cadx.metrics.estimates import (
     EPSILON,
@@ -80,8 +80,8 @@ def delong_difference(
         return Difference(value=value, low=None, high=None, p=None, n=n, method="too few: no variance")
     error = math.sqrt(variance)
     freedom = np.unique(first.patient).size - 1 if first.clustered else math.inf
-    p = float(2 * stats.t.sf(abs(value) / error, freedom))
-    half = float(stats.t.ppf(0.5 + LEVEL / 2, freedom)) * error
+    p = float(2 * special.stdtr(freedom, -abs(value) / error))
+    half = float(special.stdtrit(freedom, 0.5 + LEVEL / 2)) * error
     low, high = max(value - half, -1.0), min(value + half, 1.0)
     return Difference(value=value, low=low, high=high, p=p, n=n, method=name)
 
@@ -98,7 +98,7 @@ def area(cases: Cases) -> Part:
         low, high = _newcombe(value, cases.count_patients(cases.y), cases.count_patients(~cases.y))
         method = "Newcombe score (no variance between cases)"
     else:
-        critical = stats.t.ppf(0.5 + LEVEL / 2, _degrees_of_freedom(share, cases))
+        critical = special.stdtrit(_degrees_of_freedom(share, cases), 0.5 + LEVEL / 2)
         half = critical * math.sqrt(variance) / (value * (1 - value))
         low, high = special.expit(special.logit(value) - half), special.expit(special.logit(value) + half)
         method = "Obuchowski (logit)" if cases.clustered else "DeLong (logit)"
@@ -141,6 +141,8 @@ def _newcombe(value: float, num_positive: int, num_negative: int) -> tuple[float
 
     Source: Newcombe 2006, Stat Med 25:559, method 5. With patients counted, not images, it is conservative.
     """
+    from scipy import optimize
+
     extra = (num_positive + num_negative) / 2 - 1
 
     def excess(theta: float) -> float:

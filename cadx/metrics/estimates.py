@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special, stats
+from scipy import special
 
 from cadx.types import Config, Estimate
 
@@ -74,7 +74,7 @@ def difference_of(a: Estimate, b: Estimate) -> Difference:
     p = (
         1.0
         if value == 0
-        else float(2 * stats.norm.sf(abs(value) / towards_zero * Z))
+        else float(2 * special.ndtr(-abs(value) / towards_zero * Z))
         if towards_zero
         else 0.0
     )
@@ -235,7 +235,7 @@ def wilson_limits(proportion: ArrayLike, n: ArrayLike, critical: float) -> tuple
 
 def critical_value(patients: int) -> float:
     """Student's t, for a variance that was estimated over so many patients."""
-    return float(stats.t.ppf(0.5 + LEVEL / 2, max(patients - 1, 1)))
+    return float(special.stdtrit(max(patients - 1, 1), 0.5 + LEVEL / 2))
 
 
 def estimate_of(value: float, low: Any, high: Any, n: int, method: str) -> Estimate:

@@ -33,13 +33,11 @@ from cadx.types import Estimate
 
 CALIBRATION_BINS = 10
 """Bins of equal width over 0..1, the last one closed, in the calibration curve and its error."""
-
-
 _CALIBRATED_DRAWS = 200
 
 
 class CalibrationCurve(NamedTuple):
-    """One entry per bin that holds a case: mean probability, observed share, its Wilson limits, cases."""
+    """One entry per bin that holds a case: mean probability, observed share, its Wilson limits, cases (of a model)."""
 
     probability: FloatArray
     observed: FloatArray
@@ -53,11 +51,13 @@ def calibration_curve(
 ) -> CalibrationCurve:
     """Observed share of positives against mean probability, in `CALIBRATION_BINS` bins of equal width.
 
-    Where patients have several cases the limits are Wilson's on the effective number of cases, as `share` has it.
+    Where patients have several cases the limits are Wilson's on the effective number of cases, as `share` has it. Of
+    several models each bin holds the mean of those that have a case in it, and a case counts once: the limits are as
+    wide as the patients allow, however many models answer about them.
 
     Args:
         labels: N of 0 and 1; NaN = unlabelled, left out.
-        probabilities: N.
+        probabilities: N, or S N of S models.
         patients: N, as in `auc`.
 
     Raises:
@@ -66,17 +66,21 @@ def calibration_curve(
     >>> calibration_curve([0, 1, 1], [0.01, 0.95, 0.99]).observed.tolist()
     [0.0, 1.0]
     """
-    cases = one_score(labels, probabilities, patients)
-    require_probabilities(cases.p)
-    bins = _bins(cases.p[0])
-    n = np.bincount(bins, minlength=CALIBRATION_BINS)
-    held = np.flatnonzero(n)
-    total = np.bincount(bins, cases.p[0], CALIBRATION_BINS)[held]
-    shares = [share(cases, cases.y[None], bins[None] == b, "no cases").estimate for b in held]
-    observed, low, high = (
-        np.array([getattr(one, end) for one in shares], np.float64) for end in ("value", "low", "high")
-    )
-    return CalibrationCurve(total / n[held], observed, low, high, n[held])
+    models = [one_score(labels, row, patients) for row in np.atleast_2d(probabilities)]
+    cases, p = models[0], np.concatenate([one.p for one in models])
+    for row in p:
+        require_probabilities(row)
+    bins, rows, n = _bins(p), [], []
+    for number in np.unique(bins):
+        among = bins == number
+        held = among.any(axis=1)
+        among = among[held]
+        observed = share(cases, np.broadcast_to(cases.y, among.shape), among, "no cases").estimate
+        mean = np.average(p[held], axis=1, weights=among).mean()
+        rows.append((mean, observed.value, observed.low, observed.high))
+        n.append(observed.n)
+    probability, value, low, high = np.array(rows, dtype=np.float64).reshape(-1, 4).T
+    return CalibrationCurve(probability, value, low, high, np.array(n, dtype=np.intp))
 
 
 def _logistic(design: FloatArray, y: BoolArray, offset: FloatArray) -> tuple[FloatArray, FloatArray] | None:

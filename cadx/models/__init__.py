@@ -1,7 +1,6 @@
-"""The registry of model families: one name in the union each."""
+"""The registry of model families: one name in the union each. A configuration builds its network, on request."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
@@ -11,18 +10,6 @@ from cadx.models.radiograph_config import ConvNeXtConfig, DenseNetConfig, ResNet
 from cadx.models.slide_config import EncoderConfig, MILConfig
 from cadx.models.volume_config import DenseNet3DConfig, ResNet3DConfig
 from cadx.models.yolo_config import YOLOConfig
-
-if TYPE_CHECKING:  # importing torch takes two seconds
-    from cadx.models.detector import MedicalFasterRCNN, MedicalRetinaNet
-    from cadx.models.radiograph import (
-        ConvNeXtMedical,
-        DenseNetMedical,
-        MedicalClassificationModel,
-        MedicalResNet,
-    )
-    from cadx.models.slide import AttentionMIL, DeepMIL
-    from cadx.models.volume import Medical3DDenseNet, Medical3DResNet
-    from cadx.models.yolo import MedicalYOLO
 
 ModelConfig = Annotated[
     ResNetConfig
@@ -38,24 +25,13 @@ ModelConfig = Annotated[
 ]
 
 __all__ = [
-    "AttentionMIL",
     "ConvNeXtConfig",
-    "ConvNeXtMedical",
-    "DeepMIL",
     "DenseNet3DConfig",
     "DenseNetConfig",
-    "DenseNetMedical",
     "Detections",
     "EncoderConfig",
     "FasterRCNNConfig",
     "MILConfig",
-    "Medical3DDenseNet",
-    "Medical3DResNet",
-    "MedicalClassificationModel",
-    "MedicalFasterRCNN",
-    "MedicalResNet",
-    "MedicalRetinaNet",
-    "MedicalYOLO",
     "ModelConfig",
     "Output",
     "PretrainedOrigin",
@@ -65,24 +41,3 @@ __all__ = [
     "YOLOConfig",
     "pretrained_origin",
 ]
-
-_NETWORKS = {
-    "AttentionMIL": "slide",
-    "ConvNeXtMedical": "radiograph",
-    "DeepMIL": "slide",
-    "DenseNetMedical": "radiograph",
-    "Medical3DDenseNet": "volume",
-    "Medical3DResNet": "volume",
-    "MedicalClassificationModel": "radiograph",
-    "MedicalFasterRCNN": "detector",
-    "MedicalResNet": "radiograph",
-    "MedicalRetinaNet": "detector",
-    "MedicalYOLO": "yolo",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """The networks, each imported when it is asked for: a step that reads configurations needs no torch."""
-    if name in _NETWORKS:
-        return getattr(import_module(f"{__name__}.{_NETWORKS[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,9 +14,10 @@ from cadx.bundle import Manifest
 from cadx.datasets import DatasetFolder, preview
 from cadx.files import canonical_json, digest_bytes, digest_path
 from cadx.loading.embeddings import encoder_digest, read_embeddings, write_embeddings
-from cadx.loading.slides import MILDataset, TilePreprocessing, stream_tiles, tissue_cells
+from cadx.loading.slides import MILDataset, stream_tiles, tissue_cells
+from cadx.loading.tiles import TilePreprocessing
 from cadx.models import Output
-from cadx.predicting.subject import Said, Source, Subject
+from cadx.predicting.subject import Said, Sample, Subject
 from cadx.reading.slides import SlideSummary, open_slide, summarise_slide
 from cadx.transforms import tile_map
 from cadx.types import Digest
@@ -172,34 +173,34 @@ class SlideSubject(Subject):
         super().__init__(manifest)
         self._digests: dict[nn.Module, Digest] = {}
 
-    def read(self, source: Source | RawSlide) -> RawSlide:
+    def read(self, sample: Sample | RawSlide) -> RawSlide:
         """The slide, looked at from afar.
 
         Raises:
             ValueError: if it cannot be read, its um per pixel are unknown, or no tile has enough tissue.
         """
-        if isinstance(source, RawSlide):
-            return source
-        if not isinstance(source, Path):
+        if isinstance(sample, RawSlide):
+            return sample
+        if not isinstance(sample, Path):
             raise ValueError("slide: give the path of its file")
-        made, summary = self._preprocessing, summarise_slide(source)
+        made, summary = self._preprocessing, summarise_slide(sample)
         spacing_um = (summary.spacing_mm[0] * 1000, summary.spacing_mm[1] * 1000)
         tile_um = made.tile_px * made.mpp
         cells = tissue_cells(summary.tissue, spacing_um, tile_um, made.minimum_tissue, "slide")
         positions_um = cells[:, ::-1] * tile_um
 
         def stream(batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-            with open_slide(source) as slide:
+            with open_slide(sample) as slide:
                 yield from stream_tiles(slide, positions_um, made, batch_size, "slide")
 
         identity = None
         if self.cache is not None:
             identity = {
-                "slide": digest_path(source),
+                "slide": digest_path(sample),
                 "positions_um": digest_bytes(positions_um.tobytes()),
                 "preprocessing": made.model_dump(mode="json"),
             }
-        return RawSlide(source, summary, SlideTiles(stream, identity))
+        return RawSlide(sample, summary, SlideTiles(stream, identity))
 
     def item(self, raw: RawSlide) -> SlideTiles:
         """The tiles with enough tissue."""
@@ -268,16 +269,16 @@ class FeatureSubject(Subject):
 
     kind = "features"
 
-    def read(self, source: Source) -> np.ndarray:
+    def read(self, sample: Sample) -> np.ndarray:
         """The bag.
 
         Raises:
             ValueError: if it has another width than the model was trained on, or numbers that are none.
         """
         wanted = self.manifest.preprocessing.channels
-        if not isinstance(source, np.ndarray):
+        if not isinstance(sample, np.ndarray):
             raise ValueError(f"bag: give an array of T x {wanted} numbers")
-        bag = np.asarray(source, np.float32)
+        bag = np.asarray(sample, np.float32)
         if bag.ndim != 2 or not len(bag) or bag.shape[1] != wanted or not np.isfinite(bag).all():
             raise ValueError(f"bag: shape is {bag.shape}; give T x {wanted} finite numbers, T at least 1")
         return bag

@@ -1,7 +1,6 @@
 """2D images before a bundle's networks."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,8 +8,7 @@ from torch import nn
 
 from cadx.datasets import DatasetFolder
 from cadx.models.radiograph import RadiographConfig
-from cadx.predicting.subject import Said, Source, Subject
-from cadx.reading.images import read_image
+from cadx.predicting.subject import Said, Sample, Subject
 from cadx.transforms import Preprocessing
 from cadx.types import RawImage
 
@@ -21,13 +19,11 @@ class ImageSubject(Subject):
     kind = "image"
     batch_size = 64
 
-    def read(self, source: Source) -> RawImage:
+    def read(self, sample: Sample) -> RawImage:
         """The image."""
-        if isinstance(source, RawImage):
-            return source
-        if not isinstance(source, (bytes, Path)):
-            raise ValueError("image: give the path of a file, its bytes, or a RawImage")
-        return read_image(source)
+        if not isinstance(sample, RawImage):
+            raise ValueError("image: give what `cadx.reading.images.read_image` reads of its file")
+        return sample
 
     def item(self, raw: RawImage) -> np.ndarray:
         """Its pixels."""

@@ -28,8 +28,7 @@ from cadx.models import Detections
 from cadx.predicting.bags import FeatureSubject, SlideSubject
 from cadx.predicting.boxes import detectors_answer
 from cadx.predicting.images import ImageSubject
-from cadx.predicting.prevalence import prevalence_of
-from cadx.predicting.subject import Source, Subject
+from cadx.predicting.subject import Sample, Subject
 from cadx.predicting.table import decide
 from cadx.predicting.volumes import VolumeSubject
 from cadx.transforms import Preprocessing
@@ -123,7 +122,7 @@ class Predictor:
         self._networks = [network.to(self._device) for network in self.bundle.networks()]
         self.subject = subject_of(self.bundle.manifest)
         self._ranges = _ranges(self.bundle.reference())
-        self._prevalence = prevalence_of(self.bundle, prevalence or {})
+        self._prevalence = self.bundle.shares_at(prevalence or {})
 
     def member(self, number: int) -> "Predictor":
         """This predictor with one network of its ensemble alone, 0-based; the rest of the bundle stays."""
@@ -131,15 +130,15 @@ class Predictor:
         alone._networks = [self._networks[number]]
         return alone
 
-    def predict(self, source: Source, *, attention: bool = False) -> Prediction:
-        """The answer for one sample: a file, its bytes, or what was read of them.
+    def predict(self, sample: Sample, *, attention: bool = False) -> Prediction:
+        """The answer for one sample.
 
         Raises:
             ValueError: if it cannot be read, or lacks a spacing that the bundle requires.
         """
-        return self.predict_many([source], attention=attention)[0]
+        return self.predict_many([sample], attention=attention)[0]
 
-    def predict_many(self, sources: Sequence[Source], *, attention: bool = False) -> list[Prediction]:
+    def predict_many(self, samples: Sequence[Sample], *, attention: bool = False) -> list[Prediction]:
         """The answers for several samples, each as `predict` gives it.
 
         Raises:
@@ -147,8 +146,8 @@ class Predictor:
         """
         self._require_labels()
         answers: list[Prediction] = []
-        for group in _groups(sources, self.subject.batch_size):
-            raws = [self.subject.read(source) for source in group]
+        for group in _groups(samples, self.subject.batch_size):
+            raws = [self.subject.read(sample) for sample in group]
             for raw in raws:
                 self.subject.require_spacing(raw)
             items = [self.subject.item(raw) for raw in raws]

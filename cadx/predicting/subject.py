@@ -14,8 +14,8 @@ from cadx.datasets import DatasetFolder
 from cadx.models import Output
 from cadx.types import RawImage, RawVolume
 
-Source = Path | bytes | RawImage | RawVolume | np.ndarray
-"""A file, its bytes, or what was read of them; of a bag of features, T E numbers."""
+Sample = RawImage | RawVolume | Path | np.ndarray
+"""What a reader gives of an image or a volume; of a slide the path of its file, of a bag of features T E numbers."""
 
 
 class Said(NamedTuple):
@@ -42,7 +42,7 @@ class Said(NamedTuple):
 
 
 class Subject(ABC):
-    """One kind of sample: how it is read, and how networks are asked.
+    """One kind of sample: how networks are asked about it.
 
     Attributes:
         kind: of the samples of a dataset.
@@ -79,11 +79,11 @@ class Subject(ABC):
             )
 
     @abstractmethod
-    def read(self, source: Source) -> Any:
+    def read(self, sample: Sample) -> Any:
         """The raw sample.
 
         Raises:
-            ValueError: if it cannot be read.
+            ValueError: if it is none of this kind, or cannot be read.
         """
 
     @abstractmethod

@@ -7,7 +7,6 @@ exclude each other without one being a finding are averaged over all windows.
 
 from collections.abc import Callable, Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cadx.datasets import DatasetFolder, preview
-from cadx.loading.volumes import GridPatches, VolumePreprocessing, VolumeSource
+from cadx.loading.patches import VolumePreprocessing, VolumeSource
+from cadx.loading.volumes import GridPatches
 from cadx.models import Output
 from cadx.models.volume import VolumeConfig
-from cadx.predicting.subject import Said, Source, Subject
-from cadx.reading.volumes import read_volume
+from cadx.predicting.subject import Said, Sample, Subject
 from cadx.transforms import Cells
 from cadx.types import RawVolume, Task
 
@@ -114,17 +113,13 @@ class VolumeSubject(Subject):
 
     kind = "volume"
 
-    def read(self, source: Source) -> RawVolume:
-        """The volume, from a NIfTI file, a DICOM series or a zip of one.
-
-        Raises:
-            ValueError: if it cannot be read.
-        """
-        if isinstance(source, RawVolume):
-            return source
-        if not isinstance(source, Path):
-            raise ValueError("volume: give the path of a file or a folder, or what `read_volume` gives")
-        return read_volume(source)
+    def read(self, sample: Sample) -> RawVolume:
+        """The volume."""
+        if not isinstance(sample, RawVolume):
+            raise ValueError(
+                "volume: give what `cadx.reading.volumes.read_volume` reads of its file or folder"
+            )
+        return sample
 
     def item(self, raw: RawVolume) -> VolumeSource:
         """Its voxels as a source of blocks."""

@@ -5,10 +5,10 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from cadx.loading import Input, VolumePreprocessing
-from cadx.losses import LossConfig
 from cadx.models import ModelConfig
 from cadx.transforms import Augmentation
 from cadx.types import Config, Task
+from cadx.weighting import LossConfig
 
 SamplerName = Literal["natural", "balanced"]
 Monitor = Literal["auc", "ap50", "loss"]

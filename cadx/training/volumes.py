@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cadx.loading.volumes import Patch, Patch3DDataset, VolumePreprocessing, VolumeSource
+from cadx.loading.patches import VolumePreprocessing, VolumeSource
+from cadx.loading.volumes import Patch, Patch3DDataset
 from cadx.models import Output
 from cadx.models.volume import VolumeConfig
 from cadx.predicting.volumes import slide_over

@@ -14,11 +14,11 @@ from torch.utils.data import default_collate
 
 from cadx.datasets import DatasetFolder
 from cadx.loading.epochs import EpochDataset
-from cadx.losses import count_labels
 from cadx.metrics.ranking import auc_value
 from cadx.models import Output
 from cadx.sampling import BalancedSampler, EpochSampler
 from cadx.training.recipe import TrainingConfig, monitored
+from cadx.weighting import count_labels
 
 
 class Forward:
