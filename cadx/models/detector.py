@@ -70,6 +70,11 @@ class MedicalDetector(nn.Module):
             for found in self.network(images)
         ]
 
+    @property
+    def divisor(self) -> Tensor | None:
+        """By what the last losses were divided, or by 1 if it is less; None where each has its own divisor."""
+        return self.network.divisor
+
     def anchors_xyxy(self, height_px: int, width_px: int) -> list[Tensor]:
         """The anchors that the network in fact uses on an image: A 4 for each level, finest first."""
         return self.network.anchors_xyxy(height_px, width_px)

@@ -41,6 +41,11 @@ class Network(Protocol):
 
     backbone: "Pyramid"
 
+    @property
+    def divisor(self) -> Tensor | None:
+        """What all of the last losses were divided by, or by 1 if it is less; None if there is no such number."""
+        ...
+
     def __call__(self, images: Tensor, targets: list[dict[str, Tensor]] | None = None) -> Any:
         """A dict of losses in training, else a dict of boxes, labels and scores for each image."""
         ...
@@ -184,6 +189,10 @@ class LesionFasterRCNN(GeneralizedRCNN):
             _Heads(num_classes, backbone.num_levels, config),
             _AsTheyCome(2 ** (backbone.num_levels + 1)),
         )
+
+    @property
+    def divisor(self) -> None:
+        """None: each stage divides by the places that it has chosen."""
 
     def anchors_xyxy(self, height_px: int, width_px: int) -> list[Tensor]:
         """The anchors of an image, A 4 for each level."""
@@ -365,6 +374,11 @@ class LesionRetinaNet(RetinaNet):
         )
         self.transform = _AsTheyCome(2 ** (backbone.num_levels + 1))
 
+    @property
+    def divisor(self) -> Tensor | None:
+        """The anchors on the lesions of the last batch in training."""
+        return self.head.divisor
+
     def anchors_xyxy(self, height_px: int, width_px: int) -> list[Tensor]:
         """The anchors of an image, A 4 for each level."""
         return _anchors_by_level(self.anchor_generator, self.backbone, height_px, width_px)
@@ -378,6 +392,7 @@ class _DenseHead(RetinaNetHead):
         for head in (self.classification_head, self.regression_head):
             head.conv = head.conv[: config.num_head_convs]
         self.box_loss = config.box_loss
+        self.divisor: Tensor | None = None
 
     def forward(self, x: list[Tensor]) -> dict[str, Tensor]:
         return {name: each.float() for name, each in super().forward(x).items()}
@@ -405,6 +420,7 @@ class _DenseHead(RetinaNetHead):
             box_losses.append(boxes)
             num_positive += len(true)
         divisor = max(1, num_positive)
+        self.divisor = class_losses[0].new_tensor(float(num_positive))
         return {
             "classification": torch.stack(class_losses).sum() / divisor,
             "bbox_regression": torch.stack(box_losses).sum() / divisor,

@@ -63,10 +63,14 @@ class MedicalYOLO(nn.Module):
         num_classes: K, without the background.
         channels: of the images.
         config: see `YOLOConfig`.
+
+    Attributes:
+        divisor: the sum of all qualities, by which the last losses were divided, or by 1 if it is less.
     """
 
     def __init__(self, num_classes: int = 1, channels: int = 1, config: YOLOConfig | None = None) -> None:
         super().__init__()
+        self.divisor: Tensor | None = None
         self.config = config = config or YOLOConfig()
         self.num_classes = num_classes
         self.backbone = _Backbone(channels, config)
@@ -136,6 +140,7 @@ class MedicalYOLO(nn.Module):
         return Predicted(answer[..., 0], answer[..., 1:], torch.cat(boxes, 1), torch.cat(points))
 
     def _losses(self, predicted: Predicted, assigned: AssignedTargets) -> dict[str, Tensor]:
+        self.divisor = assigned.qualities.sum()
         counted = None
         if self.miner is not None:
             losses = self.loss.objectness_losses(predicted.objectness_logits, assigned.qualities)

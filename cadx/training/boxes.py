@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cadx.detection.average_precision import calculate_map
 from cadx.loading.boxes import BoxBatch, BoxDataset, BoxItem, augment_boxes, collate_boxes
 from cadx.mining import MinedNegatives, mine_false_positives
+from cadx.models.detector_config import FasterRCNNConfig
 from cadx.models.interface import Detections
 from cadx.predicting.boxes import detect, detection_table
 from cadx.training.workload import Draw, Forward, Setting, Workload
@@ -87,12 +88,28 @@ class BoxWorkload(Workload):
         return BoxBatch(images, targets, batch.items)
 
     def weights(self, batch: BoxBatch) -> dict[str, Tensor]:
-        """The number of lesions, at least 1: by about that number detectors divide their losses."""
-        num_lesions = sum(len(target.labels) for target in batch.targets)
-        return {"boxes": torch.tensor(float(max(1, num_lesions)), device=self.device)}
+        """Those of Faster R-CNN's losses, about: images, or lesions, of which it learns from as many places each."""
+        model = self.config.model
+        if not isinstance(model, FasterRCNNConfig):
+            return {}  # see `divisor`
+        images = torch.tensor(float(len(batch.targets)), device=self.device)
+        lesions = torch.tensor(float(sum(len(target.labels) for target in batch.targets)), device=self.device)
+        # A focal loss counts the background too, in a part without a lesion as if there were one.
+        objectness = lesions.clamp_min(1.0) if model.focal_objectness else images
+        return {
+            "loss_objectness": objectness,
+            "loss_rpn_box_reg": objectness,
+            "loss_classifier": images,
+            "loss_box_reg": images if model.box_loss == "smooth_l1" else lesions,
+        }
+
+    def divisor(self, network: nn.Module) -> Tensor | None:
+        """What a detector of one stage assigned to the lesions; None for Faster R-CNN."""
+        divisor: Tensor | None = network.divisor  # type: ignore[assignment]
+        return divisor
 
     def losses(self, network: Forward, batch: BoxBatch, draw: Draw) -> dict[str, Tensor]:
-        """The detector's losses on the augmented images, added up."""
+        """The detector's losses on the augmented images."""
         images, targets = batch.images, batch.targets
         if not self.config.augmentation.is_identity:
             images, targets = augment_boxes(
@@ -105,7 +122,7 @@ class BoxWorkload(Workload):
                 background=self.preprocessing.background,
             )
         losses: Mapping[str, Tensor] = network(images, targets)
-        return {"boxes": torch.stack([loss.float() for loss in losses.values()]).sum()}
+        return {name: loss.float() for name, loss in losses.items()}
 
     def answers(self, network: Forward, batches: Iterable[list[int]]) -> dict[int, Detections]:
         """What each whole image shows, in stored pixels."""

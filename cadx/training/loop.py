@@ -6,10 +6,11 @@ the weights of one that was not, bit for bit on a CPU with the same number of th
 of loader workers.
 
 A batch may be shared out: in parts that follow each other (`accumulation`), and among processes that `torchrun`
-starts. Each part's losses are weighted as if the batch were whole, so that a classifier's weights are the same within
-the noise of float32; a detector divides by what it assigns to the lesions of a part, so that its are the same but
-about. Batch normalisation is the exception: it sees its own part alone, in each process; use `norm: group`, or frozen
-statistics, where parts are small.
+starts. Each part's losses are weighted as if the batch were whole, so that the weights are the same within the noise of
+float32, with three exceptions. Batch normalisation sees its own part alone, in each process; use `norm: group`, or
+frozen statistics, where parts are small. Dropout, stochastic depth and the places that Faster R-CNN samples are drawn
+for each part by itself. And Faster R-CNN divides each loss by a number of places of its own, for which a part's images
+or lesions stand.
 """
 
 import copy
@@ -133,8 +134,9 @@ def fit(
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
+            kind = "GPU memory" if isinstance(error, torch.cuda.OutOfMemoryError) else "memory"
             raise ValueError(
-                f"out of {'GPU ' if torch.cuda.is_available() else ''}memory: set train.checkpointing: true, raise"
+                f"out of {kind}: set train.checkpointing: true, raise"
                 f" train.accumulation (now {config.accumulation}), lower train.batch_size (now {config.batch_size})"
                 f" or the input's size (now {input_text(config.preprocessing)}), or set train.precision: bf16"
             ) from None
@@ -427,6 +429,7 @@ class _Run:
             group["lr"] = self._learning_rate(total_step)
         parts = [workload.to_device(part) for part in parts]
         shares = self._shares(parts)
+        divisors: list[Tensor] = []
         loss: Tensor | None = None
         for number, part in enumerate(parts):
             self._seed_step(total_step, number)
@@ -436,19 +439,29 @@ class _Run:
             with self.trained.no_sync() if waits else nullcontext():  # type: ignore[operator]
                 losses = workload.losses(Forward(self.trained, self.accelerator.autocast), part, draw)
                 if shares is not None:
-                    losses = {name: value * shares[number][name] for name, value in losses.items()}
-                total: Tensor = sum(losses.values())  # type: ignore[assignment]
+                    divisor = workload.divisor(self.network)
+                    if divisor is None:
+                        losses = {name: value * shares[number][name] for name, value in losses.items()}
+                    else:
+                        divisors.append(divisor)
+                        losses = {name: value * divisor.clamp_min(1.0) for name, value in losses.items()}
+                total = torch.stack([*losses.values()]).sum()
                 if number == 0:
                     # Here and no earlier: gradients freed just before they are made anew reuse their memory.
                     self.optimizer.zero_grad()
                 self.accelerator.backward(total)
             loss = total.detach() if loss is None else loss + total.detach()
+        assert loss is not None
+        if divisors:
+            # Sums so far: what the whole batch is divided by is known only after the last part.
+            scale = self.num_processes / self._over_processes(torch.stack(divisors).sum()).clamp_min(1.0)
+            loss = loss * scale
+            torch._foreach_mul_([p.grad for p in self.network.parameters() if p.grad is not None], scale)
         if config.grad_clip:
             self.accelerator.clip_grad_norm_(self.network.parameters(), config.grad_clip)
         self.optimizer.step()
         if self.averaged is not None and config.ema_decay:
             _average(self.averaged, self.network, config.ema_decay, total_step)
-        assert loss is not None
         return loss
 
     def _shares(self, parts: list[Any]) -> list[dict[str, Tensor]] | None:
@@ -456,10 +469,10 @@ class _Run:
         if len(parts) == self.num_processes == 1:
             return None
         weights = [self.workload.weights(part) for part in parts]
-        total = {name: torch.stack([part[name].float() for part in weights]).sum() for name in weights[0]}
-        if self.num_processes > 1:
-            for value in total.values():
-                torch.distributed.all_reduce(value)
+        total = {
+            name: self._over_processes(torch.stack([part[name].float() for part in weights]).sum())
+            for name in weights[0]
+        }
         return [
             {
                 name: value * self.num_processes / total[name].clamp_min(torch.finfo(torch.float32).tiny)
@@ -467,6 +480,12 @@ class _Run:
             }
             for part in weights
         ]
+
+    def _over_processes(self, value: Tensor) -> Tensor:
+        """The sum of what every process has, in place."""
+        if self.num_processes > 1:
+            torch.distributed.all_reduce(value)
+        return value
 
     def _seed_step(self, total_step: int, part: int) -> None:
         place = self.rank * self.config.accumulation + part
@@ -489,16 +508,18 @@ class _Run:
         Raises:
             ValueError: if one is not finite.
         """
-        losses = torch.stack([loss for *_, loss in unread])
-        if self.num_processes > 1:
-            torch.distributed.all_reduce(losses)
+        losses = self._over_processes(torch.stack([loss for *_, loss in unread]))
         values = (losses / self.num_processes).tolist()
         for (step, items, _), value in zip(unread, values, strict=True):
             if not math.isfinite(value):
-                names = ", ".join(dict.fromkeys(self.workload.name(item) for item in items))
+                everywhere = [items]
+                if self.num_processes > 1:
+                    everywhere = [[]] * self.num_processes
+                    torch.distributed.all_gather_object(everywhere, items)
+                names = dict.fromkeys(self.workload.name(item) for part in everywhere for item in part)
                 raise ValueError(
                     f"loss is {value} at epoch {self.progress.epoch + 1}, step {step + 1}: {_CALMER};"
-                    f" samples of that batch: {names}"
+                    f" samples of that batch: {', '.join(names)}"
                 )
             self.progress.loss_sum += value
         unread.clear()

@@ -173,6 +173,13 @@ class Workload(ABC):
     def weights(self, batch: Any) -> dict[str, Tensor]:
         """How much the batch's part of each loss weighs: parts of a batch add up to the loss of the whole."""
 
+    def divisor(self, network: nn.Module) -> Tensor | None:
+        """In place of `weights`, for losses whose divisor only the network finds: that of those it gave last.
+
+        It is as counted: the losses were divided by it, or by 1 if it is less. None: `weights` says all.
+        """
+        return None
+
     @abstractmethod
     def losses(self, network: Forward, batch: Any, draw: Draw) -> dict[str, Tensor]:
         """The losses of a batch of `train` by name, float32; their sum is what is learned by."""
