@@ -86,7 +86,7 @@ class _Stored(_Described):
     """An entry whose bytes lie somewhere: `file` within cache and mirror, or an absolute path.
 
     What its files do not say can be given here: `spacing_mm` between a volume's voxels (slice, row, column), a
-    slide's `slide_mpp` and, of DICOM images, the `photometric_interpretation`. It is then recorded as an
+    slide's `slide_mpp` and, of DICOM images and series, the `photometric_interpretation`. It is then recorded as an
     assumption. A file that says otherwise is refused.
     `label_images_are_clean` says that somebody has looked at the label and macro images inside the slides.
     """
@@ -109,8 +109,8 @@ class _Stored(_Described):
             raise ValueError("slides come as folder, table or files")
         if self.task == "detection" and form not in ("table", "voc", "coco"):
             raise ValueError("boxes come as table, voc or coco: no other format holds them")
-        if self.photometric_interpretation and (self.kind != "image" or form == "npz"):
-            raise ValueError("photometric_interpretation is of DICOM images: kind image, in files")
+        if self.photometric_interpretation and (self.kind not in ("image", "volume") or form == "npz"):
+            raise ValueError("photometric_interpretation is of DICOM: kind image or volume, in files")
         if form == "npz" and self.patient != "per-image":
             raise ValueError("arrays name no patients: patient must be per-image")
         return self

@@ -1,15 +1,15 @@
 """How a source lies on disk -> what it says of each sample, before any of them is opened.
 
-One function per format of the catalogue. Invariants: nothing is left out in silence (an image without a label's
-row, a mask without an image, a box of an unknown class each stop); places name samples by row or by position in
-sorted order, never by file name or cell.
+One function per format of the catalogue. Invariants: nothing is left out in silence (a box of an unknown class
+stops; so does an orphan, an image without its label or a label without its image, unless the caller takes the
+list of them); places name samples by row or by position in sorted order, never by file name or cell.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, FiniteFloat, ValidationError
@@ -60,6 +60,8 @@ class _CocoFile(BaseModel):
     annotations: list[_CocoAnnotation]
 
 
+OrphanRule = Literal["image_without_label", "label_without_image"]
+TAKE_ORPHANS = "set ingest.orphans to leave_out"
 FileEntry = FolderEntry | TableEntry | FilesEntry | PairsEntry | VocEntry | CocoEntry
 _LARGEST = float(np.finfo(np.float32).max)
 Box = tuple[str, float, float, float, float]
@@ -112,25 +114,59 @@ class Bag:
     age: float
 
 
-def list_items(entry: FileEntry, root: Path) -> list[Item]:
+@dataclass(frozen=True)
+class Orphan:
+    """An image without its label, or a label (row, mask, annotation, boxes) without its image.
+
+    Attributes:
+        place: finds it in the source without naming it.
+        rule: the rule of `validate` that it fails.
+        reason: what it lacks.
+    """
+
+    place: str
+    rule: OrphanRule
+    reason: str
+
+
+def list_items(entry: FileEntry, root: Path, orphans: list[Orphan] | None = None) -> list[Item]:
     """The samples of a source of files.
 
+    Args:
+        entry: says how the source lies.
+        root: the source.
+        orphans: takes what has no partner, which is then no sample; None refuses it.
+
     Raises:
-        ValueError: one line that names what does not fit, by row number or by place in sorted order.
+        ValueError: one line that names what does not fit, by row number or by place in sorted order; or says that
+            nothing has its partner.
     """
     match entry:
         case FolderEntry():
             return _folder_items(entry, root)
         case TableEntry():
-            return _table_items(entry, root)
+            return _table_items(entry, root, orphans)
         case FilesEntry():
             return _named_items(entry, root)
         case PairsEntry():
-            return _pair_items(entry, root)
+            return _pair_items(entry, root, orphans)
         case VocEntry():
-            return _voc_items(entry, root)
+            return _voc_items(entry, root, orphans)
         case CocoEntry():
-            return _coco_items(entry, root)
+            return _coco_items(entry, root, orphans)
+
+
+def _unless_taken(orphans: list[Orphan] | None, found: list[Orphan], refusal: str) -> None:
+    """Hand over what has no partner, or refuse it where nobody takes it."""
+    if found and orphans is None:
+        raise ValueError(f"{refusal}, or {TAKE_ORPHANS}")
+    if orphans is not None:
+        orphans.extend(found)
+
+
+def _require_pairs(items: Sequence[Item], orphans: Sequence[Orphan] | None) -> None:
+    if not items and orphans:
+        raise ValueError(f"none of the source's images has its label: {len(orphans)} of both are alone")
 
 
 def _folder_items(entry: FolderEntry, root: Path) -> list[Item]:
@@ -167,19 +203,23 @@ def _class_members(entry: FolderEntry, folder: Path) -> list[Path]:
     return sorted([*candidate_files(folder, recursive=False), *series])
 
 
-def _table_items(entry: TableEntry, root: Path) -> list[Item]:
+def _table_items(entry: TableEntry, root: Path, orphans: list[Orphan] | None) -> list[Item]:
     rows = read_rows(root / entry.table)
     columns = entry.columns
     needed = [entry.file_column, entry.label_column, *entry.label_columns.values(), entry.mask_column]
     _require_columns(entry.table, rows, [*needed, *columns.model_dump().values(), *entry.clinical.values()])
     boxes = _boxes(entry, root) if entry.boxes else {}
+    boxed = set(boxes)
     items: dict[str, Item] = {}
     for number, row in enumerate(rows, start=2):
         place = f"{entry.table} row {number}"
         relative = _within(row[entry.file_column], f"{place}: column {entry.file_column}")
         path = root / entry.images / relative
         if not (path.is_file() or (entry.kind == "volume" and path.is_dir())):
-            raise ValueError(f"{place}: its {entry.kind} file is not there; add it, or remove the row")
+            orphan = Orphan(place, "label_without_image", f"its {entry.kind} file is not there")
+            _unless_taken(orphans, [orphan], f"{place}: {orphan.reason}; add it, remove the row")
+            boxes.pop(relative.as_posix(), None)
+            continue
         mask = None
         if entry.mask_column and row[entry.mask_column]:
             mask = root / _within(row[entry.mask_column], f"{place}: column {entry.mask_column}")
@@ -222,28 +262,44 @@ def _table_items(entry: TableEntry, root: Path) -> list[Item]:
             },
         )
     if boxes:
-        raise ValueError(f"{entry.boxes and entry.boxes.table}: boxes of {len(boxes)} files that have no row")
-    _refuse_files_without_row(entry.table, list(items.values()))
+        table = f"{entry.boxes and entry.boxes.table}"
+        alone = [
+            Orphan(f"{table}, file {number} in sorted order", "label_without_image", "its boxes have no row")
+            for number, name in enumerate(sorted(boxed), start=1)
+            if name in boxes
+        ]
+        refusal = f"{table}: boxes of {len(boxes)} files that have no row; add rows, take the boxes out"
+        _unless_taken(orphans, alone, refusal)
+    _find_files_without_row(entry.table, list(items.values()), orphans)
+    _require_pairs(list(items.values()), orphans)
     return list(items.values())
 
 
-def _refuse_files_without_row(table: str, items: list[Item]) -> None:
+def _find_files_without_row(table: str, items: list[Item], orphans: list[Orphan] | None) -> None:
     listed = {item.path for item in items} | {item.mask for item in items}
     folders = sorted({item.path.parent for item in items})
     suffixes = {item.path.suffix for item in items if item.path.is_file()}
-    without = [
-        path
-        for folder in folders
-        for path in candidate_files(folder, recursive=False)
-        if path not in listed and (path.suffix in suffixes or sniff_file(path) is not None)
-    ]
+    there = {path for folder in folders for path in candidate_files(folder, recursive=False)}
+    without = {path for path in there - listed if path.suffix in suffixes or sniff_file(path) is not None}
     if any(item.path.is_dir() for item in items):
         beside = {path for folder in folders for path in folder.iterdir() if path.is_dir()}
         above = {parent for path in listed if path for parent in path.parents}
-        without += [path for path in beside - listed - above if not path.name.startswith(".")]
+        without |= {path for path in beside - listed - above if not path.name.startswith(".")}
+        there |= beside
     if without:
-        raise ValueError(
-            f"{table}: {len(without)} samples beside the listed have no row; add rows or move them"
+        alone = [
+            Orphan(
+                f"{table}: file {number} in sorted order of its folders",
+                "image_without_label",
+                "it has no row",
+            )
+            for number, path in enumerate(sorted(there), start=1)
+            if path in without
+        ]
+        _unless_taken(
+            orphans,
+            alone,
+            f"{table}: {len(without)} samples beside the listed have no row; add rows, move them",
         )
 
 
@@ -312,20 +368,15 @@ def _named_items(entry: FilesEntry, root: Path) -> list[Item]:
     return items
 
 
-def _pair_items(entry: PairsEntry, root: Path) -> list[Item]:
+def _pair_items(entry: PairsEntry, root: Path, orphans: list[Orphan] | None) -> list[Item]:
     images, masks = (
         {path.relative_to(root / folder).as_posix(): path for path in candidate_files(root / folder)}
         for folder in (entry.images, entry.masks)
     )
-    for these, those, what, other in ((images, masks, "image", "mask"), (masks, images, "mask", "image")):
-        if alone := [number for number, name in enumerate(sorted(these), start=1) if name not in those]:
-            raise ValueError(
-                f"{len(alone)} of {len(these)} {what}s have no {other} of the same name"
-                f" ({what} {', '.join(map(str, alone[:5]))} in sorted order); add it, or take the {what} out"
-            )
-    if not images:
+    _find_alone(images, masks, ("image", "mask"), orphans)
+    if not images and not masks:
         raise ValueError("the folders of images and masks are empty")
-    return [
+    items = [
         Item(
             place=f"image {number} in sorted order",
             path=images[name],
@@ -335,23 +386,40 @@ def _pair_items(entry: PairsEntry, root: Path) -> list[Item]:
             mask_values=entry.mask_values,
         )
         for number, name in enumerate(sorted(images), start=1)
+        if name in masks
     ]
+    _require_pairs(items, orphans)
+    return items
 
 
-def _voc_items(entry: VocEntry, root: Path) -> list[Item]:
+def _find_alone(
+    images: Iterable[str], labels: Iterable[str], nouns: tuple[str, str], orphans: list[Orphan] | None
+) -> None:
+    """Find names that stand on one side only; `nouns` are what one calls an image and a label."""
+    image, label = nouns
+    rules: tuple[OrphanRule, OrphanRule] = ("image_without_label", "label_without_image")
+    for these, those, what, other, rule in (
+        (images, set(labels), image, label, rules[0]),
+        (labels, set(images), label, image, rules[1]),
+    ):
+        names = sorted(these)
+        if alone := [number for number, name in enumerate(names, start=1) if name not in those]:
+            lacks = f"no {other} of the same name"
+            _unless_taken(
+                orphans,
+                [Orphan(f"{what} {number} in sorted order", rule, f"it has {lacks}") for number in alone],
+                f"{len(alone)} of {len(names)} {what}s have {lacks}"
+                f" ({what} {', '.join(map(str, alone[:5]))} in sorted order); add it, take the {what} out",
+            )
+
+
+def _voc_items(entry: VocEntry, root: Path, orphans: list[Orphan] | None) -> list[Item]:
     """Pascal VOC: corners are 1-based and inclusive, so minima become one less, and maxima stay."""
     paths, notes = (
         _by_stem(candidate_files(root / folder), what)
         for folder, what in ((entry.images, "images"), (entry.annotations, "annotations"))
     )
-    for these, those, what, other in (
-        (paths, notes, "image", "annotation"),
-        (notes, paths, "annotation", "image"),
-    ):
-        if alone := len(these.keys() - those.keys()):
-            raise ValueError(
-                f"{alone} of {len(these)} {what}s have no {other} of the same name; add or move them"
-            )
+    _find_alone(paths, notes, ("image", "annotation"), orphans)
     given: dict[str, str] = {}
     for split, listing in entry.splits.items():
         try:
@@ -362,13 +430,15 @@ def _voc_items(entry: VocEntry, root: Path) -> list[Item]:
         if not lines:
             raise ValueError(f"splits.{split}: its list is missing or empty")
         for number, stem in enumerate(lines, start=1):
-            if stem not in paths:
+            if stem not in paths and stem not in notes:  # what is alone was found above
                 raise ValueError(f"splits.{split}: line {number} names an image that is not there")
             if stem in given:
                 raise ValueError(f"splits.{split}: line {number} names an image of split {given[stem]}")
             given[stem] = split
     items = []
     for number, stem in enumerate(sorted(paths), start=1):
+        if stem not in notes:
+            continue
         place = f"image {number} in sorted order"
         annotation = _voc_annotation(notes[stem], place)
         boxes = list(_voc_boxes(entry, annotation, place))
@@ -383,6 +453,7 @@ def _voc_items(entry: VocEntry, root: Path) -> list[Item]:
                 size_px=_size_px(annotation.findtext("size/height"), annotation.findtext("size/width")),
             )
         )
+    _require_pairs(items, orphans)
     if not items:
         raise ValueError("the folder of images is empty")
     return items
@@ -437,7 +508,7 @@ def _size_px(height: str | float | None, width: str | float | None) -> tuple[int
     return size if min(size) > 0 else None
 
 
-def _coco_items(entry: CocoEntry, root: Path) -> list[Item]:
+def _coco_items(entry: CocoEntry, root: Path, orphans: list[Orphan] | None) -> list[Item]:
     """COCO: boxes are x, y, width, height, 0-based; images without annotations are in use too."""
     files = entry.annotations if isinstance(entry.annotations, dict) else {"": entry.annotations}
     items: dict[str, Item] = {}
@@ -478,7 +549,9 @@ def _coco_items(entry: CocoEntry, root: Path) -> list[Item]:
             place = f"{where}, image {number}"
             relative = _within(listed.file_name, f"{place}: file_name")
             if not (root / entry.images / relative).is_file():
-                raise ValueError(f"{place}: its file is not there; add it, or remove the image")
+                orphan = Orphan(place, "label_without_image", "its file is not there")
+                _unless_taken(orphans, [orphan], f"{place}: {orphan.reason}; add it, remove the image")
+                continue
             if relative.as_posix() in items:
                 raise ValueError(f"{place}: the same file as {items[relative.as_posix()].place}; keep one")
             items[relative.as_posix()] = Item(
@@ -490,9 +563,10 @@ def _coco_items(entry: CocoEntry, root: Path) -> list[Item]:
                 boxes=boxes[image],
                 size_px=_size_px(listed.height, listed.width),
             )
+    _require_pairs(list(items.values()), orphans)
     if not items:
         raise ValueError("annotations: no image is listed")
-    _refuse_files_without_row("annotations", list(items.values()))
+    _find_files_without_row("annotations", list(items.values()), orphans)
     return list(items.values())
 
 

@@ -40,7 +40,7 @@ from cadx.catalog import (
 from cadx.datasets import VOXEL_TYPES, DatasetWriter, SourceInfo, preview
 from cadx.drift import image_statistics
 from cadx.files import digest_bytes, digest_path
-from cadx.layouts import FileEntry, Item, list_items, read_bags
+from cadx.layouts import FileEntry, Item, Orphan, list_items, read_bags
 from cadx.quality import image_checks, perceptual_hash
 from cadx.reading.dicom import BURNED_IN
 from cadx.reading.identifiers import LABEL_IMAGES, file_identifiers
@@ -62,6 +62,11 @@ class IngestParams(Params):
         default="stop",
         description="what a file that cannot be taken does: it stops the step, or is left out and listed with its "
         "reason in dataset.json and in the report of `validate`",
+    )
+    orphans: Literal["stop", "leave_out"] = Field(
+        default="stop",
+        description="what an image without its label (mask, row, annotation) and a label without its image do: as "
+        "above, under the rules image_without_label and label_without_image of `validate`",
     )
 
 
@@ -107,7 +112,7 @@ def ingest(*, catalog: In, cache: Keep, dataset: Out, digest: str = "", params: 
             elif isinstance(layout, BagsEntry):
                 _add_bags(writer, name, layout, root, key)
             else:
-                _add_files(writer, name, layout, root, key, leave_out=params.unreadable == "leave_out")
+                _add_files(writer, name, layout, root, key, params)
 
 
 def _digest(name: str, root: Path) -> Digest:
@@ -281,14 +286,17 @@ class _Read:
 
 
 def _add_files(
-    writer: DatasetWriter, name: str, entry: FileEntry, root: Path, key: bytes, *, leave_out: bool
+    writer: DatasetWriter, name: str, entry: FileEntry, root: Path, key: bytes, params: IngestParams
 ) -> None:
+    orphans: list[Orphan] | None = [] if params.orphans == "leave_out" else None
     try:
-        items = list_items(entry, root)
+        items = list_items(entry, root, orphans)
     except OSError as error:  # its text repeats a file's name
         raise ValueError(
             f"{name}: the source cannot be listed ({type(error).__name__}); check its rights"
         ) from None
+    for orphan in orphans or ():
+        writer.leave_out(orphan.place, f"{orphan.rule}: {orphan.reason}")
     named = sorted(
         zip(_file_ids(items, key), items, strict=True), key=lambda pair: (pair[0], pair[1].frame or 0)
     )
@@ -306,7 +314,7 @@ def _add_files(
                 patient = _patient(entry, key, file_id, item.patient or read.samples[0].patient or "", "")
             except ValueError as error:
                 problem = str(error)
-        if problem and leave_out:
+        if problem and params.unreadable == "leave_out":
             writer.leave_out(item.place, problem)
         elif problem:
             problems.append(f"{item.place}: {problem}")
@@ -401,7 +409,7 @@ def _load_image(item: Item, entry: FileEntry) -> _Loaded:
 def _load_volume(item: Item, entry: FileEntry) -> _Loaded:
     from cadx.reading.volumes import read_mask, read_volume
 
-    volume = read_volume(item.path, spacing_mm=entry.spacing_mm)
+    volume = read_volume(item.path, spacing_mm=entry.spacing_mm, photometric=entry.photometric_interpretation)
     return _Loaded(
         array=volume.voxels,
         sha256=digest_path(item.path),

@@ -5,7 +5,8 @@ columns, on the table of boxes, of features, or of the classes that are left. Wh
 severity:
 
     stop        the step fails in one line and writes nothing
-    quarantine  the samples are named in validation.json; `split` keeps them out of every split
+    quarantine  the samples are named in validation.json; `split` keeps them out of every split. Orphans, which
+                no split could hold, are listed there as left out
     warn        it is said, and nothing else
 
 Exact copies (equal pixels) are the fault that makes results too good. One image of each group of copies is
@@ -26,7 +27,8 @@ validation.json:
     rules               name, severity, passed, count (of what is judged: samples, boxes, features or classes),
                         message, sample_ids (20 at most)
     quarantined         sample_id, reason; one entry per sample
-    left_out            place, reason; one entry per file of the source that `ingest` could not take and left out
+    left_out            place, reason; one entry per file of the source that `ingest` could not take and left out, and
+                        per orphan, whose reason starts with its rule
     great_expectations  success, evaluated, successful, failed (expectation, column, rule)
     passed              true: no rule of severity stop failed (else there is no file)
 """
@@ -43,6 +45,7 @@ from pydantic import Field
 
 from cadx.datasets import DatasetFolder
 from cadx.files import digest_path, write_json
+from cadx.layouts import OrphanRule
 from cadx.quality import PRECEDENCE, DuplicateKind, box_problems, checked_samples, feature_table
 from cadx.reporting import PALETTE, Page, boxes_by_group, draw_boxes, side_by_side
 from cadx.sampling import analyze_class_imbalance
@@ -50,6 +53,7 @@ from components.contract import In, Out, Params, step
 
 Severity = Literal["stop", "quarantine", "warn"]
 TableSeverity = Literal["stop", "warn"]
+OrphanSeverity = Literal["stop", "quarantine"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 OFFICIAL_SPLITS = ("train", "val", "calibration", "test")
@@ -66,6 +70,9 @@ class ValidateParams(Params):
     """A severity for each rule, and the limits of some of them."""
 
     left_out: TableSeverity = "warn"  # a file that `ingest` could not take: its row is gone already
+    # What has no partner stops `ingest` already, unless ingest.orphans is leave_out.
+    image_without_label: OrphanSeverity = "quarantine"
+    label_without_image: OrphanSeverity = "quarantine"
     label_values: Severity = "stop"  # a label is 0, 1 or missing
     one_hot: Severity = "stop"  # exactly one class per labelled sample, unless multilabel
     unlabelled: Severity = "warn"  # no label at all: takes no part in training or scoring
@@ -127,7 +134,7 @@ def validate(*, dataset: In, validation: Out, report: Out, params: ValidateParam
     checked = checked_samples(folder, **{name: getattr(params, name) for name in limits})
     tables = [(_sample_rules(folder, checked, params), checked)]
     if folder.info.left_out:
-        tables.append(([_left_out_rule(folder, params)], _left_out_table(folder)))
+        tables.append((_left_out_rules(folder, params), _left_out_table(folder)))
     if len(folder.boxes):
         boxes = box_problems(folder.boxes, folder.samples, folder.info.classes)
         tables.append((_box_rules(params), boxes))
@@ -525,22 +532,34 @@ def _count(number: int, noun: str, plural: str = "") -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
-def _left_out_rule(folder: DatasetFolder, params: ValidateParams) -> _Rule:
-    """The source gave a sample for each of its files."""
+def _left_out_rules(folder: DatasetFolder, params: ValidateParams) -> list[_Rule]:
+    """The source gave a sample for each of its files, and none without its partner."""
     noun = NOUNS[folder.info.kind]
-    return _Rule(
-        "left_out",
-        params.left_out,
-        (_values("is_taken", [True]),),
-        lambda rows: f"{_count(len(rows), noun)} of the source could not be taken and stayed out",
-        "repair them at their source; the list below says what is wrong with each",
-    )
+
+    def rule(name: str, one: str, words: str, fix: str) -> _Rule:
+        return _Rule(
+            name,
+            getattr(params, name),
+            (_values(f"is_free_of_{name}", [True]),),
+            lambda rows: f"{_count(len(rows), one)} of the source {words} and stayed out",
+            f"{fix}; dataset.json lists where each is",
+        )
+
+    return [
+        rule("left_out", noun, "could not be taken", "repair them at their source"),
+        rule("image_without_label", noun, "had no label", "give each its mask, row or annotation"),
+        rule("label_without_image", "label", f"had no {noun}", f"add the {noun}s, or take the labels out"),
+    ]
 
 
 def _left_out_table(folder: DatasetFolder) -> pd.DataFrame:
-    """A row per file of the source: whether it became a sample."""
-    taken = [True] * len(folder.samples) + [False] * len(folder.info.left_out)
-    return pd.DataFrame({"is_taken": taken})
+    """A row per file of the source, and whether it is free of each reason for not becoming a sample."""
+    reasons = [one.reason.partition(":")[0] for one in folder.info.left_out]
+    orphans = get_args(OrphanRule)
+    causes = [""] * len(folder.samples) + [reason if reason in orphans else "left_out" for reason in reasons]
+    return pd.DataFrame(
+        {f"is_free_of_{name}": [cause != name for cause in causes] for name in ("left_out", *orphans)}
+    )
 
 
 def _class_labels(folder: DatasetFolder, kept: pd.DataFrame) -> pd.DataFrame:

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 from scipy.spatial import cKDTree
+from test_volumes import phantom, write_series
 
 from cadx.catalog import describe_folder
 from cadx.datasets import DatasetFolder
@@ -40,7 +41,7 @@ def run(tmp_path, monkeypatch) -> Run:
     monkeypatch.setenv("CADX_SITE_KEY", 32 * "5a")
 
     def ingested(
-        entry: dict[str, object], out: str = "dataset", digest: str = "", unreadable: str = "stop"
+        entry: dict[str, object], out: str = "dataset", digest: str = "", **params: str
     ) -> DatasetFolder:
         catalog = tmp_path / "catalog.yaml"
         catalog.write_text(yaml.safe_dump({"mine": entry}), encoding="utf-8")
@@ -48,7 +49,7 @@ def run(tmp_path, monkeypatch) -> Run:
         try:
             ingest(
                 catalog=catalog, cache=tmp_path / "cache", dataset=tmp_path / out, digest=digest,
-                params=json.dumps({"source": "mine", "unreadable": unreadable}),
+                params=json.dumps({"source": "mine"} | params),
             )  # fmt: skip
         except ValueError as error:
             assert "\n" not in str(error)  # noqa: PT017  it is raised again
@@ -300,6 +301,23 @@ def test_an_unknown_photometric_interpretation_is_refused_until_the_entry_gives_
         assert assumed in report.read_text()
 
 
+def test_a_series_of_unknown_photometric_interpretation_is_taken_as_the_entry_says(run, tmp_path):
+    for name in ("normal", "opacity"):
+        (tmp_path / "own" / name).mkdir(parents=True)
+    unknown = {"PatientName": None, "PatientID": None, "PhotometricInterpretation": None}
+    write_series(tmp_path / "own/normal/first", phantom(), **unknown)
+    entry = COMMON | {
+        "format": "folder", "kind": "volume", "file": str(tmp_path / "own"), "patient": "per-image",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"missing or unknown; .* give photometric_interpretation in the"):
+        run(entry)
+    folder = run(entry | {"photometric_interpretation": "MONOCHROME2"})
+    np.testing.assert_array_equal(folder.pixels("first"), phantom().transpose(2, 1, 0))
+    assert folder.info.assumptions == (
+        "no known PhotometricInterpretation in the file: MONOCHROME2 was taken as given",
+    )
+
+
 def test_a_photometric_interpretation_that_the_file_contradicts_is_refused(run, tmp_path):
     for name in ("normal", "opacity"):
         write_dicom(tmp_path / f"own/{name}/{name}.dcm", np.zeros((4, 4), np.uint8))
@@ -307,8 +325,8 @@ def test_a_photometric_interpretation_that_the_file_contradicts_is_refused(run, 
     assert run(entry | {"photometric_interpretation": "MONOCHROME2"}).info.assumptions == ()
     with pytest.raises(ValueError, match="MONOCHROME1 was given, but the file says MONOCHROME2; remove it"):
         run(entry | {"photometric_interpretation": "MONOCHROME1"}, "other")
-    with pytest.raises(ValueError, match="photometric_interpretation is of DICOM images"):
-        run(entry | {"kind": "volume", "photometric_interpretation": "MONOCHROME1"}, "other")
+    with pytest.raises(ValueError, match="photometric_interpretation is of DICOM: kind image or volume"):
+        run(entry | {"kind": "slide", "photometric_interpretation": "MONOCHROME1"}, "other")
 
 
 def test_multilabel_table(run, tmp_path, table):
@@ -568,6 +586,23 @@ def test_corrupt_files_are_left_out_by_declaration_and_listed_to_the_end(run, tm
             report=tmp_path / "v.html",
             params='{"left_out": "stop"}',
         )
+
+
+def test_orphans_of_a_table_stay_out_by_declaration_and_each_is_named_by_its_rule(run, table, tmp_path):
+    write_rows(tmp_path, *(f"{index}.png,no,P,,,,," for index in range(4)), "gone.png,no,P,,,,,")
+    write_png(tmp_path / "own/images/Ignatowska.png", np.zeros((4, 4), np.uint8))
+    boxes = (tmp_path / "own/boxes.csv").read_text()
+    (tmp_path / "own/boxes.csv").write_text(f"{boxes}Ignatowska.png,r1,yes,1,2,3,4\n")
+    with pytest.raises(ValueError, match=r"row 6: its image file is not there; .* set ingest\.orphans"):
+        run(table)
+    folder = run(table, orphans="leave_out")
+    assert len(folder.samples) == 4
+    assert [one.reason for one in folder.info.left_out] == [
+        "label_without_image: its image file is not there",
+        "label_without_image: its boxes have no row",
+        "image_without_label: it has no row",
+    ]
+    assert not any("Ignatowska" in one.place for one in folder.info.left_out)
 
 
 def test_folders_and_classes_must_agree(run, folders, tmp_path):

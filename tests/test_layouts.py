@@ -21,7 +21,7 @@ from cadx.catalog import (
     VocEntry,
     load_catalog,
 )
-from cadx.layouts import list_items, read_bags
+from cadx.layouts import Orphan, list_items, read_bags
 
 DESCRIBED: dict[str, Any] = {
     "title": "made for a test",
@@ -252,6 +252,34 @@ def test_hippocampus_orphans_are_found_on_both_sides(mirror: Path, root: Path) -
     assert all(item.mask and item.mask.name == item.path.name for item in items)
     with pytest.raises(ValueError, match="1 of 1 images have no mask of the same name"):
         list_items(entry, mirror / "hippocampus/orphans")
+
+
+def test_orphans_of_voc_and_coco_are_handed_over_in_place_of_the_refusal(tmp_path: Path) -> None:
+    entry = voc(tmp_path / "voc", {"a": [], "b": [("cell", 1, 2, 3, 4)], "c": []})
+    entry = entry.model_copy(update={"splits": {"train": "train.txt"}})
+    (tmp_path / "voc/train.txt").write_text("a\nb\nc\n")
+    (tmp_path / "voc/Annotations/a.xml").unlink()
+    (tmp_path / "voc/JPEGImages/c.jpg").unlink()
+    orphans: list[Orphan] = []
+    (item,) = list_items(entry, tmp_path / "voc", orphans)
+    assert (item.place, item.path.stem, len(item.boxes)) == ("image 2 in sorted order", "b", 1)
+    assert [(one.place, one.rule) for one in orphans] == [
+        ("image 1 in sorted order", "image_without_label"),
+        ("annotation 2 in sorted order", "label_without_image"),
+    ]
+
+    for name in ("two", "unlisted"):
+        picture(tmp_path / f"coco/{name}.png")
+    (tmp_path / "coco/all.json").write_text(json.dumps(coco()))
+    orphans = []
+    (item,) = list_items(
+        CocoEntry(**DETECTION, format="coco", annotations="all.json"), tmp_path / "coco", orphans
+    )
+    assert (item.path.stem, len(item.boxes)) == ("two", 1)
+    assert [(one.place, one.rule) for one in orphans] == [
+        ("annotations, image 1", "label_without_image"),
+        ("annotations: file 3 in sorted order of its folders", "image_without_label"),
+    ]
 
 
 def test_a_mask_without_an_image_is_found(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Every public set of the mirror goes through ingest, validate, split and imbalance, and shows its known defects."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
@@ -50,14 +51,16 @@ def _mirror(mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CADX_DATA_MIRROR", str(mirror))
 
 
-def made(name: str, root: Path, folder: Path, changes: dict[str, Any] | None = None) -> DatasetFolder:
+def made(
+    name: str, root: Path, folder: Path, changes: dict[str, Any] | None = None, **params: Any
+) -> DatasetFolder:
     entry = yaml.safe_load((root / "data/catalog.yaml").read_text())[name] | (changes or {})
     (folder / "catalog.yaml").write_text(yaml.safe_dump({name: entry}))
     ingest(
         catalog=folder / "catalog.yaml",
         cache=folder / "cache",
         dataset=folder / "dataset",
-        params=IngestParams(source=name),
+        params=IngestParams(source=name, **params),
     )
     return DatasetFolder(folder / "dataset")
 
@@ -182,6 +185,46 @@ def test_a_label_image_stops_until_somebody_has_looked_at_it(root: Path, tmp_pat
 def test_orphans_are_refused_on_both_sides(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="have no mask of the same name"):
         made("hippocampus-volumes", root, tmp_path, {"images": "orphans/images", "masks": "orphans/labels"})
+
+
+def test_orphans_stay_out_by_declaration_listed_under_the_rule_of_their_side(
+    root: Path, tmp_path: Path, mirror: Path
+) -> None:
+    cohort = tmp_path / "hippocampus"
+    for side in ("images", "labels"):
+        (cohort / side).mkdir(parents=True)
+        whole = sorted((mirror / "hippocampus" / side).iterdir())[:6]
+        for file in (*whole, *(mirror / "hippocampus/orphans" / side).iterdir()):
+            shutil.copy(file, cohort / side)
+    changes = {"file": str(cohort), "digest": None, "address": None}
+    with pytest.raises(ValueError, match=r"have no mask of the same name .*set ingest\.orphans to leave_out"):
+        made("hippocampus-volumes", root, tmp_path, changes)
+    dataset = made("hippocampus-volumes", root, tmp_path, changes, orphans="leave_out")
+    assert dataset.info.num_samples == 6
+    validation = judged(tmp_path)
+    rules = {rule["name"]: (rule["severity"], rule["count"]) for rule in validation["rules"]}
+    found = {name: rules[name] for name in ("left_out", "image_without_label", "label_without_image")}
+    assert found == {
+        "left_out": ("warn", 0),
+        "image_without_label": ("quarantine", 1),
+        "label_without_image": ("quarantine", 2),
+    }
+    assert [one["reason"] for one in validation["left_out"]] == [
+        "image_without_label: it has no mask of the same name",
+        *["label_without_image: it has no image of the same name"] * 2,
+    ]
+    page = (tmp_path / "validation.html").read_text()
+    for text in (
+        "image without label",
+        "label without image",
+        *(one["place"] for one in validation["left_out"]),
+    ):
+        assert text in page
+    with pytest.raises(ValueError, match="rule label_without_image: 2 labels of the source had no volume"):
+        judged(tmp_path, label_without_image="stop")
+    orphans = {"images": "orphans/images", "masks": "orphans/labels"}
+    with pytest.raises(ValueError, match="none of the source's images has its label: 3 of both are alone"):
+        made("hippocampus-volumes", root, tmp_path, orphans, orphans="leave_out")
 
 
 def test_a_mask_of_another_shape_is_refused(root: Path, tmp_path: Path, mirror: Path) -> None:

@@ -713,6 +713,42 @@ def test_slices_lost_in_a_pattern_are_found_and_none_where_none_is_lost(
     assert volume.spacing_mm == (np.median(gaps_mm), 0.9, 0.8)
 
 
+IN_STACK, IN_ALL = ", by NumberOfSlices", ", by ImagesInAcquisition"
+
+
+@pytest.mark.parametrize(
+    ("kept", "common", "finding"),
+    [
+        (range(2, 12), {"NumberOfSlices": 12}, f"10 of 12 slices are there{IN_STACK}"),
+        (range(10), {"ImagesInAcquisition": 12, "Modality": "MR"}, f"10 of 12 slices are there{IN_ALL}"),
+        (range(10), {"ImagesInAcquisition": 24, "NumberOfTemporalPositions": 2}, f"10 of 12 slices are there{IN_ALL}"),
+        ((0, 1, 2, 6, 7, 8), {"NumberOfSlices": 12},
+         f"3 slices are missing in 1 places, and 6 of 12 slices are there{IN_STACK}"),
+        ((4,), {"NumberOfSlices": 12}, f"1 of 12 slices are there{IN_STACK}"),
+        (range(6), {"NumberOfSlices": 12, "ImagesInAcquisition": 6}, f"6 of 12 slices are there{IN_STACK}"),
+        # Nothing is known to be lost:
+        (range(12), {"NumberOfSlices": 12}, None),
+        (range(12), {"NumberOfSlices": 12, "ImagesInAcquisition": 13}, None),  # of this stack, and of more
+        ((0, 1, 2, 6, 7, 8), {"NumberOfSlices": 9}, "3 slices are missing in 1 places"),
+        (range(12), {"ImagesInAcquisition": 24}, None),  # one of two echoes
+        (range(10), {"ImagesInAcquisition": 25, "NumberOfTemporalPositions": 2}, None),  # counted by other rules
+        (range(12), {"ImagesInAcquisition": 5}, None),
+        (range(12), {"ImagesInAcquisition": 10**9}, None),
+        (range(2, 12), {}, None),  # no header says how many there were
+    ],
+)  # fmt: skip
+def test_slices_lost_at_the_ends_are_found_where_the_headers_count_them(tmp_path, kept, common, finding):
+    folder = write_series(tmp_path / "s", phantom((7, 6, 12)), SliceThickness=2.5, **common)
+    for k in set(range(12)).difference(kept):
+        next(folder.glob(f"*-{k}.dcm")).unlink()
+    assert read_volume(folder).findings == (() if finding is None else (f"missing_slices: {finding}",))
+
+
+def test_headers_that_count_differently_tell_nothing_of_lost_slices(tmp_path):
+    elements = [{"NumberOfSlices": 12 + k} for k in range(5)]
+    assert read_volume(write_series(tmp_path / "s", phantom(), elements=elements)).findings == ()
+
+
 def test_a_few_slices_out_of_place_do_not_make_all_others_missing(tmp_path):
     heights = [float(k) for k in range(30)]
     heights[7], heights[15], heights[22] = 6.25, 14.25, 21.25
@@ -821,6 +857,57 @@ def test_a_zip_reads_as_its_folder_and_junk_of_the_system_is_passed_over(tmp_pat
     volume = read_volume(zip_of(folder, tmp_path / "s.zip"))
     np.testing.assert_array_equal(volume.voxels, expected.voxels)
     assert volume.spacing_mm == expected.spacing_mm
+
+
+def test_a_zip_is_read_slice_by_slice_into_little_more_than_its_volume(tmp_path):
+    voxels = np.random.default_rng(0).integers(-1000, 1000, (128, 128, 96)).astype(np.int16)
+    path = zip_of(write_series(tmp_path / "s", voxels), tmp_path / "s.zip")
+    read_volume(path)  # the libraries' own tables
+    tracemalloc.start()
+    volume = read_volume(path)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(volume.voxels, voxels.transpose(2, 1, 0))
+    assert peak_bytes < 1.25 * volume.voxels.nbytes
+
+
+def test_a_member_too_large_for_one_file_and_one_that_is_no_dicom_are_not_unpacked(tmp_path, monkeypatch):
+    path = tmp_path / "s.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("1.dcm", bytes(200 << 20))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="no DICOM image in it"):
+        read_volume(path)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 10 << 20
+    monkeypatch.setattr(volumes, "MAX_FILE_BYTES", 100 << 20)
+    with pytest.raises(ValueError, match=f"a member claims {200 << 20} bytes, over the limit of {100 << 20}"):
+        read_volume(path)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("stated", [None, "MONOCHROM"])
+def test_an_unknown_photometric_interpretation_of_a_series_can_be_given(tmp_path, stated, packed):
+    source = write_series(tmp_path / "s", phantom(), PhotometricInterpretation=stated)
+    if packed:
+        source = zip_of(source, tmp_path / "s.zip")
+    with pytest.raises(
+        ValueError, match=r"PhotometricInterpretation is missing or unknown; .* or give photometric"
+    ):
+        read_volume(source)
+    for given in ("MONOCHROME1", "MONOCHROME2"):
+        volume = read_volume(source, photometric=given)
+        # Voxels keep the file's scale: nothing is turned.
+        np.testing.assert_array_equal(volume.voxels, phantom().transpose(2, 1, 0))
+        assert volume.assumptions == (
+            f"no known PhotometricInterpretation in the file: {given} was taken as given",
+        )
+    with pytest.raises(ValueError, match="its PhotometricInterpretation is not read"):
+        read_volume(source, photometric="RGB")
+    stating = write_series(tmp_path / "stating", phantom())
+    with pytest.raises(ValueError, match="MONOCHROME1 was given, but the file says MONOCHROME2; remove it"):
+        read_volume(stating, photometric="MONOCHROME1")
 
 
 def test_a_file_that_is_no_dicom_is_refused_since_it_may_be_a_slice_cut_off(tmp_path):

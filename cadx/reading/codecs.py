@@ -26,7 +26,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from cadx.reading.jpeg import require_whole_jpeg
+from cadx.reading.jpeg import require_whole_jpeg, segments
 from cadx.reading.source import Refusal
 
 _JPEG_2000 = (JPEG2000Lossless, JPEG2000)
@@ -42,6 +42,7 @@ DECODER_DEPENDENCIES = dict.fromkeys(
 _NAME = "imagecodecs"
 _START_OF_CODESTREAM = b"\xff\x4f\xff\x51"
 _END_OF_IMAGE = b"\xff\xd9"
+_START_OF_SCAN = 0xDA
 _LOSSLESS_FRAMES = (0xC3, 0xF7)  # SOF3 of lossless JPEG, SOF55 of JPEG-LS
 
 
@@ -150,23 +151,14 @@ def _lossless_bits(stream: bytes, shape: tuple[int, ...]) -> int:
 
     Source: ITU-T T.81, B.1.1 and B.2.2 (markers, frame header); T.87, C.2.2.
     """
-    at = 2
-    while stream[at] == 0xFF:
-        marker = stream[at + 1]
-        if marker == 0xFF:  # a fill byte
-            at += 1
-            continue
+    for marker, start, _ in segments(stream):
         if marker in _LOSSLESS_FRAMES:
-            bits, rows, columns, samples = (
-                stream[at + 4],
-                int.from_bytes(stream[at + 5 : at + 7], "big"),
-                int.from_bytes(stream[at + 7 : at + 9], "big"),
-                stream[at + 9],
-            )
+            bits, rows, columns, samples = struct.unpack_from(">BHHB", stream, start)
             if (rows, columns, samples) == (*shape, 1)[:3]:
-                return bits
+                return int(bits)
             break
-        at += 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
+        if marker == _START_OF_SCAN:
+            break
     raise ValueError("no lossless stream of this size")
 
 

@@ -202,7 +202,7 @@ def read_dicom(data: bytes, frame: int | None = None, photometric: Photometric |
     assumptions: list[str] = []
     with discreet():
         header = parse_header(data)
-        _settle_photometric(header, photometric, assumptions)
+        settle_photometric(header, photometric, assumptions)
         syntax = UID(str(header.file_meta.get("TransferSyntaxUID", "")))
         colour = check_pixels(header, syntax, frame)
         if frame is not None:
@@ -218,8 +218,12 @@ def read_dicom(data: bytes, frame: int | None = None, photometric: Photometric |
     return RawImage(pixels, spacing_mm, attributes, patient, tuple(assumptions))
 
 
-def _settle_photometric(header: Dataset, given: Photometric | None, assumptions: list[str]) -> None:
-    """Write the photometric interpretation that was given where the header's is missing or of no known meaning."""
+def settle_photometric(header: Dataset, given: Photometric | None, assumptions: list[str]) -> None:
+    """Write the photometric interpretation that was given where the header's is missing or of no known meaning.
+
+    Raises:
+        Refusal: if it is unknown and none was given, or the header says otherwise.
+    """
     stated = header_text(header, "PhotometricInterpretation")
     if "PixelData" not in header or stated == given:
         return

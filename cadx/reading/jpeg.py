@@ -49,7 +49,7 @@ def require_whole_jpeg(stream: bytes, num_pixels: int) -> None:
         )
 
 
-def _segments(stream: bytes) -> Iterator[tuple[int, int, int]]:
+def segments(stream: bytes) -> Iterator[tuple[int, int, int]]:
     """Each marker segment of a JPEG: its marker, and where its contents start and end; the end of the image last."""
     start = 2
     while found := _MARKER.search(stream, start):
@@ -62,7 +62,7 @@ def _segments(stream: bytes) -> Iterator[tuple[int, int, int]]:
 
 def _is_whole(stream: bytes) -> bool:
     """Whether libjxl understands a JPEG of 8 bits, and needs its last byte."""
-    ends = [start for marker, start, _ in _segments(stream) if marker == 0xD9]
+    ends = [start for marker, start, _ in segments(stream) if marker == 0xD9]
     if not ends:
         return False
     # Fill bytes may stand before the marker (ITU-T T.81 B.1.1.2), and zeros often do.
@@ -84,7 +84,7 @@ def _is_understood(scans: bytes) -> bool:
 def _is_followed(stream: bytes) -> bool:
     return any(
         marker == _LOSSLESS or (marker == _EXTENDED and stream[start] == 12)
-        for marker, start, _ in _segments(stream)
+        for marker, start, _ in segments(stream)
     )
 
 
@@ -96,7 +96,7 @@ def _is_whole_by_codes(stream: bytes) -> bool:
     tables: dict[int, bytes] = {}
     process = num_components = num_units = restart = scan = start = 0
     chosen: list[int] = []
-    for marker, start, end in _segments(stream):
+    for marker, start, end in segments(stream):
         if marker == 0xC4:
             while start < end:
                 kind, lengths = stream[start], stream[start + 1 : start + 17]

@@ -24,14 +24,16 @@ from pydicom.uid import UID, MediaStorageDirectoryStorage
 
 from cadx.reading.codecs import decode_frame
 from cadx.reading.dicom import (
+    Photometric,
     check_pixels,
     discreet,
     header_attributes,
     header_numbers,
     header_text,
     parse_header,
+    settle_photometric,
 )
-from cadx.reading.source import HEAD_BYTES, Refusal, read_bytes, sniff
+from cadx.reading.source import HEAD_BYTES, MAX_FILE_BYTES, Refusal, read_bytes, sniff
 from cadx.types import Millimetres, RawVolume
 
 MAX_VOXELS = 1 << 29
@@ -49,6 +51,7 @@ SPACING_RANGE_MM = (1e-3, 100.0)
 _SPACING_TOLERANCE = 5e-3  # relative; writers round pixdim to three digits
 _GIVEN_TOLERANCE = 0.01  # relative; what is given may be rounded
 _GAP_TOLERANCE = 0.01  # relative to the base gap between slices
+_MOST_DIGITS = 6  # of a count of slices
 _MOST_MULTIPLE = 8  # of the distance that a header gives, in the usual gap
 _MISSING_TOLERANCE = 0.1  # a gap this close to a whole multiple of the base gap has lost slices
 _OBLIQUE_DEGREES = 1.0
@@ -73,25 +76,35 @@ _FORMAT_NAMES: dict[_Format | None, str] = {
 }
 
 
-def read_volume(source: Path, *, spacing_mm: tuple[float, float, float] | None = None) -> RawVolume:
+def read_volume(
+    source: Path,
+    *,
+    spacing_mm: tuple[float, float, float] | None = None,
+    photometric: Photometric | None = None,
+) -> RawVolume:
     """The volume in `source`: a NIfTI file, a folder or a zip of one DICOM series, or one DICOM file.
 
     Voxels come as D H W = S, A, R in the file's own scale: rescale slope and intercept are applied slice by
     slice, which gives HU for CT. Whole numbers that fit stay uint8, uint16 or int16; all others are float32.
     An oblique volume keeps its grid, named by the closest axes, and says so in `findings`.
+    Missing slices are found by the gaps that they leave and by a count in the headers. Without a count, slices lost
+    at the ends of a series, or every second one of an MR series without SpacingBetweenSlices, cannot be known.
 
     Args:
         source: known by its first bytes; a folder holds the slices themselves.
         spacing_mm: (D, H, W), used only where the file gives no spacing or two that disagree; recorded as an
             assumption then.
+        photometric: of DICOM slices, used only where they have no photometric interpretation, or one of no known
+            meaning; recorded as an assumption then. It turns nothing: voxels keep the file's scale.
 
     Raises:
         ValueError: one line, without file name or value: not a volume, truncated, larger than the limits
-            above, of several series, phases or orientations, of unknown or contradictory geometry, or with
-            another spacing than `spacing_mm` by more than 1 %.
+            above, of several series, phases or orientations, of unknown or contradictory geometry, with
+            another spacing than `spacing_mm` by more than 1 %, or of another photometric interpretation than the
+            one given.
     """
     with _refusing(source) as kind:
-        volume = _read(source, kind, spacing_mm)
+        volume = _read(source, kind, spacing_mm, photometric)
         if spacing_mm is not None and not np.allclose(
             spacing_mm, volume.spacing_mm, rtol=_GIVEN_TOLERANCE, atol=0
         ):
@@ -117,7 +130,7 @@ def read_mask(source: Path, like: RawVolume | None = None) -> np.ndarray:
     """
     with _refusing(source) as kind:
         if like is None:
-            mask = _read(source, kind, None)
+            mask = _read(source, kind)
         else:
             mask = _read(source, kind, like.spacing_mm, uncoded_axes=like.stored_axes or "RAS")
     values = mask.voxels
@@ -159,7 +172,8 @@ def _check_grid(mask: RawVolume, image: RawVolume) -> None:
 def _read(
     source: Path,
     kind: _Format | None,
-    given_mm: tuple[float, float, float] | None,
+    given_mm: tuple[float, float, float] | None = None,
+    photometric: Photometric | None = None,
     *,
     uncoded_axes: str = "RAS",
 ) -> RawVolume:
@@ -173,12 +187,12 @@ def _read(
             return _read_nifti(cast(BinaryIO, unpacked), partial(_unpacks_to, source), given_mm, uncoded_axes)
     if kind == "zip":
         with zipfile.ZipFile(source) as archive:
-            return _read_series(_members(archive), given_mm)
+            return _read_series(_members(archive), given_mm, photometric)
     files = [source] if kind == "DICOM" else [p for p in sorted(source.iterdir()) if p.is_file()]
     files = [path for path in files if not _is_hidden(path)]
     if len(files) > MAX_SLICES:
         raise Refusal(f"{len(files)} files, over the limit of {MAX_SLICES} for one series")
-    return _read_series([partial(read_bytes, path) for path in files], given_mm)
+    return _read_series([partial(read_bytes, path) for path in files], given_mm, photometric)
 
 
 @contextmanager
@@ -565,6 +579,7 @@ class _Frame:
         thickness_mm: of the slice, or None.
         number: InstanceNumber, or None where it counts no slices: absent, or of MR, whose echoes and phases
             share one count.
+        claim: the element that says how many slices the whole stack has, and how many; or None.
         scale: (slope, intercept).
         stored: dtype of the stored values.
         series: UID of the series, which no message repeats.
@@ -580,6 +595,7 @@ class _Frame:
     between_mm: float | None
     thickness_mm: float | None
     number: int | None
+    claim: tuple[str, int] | None
     scale: tuple[float, float]
     stored: np.dtype[Any]
     series: str
@@ -587,16 +603,29 @@ class _Frame:
 
 
 def _members(archive: zipfile.ZipFile) -> list[Callable[[], bytes]]:
-    """How to read each member, once what they claim is within the limits."""
+    """How to read each member by itself, once what they claim is within the limits."""
     members = [member for member in archive.infolist() if not member.is_dir()]
     if len(members) > MAX_SLICES:
         raise Refusal(f"{len(members)} members, over the limit of {MAX_SLICES} for one series")
     # Python reads no more of a member than it claims, so that a false claim is an error, no flood.
     if (claimed_bytes := sum(member.file_size for member in members)) > MAX_UNPACKED_BYTES:
         raise Refusal(f"claims {claimed_bytes} bytes unpacked, over the limit of {MAX_UNPACKED_BYTES}")
+    if (largest_bytes := max((member.file_size for member in members), default=0)) > MAX_FILE_BYTES:
+        raise Refusal(
+            f"a member claims {largest_bytes} bytes, over the limit of {MAX_FILE_BYTES} for one file"
+        )
     if any(member.flag_bits & 1 for member in members):
         raise Refusal("encrypted members; pack it without a password")
-    return [partial(archive.read, member) for member in members if not _is_hidden(Path(member.filename))]
+    return [
+        partial(_member_bytes, archive, member) for member in members if not _is_hidden(Path(member.filename))
+    ]
+
+
+def _member_bytes(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    """The bytes of one member; of what is no DICOM its first only, which say so."""
+    with archive.open(member) as stream:
+        head = stream.read(HEAD_BYTES)
+    return archive.read(member) if sniff(head) == "DICOM" else head
 
 
 def _is_hidden(path: Path) -> bool:
@@ -605,11 +634,13 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _read_series(
-    sources: Sequence[Callable[[], bytes]], given_mm: tuple[float, float, float] | None
+    sources: Sequence[Callable[[], bytes]],
+    given_mm: tuple[float, float, float] | None,
+    photometric: Photometric | None,
 ) -> RawVolume:
     """The volume of one series: headers first, then the pixels slice by slice in the order of their places."""
     assumptions: list[str] = []
-    frames, attributes = _series_frames(sources, assumptions)
+    frames, attributes = _series_frames(sources, photometric, assumptions)
     _check_alike(frames)
     normal = np.cross(*frames[0].cosines)
     heights_mm = np.array([frame.position_mm @ normal for frame in frames])
@@ -624,7 +655,7 @@ def _read_series(
     _check_shape(shape)
     canvas = _Canvas(shape, axes, _series_dtype(frames))
     index = -1
-    for new, values in zip(is_new, _decoded(frames), strict=True):
+    for new, values in zip(is_new, _decoded(frames, photometric), strict=True):
         index += bool(new)
         if new:
             canvas.put(index, values)
@@ -644,7 +675,7 @@ def _read_series(
 
 
 def _series_frames(
-    sources: Sequence[Callable[[], bytes]], assumptions: list[str]
+    sources: Sequence[Callable[[], bytes]], photometric: Photometric | None, assumptions: list[str]
 ) -> tuple[list[_Frame], dict[str, Any]]:
     """All slices without their pixels, at least one, and what the first file says of group and machine."""
     frames: list[_Frame] = []
@@ -659,6 +690,7 @@ def _series_frames(
             header = parse_header(data)
             if header.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
                 continue  # a DICOMDIR: a table of contents
+            settle_photometric(header, photometric, assumptions)
             if attributes is None:
                 attributes = header_attributes(header, assumptions)
             frames.extend(_file_frames(header, read))
@@ -684,6 +716,7 @@ def _file_frames(header: Dataset, read: Callable[[], bytes]) -> Iterator[_Frame]
         raise Refusal("colour slices; a volume has one number per voxel")
     if header.get("ModalityLUTSequence"):
         raise Refusal("a modality lookup table, which is not read for volumes; export with rescale slope")
+    claim = _claimed_slices(header)
     stored = np.dtype(f"{'i' if int(header.PixelRepresentation) else 'u'}{int(header.BitsAllocated) // 8}")
     for index in range(num_frames):
         position = _frame_numbers(header, index, "PlanePositionSequence", "ImagePositionPatient", 3)
@@ -714,11 +747,28 @@ def _file_frames(header: Dataset, read: Callable[[], bytes]) -> Iterator[_Frame]
             between_mm=between[0] if between and between[0] > 0 else None,
             thickness_mm=thickness[0] if thickness and thickness[0] > 0 else None,
             number=int(number) if counts else None,
+            claim=claim,
             scale=(slope[0], intercept[0] if intercept else 0.0),
             stored=stored,
             series=header_text(header, "SeriesInstanceUID"),
             patient=header_text(header, "PatientID"),
         )
+
+
+def _claimed_slices(header: Dataset) -> tuple[str, int] | None:
+    """The element that says how many slices the whole stack has, and how many; None where no element does.
+
+    Source: DICOM PS3.3 C.8.9.1 (NumberOfSlices of PET), C.7.6.1 (ImagesInAcquisition), C.8.3.1
+    (NumberOfTemporalPositions of MR: how often each slice was taken).
+    """
+    slices, images, times = (
+        int(text) if (text := header_text(header, keyword)).isdecimal() and len(text) <= _MOST_DIGITS else 0
+        for keyword in ("NumberOfSlices", "ImagesInAcquisition", "NumberOfTemporalPositions")
+    )
+    if slices:
+        return "NumberOfSlices", slices
+    per_time, rest = divmod(images, times or 1)
+    return ("ImagesInAcquisition", per_time) if per_time and not rest else None
 
 
 def _frame_numbers(header: Dataset, index: int, group: str, keyword: str, count: int) -> list[float] | None:
@@ -764,27 +814,50 @@ def _check_alike(frames: Sequence[_Frame]) -> None:
 
 
 def _judge_gaps(frames: Sequence[_Frame], heights_mm: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Which slices, sorted by height, lie at a place of their own, and what is doubtful about the gaps."""
-    findings = []
+    """Which slices, sorted by height, lie at a place of their own, and what is doubtful about gaps and number.
+
+    Slices lost at the ends leave no gap. Only a count in the headers tells of them, so that without one, or with
+    one that a writer got wrong in the same way, nobody can know.
+    """
+    findings, missing, uneven = [], [], []
+    num_lost = 0
     is_new = np.concatenate([[True], np.diff(heights_mm) > SPACING_RANGE_MM[0]])
     if num_twice := int((~is_new).sum()):
         findings.append(f"duplicate_slices: {num_twice} equal copies were left out")
     gaps_mm = np.diff(heights_mm[is_new])
+    kept = [frame for frame, new in zip(frames, is_new, strict=True) if new]
     if len(gaps_mm):
-        kept = [frame for frame, new in zip(frames, is_new, strict=True) if new]
         base_mm, source = _base_gap_mm(gaps_mm, _header_gaps_mm(kept, gaps_mm))
         multiples = gaps_mm / base_mm
         whole = np.rint(multiples)
         is_hole = (whole > 1) & (np.abs(multiples - whole) <= _MISSING_TOLERANCE)
         if is_hole.any():
-            words = f"{int((whole - 1)[is_hole].sum())} slices are missing in {is_hole.sum()} places"
-            if is_hole.all():  # no gap of the base length is left to compare with
-                words += f", by {source}"
-            findings.append(f"missing_slices: {words}")
+            num_lost = int((whole - 1)[is_hole].sum())
+            # Where all gaps are holes, none of the base length is left to compare with.
+            by = f", by {source}" if is_hole.all() else ""
+            missing.append(f"{num_lost} slices are missing in {is_hole.sum()} places{by}")
         if (~is_hole & (np.abs(multiples - 1) > _GAP_TOLERANCE)).any():
             low_mm, high_mm = gaps_mm[~is_hole].min(), gaps_mm[~is_hole].max()
-            findings.append(f"uneven_spacing: gaps between slices of {low_mm:.4g} to {high_mm:.4g} mm")
-    return is_new, findings
+            uneven.append(f"uneven_spacing: gaps between slices of {low_mm:.4g} to {high_mm:.4g} mm")
+    if claim := _larger_claim(kept, len(kept) + num_lost):
+        keyword, number = claim
+        missing.append(f"{len(kept)} of {number} slices are there, by {keyword}")
+    if missing:
+        findings.append(f"missing_slices: {', and '.join(missing)}")
+    return is_new, findings + uneven
+
+
+def _larger_claim(frames: Sequence[_Frame], num_slices: int) -> tuple[str, int] | None:
+    """The count that all headers give, if it is of more than `num_slices`, and the element that gives it.
+
+    One acquisition may give several stacks of one length (echoes, phases, kernels): a whole multiple says nothing.
+    """
+    claim = frames[0].claim
+    if claim is None or any(frame.claim != claim for frame in frames):
+        return None
+    keyword, number = claim
+    is_of_several = keyword == "ImagesInAcquisition" and number % num_slices == 0
+    return claim if number > num_slices and not is_of_several else None
 
 
 def _base_gap_mm(gaps_mm: np.ndarray, claims_mm: Mapping[str, float]) -> tuple[float, str]:
@@ -881,7 +954,7 @@ def _series_dtype(frames: Sequence[_Frame]) -> Any:
     return np.int16 if all(_is_whole(*frame.scale) for frame in frames) else np.float32
 
 
-def _decoded(frames: Sequence[_Frame]) -> Iterator[np.ndarray]:
+def _decoded(frames: Sequence[_Frame], photometric: Photometric | None) -> Iterator[np.ndarray]:
     """The values of each slice, rows x columns, in the file's scale."""
     opened: Callable[[], bytes] | None = None
     header = Dataset()
@@ -889,6 +962,7 @@ def _decoded(frames: Sequence[_Frame]) -> Iterator[np.ndarray]:
         if frame.read is not opened:
             with discreet():
                 header = parse_header(frame.read())
+                settle_photometric(header, photometric, [])
             opened = frame.read
         stored = decode_frame(header, frame.index)
         if stored.shape != frame.shape:
