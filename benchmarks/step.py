@@ -32,8 +32,8 @@ BATCH_SIZE = 64
 SIZE_PX = 56
 ROUNDS = 5
 EPOCHS = 3
-GOAL = 0.97
-"""Least ratio; what is left is the noise of a measurement, so that MONAI's trainer may not be faster."""
+GOALS = {"step.vs_plain_loop": 0.97, "step.monai": 1.0}
+"""Least ratios: within 3 % of a hand-written loop, and not slower than MONAI's trainer."""
 MODEL = ResNetConfig(width=0.5)
 PREPROCESSING = Preprocessing(height_px=SIZE_PX, width_px=SIZE_PX, mean=0.5, std=0.25)
 
@@ -66,7 +66,7 @@ def claims() -> Iterator[dict[str, Any]]:
     for name, times in seconds.items():
         ratio = float(np.median(np.divide(times, own)))
         ours_rate, peer_rate = (BATCH_SIZE / float(np.median(each)) for each in (own, times))
-        yield claim(name, ours_rate, peer_rate, "images/s of processor time", ratio=ratio, goal=GOAL)
+        yield claim(name, ours_rate, peer_rate, "images/s of processor time", ratio=ratio, goal=GOALS[name])
 
 
 def _step_seconds(train: Callable[[], None]) -> float:

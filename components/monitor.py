@@ -47,12 +47,15 @@ drift.json:
     share_with_warnings of the requests
     share_referred      of the requests: those that the model leaves to a person
     assumptions         in words
+    evidently           Evidently's own JSON of its page: `metrics`, the distance of each quantity, and `tests`, FAIL
+                        where it has drifted; null: too few requests
 
 Beside it: the report, for whoever decides what to do; Evidently's page, quantity by quantity; and the figures in
 Prometheus' text form, a textfile for its node exporter.
 """
 
 import html
+import json
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -235,17 +238,18 @@ def monitor(
         "share_with_warnings": float((current["num_warnings"] > 0).mean()),
         "share_referred": float(current["refer"].mean()),
         "assumptions": _assumptions(manifest),
+        "evidently": None,
     }
-    write_json(drift, record)
     _page(record, moved, findings, prevalence, outcomes, reference, heldout, current).write(report)
     if enough:
         title = f"{manifest.experiment}, seed {manifest.seed}: drift, quantity by quantity"
-        page = _evidently(findings, reference, heldout, current, params)
+        page, record["evidently"] = _evidently(findings, reference, heldout, current, params)
         evidently.write_text(_headed(page, title, record), encoding="utf-8")
     else:
         empty = Page(f"{manifest.experiment}, seed {manifest.seed}: drift", f"Bundle {opened.digest}")
         empty.callout("warn", record["message"])
         empty.write(evidently)
+    write_json(drift, record)
     _write_prometheus(prometheus, record, findings, prevalence, outcomes)
     if record["retrain"]:
         if webhook:
@@ -534,8 +538,8 @@ def _evidently(
     heldout: pd.DataFrame,
     current: pd.DataFrame,
     params: MonitorParams,
-) -> str:
-    """Evidently's page with the verdicts on every quantity of all requests that is a column."""
+) -> tuple[str, dict[str, Any]]:
+    """Evidently's page, and its JSON, with the verdicts on every quantity of all requests that is a column."""
     # 6 s.
     from evidently import DataDefinition, Dataset, Report
     from evidently.legacy.calculations.stattests import StatTest, register_stattest
@@ -582,12 +586,13 @@ def _evidently(
     with warnings.catch_warnings(), np.errstate(invalid="ignore"):
         # It correlates columns on the way, also constant ones.
         warnings.simplefilter("ignore", RuntimeWarning)
-        snapshot = Report([preset]).run(
+        snapshot = Report([preset], include_tests=True).run(
             Dataset.from_pandas(now, definition), Dataset.from_pandas(before, definition)
         )
-    counted = snapshot.dict()["metrics"][0]["value"]["count"]
+    told: dict[str, Any] = json.loads(snapshot.json())
+    counted = told["metrics"][0]["value"]["count"]
     assert counted == sum(finding.drifted for finding in shown.values()), "the page would say something else"
-    return snapshot.get_html_str(as_iframe=False)
+    return snapshot.get_html_str(as_iframe=False), told
 
 
 def _in_words(values: pd.Series) -> pd.Series:

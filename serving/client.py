@@ -55,7 +55,7 @@ _RETRIES = {
         total=2, connect=2, read=0, status=0, other=0, redirect=False, backoff_factor=0.5
     ),
 }
-# TorchServe puts new tokens into use a moment before they stand in the key file.
+# TorchServe puts new tokens into use a moment before they stand in the key file, and writes it in its place.
 _WAITS_S = (0.0, 0.1, 0.5)
 
 
@@ -466,12 +466,15 @@ def _zipped(series: Path) -> bytes:
 
 
 def _read_token(key_file: Path, kind: str) -> str:
-    try:
-        return str(json.loads(key_file.read_text(encoding="utf-8"))[kind]["key"])
-    except FileNotFoundError:
-        raise ValueError(f"{key_file}: no key file; the server has it while it runs") from None
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{key_file}: holds no {kind} token; name the server's key_file.json") from None
+    for wait_s in _WAITS_S:
+        time.sleep(wait_s)
+        try:
+            return str(json.loads(key_file.read_text(encoding="utf-8"))[kind]["key"])
+        except FileNotFoundError:
+            raise ValueError(f"{key_file}: no key file; the server has it while it runs") from None
+        except (ValueError, KeyError, TypeError):  # or the server is writing it
+            continue
+    raise ValueError(f"{key_file}: holds no {kind} token; name the server's key_file.json")
 
 
 def _is_token_refused(response: urllib3.BaseHTTPResponse) -> bool:

@@ -265,6 +265,15 @@ def test_a_change_at_the_machines_is_an_alarm_that_names_it(
     assert f"{len(seen.drifted)} of 13 comparisons drifted" in seen.report
     shown = seen.drifted - {"embedding", "prevalence_opacity"}
     assert f"({len(shown)} out of 11)" in seen.evidently, "Evidently counts otherwise"
+    verdicts = {
+        test["metric_config"]["params"]["column"]: test["status"]
+        for test in seen.record["evidently"]["tests"]
+        if "column" in test["metric_config"]["params"]
+    }
+    assert {name for name, status in verdicts.items() if status == "FAIL"} == shown
+    assert len(verdicts) == 11
+    for metric in seen.record["evidently"]["metrics"][1:]:
+        assert metric["value"] == pytest.approx(seen.columns[metric["config"]["column"]]["effect"])
 
 
 def test_a_fault_at_one_site_is_told_there_and_a_new_scanner_is_named(tmp_path: Path) -> None:
@@ -370,6 +379,7 @@ def test_too_few_requests_are_neither_alarm_nor_all_clear(served: Served, tmp_pa
     assert not seen.alarm
     assert seen.record["drifted"] is None
     assert seen.record["columns"] == []
+    assert seen.record["evidently"] is None
     assert seen.record["n"] == 29
     said = "too few requests for a verdict, 29 of 30: neither alarm nor all-clear"
     assert seen.record["message"] == said

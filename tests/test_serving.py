@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ from cadx.drift import STATISTICS
 from cadx.files import digest_path
 from cadx.predicting.predictor import Predictor
 from cadx.reading.images import read_image
+from components.calibrate import CalibrateParams, calibrate
 from serving.answering import REQUEST_LOG, Request, RequestLog
 from serving.archive import Release, Verdict, read_release, version_of, write_archive
 from serving.client import MAX_REQUEST_BYTES, Answer, Client, Endpoint, Refused
@@ -284,6 +286,49 @@ def test_a_version_may_be_named(client: Client, bundle: Bundle) -> None:
     assert caught.value.status == 404
 
 
+def test_a_sample_that_the_sets_leave_open_is_referred_and_a_clear_one_is_not(
+    server: TorchServe, trained: Path, tmp_path: Path
+) -> None:
+    """Over a bundle that `calibrate` completed; what must be referred is told from its quantiles alone."""
+    calibrate(
+        dataset=trained.parent / "dataset",
+        splits=trained.parent / "splits.parquet",
+        trained=trained,
+        bundle=tmp_path / "abstaining",
+        params=CalibrateParams(coverage=0.9),
+    )
+    bundle = Bundle(tmp_path / "abstaining")
+    sets = bundle.manifest.conformal
+    assert sets is not None
+    in_process = Predictor(bundle, device="cpu")
+    expected: dict[bool, tuple[bytes, list[str]]] = {}
+    for seed in range(60):
+        image = encoded(gray(seed), "PNG")
+        said = in_process.predict(read_image(image))
+        held = [name for name, p in said.probabilities.items() if 1 - p <= sets.quantiles[name]]
+        expected.setdefault(held != [said.decision], (image, held))
+    assert set(expected) == {True, False}, "all or none referred: the test shows nothing"
+
+    write_archive(server.model_store / "abstaining.mar", bundle.path, release_of(bundle, name="abstaining"))
+    management = Management(server.management, key_file=server.key_file)
+    management.register("abstaining.mar")
+    client = Client(server.inference, "abstaining", key_file=server.key_file)
+    for must_refer, (image, held) in expected.items():
+        reply = post(server, "/predictions/abstaining", image).json()
+        assert (reply["refer"], reply["prediction_set"]) == (must_refer, held)
+        answer = client.predict(image)
+        assert (answer.refer, list(answer.prediction_set or ())) == (must_refer, held)
+        logged = {line["prediction_id"]: line for line in lines(server.request_log)}[answer.prediction_id]
+        assert (logged["refer"], logged["prediction_set"]) == (must_refer, held)
+    management.unregister("abstaining", version_of(bundle.digest))
+
+
+def test_without_conformal_sets_nobody_is_referred(client: Client) -> None:
+    for kind in ("DICOM", "PNG"):
+        answer = client.predict(SENT[kind])
+        assert (answer.refer, answer.prediction_set) == (False, None)
+
+
 def test_attention_lies_over_the_image_that_was_sent(client: Client, predictor: Predictor) -> None:
     for kind in ("DICOM of 16 bits", "another size"):
         picture = Image.open(io.BytesIO(client.predict(SENT[kind], attention=True).attention_png))
@@ -377,6 +422,16 @@ def test_new_tokens_reach_whoever_reads_the_key_file(server: TorchServe, client:
     assert client.predict(SENT["PNG"])
     with pytest.raises(Refused, match="Token"):
         Client(server.inference, MODEL, token=old).predict(SENT["PNG"])
+
+
+def test_a_key_file_that_is_being_written_is_read_again(server: TorchServe, tmp_path: Path) -> None:
+    key_file, whole = tmp_path / "key_file.json", server.key_file.read_text()
+    for half in ("", whole[: len(whole) // 2]):
+        key_file.write_text(half)
+        rest = threading.Timer(0.05, key_file.write_text, [whole])
+        rest.start()
+        assert Client(server.inference, MODEL, key_file=key_file).predict(SENT["PNG"])
+        rest.join()
 
 
 # --- What is kept, and what is not --------------------------------------------------------------------
@@ -624,8 +679,9 @@ def test_the_client_needs_no_torch() -> None:
     assert found.stdout.strip() == "set()"
 
 
-def test_the_pages_examples_work(server: TorchServe, tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "endpoints.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["docs/endpoints.md", "serving/README.md"])
+def test_the_pages_examples_work(server: TorchServe, tmp_path: Path, name: str) -> None:
+    page = (ROOT / name).read_text(encoding="utf-8")
     for published, here in {
         "http://127.0.0.1:8080": server.inference,
         "demo-radiograph": MODEL,
@@ -645,13 +701,80 @@ def test_the_pages_examples_work(server: TorchServe, tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    assert "neither DICOM, PNG nor JPEG" in said.stdout
+    assert said.stdout.startswith(("normal {", "opacity {"))
+    assert ("neither DICOM, PNG nor JPEG" in said.stdout) == ("predict_many" in python)
     assert Image.open(tmp_path / "attention.png").size == Image.open(tmp_path / "docs" / "overview.jpg").size
     if shutil.which("curl") is None:
         pytest.skip("no curl: the page's first example was not run")
-    _, bash = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    *_, bash = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
     said = subprocess.run(["bash", "-ec", bash], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert json.loads(said.stdout)["model"]["name"] == MODEL
+
+
+@pytest.mark.slow
+def test_the_pages_way_to_a_first_answer_works(tmp_path: Path) -> None:
+    """From the line that starts the server to curl's answer; `make setup` before it is what these tests run in."""
+    if shutil.which("curl") is None:
+        pytest.skip("no curl: the page's first example was not run")
+    page = (ROOT / "docs" / "endpoints.md").read_text(encoding="utf-8")
+    first, second = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    port = five_free_ports()
+    setup, activate, serve_line = first.splitlines()
+    assert (setup, activate) == ("make setup", "source .venv/bin/activate")
+    assert serve_line.endswith("cadx serve --demo")
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "overview.jpg", tmp_path / "docs")
+    environment = os.environ | {
+        "HOME": str(tmp_path),  # a newcomer's, without slides
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
+    with subprocess.Popen(
+        ["bash", "-ec", f"exec env {serve_line} --port {port}"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        try:
+            read_until(process, "demo-radiograph answers\n")
+            said = subprocess.run(
+                ["bash", "-ec", second.replace("127.0.0.1:8080", f"127.0.0.1:{port}")],
+                cwd=tmp_path,
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            answer = Answer.model_validate_json(said.stdout)
+            assert answer.model.name == "demo-radiograph"
+            assert "random weights" in answer.warnings[0]
+            shown = read_until(process, "Ctrl-C stops it.\n")
+            assert {f"demo-{kind} answers\n" for kind in ("volume", "slide", "detection")} <= set(shown)
+        finally:
+            process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert not is_listening(port)
+
+
+def read_until(process: subprocess.Popen[str], last: str) -> list[str]:
+    """What a process says before a line; fails if it ends without."""
+    shown = []
+    for line in process.stdout or ():
+        if line == last:
+            return shown
+        shown.append(line)
+    raise AssertionError(f"it ended without {last!r}: {''.join(shown)}")
+
+
+def five_free_ports() -> int:
+    """The first of five ports in a row that nothing listens on."""
+    for port in range(20_000, 30_000, 5):
+        if not any(map(is_listening, Ports.starting_at(port))):
+            return port
+    raise AssertionError("no five free ports")
 
 
 # --- Faults -------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from other_readers import image_elsewhere, slide_elsewhere, volume_elsewhere
 from PIL import Image
 from test_corpus import damaged, dicom, nifti, sources
 from test_loading_slides import section, slide_dataset, write_slide
-from test_serving import gray, lines, post, release_of
+from test_serving import NAMES, PATIENT, gray, lines, post, release_of
+from test_serving import dicom as dicom_of_a_patient
 
 from cadx.bundle import Bundle
 from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
@@ -39,7 +40,7 @@ from components.deploy import DeployParams, deploy
 from pipelines.verification import verify
 from serving.answering import Answerer, Reply, Request, RequestLog
 from serving.archive import write_archive
-from serving.client import Client, DetectionAnswer, Refused, SlideAnswer, VolumeAnswer
+from serving.client import SCHEMA_VERSION, Client, DetectionAnswer, Refused, SlideAnswer, VolumeAnswer
 from serving.demo import DemoKind, demo_release, register_demos, write_demo_bundle
 from serving.kinds import (
     SLIDE_CACHE,
@@ -68,6 +69,35 @@ MODELS: dict[DemoKind, dict[str, Any]] = {
     },
     "slide": {"preprocessing": {"tile_px": 64, "height_px": 32, "width_px": 32, "channels": 3}},
     "detection": {"preprocessing": {"height_px": 64, "width_px": 64}},
+}
+
+
+_OF_ALL = "schema_version kind prediction_id model decision operating_point warnings timing_ms "
+_OF_LABELS = _OF_ALL + "probabilities prediction_set refer"
+REQUIRED_FIELDS = {
+    1: {
+        "Answer": _OF_LABELS,
+        "VolumeAnswer": _OF_LABELS,
+        "SlideAnswer": _OF_LABELS,
+        "DetectionAnswer": _OF_ALL + "boxes",
+        "Model": "name version bundle",
+        "OperatingPoint": "thresholds target_metric target_value",
+        "Timing": "decode preprocess infer total",
+        "AtPrevalence": "prevalence probabilities",
+        "VolumeAttention": "slice slice_png nifti",
+        "SlideAttention": "thumbnail_png num_tiles tiles",
+        "Tile": "x_px y_px side_px weight",
+        "Box": "class score box_xyxy called",
+    }
+}
+"""Version of the form -> record -> the fields that each answer of that version has. What stands here never changes."""
+OPTIONAL_FIELDS = {
+    1: {
+        "Answer": "at_prevalence attention_png",
+        "VolumeAnswer": "at_prevalence attention",
+        "SlideAnswer": "at_prevalence attention",
+        "DetectionAnswer": "prediction_set refer",
+    }
 }
 
 
@@ -145,6 +175,19 @@ def test_the_published_schema_is_that_of_the_client() -> None:
     assert published == answer_schema(), "python -m serving.schema > docs/answer.schema.json"
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"kind": "radiograph", "probabilities": {}}, published)
+
+
+def test_a_field_goes_only_with_a_new_version_of_the_form() -> None:
+    forms = json.loads((ROOT / "docs" / "answer.schema.json").read_text(encoding="utf-8"))["$defs"]
+    assert SCHEMA_VERSION in REQUIRED_FIELDS, "a new version: add its fields, and leave those of the others"
+    for name, fields in REQUIRED_FIELDS[SCHEMA_VERSION].items():
+        gone = set(fields.split()) - set(forms[name]["required"])
+        assert not gone, f"{name} has lost {gone}: raise SCHEMA_VERSION"
+    for name, fields in OPTIONAL_FIELDS[SCHEMA_VERSION].items():
+        gone = set(fields.split()) - set(forms[name]["properties"])
+        assert not gone, f"{name} has lost {gone}: raise SCHEMA_VERSION"
+    for name in ("Answer", "VolumeAnswer", "SlideAnswer", "DetectionAnswer"):
+        assert forms[name]["properties"]["schema_version"]["const"] == SCHEMA_VERSION
 
 
 def test_an_archive_carries_the_handler_of_its_kind(archives: dict[str, Path]) -> None:
@@ -357,6 +400,9 @@ def test_boxes_are_those_of_the_predictor_and_called_at_their_classes_threshold(
     assert {box.called for box in answer.boxes} == {True, False}
     assert all(box.called == (box.score >= THRESHOLD) for box in answer.boxes)
     assert set(answer.decision) == {box.class_ for box in answer.boxes if box.called}
+    assert (reply.content["prediction_set"], reply.content["refer"]) == (None, False), (
+        "as docs/endpoints.md says"
+    )
     (line,) = lines(tmp_path / "log")
     assert line["boxes"] == reply.content["boxes"]
     assert line["probabilities"]["finding"] == max(
@@ -521,6 +567,44 @@ def test_every_kind_is_deployed_against_its_evaluation_and_served(
     ):
         with pytest.raises(Refused, match=reason):
             call()
+    require_discreet(server, slides)
+
+
+def require_discreet(server: TorchServe, slides: Path) -> None:
+    """A patient's name, in what is sent or in the name of a slide, is in no answer and in no file of the server."""
+    named = slides / f"{PATIENT}.tiff"
+    shutil.copy(slides / "2026" / "a.tiff", named)
+    (slides / f"{PATIENT}-cut.tiff").write_bytes(named.read_bytes()[:3000])
+    patient = dicom_of_a_patient(gray(0))
+    zipped = io.BytesIO()
+    with zipfile.ZipFile(zipped, "w") as archive:
+        archive.writestr(f"{PATIENT}.dcm", patient)
+    sent = [
+        ("detection", patient, 200),
+        ("detection", patient[:-200], 400),
+        ("volume", series(), 200),  # whose files are named so
+        ("volume", zipped.getvalue(), 400),
+        ("volume", patient, 400),
+        ("slide", asked(named.name), 200),
+        ("slide", asked(f"{PATIENT}-cut.tiff"), 400),
+        ("slide", asked(f"{PATIENT}-nowhere.tiff"), 400),
+        ("slide", patient, 400),
+    ]
+    for kind, body, status in sent:
+        reply = post(
+            server, f"/predictions/{kind}", body, Attention="false" if kind == "detection" else "true"
+        )
+        assert (reply.status, [name for name in NAMES if name in reply.data]) == (status, []), kind
+    files = [file for file in server.folder.rglob("*") if file.is_file()]
+    assert {"access_log.log", "model_log.log", "ts_log.log"} <= {file.name for file in files}
+    assert not [
+        (file.name, name)
+        for file in files
+        for name in NAMES
+        if name in file.read_bytes() or name in os.fsencode(file)
+    ]
+    for file in slides.glob(f"{PATIENT}*"):
+        file.unlink()
 
 
 def one_image(folder: Path) -> DatasetFolder:
