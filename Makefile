@@ -24,7 +24,7 @@ export GX_ANALYTICS_ENABLED := false
 repro = dvc repro $(if $(word 2,$(2)),summarise@$(1)) $(foreach seed,$(2),package@$(1)-$(seed))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-all reproduce check bench evidence lock clean images base-image kubeflow-local
+.PHONY: help setup run test test-all test-gpu reproduce check bench evidence lock clean images base-image kubeflow-local
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -57,6 +57,9 @@ test: setup  ## every fast test
 test-all: setup  ## the slow, container and browser tests
 	python -m pytest -rs -n 2 --dist loadfile -m "slow or container or browser"
 
+test-gpu: setup  ## the tests that need an accelerator
+	python -m pytest -rs -m gpu
+
 check: setup  ## style, types, layers, contract, manifests, dependency audit
 	ruff check .
 	ruff format --check .
@@ -84,16 +87,18 @@ kubeflow-local: setup  ## one experiment's Kubeflow pipeline in containers here,
 bench: setup  ## every benchmark, as a table
 	python -m benchmarks
 
-evidence: setup  ## recompute every committed result: all experiments and seeds
+evidence: setup  ## recompute what is committed: all experiments and seeds, the pages of results and coverage, the README's table
 	dvc repro
 	cadx results
+	cadx benchmark
+	python -m benchmarks coverage coverage_boxes coverage_tasks
 
-lock: setup  ## pin the dependencies anew, hashed and without addresses
-	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \
+lock: setup  ## pin the dependencies anew, hashed and without addresses, alike for every Python
+	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
 		--no-emit-index-url --no-annotate --no-header --quiet --upgrade --output-file $(LOCK)
 	for image in "steps" "serving --extra serving"; do set -- $$image; \
 		uv pip compile pyproject.toml --extra search --extra tracking --extra registry --extra nodes $${@:2} --constraint $(LOCK) --universal \
-			--python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header --quiet \
+			--python-version 3.11 --fork-strategy fewest --generate-hashes --no-emit-index-url --no-annotate --no-header --quiet \
 			--output-file requirements/$$1.txt || exit 1; \
 	done
 	uv pip compile - <<< "$$(grep -o '^uv==[0-9.]*' $(LOCK))" --universal --python-version 3.11 --generate-hashes \

@@ -88,7 +88,12 @@ def checks() -> Iterator[Check]:
             "" if there else "no such folder: unset or correct it",
         )
     else:
-        yield Check("CADX_DATA_MIRROR", "ok", "not set", "public data come from their official addresses")
+        yield Check(
+            "CADX_DATA_MIRROR",
+            "ok",
+            "not set",
+            "what has an address in data/catalog.yaml is fetched there; for other public data name a folder",
+        )
     for name, off in TELEMETRY_OFF.items():
         quiet = os.environ.get(name) == off
         yield Check(

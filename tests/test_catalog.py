@@ -2,7 +2,9 @@
 
 import hashlib
 import http.server
+import re
 import stat
+import textwrap
 import threading
 from functools import partial
 from pathlib import Path
@@ -68,10 +70,32 @@ def test_our_own_catalogue_loads_and_names_its_sources(root):
     assert entries["pneumoniamnist-official"].digest == "md5:28209eda62fecd6e6a2d98b1501bb15f"
 
 
+def test_the_readme_says_which_sets_can_be_fetched(root):
+    (names,) = re.findall(
+        r"entries have an address: ([^.]*)\.", (root / "README.md").read_text(encoding="utf-8")
+    )
+    entries = load_catalog(root / "data/catalog.yaml")
+    assert set(re.findall(r"`(.*?)`", names)) == {
+        name for name, one in entries.items() if getattr(one, "address", None)
+    }
+
+
+def test_the_readmes_section_for_the_official_file_is_the_rebuilt_ones(root):
+    """What it tells to write into params.yaml, by an alias that stands there."""
+    (section,) = re.findall(
+        r"\n((?:    .*\n)*    pneumoniamnist-official:\n(?:    .*\n)*)",
+        (root / "README.md").read_text(encoding="utf-8"),
+    )
+    params = (root / "params.yaml").read_text(encoding="utf-8") + "\n" + textwrap.dedent(section)
+    rebuilt, official = map(yaml.safe_load(params).get, ("pneumoniamnist", "pneumoniamnist-official"))
+    assert official.pop("ingest") == rebuilt.pop("ingest") | {"source": "pneumoniamnist-official"}
+    assert official == rebuilt
+
+
 def test_our_own_catalogue_agrees_with_the_mirror(root, mirror, monkeypatch, tmp_path):
     monkeypatch.setenv("CADX_DATA_MIRROR", str(mirror))
     entries = load_catalog(root / "data/catalog.yaml")
-    for name in ("pneumoniamnist", "pneumoniamnist-9to1", "nih-rsna"):
+    for name in ("pneumoniamnist", "pneumoniamnist-9to1", "nih-rsna", "tcga-brca"):
         assert fetch(name, entries[name], tmp_path / "cache") == mirror / entries[name].file
     assert not (tmp_path / "cache").exists(), "a mirror is used in place"
 

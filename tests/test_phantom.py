@@ -14,12 +14,16 @@ from PIL import Image
 from pydantic import ValidationError
 from scipy.ndimage import binary_dilation
 
+from cadx.catalog import PhantomEntry, load_catalog
 from cadx.drift import image_statistics
 from cadx.files import digest_path
 from cadx.phantom.cohort import CLINICAL, Faults, Shift, draw_visits
 from cadx.phantom.xray import XrayPhantom, write_xray_cohort
 from cadx.reading.dicom import dicom_identifiers
 from cadx.reading.images import read_image
+from cadx.splitting import assign_splits
+from components.contract import read_params
+from components.split import SplitParams
 
 SMALL = XrayPhantom(num_patients=30, size_px=96, prevalence=0.3, seed=5)
 
@@ -298,28 +302,49 @@ def test_the_opacity_is_in_the_pixels_of_its_mask_and_nowhere_else(small: Cohort
 
 
 @pytest.fixture(scope="module")
-def default(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
-    return _write(tmp_path_factory.mktemp("default") / "cohort", XrayPhantom())
+def default(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Cohort:
+    """The cohort of the experiment `phantom-xray`."""
+    entry = load_catalog(root / "data/catalog.yaml")["phantom-xray"]
+    assert isinstance(entry, PhantomEntry)
+    return _write(tmp_path_factory.mktemp("default") / "cohort", XrayPhantom.model_validate(entry.parameters))
 
 
-def _held_out(cohort: Cohort) -> np.ndarray:
-    """Whether each row belongs to the 40 % of patients that a plain shuffle sets aside."""
-    patients = np.array([ds.PatientID for ds in cohort.headers()])
-    unique = np.unique(patients)
-    chosen = np.random.default_rng(0).permutation(unique)[: round(0.4 * len(unique))]
-    return np.isin(patients, chosen)
+@pytest.fixture(scope="module")
+def in_test(root: Path, default: Cohort) -> np.ndarray:
+    """Whether the step `split` puts each row into the test part of `phantom-xray`."""
+    params = read_params(f"{root / 'params.yaml'}:phantom-xray", "split", SplitParams)
+    assert params.strategy == "patient"
+    opacity = default.labels["label_opacity"]
+    headers = list(default.headers())
+    samples = pd.DataFrame(
+        {
+            "patient": [ds.PatientID for ds in headers],
+            "site": [ds.InstitutionName for ds in headers],
+            "label_normal": 1 - opacity,
+            "label_opacity": opacity,
+        }
+    )
+    splits = assign_splits(
+        samples,
+        fractions=params.fractions.model_dump(),
+        seed=params.seed,
+        labels=["label_normal", "label_opacity"],
+    )
+    return (splits == "test").to_numpy()
 
 
 @pytest.mark.slow
-def test_the_default_cohort_has_the_promised_size(default: Cohort) -> None:
-    assert 1400 <= len(default.labels) <= 1600
+def test_the_default_cohort_has_the_promised_size(default: Cohort, in_test: np.ndarray) -> None:
+    assert 1600 <= len(default.labels) <= 1850
     assert 0.10 <= default.labels["label_opacity"].mean() <= 0.125
-    assert default.labels["label_opacity"][_held_out(default)].sum() >= 60
+    assert default.labels["label_opacity"][in_test].sum() >= 60
     assert sum(path.stat().st_size for path in default.folder.rglob("*") if path.is_file()) < 200e6
 
 
 @pytest.mark.slow
-def test_intensity_statistics_and_metadata_do_not_give_the_label_away(default: Cohort) -> None:
+def test_intensity_statistics_and_metadata_do_not_give_the_label_away(
+    default: Cohort, in_test: np.ndarray
+) -> None:
     from sklearn.linear_model import LogisticRegressionCV
     from sklearn.metrics import roc_auc_score
     from sklearn.pipeline import make_pipeline
@@ -348,7 +373,7 @@ def test_intensity_statistics_and_metadata_do_not_give_the_label_away(default: C
             }
         )
     features = pd.get_dummies(pd.DataFrame(rows)).to_numpy(dtype=float)
-    labels, test = default.labels["label_opacity"].to_numpy(), _held_out(default)
+    labels = default.labels["label_opacity"].to_numpy()
     model = make_pipeline(
         StandardScaler(),
         LogisticRegressionCV(
@@ -359,17 +384,16 @@ def test_intensity_statistics_and_metadata_do_not_give_the_label_away(default: C
             max_iter=2000,
             class_weight="balanced",
         ),
-    ).fit(features[~test], labels[~test])
-    assert roc_auc_score(labels[test], model.decision_function(features[test])) <= 0.70
+    ).fit(features[~in_test], labels[~in_test])
+    assert roc_auc_score(labels[in_test], model.decision_function(features[in_test])) <= 0.70
 
 
 @pytest.mark.slow
-def test_an_oracle_that_reads_the_mask_is_nearly_perfect(default: Cohort) -> None:
+def test_an_oracle_that_reads_the_mask_is_nearly_perfect(default: Cohort, in_test: np.ndarray) -> None:
     from sklearn.metrics import roc_auc_score
 
     areas = [mask.sum() if (mask := default.mask(file)) is not None else 0 for file in default.labels["file"]]
-    test = _held_out(default)
-    assert roc_auc_score(default.labels["label_opacity"][test], np.array(areas)[test]) >= 0.99
+    assert roc_auc_score(default.labels["label_opacity"][in_test], np.array(areas)[in_test]) >= 0.99
 
 
 @pytest.mark.slow

@@ -162,7 +162,7 @@ def test_it_steps_as_a_loop_by_hand_does(
     optimizer = torch.optim.AdamW(
         [{"params": decays, "weight_decay": 0.1}, {"params": others}], weight_decay=0.0
     )
-    largest = 0.0
+    largest, losses = 0.0, []
     for step in range(2 * steps):
         epoch, place = divmod(step, steps)
         chosen = sampler.epoch_indices(epoch)[16 * place : 16 * (place + 1)]
@@ -173,7 +173,9 @@ def test_it_steps_as_a_loop_by_hand_does(
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * rate
         optimizer.zero_grad()
-        F.cross_entropy(network(images[chosen]).logits, classes[chosen]).backward()
+        loss = F.cross_entropy(network(images[chosen]).logits, classes[chosen])
+        loss.backward()
+        losses.append(float(loss.detach()))
         largest = max(largest, float(torch.nn.utils.clip_grad_norm_(network.parameters(), 0.5)))
         optimizer.step()
         decay = min(0.8, (1 + step) / (10 + step))
@@ -181,6 +183,8 @@ def test_it_steps_as_a_loop_by_hand_does(
             for mean, now in zip(average.parameters(), network.parameters(), strict=True):
                 mean.mul_(decay).add_(now, alpha=1 - decay)
     assert largest > 0.5, "something is clipped"
+    for record, first in zip(fitted.history, (0, steps), strict=True):
+        assert record["train_loss"] == pytest.approx(np.mean(losses[first : first + steps]), rel=1e-4)
     for name, parameter in average.named_parameters():
         assert torch.allclose(fitted.state_dict[name], parameter, atol=1e-4), name
 
@@ -234,7 +238,7 @@ def test_multilabel_with_unlabelled_labels(tmp_path: Path) -> None:
 
 
 def test_one_positive_in_a_thousand_and_a_class_without_samples(tmp_path: Path) -> None:
-    classes = np.zeros(300, int)
+    classes = np.zeros(1335, int)
     classes[[1, 4]] = 1  # one in train, one in val; "striped" never
     folder = _write(tmp_path / "dataset", "multiclass", _one_hot(classes, 3))
     for number, (loss, sampler) in enumerate(
@@ -242,7 +246,7 @@ def test_one_positive_in_a_thousand_and_a_class_without_samples(tmp_path: Path) 
     ):
         config = _config(loss=loss, sampler=sampler, epochs=1)
         fitted = fit(config, folder, _splits(folder), seed=0, checkpoints=tmp_path / str(number))
-        assert fitted.train_counts == {"normal": 224, "bright": 1, "striped": 0}
+        assert fitted.train_counts == {"normal": 1000, "bright": 1, "striped": 0}
         assert all(tensor.isfinite().all() for tensor in fitted.state_dict.values())
 
 
@@ -497,15 +501,51 @@ import pandas as pd
 from cadx.datasets import DatasetFolder
 from cadx.training import TrainingConfig, fit
 torch.set_num_threads(1)
-folder, splits, configs, out = sys.argv[1:]
-for name, config in json.loads(configs).items():
-    fitted = fit(
-        TrainingConfig.model_validate(config), DatasetFolder(Path(folder)), pd.read_parquet(splits),
-        seed=0, checkpoints=Path(out) / name / "member",
-    )
-    kept = {"weights": fitted.state_dict, "history": fitted.history}
-    torch.save(kept, f"{out}/{name}/{torch.distributed.get_rank()}.pt")
+out = Path(sys.argv[1])
+for name, (folder, splits, config) in json.loads((out / "runs.json").read_text()).items():
+    try:
+        fitted = fit(
+            TrainingConfig.model_validate(config), DatasetFolder(Path(folder)), pd.read_parquet(splits),
+            seed=0, checkpoints=out / name / "member",
+        )
+        kept = {"weights": fitted.state_dict, "history": fitted.history}
+    except ValueError as error:
+        kept = {"error": str(error)}
+    (out / name).mkdir(exist_ok=True)
+    torch.save(kept, out / name / f"{torch.distributed.get_rank()}.pt")
 """
+
+
+def fit_in_two_processes(
+    runs: dict[str, tuple[DatasetFolder, Splits, TrainingConfig]], out: Path
+) -> dict[str, list[dict[str, Any]]]:
+    """What each of two gloo processes, started once by torchrun, has of each run: weights and history, or an error."""
+    given = {}
+    for name, (folder, splits, config) in runs.items():
+        splits.to_parquet(out / f"{name}.parquet")
+        given[name] = [str(folder.path), str(out / f"{name}.parquet"), config.model_dump(mode="json")]
+    (out / "runs.json").write_text(json.dumps(given))
+    (out / "process.py").write_text(_PROCESS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(out / "process.py"), str(out)],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {
+        name: [torch.load(out / name / f"{rank}.pt", weights_only=True) for rank in (0, 1)] for name in runs
+    }
+
+
+def assert_alike(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], *, relative: float) -> None:
+    """Each tensor as a whole: Adam turns the noise in a gradient that is almost zero into a step of full size."""
+    assert one.keys() == other.keys()
+    for key, tensor in one.items():
+        assert (other[key] - tensor.float()).norm() <= relative * tensor.float().norm(), key
 
 
 def test_two_processes_are_one_with_the_same_batch(binary: DatasetFolder, tmp_path: Path) -> None:
@@ -520,32 +560,27 @@ def test_two_processes_are_one_with_the_same_batch(binary: DatasetFolder, tmp_pa
         "in_parts": group.model_copy(update={"accumulation": 2}),
         "frozen_batch": _config(model=frozen, **shared),
         "batch": _config(ema_decay=0.9, **shared),
+        "not_finite": _config(learning_rate=1e30, warmup_epochs=0),
     }
-    _splits(binary).to_parquet(tmp_path / "splits.parquet")
-    (tmp_path / "process.py").write_text(_PROCESS)
-    given = json.dumps({name: config.model_dump(mode="json") for name, config in configs.items()})
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [tmp_path / "process.py", binary.path, tmp_path / "splits.parquet", given, tmp_path]
-    subprocess.run(
-        [str(part) for part in command],
-        check=True,
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=250,
+    splits = _splits(binary)
+    found = fit_in_two_processes({name: (binary, splits, each) for name, each in configs.items()}, tmp_path)
+    errors = [each["error"] for each in found.pop("not_finite")]
+    assert errors[0] == errors[1]
+    named = errors[0].partition("samples of that batch: ")[2].split(", ")
+    step = int(errors[0].partition("step ")[2].partition(":")[0]) - 1
+    train = splits.query("split == 'train'")["sample_id"].to_numpy()
+    order = EpochSampler(binary.labels(train.tolist()), seed=0).epoch_indices(0)
+    assert named == train[order[16 * step : 16 * (step + 1)]].tolist(), (
+        "the batch of both processes, in order"
     )
-    for name, config in configs.items():
-        alone = config.model_copy(update={"accumulation": 1})
-        one = fit(alone, binary, _splits(binary), seed=0, checkpoints=tmp_path / "one" / name)
-        first, second = (torch.load(tmp_path / name / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    for name, (first, second) in found.items():
         for key, tensor in first["weights"].items():
             assert torch.equal(tensor, second["weights"][key]), "the processes must not drift apart"
-            if name == "batch":
-                continue  # each process normalises by its own part
-            # As a whole: Adam turns the noise in a gradient of almost zero into a full step for that weight.
-            alike = one.state_dict[key].float()
-            assert (tensor - alike).norm() <= 1e-4 * alike.norm(), (name, key)
         if name == "batch":
-            continue
+            continue  # each process normalises by its own part
+        alone = configs[name].model_copy(update={"accumulation": 1})
+        one = fit(alone, binary, splits, seed=0, checkpoints=tmp_path / "one" / name)
+        assert_alike(one.state_dict, first["weights"], relative=1e-4)
         for mine, theirs in zip(one.history, first["history"], strict=True):
             assert theirs["train_loss"] == pytest.approx(mine["train_loss"], rel=1e-4)
             assert theirs["val_loss"] == pytest.approx(mine["val_loss"], rel=1e-4)
@@ -602,15 +637,20 @@ def test_records_are_streamed(binary: DatasetFolder, tmp_path: Path, monkeypatch
     assert run_info.data.params["epochs"] == "3"
 
 
-def test_running_out_of_memory_says_what_to_change(
-    binary: DatasetFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [None, MemoryError(), torch.cuda.OutOfMemoryError()], ids=repr)
+def test_running_out_of_memory_says_of_which_and_what_to_change(
+    binary: DatasetFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None
 ) -> None:
     def full(*_: Any) -> None:
+        if error is not None:
+            raise error
         torch.empty(1 << 60)
 
     monkeypatch.setattr(loop._Run, "_train_step", full)
     with pytest.raises(
-        ValueError, match=r"^out of memory: set train.checkpointing: true, [^\n]*batch_size \(now 16"
+        ValueError,
+        match=f"^out of {'GPU ' if isinstance(error, torch.cuda.OutOfMemoryError) else ''}memory: set"
+        r" train.checkpointing: true, [^\n]*batch_size \(now 16",
     ):
         fit(_config(), binary, _splits(binary), seed=0, checkpoints=tmp_path)
 

@@ -12,7 +12,7 @@ import torch
 from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
 from cadx.files import digest_bytes
 from cadx.models import Detections
-from cadx.training import TrainingConfig, fit
+from cadx.training import TrainingConfig, fit, train_medical_detector
 from cadx.training.boxes import BoxWorkload
 from cadx.training.workload import Forward, Setting
 
@@ -124,6 +124,29 @@ def test_a_run_that_mines_goes_on_where_it_was_killed(folder: DatasetFolder, tmp
         fit(_config(), folder, _splits(folder), **run, on_epoch=kill)
     resumed = fit(_config(), folder, _splits(folder), **run)
     assert all(torch.equal(tensor, resumed.state_dict[name]) for name, tensor in whole.state_dict.items())
+
+
+def test_train_medical_detector_reports_the_epochs_mean_loss_and_validates(
+    folder: DatasetFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sketch's function of this name prints the last batch's loss as the epoch's, and never looks at val."""
+    losses: list[float] = []
+    of_a_batch = BoxWorkload.losses
+
+    def kept(workload: BoxWorkload, network: Forward, batch: Any, draw: Any) -> dict[str, torch.Tensor]:
+        found = of_a_batch(workload, network, batch, draw)
+        losses.append(sum(float(loss.detach()) for loss in found.values()))
+        return found
+
+    monkeypatch.setattr(BoxWorkload, "losses", kept)
+    config = _config(epochs=2, mining_epochs=None, batch_size=2)
+    fitted = train_medical_detector(config, folder, _splits(folder), seed=0, checkpoints=tmp_path / "m")
+    assert len(losses) == 8, "four batches an epoch"
+    for record, first in zip(fitted.history, (0, 4), strict=True):
+        batches = losses[first : first + 4]
+        assert record["train_loss"] == pytest.approx(np.mean(batches))
+        assert record["train_loss"] != pytest.approx(batches[-1], rel=0.01)
+        assert 0 <= record["val_ap50"] <= 1
 
 
 @pytest.mark.parametrize(
