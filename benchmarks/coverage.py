@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import integrate, special, stats
 
-from benchmarks._claim import claim, put_section
+from benchmarks._claim import claim
 from cadx.calibration import resampled_thresholds
 from cadx.metrics import (
     Difference,
@@ -39,6 +39,7 @@ ELSEWHERE = 0.05  # another prevalence
 MIN_CASES, MIN_ERRORS = 50, 5
 WITHIN = (0.93, 0.97)
 PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
+CHOICE = "The operating point"  # the section of the page on thresholds
 SETS = "Prediction sets"  # the section of the page that `benchmarks/conformal.py` writes
 
 _PATIENT_SHARE = 0.5  # of the variance of a score lies between patients
@@ -343,7 +344,7 @@ def write_page(rows: list[Row], chosen: list[tuple[Cell, dict[str, float]]]) -> 
         lines.append(setting + " | ".join(cells) + " |")
     lines += [
         "",
-        "## The operating point",
+        f"## {CHOICE}",
         "",
         "A threshold is chosen on a calibration split for a sensitivity of "
         f"{TARGET:g}, and scored on a test set of the same size.",
@@ -359,7 +360,7 @@ def write_page(rows: list[Row], chosen: list[tuple[Cell, dict[str, float]]]) -> 
         + " |"
         for cell, held in chosen
     ]
-    _, _, sets = PAGE.read_text(encoding="utf-8").partition(f"\n## {SETS}\n\n")
-    PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    if sets:
-        put_section(PAGE, SETS, sets.rstrip("\n"))
+    # Sections that other benchmarks write stay.
+    _, *others = PAGE.read_text(encoding="utf-8").split("\n\n## ")
+    kept = [other.rstrip("\n") for other in others if not other.startswith(f"{CHOICE}\n")]
+    PAGE.write_text("\n\n## ".join(["\n".join(lines), *kept]) + "\n", encoding="utf-8")

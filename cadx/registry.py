@@ -64,6 +64,8 @@ class Registry:
 
     def __init__(self, address: str, *, create: bool = True) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when it is imported
+        # Of its own, MLflow asks a server that is not there for four minutes.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         try:
             from mlflow import MlflowClient
             from mlflow.exceptions import MlflowException

@@ -1,17 +1,23 @@
 """Explanations: scores of maps, Grad-CAM in 2D and 3D, and whether a map depends on what was learnt."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import stats
+from test_bundle import operating_point
 from test_evaluate import Run, prepare
 from test_loading_slides import section, slide_dataset, write_slide
+from test_predicting_kinds import write_trained
 from torch import nn
 
-from cadx.datasets import DatasetFolder
+from cadx.bundle import Bundle
+from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
 from cadx.evaluating.explanations import (
     CONTROL,
     Case,
@@ -20,11 +26,13 @@ from cadx.evaluating.explanations import (
     grad_cam,
     with_random_weights,
 )
+from cadx.files import digest_bytes
 from cadx.models.radiograph import ConvNeXtConfig, DenseNetConfig, ResNetConfig
 from cadx.models.slide import EncoderConfig, MILConfig
 from cadx.models.volume import DenseNet3DConfig, ResNet3DConfig
 from cadx.predicting.bags import embed_tiles
 from cadx.predicting.predictor import Predictor
+from cadx.training import TrainingConfig, fit
 from serving.demo import write_demo_bundle
 
 
@@ -214,6 +222,98 @@ def test_maps_that_name_the_evidence_beat_the_moved_map_and_forget_with_the_weig
         height, width = folder.pixels(one.case.sample_id).shape
         assert one.picture.shape == (height, len(one.maps) * width, 3)
         assert all(0 <= area <= 1 for m in one.maps for area in (m.deletion, m.insertion))
+
+
+VOLUME_PX = 24
+
+
+def planted_volumes(path: Path) -> DatasetFolder:
+    """Noise; every other volume has a bright block of 8 voxels a side in one of its eight corners."""
+    rng = np.random.default_rng(3)
+    with DatasetWriter(
+        path, name="noise", kind="volume", task="binary", classes=("none", "nodule"), positive="nodule",
+        modality="CT", clustered=False, source=SourceInfo(title="noise", licence="CC0-1.0", citation="none"),
+    ) as writer:  # fmt: skip
+        for number in range(40):
+            sick = number % 2
+            voxels = rng.integers(0, 60, (VOLUME_PX,) * 3).astype(np.int16)
+            block = tuple(slice(start, start + 8) for start in rng.choice([1, VOLUME_PX - 9], 3))
+            voxels[block] += 60 * np.int16(sick)
+            writer.add(
+                sample_id=f"v{number:02}", pixels=voxels, labels={("none", "nodule")[sick]: 1}, patient=f"p{number}",
+                sha256=digest_bytes(voxels.tobytes()), statistics={}, spacing_mm=(1.0, 1.0, 1.0),
+            )  # fmt: skip
+    return DatasetFolder(path)
+
+
+def planted_slides(path: Path) -> DatasetFolder:
+    """Tissue of 6 x 4 tiles; every other slide has 2 x 2 dark ones, anywhere among them."""
+    rng, files = np.random.default_rng(4), {}
+    for number in range(20):
+        pixels = section(400, 500, np.s_[64:320, 64:448])
+        pixels[300:310, 64:448, 2] = 120 + number  # no two slides are one file
+        if number % 2:
+            top, left = 64 * (1 + rng.integers(3)), 64 * (1 + rng.integers(5))
+            pixels[top : top + 128, left : left + 128] = (110, 40, 140)
+        files[f"s{number:02}"] = write_slide(path / f"{number}.tiff", pixels)
+    return slide_dataset(path / "dataset", files)
+
+
+PLANTED: dict[str, tuple[Callable[[Path], DatasetFolder], int, dict[str, Any]]] = {
+    "volume": (
+        planted_volumes,
+        32,
+        {
+            "model": {"family": "resnet3d", "depth": 10, "width": 0.125, "stem": "small"},
+            "preprocessing": {"patch_px": (VOLUME_PX,) * 3, "window_hu": (0, 120)},
+            "patches_per_sample": 1,
+            "batch_size": 8,
+            "epochs": 4,
+        },
+    ),
+    "slide": (
+        planted_slides,
+        12,
+        {
+            "model": {
+                "family": "mil", "hidden_dim": 32, "attention_dim": 16, "dropout": 0.0, "entropy_weight": 0.01,
+                "encoder": {"depth": 18, "width": 0.125, "norm": "group", "frozen": True},
+            },
+            "preprocessing": {"tile_px": 64, "height_px": 32, "width_px": 32, "channels": 3},
+            "max_instances": 24,
+            "batch_size": 4,
+            "epochs": 40,
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PLANTED)
+def test_maps_of_volumes_and_slides_name_the_evidence_too(kind: str, tmp_path: Path) -> None:
+    """In samples that training did not see, where nothing but what was planted speaks for the class."""
+    plant, num_train, recipe = PLANTED[kind]
+    folder = plant(tmp_path / "planted")
+    ids = folder.samples["sample_id"].tolist()
+    config = TrainingConfig.model_validate({"learning_rate": 3e-3, "warmup_epochs": 1, **recipe})
+    seen, unseen = ids[:num_train], ids[num_train:]
+    splits = pd.DataFrame({"sample_id": seen + seen[:8], "split": ["train"] * num_train + ["val"] * 8})
+    fitted = fit(config, folder, splits, seed=0, checkpoints=tmp_path / "run" / "member")
+    trained = write_trained(tmp_path / "trained", folder, config, fitted.state_dict)
+    positive = folder.info.positive
+    assert positive is not None
+    point = operating_point(**{positive: 0.5})
+    Bundle(trained).complete(tmp_path / "bundle", temperature=1.0, operating_point=point)
+    predictor = Predictor(tmp_path / "bundle", device="cpu")
+
+    found = explain(predictor, folder, [Case(name, positive, "found", 0.9) for name in unseen[1::2]])
+    methods = ("attention", "Grad-CAM") if kind == "volume" else ("attention",)
+    gain = {
+        method: np.mean([m.insertion - m.deletion for one in found for m in one.maps if m.method == method])
+        for method in (*methods, CONTROL)
+    }
+    assert len(found) == len(unseen) // 2
+    for method in methods:
+        assert gain[method] > gain[CONTROL] + 0.05, gain
 
 
 def test_every_map_of_a_report_has_its_scores(ready: Run, tmp_path: Path) -> None:

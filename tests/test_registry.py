@@ -1,7 +1,15 @@
-"""The registry of champions, on a real SQLite file: who may become one, what is kept, and what the gate gets."""
+"""The registry of champions, on a real SQLite file and a real server: who may become one, and what the gate gets."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
 
 import pytest
 from test_comparing import scored
@@ -123,3 +131,102 @@ def test_to_read_makes_no_registry(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is none; `cadx champion promote` makes it"):
         Registry(f"sqlite:///{tmp_path}/mistyped/mlflow.db", create=False)
     assert not (tmp_path / "mistyped").exists()
+
+
+# --- A server -----------------------------------------------------------------------------------------
+
+
+def cadx(*words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cadx", *map(str, words)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """MLflow's tracking server on the loopback, its store a SQLite file, which also keeps the artifacts."""
+    pytest.importorskip("flask_cors", reason="of the extra 'dev': under MLflow's server")
+    folder, port = tmp_path_factory.mktemp("server"), free_port()
+    address, log = f"http://127.0.0.1:{port}", folder / "log.txt"
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+        "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts"),
+    ]  # fmt: skip
+    settings = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with log.open("w") as stream:
+        running = subprocess.Popen(
+            command, cwd=folder, env=os.environ | settings, stdout=stream, stderr=subprocess.STDOUT
+        )
+    try:
+        for _ in range(600):
+            assert running.poll() is None, log.read_text()
+            try:
+                with urlopen(f"{address}/health", timeout=5):
+                    break
+            except (URLError, ConnectionError, TimeoutError):
+                time.sleep(0.1)
+        else:
+            pytest.fail(f"MLflow's server does not answer within a minute:\n{log.read_text()}")
+        yield address
+    finally:
+        running.terminate()
+        running.wait(30)
+
+
+@pytest.mark.slow
+def test_a_server_keeps_champions_for_every_machine(server: str, tmp_path: Path) -> None:
+    """The commands as on two machines: what one promotes, another shows and exports, knowing the address alone."""
+    reports = tmp_path / "reports"
+    (reports / "squares").mkdir(parents=True)
+    first = judged(reports / "squares/1", seed=1)
+    bundle = read_scored(first["predictions"]).info.bundle
+    judged(reports / "squares/2", seed=2, champion=bundle)
+    judged(reports / "squares/3", seed=3)
+
+    nobody = cadx(
+        "champion", "export", "squares", "--output", tmp_path / "none.parquet", "--registry", server
+    )
+    assert nobody.returncode == 1
+    assert nobody.stderr.strip() == (
+        f"cadx champion: squares: no champion in {server}; `cadx champion promote` makes one"
+    )
+    for seed, expected in ((1, 0), (2, 0), (3, 1)):
+        done = cadx(
+            "champion", "promote", "squares", "--seed", str(seed), "--reports", reports, "--registry", server
+        )
+        assert done.returncode == expected, done.stderr
+    assert "the gate has not compared it with the champion" in done.stderr
+    assert "Traceback" not in done.stderr
+
+    shown = cadx("champion", "show", "squares", "--registry", server, COLUMNS="200")
+    rows = [line for line in shown.stdout.splitlines() if "squares" in line]
+    assert ["champion" in row for row in rows] == [True, False]
+    assert "0.900 (0.800 to 0.950)" in rows[0]
+
+    output = tmp_path / "elsewhere" / "champion.parquet"
+    output.parent.mkdir()
+    exported = cadx("champion", "export", "squares", "--output", output, "--registry", server)
+    assert exported.returncode == 0, exported.stderr
+    assert output.read_bytes() == (reports / "squares/2/predictions.parquet").read_bytes()
+    assert [(one.version, one.seed, one.is_current) for one in Registry(server).history("squares")] == [
+        (1, 1, False),
+        (2, 2, True),
+    ]
+
+
+def test_a_server_that_does_not_answer_is_named_in_one_line() -> None:
+    address = f"http://127.0.0.1:{free_port()}"
+    asked = cadx("champion", "show", "--registry", address)
+    assert asked.returncode == 1
+    assert asked.stderr.strip() == f"cadx champion: registry {address}: cannot be opened: MlflowException"

@@ -36,6 +36,7 @@ from cadx.metrics.estimates import (
     resampled_sums,
     undefined,
 )
+from cadx.metrics.limits import on_scale
 from cadx.metrics.proportions import share
 from cadx.types import Config, Estimate
 
@@ -311,7 +312,8 @@ def _coco_estimates(
 def _resampled(values: FloatArray, n: int, patients: int) -> Part:
     """The mean over seeds of S 1+R values, the first of the set itself."""
     # The rule for "average_precision" knows that a perfect set proves less than its resamples say.
-    return replicated("average_precision", values[:, 0], values[:, 1:].mean(axis=0), n, patients)
+    part = replicated("average_precision", values[:, 0], values[:, 1:].mean(axis=0), n, patients)
+    return on_scale("detections", part)
 
 
 def _of_images(data: ImageSet, pools: Sequence[Pool]) -> dict[str, Part]:
@@ -380,7 +382,8 @@ def _called(data: ImageSet, pools: Sequence[Pool], weights: Weights) -> dict[str
         images = np.bincount(data.patient, minlength=data.num_patients)
         sums = resampled_sums(weights, np.column_stack([false.mean(axis=0), images]).astype(np.float64))
         rates = sums[1:, 0] / sums[1:, 1]
-        rate = replicated("false_positives_per_image", by_seed, rates, data.num_images, data.num_patients)
+        name = "false_positives_per_image"
+        rate = on_scale(name, replicated(name, by_seed, rates, data.num_images, data.num_patients))
     else:
         # Every resample has none, which proves nothing: the Poisson limit of no event, patients being the trials.
         high = -math.log((1 - LEVEL) / 2) / data.num_patients

@@ -375,6 +375,7 @@ class Classification(Evaluation):
             + "Bands: pointwise 95 % limits, bootstrap of "
             + ("patients" if info.clustered else "images")
             + (", each resample applied to all seeds. " if several else ". ")
+            + "Precision's are too narrow below a recall of 0.2, where few cases are called. "
             + dots
             + f"Calibration in ten bins with Wilson limits{on_patients}.",
             alt=f"ROC, precision-recall and calibration curves of {', '.join(_of_interest(info))}",

@@ -182,7 +182,7 @@ def show_net_benefit(page: Page, infos: Sequence[PredictionsInfo], curves: Mappi
         drawing,
         "Net benefit: true positives a case, less false positives weighed as above. Band: pointwise 95 % "
         "limits, bootstrap "
-        f"of {'patients' if info.clustered else 'images'}.{dotted}",
+        f"of {'patients' if info.clustered else 'images'}; too narrow where few cases are called.{dotted}",
         alt=f"Decision curves of {', '.join(curves)}",
     )
 

@@ -191,10 +191,17 @@ def probability_scores(cases: Cases, weights: Weights) -> dict[str, Part]:
         values["expected_calibration_error"].append(np.abs(rows[:, 3:]).sum(axis=1) / count)
     patients = cases.count_patients(np.ones(n, dtype=bool))
     tables = {name: np.array(found) for name, found in values.items()}
-    return {
+    parts = {
         name: replicated(name, table[:, 0], table[:, 1:].mean(axis=0), n, patients)
         for name, table in tables.items()
     }
+    # A sum of absolute gaps lies above the true one, most where that is small: no limits around it hold the truth.
+    error = parts["expected_calibration_error"]
+    method = f"{error.estimate.method}; the spread of a value that lies above the true error: see ece_if_calibrated"
+    parts["expected_calibration_error"] = replace(
+        error, estimate=error.estimate.model_copy(update={"method": method})
+    )
+    return parts
 
 
 def surprise(probability: FloatArray) -> FloatArray:
