@@ -45,6 +45,12 @@ _EXAMPLES = {
         "--report data/work/phantom-xray/search.html --experiment phantom-xray --seed 0 "
         "--params params.yaml:phantom-xray"
     ),
+    "deliver": (
+        "cadx deliver --archive data/work/phantom-xray/0/model.mar "
+        "--decision data/reports/phantom-xray/0/decision.json --dataset data/work/phantom-xray/dataset "
+        "--predictions data/reports/phantom-xray/0/predictions.parquet --models /models "
+        "--delivery delivery.json --params params.yaml:phantom-xray"
+    ),
     "deploy": (
         "cadx deploy --archive data/work/phantom-xray/0/model.mar "
         "--decision data/reports/phantom-xray/0/decision.json --dataset data/work/phantom-xray/dataset "
@@ -379,6 +385,7 @@ def compile_pipeline(
     picture: Path | None = None,
     remote: str = "",
     notify: bool = False,
+    deploy: Literal["volume", "torchserve", "none"] = "volume",
 ) -> None:
     """Compile an experiment to a Kubeflow pipeline: the commands of dvc.yaml, in containers.
 
@@ -389,7 +396,8 @@ def compile_pipeline(
     experiment
         A section of params.yaml; its values become the defaults of the pipeline's parameters.
     image
-        The container image of every step, best as NAME@sha256:DIGEST: Kubeflow's cache knows images by name.
+        The container image of every step, best as NAME@sha256:DIGEST: Kubeflow's cache knows images by name. The
+        file of resources may name another for a step.
     output
         The compiled pipeline, YAML.
     pipeline
@@ -407,6 +415,9 @@ def compile_pipeline(
         A DVC remote on S3, such as s3://cadx/datasets: the dataset is fetched from there as dvc.lock names it.
     notify
         End every run, failed or not, in a message to the webhook of the section `notify` in the file of resources.
+    deploy
+        Where a promoted model goes: to the volume from which manifests/serving takes it; to a TorchServe whose
+        management API the task reaches; or nowhere.
     """
     from pipelines import RESOURCES, compile_experiment, draw_pipeline
 
@@ -420,6 +431,7 @@ def compile_pipeline(
         resources=resources or RESOURCES,
         remote=remote,
         notify=notify,
+        deploy=deploy,
     )
     print(f"wrote {output}")
     if picture:

@@ -23,6 +23,8 @@ from cadx.files import replacing, write_json
 from cadx.types import Digest
 
 STATE = "state.json"
+GOLDEN = "golden"
+"""Folder of the samples that a deployment sent."""
 
 
 class Compacted(NamedTuple):
@@ -40,9 +42,10 @@ class Compacted(NamedTuple):
 
 
 def compact(log: Path, tables: Path) -> Compacted:
-    """Bring the tables up to date with the lines in `log`/*.jsonl; only what was added since is read.
+    """Bring the tables up to date with the lines in *.jsonl under `log`; only what was added since is read.
 
-    A file that has become shorter is read anew: rows that are there already are not added again.
+    Servers may have a folder each there. What a deployment sent lies in folders named `golden` and is left out. A file
+    that has become shorter is read anew: rows that are there already are not added again.
 
     Raises:
         ValueError: if a line is whole but not of this form; the tables then stay as they are.
@@ -50,8 +53,11 @@ def compact(log: Path, tables: Path) -> Compacted:
     state = _read_state(tables)
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     torn = unfinished = 0
-    for file in sorted(log.glob("*.jsonl")):
-        start = state["files"].get(file.name, {"bytes": 0, "lines": 0})
+    for file in sorted(log.rglob("*.jsonl")):
+        name = file.relative_to(log).as_posix()
+        if GOLDEN in name.split("/")[:-1]:
+            continue
+        start = state["files"].get(name, {"bytes": 0, "lines": 0})
         if file.stat().st_size < start["bytes"]:
             start = {"bytes": 0, "lines": 0}
         with file.open("rb") as stream:
@@ -70,7 +76,7 @@ def compact(log: Path, tables: Path) -> Compacted:
             row = _checked(line, f"{file}: line {number}")
             rows.setdefault((short(line["bundle"]), f"{row['time']:%Y-%m-%d}"), []).append(row)
         consumed = start["bytes"] + sum(len(text) + 1 for text in whole)
-        state["files"][file.name] = {"bytes": consumed, "lines": start["lines"] + len(whole)}
+        state["files"][name] = {"bytes": consumed, "lines": start["lines"] + len(whole)}
     for (bundle, day), added in sorted(rows.items()):
         state["duplicates"] += _add(tables / bundle / f"{day}.parquet", added)
     state["torn"] += torn

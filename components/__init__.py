@@ -22,6 +22,7 @@ STEPS = (
     Step("gate"),
     Step("package"),
     Step("choose", reproducible=False),
+    Step("deliver", reproducible=False),
     Step("deploy", reproducible=False),
     Step("monitor", reproducible=False),
     Step("predict", reproducible=False),

@@ -134,6 +134,8 @@ def deploy(
 
         if previous is None:
             trial = f"{release.name}{TRIAL}"
+            for left in server.versions(trial):  # by a deployment that was killed
+                server.unregister(trial, left.version)
             with server.taken_away_on_failure(trial, release.version):
                 register(trial)
                 difference = compare(trial)

@@ -6,6 +6,10 @@ from typing import Literal
 Pipeline = Literal["training", "families", "monitoring", "evaluation", "inference"]
 """What can be compiled: one module each."""
 
+Deploy = Literal["volume", "torchserve", "none"]
+"""Where a promoted model goes: to the volume from which manifests/serving takes it, to a TorchServe whose management
+API the task reaches, or nowhere."""
+
 RESOURCES = Path(__file__).parent / "resources.yaml"
 """Where each step runs, unless another file is given."""
 
@@ -21,6 +25,7 @@ def compile_experiment(
     resources: Path = RESOURCES,
     remote: str = "",
     notify: bool = False,
+    deploy: Deploy = "volume",
 ) -> None:
     """Write a pipeline of an experiment as Kubeflow Pipelines reads it.
 
@@ -28,13 +33,14 @@ def compile_experiment(
         experiment: a section of `params` that dvc.yaml names too.
         output: the YAML file to write.
         params: the parameter file: its values become the defaults of a run.
-        image: the image whose `cadx` runs every step. Kubeflow's cache compares images by name only: give
-            NAME@sha256:DIGEST, or results of an older image may be taken for this one's.
+        image: the image whose `cadx` runs every step that `resources` gives no other. Kubeflow's cache compares
+            images by name only: give NAME@sha256:DIGEST, or results of an older image may be taken for this one's.
         pipeline: which of them.
         against: for `families`, the experiments that it is compared with.
         resources: where each step runs.
         remote: a DVC remote on S3: the dataset is fetched from there, as dvc.lock names it, in place of ingested.
-        notify: tell a webhook how each run has ended: `pipelines.notifying`.
+        notify: tell a webhook how each run has ended: the step `notify`.
+        deploy: where a promoted model goes, in the pipelines that train.
 
     Raises:
         ValueError: if the experiment, a parameter or a name cannot serve, or kfp is not installed.
@@ -52,6 +58,7 @@ def compile_experiment(
         resources=resources,
         remote=remote,
         notify=notify,
+        deploy=deploy,
     )
 
 

@@ -1,6 +1,7 @@
 """Pipelines as the YAML that Kubeflow takes; equal inputs give equal bytes."""
 
 import re
+import sys
 from collections.abc import Callable, Mapping
 from itertools import dropwhile
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 from kfp import compiler
 
 from cadx.files import replacing
+from pipelines import Deploy
 from pipelines.evaluation import evaluation
 from pipelines.families import families
 from pipelines.inference import inference
 from pipelines.monitoring import monitoring
-from pipelines.placement import Setting, read_placements
+from pipelines.placement import IMAGE_PATTERN, Setting, read_placements
 from pipelines.training import training
 
 PIPELINES: Mapping[str, Callable[..., Any]] = {
@@ -24,6 +26,9 @@ PIPELINES: Mapping[str, Callable[..., Any]] = {
     "inference": inference,
 }
 """Those of one experiment, by name; `families` takes several."""
+
+TRAINING = ("training", "families", "monitoring")
+"""Those that may end in a model put into service."""
 
 
 def compile_experiment(
@@ -37,11 +42,12 @@ def compile_experiment(
     resources: Path,
     remote: str,
     notify: bool,
+    deploy: Deploy,
 ) -> None:
     """Write an experiment's pipeline, whole or not at all: see `pipelines.compile_experiment`."""
     if output.suffix not in {".yaml", ".yml"}:
         raise ValueError(f"{output}: Kubeflow takes pipelines as .yaml files; name the output so")
-    if not re.fullmatch(r"[a-z0-9][\w./:@-]*", image):
+    if not re.fullmatch(IMAGE_PATTERN, image):
         raise ValueError(f"image {image!r}: not the name of an image; give NAME:TAG or NAME@sha256:DIGEST")
     if against and pipeline != "families":
         raise ValueError(
@@ -49,7 +55,13 @@ def compile_experiment(
         )
     if remote and pipeline == "inference":
         raise ValueError(f"--remote {remote}: the pipeline inference reads no dataset; leave it out")
-    setting = Setting(params, image, read_placements(resources), remote, notify)
+    placements = read_placements(resources)
+    if deploy == "torchserve" and pipeline in TRAINING and not placements["deploy"].volumes:
+        raise ValueError(
+            f"{resources}: deploy.volumes: none; --deploy torchserve needs a volume that the server reads too, for the "
+            "model store and the server's tokens"
+        )
+    setting = Setting(params, image, placements, remote, notify, deploy)
     if pipeline == "families":
         built = families((experiment, *against), setting)
     else:
@@ -60,6 +72,13 @@ def compile_experiment(
         lines = compiled.read_text(encoding="utf-8").splitlines(keepends=True)
     # kfp's comments list the defaults in an order that changes from run to run.
     content = dropwhile(lambda line: line.startswith("#"), lines)
+    for named in sorted({image, *(one.image for one in placements.values() if one.image)}):
+        if "@sha256:" not in named:
+            print(
+                f"warning: image {named}: named without @sha256:DIGEST; where its content changes under this name, "
+                "Kubeflow's cache answers with what the former content made",
+                file=sys.stderr,
+            )
     note = (
         f"# Made by `cadx compile {experiment}` from dvc.yaml, {params.name}, {resources.name} and the steps: "
         "change those.\n"

@@ -7,7 +7,7 @@ from typing import Any
 from components.contract import read_experiment
 from pipelines.placement import Setting
 from pipelines.tasks import ALL, Made, add_jobs, alone, parameters, pipeline, step_named
-from pipelines.training import Trained, training
+from pipelines.training import DEPLOYING, Trained, training
 
 COMPARABLE = ("split", "evaluate")
 """Sections that must be equal for numbers to be comparable; `choose` checks the samples themselves."""
@@ -16,7 +16,7 @@ COMPARABLE = ("split", "evaluate")
 def families(experiments: Sequence[str], setting: Setting) -> Any:
     """A pipeline of several experiments' trainings, each a pipeline within it.
 
-    Each training hands on its first promoted seed; of these the best by `choose.metric` is deployed.
+    Each training hands on its first promoted seed; of these the best by `choose.metric` is put into service.
 
     Args:
         experiments: the first one's sections give the defaults of comparison and deployment.
@@ -41,14 +41,13 @@ def families(experiments: Sequence[str], setting: Setting) -> Any:
         for name in ("metrics", "decision", "archive", "predictions")
     }
     choice = alone(step_named("choose"), **inputs)
-    deployment = alone(
-        step_named("deploy"),
-        dataset=(f"{first}/dataset",),
-        **{name: (f"choose/{name}",) for name in ("archive", "decision", "predictions")},
-    )
-    asked = parameters([choice, deployment], first, setting.params, choose={"metric": "auc"})
+    last = [choice]
+    if setting.deploy != "none":
+        chosen = {name: (f"choose/{name}",) for name in ("archive", "decision", "predictions")}
+        last.append(alone(step_named(DEPLOYING[setting.deploy]), dataset=(f"{first}/dataset",), **chosen))
+    asked = parameters(last, first, setting.params, choose={"metric": "auc"})
     trainings = {
-        experiment: training(experiment, replace(setting, notifies=False), deploys=False)
+        experiment: training(experiment, replace(setting, notifies=False), hands_on=True)
         for experiment in experiments
     }
 
@@ -57,7 +56,7 @@ def families(experiments: Sequence[str], setting: Setting) -> Any:
         for experiment, inner in trainings.items():
             trained = inner().set_display_name(experiment)
             made |= {f"{experiment}/{name}": (trained, name) for name in Trained._fields}
-        add_jobs([choice, deployment], made, given, setting)
+        add_jobs(last, made, given, setting)
 
     summary = f"Trained side by side, compared, the best put into service: {', '.join(experiments)}."
     return pipeline(f"{first}-families", summary, asked, tasks, first, setting)

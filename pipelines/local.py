@@ -1,6 +1,6 @@
 """The training pipeline in containers on one machine, by kfp's DockerRunner, held against `dvc repro`'s bytes.
 
-The run ends where a server would be needed: at the choice of the seed that `deploy` would take.
+The run ends where a server would be needed: at the choice of the seed that would be served.
 """
 
 import io
@@ -62,8 +62,8 @@ def run_in_containers(experiment: str, *, image: str, params: Path, folder: Path
     earlier = set(folder.iterdir())
     local.init(local.DockerRunner(**_container(user)), pipeline_root=str(folder))
     # Here a failed step is not tried again, and no resource is asked for.
-    setting = Setting(params, image, {step.name: Placement() for step in STEPS})
-    pipeline = training(experiment, setting, deploys=False)
+    setting = Setting(params, image, {step.name: Placement() for step in STEPS}, deploy="none")
+    pipeline = training(experiment, setting)
     heard = _Heard(sys.stdout)
     failure: Exception | None = None
     with redirect_stdout(heard):
@@ -75,9 +75,9 @@ def run_in_containers(experiment: str, *, image: str, params: Path, folder: Path
             failure = error
     made = set(folder.iterdir()) - earlier
     run = max(made) if made else folder / experiment
-    for job in training_jobs(experiment):
+    for job in training_jobs(experiment, setting):
         # The runner has been seen to take a failed container for a success: what counts is what it left.
-        if job.step.name != "deploy" and not _ended(run / job.name, job):
+        if not _ended(run / job.name, job):
             said = heard.of(job.step.name) or f"its container ended without a word; {failure or 'no error'}"
             raise ValueError(f"task {job.name}: {said}")
     if failure is not None:

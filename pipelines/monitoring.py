@@ -12,7 +12,7 @@ from pipelines.training import training, training_jobs
 
 
 def monitoring(experiment: str, setting: Setting) -> Any:
-    """A pipeline that watches, and trains and deploys anew where the watch alarms.
+    """A pipeline that watches, and trains anew where the watch alarms; what is promoted goes where `setting` says.
 
     Its parameters are those of the watch and those of the training. Kubeflow's cache answers a training whose
     parameters and data are the former ones: new data come by a new `ingest.source`, or by `fetch.md5` and its digest.
@@ -25,7 +25,7 @@ def monitoring(experiment: str, setting: Setting) -> Any:
     asked = {
         "bundle_uri": parameter("bundle_uri", str),
         "experiment": parameter("experiment", str, experiment),
-        **parameters([watch, *training_jobs(experiment, setting.remote)], experiment, setting.params),
+        **parameters([watch, *training_jobs(experiment, setting)], experiment, setting.params),
     }
 
     def tasks(given: Mapping[str, Any]) -> None:

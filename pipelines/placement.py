@@ -1,5 +1,6 @@
 """Where a step runs on a cluster: resources.yaml, read and applied to Kubeflow's tasks."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -11,6 +12,7 @@ from pydantic import Field, ValidationError
 from cadx.types import Config
 from components import STEPS
 from components.contract import Step, explain
+from pipelines import Deploy
 
 EVERY = "every"
 """The section that holds for every step; a step's own completes it."""
@@ -19,6 +21,12 @@ VOLUME_PATH = PurePosixPath("/data")
 """Where the nodes of a training mount what they share."""
 
 SHARED_MEMORY_PATH = "/dev/shm"  # noqa: S108 - where the operating system looks for it
+
+IMAGE_PATTERN = r"^[a-z0-9][\w./:@-]*$"
+"""NAME:TAG or NAME@sha256:DIGEST."""
+
+_CPU_IMAGE = re.compile(r"(^|[/-])steps(:[\w.-]+)?(@.*)?$")
+"""The names of the image that `make images` calls cadx/steps: it holds no CUDA."""
 
 Quantity = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(m|[kMGTP]i?)?$", coerce_numbers_to_str=True)]
 """As Kubernetes writes it: 500m, 4, 8Gi."""
@@ -61,6 +69,11 @@ class Placement(Config):
     cpu: Quantity | None = Field(default=None, description="cores, asked for and not exceeded")
     memory: Quantity | None = Field(default=None, description="asked for and not exceeded")
     accelerator: Accelerator | None = None
+    image: str | None = Field(
+        default=None,
+        pattern=IMAGE_PATTERN,
+        description="of this step, where it is another than that of `cadx compile --image`",
+    )
     shared_memory: Quantity | None = Field(
         default=None, description="size of /dev/shm, which data loaders' processes fill; 64 MB otherwise"
     )
@@ -129,10 +142,11 @@ class Setting:
 
     Attributes:
         params: the parameter file.
-        image: the container's.
+        image: the container's, of each step that its placement gives no other.
         placements: step -> where it runs.
         remote: the DVC remote that the dataset is fetched from; "" where it is ingested.
         notifies: whether the end of a run is told to a webhook.
+        deploy: where a promoted model goes.
     """
 
     params: Path
@@ -140,6 +154,24 @@ class Setting:
     placements: Mapping[str, Placement]
     remote: str = ""
     notifies: bool = False
+    deploy: Deploy = "volume"
+
+    def image_of(self, step: Step) -> str:
+        """The image that runs a step.
+
+        Raises:
+            ValueError: if the step asks for an accelerator, and the image's name says that it holds no CUDA.
+        """
+        placement = self.placements[step.name]
+        image = placement.image or self.image
+        if placement.accelerator is not None and _CPU_IMAGE.search(image):
+            asked = placement.accelerator.kind
+            raise ValueError(
+                f"image {image}: the steps' image holds no CUDA, and {step.name} asks for {asked}; name the training "
+                f"image, as --image or as {step.name}.image in the file of resources, or give "
+                "--resources pipelines/resources-cpu.yaml"
+            )
+        return image
 
 
 def is_cached(step: Step) -> bool:

@@ -56,6 +56,16 @@ FINAL_STATUS = dsl.PipelineTaskFinalStatus
 ALL = "all_"
 """Begins the name of an input that takes an output of every seed."""
 
+DEFAULTS: dict[str, Any] = {
+    "models": "/models",
+    "request_log": "/requests",
+    "requests": "/requests/found/requests",
+    "inference": inspect.Parameter.empty,
+    "management": inspect.Parameter.empty,
+}
+"""What has another default on a cluster: where pipelines/resources.yaml mounts the volumes of manifests/serving, and
+addresses that must be given, since a task's own loopback serves nothing."""
+
 _INPUT = "{{$.inputs.artifacts['%s'].path}}"
 _OUTPUT = "{{$.outputs.artifacts['%s'].path}}"
 _PARAMETER = "{{$.inputs.parameters['%s']}}"
@@ -246,7 +256,7 @@ def parameters(
         for name, declared in signature(job.step).parameters.items():
             kind = _kind(job.step, name)
             if name != "params" and not job.arguments.get(name, True) and kind is not FINAL_STATUS:
-                found[name] = parameter(name, kind, declared.default)
+                found[name] = parameter(name, kind, DEFAULTS.get(name, declared.default))
     return found
 
 
@@ -322,13 +332,11 @@ def add_job(
     command = ["cadx", job.step.name]
     if alarms:
         command = ["sh", "-c", f'cadx {job.step.name} "$@" || test $? = 3', job.step.name]
-    placement = setting.placements[job.step.name]
+    placement, image = setting.placements[job.step.name], setting.image_of(job.step)
     if placement.nodes is not None:
         asked = placement.model_dump_json(exclude_defaults=True)
-        command = ["python", "-m", "pipelines.nodes", setting.image, asked, *command]
-    container = dsl.ContainerSpec(
-        image=setting.image, command=command, args=[*words, "--executor-input", "{{$}}"]
-    )
+        command = ["python", "-m", "pipelines.nodes", image, asked, *command]
+    container = dsl.ContainerSpec(image=image, command=command, args=[*words, "--executor-input", "{{$}}"])
     component = dsl.container_component(
         function(
             job.name,
@@ -418,9 +426,10 @@ HELP = {
     "experiment": "Name of the experiment, which the bundle and every report carry.",
     "model_store": "Folder of TorchServe's archives, on a volume that the server reads too.",
     "key_file": "TorchServe's tokens, key_file.json, from a secret or a volume.",
+    "models": "Folder from which serving pods take the model, on a volume.",
     "inference": "Address of TorchServe's inference API.",
     "management": "Address of TorchServe's management API, which only the cluster's inside reaches.",
-    "request_log": "Folder of what the served model has answered, on a volume.",
+    "request_log": "Folder of what the served model has answered, on a volume; each pod may have its own in it.",
     "requests": "Folder of the watch's own tables of these, on a volume.",
     "webhook": "Address that an alarm is sent to; empty: none.",
     "bundle_uri": "Where the trained bundle lies, such as s3://models/phantom-xray/bundle; one address, one content.",

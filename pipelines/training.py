@@ -1,14 +1,16 @@
-"""Training on Kubeflow: the stages of dvc.yaml, then the choice of a seed and its deployment.
+"""Training on Kubeflow: the stages of dvc.yaml, then the choice of a seed and its way into service.
 
 Invariant: one task per stage and seed, as in DVC's matrix.
 """
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from kfp import dsl
 
+from pipelines import Deploy
 from pipelines.placement import Setting
 from pipelines.tasks import Job, add_jobs, followers, parameter, parameters, pipeline, sourced, stages
 
@@ -23,40 +25,47 @@ class Trained(NamedTuple):
     predictions: dsl.Dataset
 
 
-def training_jobs(experiment: str, remote: str = "") -> list[Job]:
-    """The stages of an experiment, and what follows from them: the choice of a seed, its deployment.
+DEPLOYING: dict[Deploy, str] = {"volume": "deliver", "torchserve": "deploy"}
+"""Where a promoted model goes -> the step that brings it there."""
+
+
+def training_jobs(experiment: str, setting: Setting) -> list[Job]:
+    """The stages of an experiment, and what follows from them: the choice of a seed, its way into service.
 
     Args:
         experiment: its name.
-        remote: a DVC remote that the dataset is fetched from, in place of ingested.
+        setting: what it is compiled with.
 
     Raises:
         ValueError: if dvc.yaml does not hold the experiment, or dvc.lock no dataset of it to be fetched.
     """
-    jobs = [*sourced(stages(experiment), experiment, remote)]
-    return [*jobs, *followers(jobs)]
+    jobs = [*sourced(stages(experiment), experiment, setting.remote)]
+    left_out = {*DEPLOYING.values()} - {DEPLOYING.get(setting.deploy)}
+    return [*jobs, *(job for job in followers(jobs) if job.step.name not in left_out)]
 
 
 def training(
     experiment: str,
     setting: Setting,
     *,
-    deploys: bool = True,
+    hands_on: bool = False,
 ) -> Any:
     """An experiment's pipeline, as kfp compiles it and runs it.
 
-    Its parameters are `experiment`, one per step with that step's section, and what deployment has to know
-    of the place it deploys to. What is deployed is the first seed that the gate has let through.
+    Its parameters are `experiment`, one per step with that step's section, and what has to be known of the place
+    that a promoted model goes to: it is the first seed that the gate has let through.
 
     Args:
         experiment: a section of `params` that dvc.yaml names too.
         setting: what it is compiled with.
-        deploys: end in deployment; else hand on the chosen seed's files, for a pipeline around this one.
+        hands_on: hand on the chosen seed's files to a pipeline around this one, and put nothing into service.
 
     Raises:
         ValueError: if the parameter file or dvc.yaml does not hold the experiment, or a section does not validate.
     """
-    jobs = [job for job in training_jobs(experiment, setting.remote) if deploys or job.step.name != "deploy"]
+    if hands_on:
+        setting = replace(setting, deploy="none")
+    jobs = training_jobs(experiment, setting)
     asked = {
         "experiment": parameter("experiment", str, experiment),
         **parameters(jobs, experiment, setting.params),
@@ -64,12 +73,12 @@ def training(
 
     def tasks(given: Mapping[str, Any]) -> Trained | None:
         made = add_jobs(jobs, {}, given, setting)
-        if deploys:
+        if not hands_on:
             return None
         chosen, _ = made["choose/choice"]
         dataset = next(task for task, output in made.values() if output == "dataset")
         return Trained(dataset.outputs["dataset"], *(chosen.outputs[name] for name in Trained._fields[1:]))
 
     summary = f"From the source to a packaged model, step by step as under DVC: {experiment}."
-    returns = inspect.Signature.empty if deploys else Trained
+    returns = Trained if hands_on else inspect.Signature.empty
     return pipeline(experiment, summary, asked, tasks, experiment, setting, returns=returns)

@@ -16,29 +16,39 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import numpy as np
 import pytest
 import yaml
+from test_deliver import bring, serving_script
+from test_deploy import make as make_packaged
+from test_dvc import Checkout, pushed, server  # noqa: F401 - fixtures
+from test_fetch import asked, remote  # noqa: F401 - fixtures
 from test_nodes import assert_same_weights, node_variables, train_here
 from test_train import PARAMS, inputs  # noqa: F401
 
+from cadx.bundle import Bundle
 from cadx.files import digest_path
+from cadx.reading.images import encode_png
 from components.contract import ROOT
+from components.deploy import TRIAL
 from pipelines import tasks
 from pipelines.local import VARYING
 from pipelines.nodes import train_job
 from pipelines.placement import VOLUME_PATH, Nodes, Placement
+from serving.management import Management
+from serving.server import TorchServe, free_ports
 
 EXPERIMENT = "phantom-xray-pilot"
 QUICK = {
     "train": {"epochs": 1, "preprocessing": {"height_px": 32, "width_px": 32}},
     "evaluate": {"split": "test", "resamples": 50, "minimum_n": 5},
     "summarise": {"resamples": 50, "minimum_n": 5},
+    "gate": {"at_least": {"auc": 0.0}, "at_most": {}, "subgroup_at_least": {}, "clean_data": False},
 }
 ENGINE = Path("/var/tmp/cadx-engine")
 """Of an engine that is started here: it keeps the layers for the next time."""
-IMAGE = "cadx/steps"
 DISK_BYTES = 20e9
 """What building the image takes on the engine's disk, with its layers and their cache: 12 GB were seen."""
 OUT_OF_REACH = (
@@ -106,9 +116,21 @@ def engine() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def image(engine: None) -> str:
     """This checkout's image, on this machine's Python where no registry is reached."""
+    return build_image("steps")
+
+
+@pytest.fixture(scope="module")
+def serving_image(engine: None) -> str:
+    """The same with TorchServe in it."""
+    return build_image("serving")
+
+
+def build_image(target: str) -> str:
+    """The image of a target of the Dockerfile, built on the engine; the test is skipped where it cannot be."""
+    name = f"cadx/{target}"
     settings = {"DOCKER": "/usr/bin/docker"} if Path("/usr/bin/docker").exists() else {}
-    settings |= {"IMAGES": "steps", "BUILD_FLAGS": "--network=host", "PYTHON": sys.executable}
-    if docker("image", "inspect", IMAGE, check=False).returncode:
+    settings |= {"IMAGES": target, "BUILD_FLAGS": "--network=host", "PYTHON": sys.executable}
+    if docker("image", "inspect", name, check=False).returncode:
         storage = Path(docker("info", "--format", "{{.DockerRootDir}}").stdout.strip())
         if storage.exists() and (free := shutil.disk_usage(storage).free) < DISK_BYTES:
             skip(
@@ -129,7 +151,7 @@ def image(engine: None) -> str:
     if built.returncode and re.search(OUT_OF_REACH, built.stderr, re.IGNORECASE):
         skip("NO IMAGE", built.stderr.strip()[-500:])
     assert built.returncode == 0, built.stderr[-3000:]
-    return IMAGE
+    return name
 
 
 def make(target: str, settings: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -153,7 +175,14 @@ def params(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def one_seed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """dvc.yaml with one seed: the others are the same again."""
-    folder = tmp_path_factory.mktemp("one-seed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipelines.tasks.ROOT", with_one_seed(tmp_path_factory.mktemp("one-seed")))
+        yield
+
+
+def with_one_seed(folder: Path) -> Path:
+    """`folder`, made if need be, with a dvc.yaml of the first seed alone in it."""
+    folder.mkdir(exist_ok=True)
     content = yaml.safe_load((ROOT / "dvc.yaml").read_text())
     first, *others = content["vars"][0]["seeds"]
     content["vars"][0]["seeds"] = [first]
@@ -161,9 +190,7 @@ def one_seed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         line = content["stages"]["summarise"]["cmd"]
         content["stages"]["summarise"]["cmd"] = re.sub(rf"\S+/{seed}/\S+", "", line)
     (folder / "dvc.yaml").write_text(yaml.safe_dump(content))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipelines.tasks.ROOT", folder)
-        yield
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -194,8 +221,13 @@ def run_stage(job: tasks.Job, home: Path, *, program: tuple[str, ...] = ("-m", "
     """A stage's command as DVC runs it; its exit status and what it said of its failure."""
     line: str = yaml.safe_load((tasks.ROOT / "dvc.yaml").read_text())["stages"][job.step.name]["cmd"]
     line = line.replace("${item.experiment}", EXPERIMENT).replace("${item.seed}", str(job.seed))
+    return run_step(line.split()[1:], home, program=program)
+
+
+def run_step(words: list[str], home: Path, *, program: tuple[str, ...] = ("-m", "cadx")) -> tuple[int, str]:
+    """Likewise of a step by its name and arguments."""
     done = subprocess.run(
-        [sys.executable, *program, *line.split()[1:]],
+        [sys.executable, *program, *words],
         cwd=home,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -236,6 +268,107 @@ def test_each_step_that_is_killed_half_way_leaves_nothing_and_runs_again(
         for path, name in job.outputs.items():
             if name not in VARYING:
                 assert digest_path(home / path) == digest_path(other / path), path
+    for words, outputs in after_the_stages([*tasks.stages(EXPERIMENT)]):
+        for folder in (home, other):
+            write_inbox(folder)
+        status, said = run_step(words, home, program=("-c", KILLED))
+        assert status == -signal.SIGKILL, f"{words[0]} was not killed: {said}"
+        assert not [path for path in outputs if (home / path).exists()], words[0]
+        for folder in (home, other):
+            status, said = run_step(words, folder)
+            assert status == 0, said
+        assert not [*home.rglob(".*.partial")], words[0]
+        for path in outputs:
+            assert digest_path(home / path) == digest_path(other / path), path
+
+
+def after_the_stages(jobs: list[tasks.Job]) -> Iterator[tuple[list[str], list[str]]]:
+    """Steps without a stage that work on what the stages made: their words, and the outputs that are compared."""
+    made = {name: path for job in jobs if job.step.name != "summarise" for path, name in job.outputs.items()}
+    candidate = ("metrics", "decision", "archive", "predictions")
+    chosen = {name: f"chosen/{name}" for name in candidate}
+    words = [word for name in candidate for word in (f"--all-{name}", made[name])]
+    words += [word for name in candidate for word in (f"--{name}", chosen[name])]
+    yield (
+        ["choose", *words, "--choice", "chosen/choice", "--report", "chosen/report", "--params", "{}"],
+        ["chosen/choice", *chosen.values()],
+    )
+    words = ["--bundle", made["bundle"], "--images", INBOX, "--params", "{}"]
+    outputs = ["answers/predictions", "answers/unreadable"]
+    yield ["predict", *words, "--predictions", outputs[0], "--unreadable", outputs[1]], outputs
+    words = [word for name in candidate[1:] for word in (f"--{name}", chosen[name])]
+    words += ["--dataset", made["dataset"], "--models", "models", "--params", "{}"]
+    yield ["deliver", *words, "--delivery", "delivery"], ["delivery"]
+
+
+INBOX = "inbox"
+
+
+def write_inbox(home: Path) -> None:
+    """Two images to be answered, and a file that is none."""
+    (home / INBOX).mkdir(exist_ok=True)
+    for number in range(2):
+        pixels = np.random.default_rng(number).integers(0, 255, (96, 96), np.uint8)
+        (home / INBOX / f"{number}.png").write_bytes(encode_png(pixels))
+    (home / INBOX / "letter.txt").write_text("a letter")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_fetch_that_is_killed_half_way_leaves_nothing_and_runs_again(
+    asked: dict[str, Any],  # noqa: F811
+    pushed: Checkout,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    words = ["fetch", "--dataset", "fetched/dataset", "--params", json.dumps(asked)]
+    status, said = run_step(words, tmp_path, program=("-c", KILLED))
+    assert status == -signal.SIGKILL, said
+    assert not (tmp_path / "fetched/dataset").exists()
+    status, said = run_step(words, tmp_path)
+    assert status == 0, said
+    assert digest_path(tmp_path / "fetched/dataset") == digest_path(pushed.dataset)
+    assert [path.name for path in (tmp_path / "fetched").iterdir()] == ["dataset"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_deployment_that_is_killed_before_the_switch_answers_nobody_and_runs_again(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Once before the first version is in service, and once beside it."""
+    first, second = (
+        make_packaged(tmp_path_factory.mktemp(f"steps-{steps}"), steps=steps) for steps in (16, 20)
+    )
+    with TorchServe(tmp_path_factory.mktemp("serve"), free_ports()) as torchserve:
+        management = Management(torchserve.management, key_file=torchserve.key_file)
+        for packaged, name, before in ((first, f"chest{TRIAL}", None), (second, "chest", first)):
+            version = Bundle(packaged.bundle).digest.removeprefix("sha256:")[:12]
+            options = {
+                "archive": packaged.folder / "model.mar",
+                "decision": packaged.folder / "decision.json",
+                "dataset": packaged.dataset,
+                "predictions": packaged.folder / "predictions.parquet",
+                "model-store": torchserve.model_store,
+                "key-file": torchserve.key_file,
+                "deployment": tmp_path / version,
+                "inference": torchserve.inference,
+                "management": torchserve.management,
+                "params": "{}",
+            }
+            words = ["deploy", *(word for key, value in options.items() for word in (f"--{key}", str(value)))]
+            process = subprocess.Popen([sys.executable, "-m", "cadx", *words], cwd=ROOT)
+            while version not in {one.version for one in management.versions(name)}:
+                assert process.poll() is None, "it ended before it was killed"
+                time.sleep(0.01)
+            process.kill()
+            process.wait()
+            assert not (tmp_path / version).exists()
+            served = management.default_version("chest")
+            assert served == (before and Bundle(before.bundle).digest.removeprefix("sha256:")[:12])
+            status, said = run_step(words, ROOT)
+            assert status == 0, said
+            assert management.default_version("chest") == version
+            assert not management.versions(f"chest{TRIAL}")
 
 
 @pytest.mark.container
@@ -335,6 +468,56 @@ def test_any_user_runs_it_on_a_root_that_is_read_only_without_a_network_and_with
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
     for tool in ("gcc", "cc", "make", "uv"):
         assert docker(*closed, "sh", "-c", f"command -v {tool}", check=False).returncode != 0
+
+
+@pytest.mark.container
+@pytest.mark.timeout(3600)
+def test_the_serving_image_serves_what_was_delivered_as_the_manifest_runs_it(
+    serving_image: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The script of deployment.yaml under its own user, on a root that is read-only, without a network or any right."""
+    packaged = make_packaged(tmp_path_factory.mktemp("packaged"), steps=16)
+    models = open_folder(tmp_path_factory) / "models"
+    bring(packaged, models)
+    user = docker("image", "inspect", "--format", "{{.Config.User}}", serving_image).stdout.strip()
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
+    closed = ["--read-only", "--network=none", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
+    # World-writable, as an emptyDir is for the pod's own group.
+    written = ["--tmpfs=/tmp:mode=1777,exec", "--tmpfs=/var/lib/cadx:mode=1777,exec"]
+    name = docker(
+        "run", "--detach", *closed, *written, f"--volume={models}:/models:ro", serving_image,
+        "sh", "-c", serving_script(),
+    ).stdout.strip()  # fmt: skip
+    try:
+        deadline = time.monotonic() + 600
+        while docker("exec", name, "test", "-f", "/tmp/ready", check=False).returncode:
+            running = docker("inspect", "--format", "{{.State.Running}}", name).stdout.strip() == "true"
+            assert running, docker("logs", name).stdout[-3000:]
+            assert time.monotonic() < deadline, docker("logs", name).stdout[-3000:]
+            time.sleep(1)
+        asked = docker("exec", name, "python", "-c", ASK).stdout
+        digest, probabilities, number = json.loads(asked.strip().splitlines()[-1])
+        assert digest == Bundle(packaged.bundle).digest
+        assert sum(probabilities.values()) == pytest.approx(1)
+        assert number == int(user.partition(":")[0])
+        assert docker("exec", name, "touch", "/opt/cadx/x", check=False).returncode != 0
+    finally:
+        docker("rm", "--force", name)
+
+
+ASK = """
+import json, os
+from pathlib import Path
+from cadx.datasets import DatasetFolder
+from cadx.reading.images import encode_png
+from serving.client import Client
+folder = DatasetFolder(Path("/models/dataset"))
+png = encode_png(folder.pixels(folder.samples["sample_id"].iloc[0]))
+client = Client("http://127.0.0.1:8080", "chest", key_file=Path("/var/lib/cadx/key_file.json"))
+answer = client.predict(png)
+print(json.dumps([answer.model.bundle, answer.probabilities, os.getuid()]))
+"""
+"""A client within the container, which has no network: it asks about a sample of the delivered dataset."""
 
 
 @pytest.mark.container

@@ -14,6 +14,9 @@ import pytest
 import yaml
 
 from cadx.__main__ import command_line
+from components.deliver import ARCHIVE, DATASET, DECISION, PREDICTIONS
+from pipelines.placement import read_placements
+from serving.archive import BUNDLE
 from serving.server import Ports
 
 MANIFESTS = Path(__file__).resolve().parent.parent / "manifests"
@@ -215,12 +218,56 @@ def test_containers_run_commands_that_exist(documents: list[Document]) -> None:
         app.parse_args(words, print_error=False, exit_on_error=False)
 
 
-def test_what_is_mounted_is_a_volume_and_written_where_it_may(documents: list[Document]) -> None:
-    claims = {
-        one["metadata"]["name"]
-        for one in build(MANIFESTS / "serving/base")
-        if one["kind"] == "PersistentVolumeClaim"
+def claims_made() -> set[str]:
+    """The names of the claims that the manifests make."""
+    documents = [one for name in BUILT for one in build(MANIFESTS / name)]
+    return {one["metadata"]["name"] for one in documents if one["kind"] == "PersistentVolumeClaim"}
+
+
+@pytest.mark.parametrize("name", ["resources.yaml", "resources-cpu.yaml"])
+def test_what_pipelines_mount_is_made_by_a_manifest(name: str) -> None:
+    placements = read_placements(MANIFESTS.parent / "pipelines" / name)
+    asked = {step: {volume.claim for volume in one.volumes} for step, one in placements.items()}
+    assert {step: claims for step, claims in asked.items() if claims} == {
+        "deliver": {"cadx-models"},
+        "monitor": {"cadx-requests"},
     }
+    assert set().union(*asked.values()) <= claims_made()
+
+
+def test_what_is_delivered_lies_where_pods_and_watch_look_for_it() -> None:
+    """By the paths under /models in their commands; test_deliver.py runs the pod's."""
+    found = {
+        word.removeprefix("/models/")
+        for name in BUILT
+        for words in commands(build(MANIFESTS / name))
+        for word in words
+        if word.startswith("/models/")
+    }
+    assert found == {ARCHIVE, DECISION, PREDICTIONS, DATASET, BUNDLE}
+
+
+def test_every_image_runs_under_the_number_that_the_pods_have() -> None:
+    stages: dict[str, tuple[str, list[str]]] = {}
+    recipe = (MANIFESTS.parent / "Dockerfile").read_text()
+    for text in re.split(r"^FROM ", recipe, flags=re.MULTILINE)[1:]:
+        base, name = re.match(r"(\S+) AS (\S+)", text).groups()  # type: ignore[union-attr]
+        stages[name] = base, re.findall(r"^USER (.+)$", text, flags=re.MULTILINE)
+    numbers = {
+        f"{pod['securityContext']['runAsUser']}:{pod['securityContext']['runAsGroup']}"
+        for name in BUILT
+        for document in build(MANIFESTS / name)
+        for pod in pods(document)
+    }
+    for image in ("steps", "training", "serving", "serving-cuda"):
+        base, users = stages[image]
+        while not users:
+            base, users = stages[base]
+        assert {users[-1]} == numbers, image
+
+
+def test_what_is_mounted_is_a_volume_and_written_where_it_may(documents: list[Document]) -> None:
+    claims = claims_made()
     for document in documents:
         for pod in pods(document):
             names = {volume["name"] for volume in pod["volumes"]}

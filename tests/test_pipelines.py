@@ -11,8 +11,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import pandas as pd
 import pytest
 import yaml
 from google.protobuf import json_format
@@ -22,12 +23,19 @@ from kfp.local.io import IOStore
 from kfp.local.orchestrator.enhanced_dag_orchestrator import ConditionEvaluator
 from kfp.pipeline_spec import pipeline_spec_pb2 as ir
 from test_bundle import write_dataset
+from test_containers import with_one_seed
+from test_evaluate import Run
+from test_monitor import Served, served, write_lines  # noqa: F401 - a fixture
+from test_predict import inbox, ready  # noqa: F401 - fixtures
 from test_summarise import write_seed
 
+from cadx.bundle import Bundle
 from cadx.files import digest_path, write_json
 from components import STEPS
 from components.contract import Alarm, In, Out, Params, read_params, step
-from pipelines import compile_experiment, tasks
+from pipelines import Deploy, compile_experiment, tasks
+from pipelines.inference import inference
+from pipelines.monitoring import monitoring
 from pipelines.placement import Setting, read_placements
 from pipelines.training import training
 from serving.server import TorchServe, free_ports
@@ -216,7 +224,7 @@ def test_stages_alone_are_cached_and_tried_again(pipeline: ir.PipelineSpec) -> N
     assert all(found[name].caching_options.enable_cache for name in steps)
     assert all(found[name].retry_policy.max_retry_count == 2 for name in steps)
     rest = {s.name for s in STEPS if not s.reproducible} & set(found)
-    assert rest == {"choose", "deploy"}
+    assert rest == {"choose", "deliver"}
     assert not any(found[name].caching_options.enable_cache for name in rest)
     assert not any(found[name].HasField("retry_policy") for name in rest)
 
@@ -246,13 +254,36 @@ def makers(task: ir.PipelineTaskSpec) -> set[str]:
 def test_only_a_promoted_model_is_deployed(pipeline: ir.PipelineSpec) -> None:
     name, branch, decider, output = branch_of(pipeline)
     assert (decider, output) == ("choose", "promote")
-    assert list(inside(pipeline, name)) == ["deploy"]
+    assert list(inside(pipeline, name)) == ["deliver"]
     assert makers(branch) == {"ingest", "choose"}
-    asked = pipeline.root.input_definitions.parameters
-    assert all(
-        asked[place].parameter_type == ir.ParameterType.STRING
-        for place in ("model_store", "key_file", "inference", "management")
-    )
+
+
+def test_a_promoted_model_goes_where_it_is_told(tmp_path: Path) -> None:
+    """To the volume without a word more; to a server only by its addresses; or nowhere, and then nothing is asked."""
+    output, resources = tmp_path / "p.yaml", tmp_path / "resources.yaml"
+    resources.write_text("deploy: {volumes: [{claim: models, path: /var/lib/cadx}]}")
+    found: dict[Deploy, tuple[set[str], set[str]]] = {}
+    for way in get_args(Deploy):
+        compile_experiment(
+            EXPERIMENTS[0], output, params=PARAMS, image=IMAGE, deploy=way, resources=resources
+        )
+        pipeline = parse(output.read_text())
+        defined = pipeline.root.input_definitions.parameters
+        without = {name for name, one in defined.items() if not one.HasField("default_value")}
+        found[way] = {*all_tasks(pipeline)} & {"deliver", "deploy", "condition-1"}, without
+    assert found == {
+        "volume": ({"condition-1", "deliver"}, set()),
+        "torchserve": (
+            {"condition-1", "deploy"},
+            {"model_store", "key_file", "inference", "management"},
+        ),
+        "none": (set(), set()),
+    }
+    with pytest.raises(
+        ValueError, match=r"deploy\.volumes: none; --deploy torchserve needs a volume"
+    ) as caught:
+        compile_experiment(EXPERIMENTS[0], output, params=PARAMS, image=IMAGE, deploy="torchserve")
+    assert "\n" not in str(caught.value)
 
 
 def test_the_choice_is_among_all_seeds(pipeline: ir.PipelineSpec) -> None:
@@ -275,7 +306,7 @@ def test_families_are_trained_side_by_side_and_the_best_is_deployed(
     assert makers(tasks_there["choose"]) == {first, second}
     name, _, decider, output = branch_of(pipeline)
     assert (decider, output) == ("choose", "promote")
-    assert list(inside(pipeline, name)) == ["deploy"]
+    assert list(inside(pipeline, name)) == ["deliver"]
     default = json_format.MessageToDict(pipeline.root.input_definitions.parameters["choose"].default_value)
     assert default == {"metric": "auc"}
 
@@ -371,7 +402,7 @@ def test_no_cached_task_sees_a_volume(fetched: tuple[ir.PipelineSpec, dict[str, 
     pipeline, kubernetes = fetched
     cached = {name for name, task in all_tasks(pipeline).items() if task.caching_options.enable_cache}
     mounting = {name.removeprefix("exec-") for name, executor in kubernetes.items() if "pvcMount" in executor}
-    assert mounting == {"deploy"}
+    assert mounting == {"deliver"}
     assert {*STAGES} - {"ingest"} | {"fetch"} <= {name.partition("-")[0] for name in cached}
     assert not cached & mounting
 
@@ -446,11 +477,61 @@ train:
     assert "emptyDirMounts" not in kubernetes["exec-ingest"]
 
 
+TRAINING_IMAGE = "registry.example/cadx-training@sha256:" + "1" * 64
+STEPS_IMAGE = "registry.example/cadx-steps@sha256:" + "2" * 64
+
+
+def test_a_step_has_an_image_of_its_own_where_its_section_names_one(
+    placed: Callable[..., tuple[dict[str, Any], dict[str, Any]]],
+) -> None:
+    executors, _ = placed(
+        f"every: {{timeout_s: 60}}\ntrain: {{image: '{TRAINING_IMAGE}', accelerator: {{count: 1}}}}"
+    )
+    images = {name: executor["container"]["image"] for name, executor in executors.items()}
+    assert images.pop("exec-train-0") == TRAINING_IMAGE
+    assert images["exec-evaluate-0"] == images["exec-ingest"] == IMAGE
+
+
+@pytest.mark.parametrize("image", [STEPS_IMAGE, "cadx/steps", "cadx/steps:1.2"])
+def test_no_accelerator_is_asked_for_in_the_image_without_cuda(image: str, tmp_path: Path) -> None:
+    output = tmp_path / "p.yaml"
+    message = f"image {image}: the steps' image holds no CUDA, and train asks for nvidia.com/gpu"
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        compile_experiment(EXPERIMENTS[0], output, params=PARAMS, image=image)
+    assert "\n" not in str(caught.value)
+    assert not output.exists()
+    # What trains nothing asks for nothing, and neither do the resources for CPUs.
+    for more in ({"pipeline": "inference"}, {"resources": RESOURCES.with_name("resources-cpu.yaml")}):
+        compile_experiment(EXPERIMENTS[0], output, params=PARAMS, image=image, **more)
+        assert output.exists()
+
+
+def test_an_image_without_a_digest_is_told_of_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for image, said in ((IMAGE, []), ("registry.example/cadx:latest", ["registry.example/cadx:latest"])):
+        compile_experiment(
+            EXPERIMENTS[0], tmp_path / "p.yaml", params=PARAMS, image=image, pipeline="inference"
+        )
+        lines = capsys.readouterr().err.splitlines()
+        assert [line.partition(": ")[2].split()[1].rstrip(":") for line in lines] == said
+
+
+@pytest.mark.parametrize("file", ["resources.yaml", "resources-cpu.yaml"])
+def test_folders_that_need_not_be_named_lie_on_a_volume_of_the_step(file: str) -> None:
+    placements = read_placements(RESOURCES.with_name(file))
+    for name, places in (("deliver", ["models"]), ("monitor", ["request_log", "requests"])):
+        mounted = [volume.path for volume in placements[name].volumes]
+        for place in places:
+            assert any(Path(tasks.DEFAULTS[place]).is_relative_to(path) for path in mounted), place
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("trane: {cpu: 1}", "unknown section 'trane'; give every or a step: ingest"),
         ("train: {cpus: 1}", "train.cpus: unknown parameter; did you mean 'cpu'?"),
+        ("train: {image: Not An Image}", "train.image: string should match pattern"),
         ("train: {memory: lots}", "train.memory: string should match pattern"),
         ("train: {volumes: [{claim: data, path: /data}]}", "train.volumes: Kubeflow's cache does not see"),
         ("fetch: {volumes: [{claim: data, path: /data}]}", "fetch.volumes: Kubeflow's cache does not see"),
@@ -752,12 +833,9 @@ def task_output(channel: str, store: IOStore) -> Any:
     return store.get_task_output(task, output)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_the_whole_pipeline_ends_in_a_served_model(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """kfp's local orchestrator runs the compiled commands, here instead of in containers."""
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which kfp's local orchestrator runs the compiled commands, here instead of in containers."""
     catalog = yaml.safe_load((ROOT / "data/catalog.yaml").read_text())
     entry = catalog["phantom-xray"]
     entry["parameters"]["num_patients"] = 120
@@ -773,21 +851,39 @@ def test_the_whole_pipeline_ends_in_a_served_model(
     # Its conditions know task outputs by the name Output alone: any other is taken for false.
     monkeypatch.setattr(ConditionEvaluator, "_resolve_pipeline_channel", staticmethod(task_output))
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "artifacts"))
-    sections = yaml.safe_load(PARAMS.read_text())["phantom-xray"]
-    quick = {"epochs": 1, "preprocessing": {"height_px": 32, "width_px": 32}}
+    return tmp_path
+
+
+def quick_sections() -> dict[str, dict[str, Any]]:
+    """What a run of `phantom-xray` in the folder `here` is given."""
+    train = yaml.safe_load(PARAMS.read_text())["phantom-xray"]["train"]
+    return {
+        "train": {**train, "epochs": 1, "preprocessing": {"height_px": 32, "width_px": 32}},
+        "evaluate": {"split": "test", "resamples": 0, "minimum_n": 5},
+        "summarise": {"resamples": 0, "minimum_n": 5},
+        "gate": {"at_least": {"auc": 0.0}},
+    }
+
+
+def setting(deploy: Deploy) -> Setting:
+    return Setting(PARAMS, IMAGE, read_placements(RESOURCES), deploy=deploy)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_whole_pipeline_ends_in_a_served_model(
+    here: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     with TorchServe(tmp_path_factory.mktemp("serve"), free_ports()) as server:
-        training("phantom-xray", Setting(PARAMS, IMAGE, read_placements(RESOURCES)))(
-            train={**sections["train"], **quick},
-            evaluate={"split": "test", "resamples": 0, "minimum_n": 5},
-            summarise={"resamples": 0, "minimum_n": 5},
-            gate={"at_least": {"auc": 0.0}},
+        training("phantom-xray", setting("torchserve"))(
+            **quick_sections(),
             deploy={"golden_samples": 8},
             model_store=str(server.model_store),
             key_file=str(server.key_file),
             inference=server.inference,
             management=server.management,
         )
-    [run] = (tmp_path / "artifacts").iterdir()
+    [run] = (here / "artifacts").iterdir()
     assert {p.name for p in run.iterdir()} == {*stage_items("phantom-xray"), "choose", "deploy"}
     decisions = [json.loads((run / f"gate-{seed}/decision").read_text()) for seed in SEEDS]
     assert [decision["seed"] for decision in decisions] == SEEDS
@@ -795,3 +891,54 @@ def test_the_whole_pipeline_ends_in_a_served_model(
     assert deployment["model"] == "phantom-xray"
     assert deployment["golden_samples"] == 8
     assert deployment["bundle"] == decisions[0]["bundle"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_folder_is_answered_by_the_whole_pipeline(
+    here: Path,
+    ready: Run,  # noqa: F811
+    inbox: Path,  # noqa: F811
+) -> None:
+    inference("phantom-xray", setting("none"))(bundle_uri=str(ready.bundle), images_uri=str(inbox))
+    [run] = (here / "artifacts").iterdir()
+    answers = pd.read_parquet(run / "predict/predictions")
+    assert len(answers) == 5
+    assert len((run / "predict/unreadable").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("drifts", [False, True])
+def test_the_watch_trains_again_where_it_alarms_and_else_ends(
+    drifts: bool,
+    here: Path,
+    served: Served,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two pods' logs lie on the volume, and what deployments sent beside them; a promoted model goes to a volume."""
+    monkeypatch.setattr("pipelines.tasks.ROOT", with_one_seed(here / "one-seed"))
+    moved = served.shifted(new_scanner=True)
+    lines = moved if drifts else served.usual
+    volume = here / "volume"
+    for name, part in (("a", lines[::2]), ("b", lines[1::2]), ("a/golden", moved), ("b/golden", moved)):
+        (volume / name).mkdir(parents=True)
+        write_lines(volume / name, part)
+    monitoring("phantom-xray", setting("volume"))(
+        **quick_sections(),
+        bundle_uri=str(served.bundle.path),
+        request_log=str(volume),
+        requests=str(volume / "found/requests"),
+        models=str(here / "models"),
+    )
+    [run] = (here / "artifacts").iterdir()
+    watched = json.loads((run / "monitor/drift").read_text())
+    assert watched["n"] == len(lines)
+    assert watched["retrain"] is drifts
+    made = {path.name for path in run.iterdir()} - {"monitor"}
+    if not drifts:
+        assert not made
+        return
+    assert {"ingest", "train-0", "choose", "deliver"} <= made
+    [bundle] = (here / "models").glob("bundle")
+    assert json.loads((run / "deliver/delivery").read_text())["bundle"] == Bundle(bundle).digest
