@@ -13,6 +13,8 @@ REPEATS = 2000
 RESAMPLES = 200
 WITHIN = (0.93, 0.97)
 PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
+DOUBTS = ("too few", "above the true error")
+"""Words of a report that say that an interval holds the truth less often than it should."""
 
 
 class Held(NamedTuple):
@@ -20,7 +22,7 @@ class Held(NamedTuple):
 
     Attributes:
         coverage: the share that hold the truth, of those there are; NaN where there is none.
-        doubted: the share of sets whose own report says "too few", or has no interval.
+        doubted: the share of sets whose own report says one of `DOUBTS`, or has no interval.
     """
 
     coverage: float
@@ -58,11 +60,11 @@ class Tally:
 
         Args:
             found: metric -> its interval.
-            doubts: metric -> whether the report says "too few" elsewhere than in the interval's own method.
+            doubts: metric -> whether the report says so elsewhere than in the interval's own method.
         """
         for name, one in found.items():
             missing = one.value is None or one.low is None or one.high is None
-            doubted = missing or "too few" in one.method or bool(doubts and doubts[name])
+            doubted = missing or any(words in one.method for words in DOUBTS) or bool(doubts and doubts[name])
             ends = [np.nan if end is None else end for end in (one.value, one.low, one.high)]
             self._rows.setdefault(name, []).append((ends[0], ends[1], ends[2], doubted))
 

@@ -191,8 +191,9 @@ def _text(one: list[tuple[Cell, dict[str, Held]]], two: list[tuple[Cell, dict[st
         group.append(name)
     bias = (
         "AP of a finite set lies above that of all patients, since precision at a recall is the best at this or any "
-        "higher recall; the percentiles of resamples lie higher still. More images make the bias smaller, and the "
-        "interval narrower as well."
+        "higher recall, and that of a resample higher still by about as much. The limits are moved down by this "
+        "difference, which takes most of the bias away: percentiles alone held the AP in 87.4 of 100 sets of 200 "
+        "images."
     )
     lines = [fill(prose, 120), "", fill(bias, 120)]
     for heading, names in groups.items():

@@ -352,8 +352,9 @@ def _text(found: list[list[Line]]) -> list[str]:
     return [
         fill(
             f"Written by `python -m benchmarks coverage_tasks`: {REPEATS:,} simulated test sets a line, {RESAMPLES} "
-            'resamples a set. A share is promised where fewer than half of the reports say "too few" beside the '
-            f"interval, or give none; elsewhere it stands in brackets. {summary(everything)}",
+            'resamples a set. A share is promised where fewer than half of the reports say "too few", or that a value '
+            "lies above the truth, beside the interval, or give none; elsewhere it stands in brackets. "
+            f"{summary(everything)}",
             120,
         ),
         "",
@@ -363,8 +364,8 @@ def _text(found: list[list[Line]]) -> list[str]:
             "Scores as above. The calibration error of a finite set lies above that of all patients: where all "
             "probabilities are true it is still not 0, and its interval, which is centred at the value found, does not "
             "reach down to 0. What it holds is the mean over sets of that size (the last column, which is not "
-            "counted). Hence a report sets the error beside what it would be by chance; the interval must not be read "
-            "as that of the true error, the less so the smaller this is.",
+            "counted). Hence a report of two classes says so beside the interval, and sets the error beside what it "
+            "would be by chance.",
             120,
         ),
         "",
