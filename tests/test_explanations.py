@@ -249,6 +249,7 @@ def planted_volumes(path: Path) -> DatasetFolder:
 def planted_slides(path: Path) -> DatasetFolder:
     """Tissue of 6 x 4 tiles; every other slide has 2 x 2 dark ones, anywhere among them."""
     rng, files = np.random.default_rng(4), {}
+    path.mkdir()
     for number in range(20):
         pixels = section(400, 500, np.s_[64:320, 64:448])
         pixels[300:310, 64:448, 2] = 120 + number  # no two slides are one file
@@ -268,7 +269,7 @@ PLANTED: dict[str, tuple[Callable[[Path], DatasetFolder], int, dict[str, Any]]] 
             "preprocessing": {"patch_px": (VOLUME_PX,) * 3, "window_hu": (0, 120)},
             "patches_per_sample": 1,
             "batch_size": 8,
-            "epochs": 4,
+            "epochs": 10,
         },
     ),
     "slide": (
@@ -288,6 +289,7 @@ PLANTED: dict[str, tuple[Callable[[Path], DatasetFolder], int, dict[str, Any]]] 
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PLANTED)
 def test_maps_of_volumes_and_slides_name_the_evidence_too(kind: str, tmp_path: Path) -> None:
     """In samples that training did not see, where nothing but what was planted speaks for the class."""

@@ -642,9 +642,9 @@ def test_limits_are_those_of_a_loop_over_whole_patients() -> None:
         said, _, doubt = estimate.method.partition("; ")
         assert said == f"patient bootstrap, {scale} scale, 2000 resamples"
         assert doubt.startswith("too few (")
-    assert (
-        found["expected_calibration_error"].method == "patient bootstrap, percentile, 2000 resamples, centred"
-    )
+    said, _, doubt = found["expected_calibration_error"].method.partition("; ")
+    assert said == "patient bootstrap, percentile, 2000 resamples, centred"
+    assert "above the true error" in doubt
 
 
 def test_the_same_call_gives_the_same_numbers_whatever_patients_are_called() -> None:

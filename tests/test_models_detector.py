@@ -97,7 +97,7 @@ def answers(network: MedicalDetector, images: Tensor) -> list[Detections]:
 def trained(request: pytest.FixtureRequest) -> MedicalDetector:
     """A network that knows four images by heart."""
     torch.manual_seed(0)
-    return train(KINDS[request.param].build(2, 1), draw(TRUTH), TRUTH, steps=120)
+    return train(KINDS[request.param].build(2, 1), draw(TRUTH), TRUTH, steps=240)
 
 
 @pytest.fixture(params=KINDS)

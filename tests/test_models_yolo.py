@@ -95,7 +95,7 @@ def test_an_answer_does_not_depend_on_the_batch(norm: str) -> None:
     for image, expected in zip(images, together, strict=True):
         (alone,) = network(image[None])
         for one, other in zip(alone, expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)  # pixels, among others
 
 
 def test_what_lies_beyond_the_image_changes_nothing_inside() -> None:
