@@ -58,6 +58,8 @@ FROM ${BASE_IMAGE} AS runtime
 ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/opt/cadx PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
     HOME=/tmp MPLCONFIGDIR=/tmp/matplotlib \
     DO_NOT_TRACK=true GX_ANALYTICS_ENABLED=false HF_HUB_DISABLE_TELEMETRY=1
+# TorchServe ends its workers by the program `kill`, which a slim base has as a word of its shell alone.
+RUN printf '#!/bin/sh\nkill "$@"\n' > /usr/local/bin/kill && chmod 755 /usr/local/bin/kill
 WORKDIR /opt/cadx
 USER 65532:65532
 

@@ -20,7 +20,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from scipy import stats
 from scipy.ndimage import gaussian_filter
-from test_browser import browser, open_page  # noqa: F401 - a fixture
+from test_browser import browser, chromium, open_page  # noqa: F401 - fixtures
 from test_bundle import CLASSES, operating_point, train_bundle, write_dataset
 
 from cadx.bundle import Bundle

@@ -713,6 +713,7 @@ def test_the_pages_examples_work(server: TorchServe, tmp_path: Path, name: str) 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_pages_way_to_a_first_answer_works(tmp_path: Path) -> None:
     """From the line that starts the server to curl's answer; `make setup` before it is what these tests run in."""
     if shutil.which("curl") is None:
@@ -754,8 +755,8 @@ def test_the_pages_way_to_a_first_answer_works(tmp_path: Path) -> None:
             shown = read_until(process, "Ctrl-C stops it.\n")
             assert {f"demo-{kind} answers\n" for kind in ("volume", "slide", "detection")} <= set(shown)
         finally:
-            process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+            process.terminate()  # what Ctrl-C sends is ignored by whatever runs in the background
+        process.communicate(timeout=180)
     assert process.returncode == 0
     assert not is_listening(port)
 
