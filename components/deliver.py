@@ -58,15 +58,16 @@ def deliver(
         if not promote:
             raise ValueError(f"{archive}: refused by the gate: {'; '.join(reasons)}")
     models.mkdir(parents=True, exist_ok=True)
+    # Contents alone are copied: shards are their owner's to read, and a pod is another user.
     busy = f"{models}: another model is being delivered there; try again when it has arrived"
     with locked(models / ".lock", busy):
         if not _same_dataset(dataset, models / DATASET):
             with replacing(models / DATASET) as partial:
-                shutil.copytree(dataset, partial)
+                shutil.copytree(dataset, partial, copy_function=shutil.copyfile)
         with TemporaryDirectory() as folder, replacing(models / BUNDLE) as partial:
             with zipfile.ZipFile(archive) as packed:
                 packed.extractall(folder)
-            shutil.copytree(Path(folder) / BUNDLE, partial)
+            shutil.copytree(Path(folder) / BUNDLE, partial, copy_function=shutil.copyfile)
         for source, name in ((predictions, PREDICTIONS), (decision, DECISION), (archive, ARCHIVE)):
             with replacing(models / name) as partial:
                 shutil.copyfile(source, partial)

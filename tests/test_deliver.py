@@ -101,6 +101,8 @@ def test_all_that_a_pod_needs_arrives_and_nothing_else(
     assert record["bundle"] == Bundle(models / "bundle").digest == Bundle(first.bundle).digest
     assert digest_path(models / "dataset") == digest_path(first.dataset)
     assert record["archive"] == digest_path(models / "model.mar")
+    closed = [path for path in models.rglob("*") if path.is_file() and path.stat().st_mode & 0o044 != 0o044]
+    assert closed in ([], [models / ".lock"]), "a pod runs as another user than whoever delivers"
 
 
 def test_a_dataset_that_is_there_is_not_copied_again(first: Packaged, tmp_path: Path) -> None:  # noqa: F811
