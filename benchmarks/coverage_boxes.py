@@ -3,7 +3,7 @@
 Writes a section of docs/coverage.md.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from textwrap import fill
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from scipy import special
 from benchmarks._claim import claim, put_section
 from benchmarks._coverage import PAGE, REPEATS, RESAMPLES, Held, Tally, summary, table
 from cadx.detection import METRICS, calculate_detection_metrics, paired_differences
+from cadx.metrics import Difference, Estimate
 
 SECTION = "Boxes"
 
@@ -136,40 +137,49 @@ def truths() -> tuple[dict[str, float], dict[str, float]]:
 
 def measure(cell: Cell, true: dict[str, float]) -> dict[str, Held]:
     """The coverage of every metric of one detector in one cell."""
-    rng, tally = np.random.default_rng([1, *cell]), Tally()
-    for _ in range(REPEATS):
-        drawn = draw(cell, rng)
-        tally.add(
-            calculate_detection_metrics(
-                drawn.found,
-                drawn.lesions,
-                _names(cell.images),
-                classes=[_CLASS],
-                patients=drawn.patients,
-                score_threshold=_THRESHOLD,
-                resamples=RESAMPLES,
-            ).metrics
-        )
-    return {name: tally.held(name, true[name]) for name in METRICS}
+
+    def told(drawn: Drawn) -> Mapping[str, Estimate]:
+        return calculate_detection_metrics(
+            drawn.found,
+            drawn.lesions,
+            _names(cell.images),
+            classes=[_CLASS],
+            patients=drawn.patients,
+            score_threshold=_THRESHOLD,
+            resamples=RESAMPLES,
+        ).metrics
+
+    return _measure(cell, 1, told, {name: true[name] for name in METRICS})
 
 
 def measure_differences(cell: Cell, true: dict[str, float]) -> dict[str, Held]:
     """The coverage of the differences of two detectors in one cell."""
-    rng, tally = np.random.default_rng([2, *cell]), Tally()
-    for _ in range(REPEATS):
-        drawn = draw(cell, rng)
-        tally.add(
-            paired_differences(
-                drawn.found,
-                drawn.found_by_other,
-                drawn.lesions,
-                _names(cell.images),
-                classes=[_CLASS],
-                patients=drawn.patients,
-                resamples=RESAMPLES,
-            )
+
+    def told(drawn: Drawn) -> Mapping[str, Difference]:
+        return paired_differences(
+            drawn.found,
+            drawn.found_by_other,
+            drawn.lesions,
+            _names(cell.images),
+            classes=[_CLASS],
+            patients=drawn.patients,
+            resamples=RESAMPLES,
         )
-    return {name: tally.held(name, true[name]) for name in true}
+
+    return _measure(cell, 2, told, true)
+
+
+def _measure(
+    cell: Cell,
+    stream: int,
+    told: Callable[[Drawn], Mapping[str, Estimate | Difference]],
+    true: dict[str, float],
+) -> dict[str, Held]:
+    """How often what is told of drawn sets holds what is true; `stream` keeps their random numbers apart."""
+    rng, tally = np.random.default_rng([stream, *cell]), Tally()
+    for _ in range(REPEATS):
+        tally.add(told(draw(cell, rng)))
+    return {name: tally.held(name, value) for name, value in true.items()}
 
 
 def _text(one: list[tuple[Cell, dict[str, Held]]], two: list[tuple[Cell, dict[str, Held]]]) -> list[str]:

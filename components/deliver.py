@@ -14,10 +14,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from cadx.files import digest_path, locked, replacing, write_json
-from cadx.gating import read_decision
-from cadx.predicting.table import read_predictions
 from components.contract import In, Keep, Out, Params, step
-from serving.archive import BUNDLE, read_release, require_endpoint
+from serving.archive import BUNDLE
+from serving.promotion import read_promoted
 
 ARCHIVE, DECISION, PREDICTIONS, DATASET = "model.mar", "decision.json", "predictions.parquet", "dataset"
 
@@ -42,25 +41,15 @@ def deliver(
     Each file takes its place whole. A dataset that lies there already is not copied again.
 
     Raises:
-        ValueError: if the gate refused the model, the files do not belong together, no endpoint takes its samples, or
-            another delivery is on its way.
+        NotPromoted: if the gate refused the model.
+        ValueError: if the files do not belong together, no endpoint takes its samples, or another delivery is on its
+            way.
     """
-    release, decided = read_release(archive), read_decision(decision)
-    require_endpoint(archive)
-    _, info = read_predictions(predictions)
-    for path, bundle in ((decision, decided.bundle), (predictions, info.bundle)):
-        if bundle != release.bundle:
-            raise ValueError(f"{path}: about another bundle than {archive}; evaluate, gate and package one")
-    for promote, reasons in (
-        (release.decision.promote, release.decision.reasons),
-        (decided.promote, decided.reasons),
-    ):
-        if not promote:
-            raise ValueError(f"{archive}: refused by the gate: {'; '.join(reasons)}")
+    release, _, _ = read_promoted(archive, decision, predictions)
     models.mkdir(parents=True, exist_ok=True)
-    # Contents alone are copied: shards are their owner's to read, and a pod is another user.
     busy = f"{models}: another model is being delivered there; try again when it has arrived"
     with locked(models / ".lock", busy):
+        # Contents alone are copied: shards are their owner's to read, and a pod is another user.
         if not _same_dataset(dataset, models / DATASET):
             with replacing(models / DATASET) as partial:
                 shutil.copytree(dataset, partial, copy_function=shutil.copyfile)

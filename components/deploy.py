@@ -14,13 +14,12 @@ from pydantic import Field
 
 from cadx.datasets import DatasetFolder
 from cadx.files import digest_bytes, digest_path, replacing, write_json
-from cadx.gating import Decision, read_decision
 from cadx.loading.patches import VolumeSource
-from cadx.predicting.table import PredictionsInfo, read_predictions
+from cadx.predicting.table import PredictionsInfo
 from cadx.reading.images import encode_png
 from cadx.types import Digest
 from components.contract import In, Keep, Out, Params, step
-from serving.archive import Release, read_release, require_endpoint
+from serving.archive import Release
 from serving.client import RESPONSE_TIMEOUTS_S, AnyAnswer, Client, DetectionAnswer, SlideAnswer
 from serving.kinds import encode_nifti
 from serving.management import (
@@ -30,6 +29,7 @@ from serving.management import (
     read_deployed,
     write_deployed,
 )
+from serving.promotion import read_promoted
 
 TRIAL = "-trial"
 """Ends the name under which a model's first version is compared."""
@@ -37,10 +37,6 @@ STORE_DIGITS = 12
 GOLDEN_FOLDER = "golden"
 """In the model store: where the server finds the slides of a comparison."""
 MOST_GOLDEN = {"volume": 16, "slide": 4}
-
-
-class NotPromoted(ValueError):
-    """The gate refused what was to be deployed."""
 
 
 class DeployParams(Params):
@@ -97,12 +93,7 @@ def deploy(
             refuses, or the answers differ.
         ConnectionError: if the server cannot be reached.
     """
-    release, decided = read_release(archive), read_decision(decision)
-    require_endpoint(archive)
-    _require_promotion(release, decided, archive, decision)
-    frame, info = read_predictions(predictions)
-    if info.bundle != release.bundle:
-        raise ValueError(f"{predictions}: answers of another bundle than the archive's; evaluate that one")
+    release, frame, info = read_promoted(archive, decision, predictions)
     folder = DatasetFolder(dataset)
     kind = folder.info.kind
     most = min(params.golden_samples, MOST_GOLDEN.get(kind, params.golden_samples))
@@ -218,21 +209,6 @@ def asking(
         yield lambda sample_id: client.predict(
             encode_png(folder.pixels(sample_id)), version=version, golden=True
         )
-
-
-def _require_promotion(release: Release, decided: Decision, archive: Path, decision: Path) -> None:
-    if decided.bundle != release.bundle:
-        raise ValueError(
-            f"{decision}: about another bundle than {archive}; run `cadx gate` and `cadx package`"
-        )
-    for promote, reasons in (
-        (release.decision.promote, release.decision.reasons),
-        (decided.promote, decided.reasons),
-    ):
-        if not promote:
-            raise NotPromoted(f"{archive}: refused by the gate: {'; '.join(reasons)}")
-    if decided.metrics != release.metrics:
-        raise ValueError(f"{decision}: rests on other numbers than {archive}; run `cadx package` again")
 
 
 def _store(archive: Path, digest: Digest, release: Release, model_store: Path) -> str:

@@ -18,9 +18,10 @@ from cadx.gating import Decision, read_decisions
 from cadx.predicting.table import read_predictions
 from cadx.reading.images import encode_png
 from components.contract import Alarm, read_params
-from components.deploy import DeployParams, NotPromoted, deploy, evenly_spread
+from components.deploy import DeployParams, deploy, evenly_spread
 from components.monitor import MonitorParams, monitor
 from serving.client import Client
+from serving.promotion import NotPromoted
 from serving.server import TorchServe, free_ports, stops_on_signals
 
 AGED_GAMMA = 1.6

@@ -124,6 +124,7 @@ def test_what_is_not_promoted_or_does_not_belong_together_never_arrives(
     for change, message in (
         ({"promote": False, "reasons": ["auc is 0.4"]}, "refused by the gate: auc is 0.4"),
         ({"bundle": "sha256:" + "0" * 64}, "about another bundle than"),
+        ({"metrics": "sha256:" + "0" * 64}, "rests on other numbers than"),
     ):
         write_json(tmp_path / "decision.json", decided | change)
         with pytest.raises(ValueError, match=message) as caught:

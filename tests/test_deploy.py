@@ -23,7 +23,7 @@ from cadx.predicting.table import read_predictions, write_predictions
 from cadx.reading.images import encode_png, read_image
 from components.calibrate import calibrate
 from components.contract import read_experiment
-from components.deploy import DeployParams, NotPromoted, deploy, golden_rows
+from components.deploy import DeployParams, deploy, golden_rows
 from components.evaluate import evaluate
 from components.gate import GateParams, gate
 from components.imbalance import imbalance
@@ -34,6 +34,7 @@ from components.train import train
 from components.validate import validate
 from serving.client import Client
 from serving.management import Management, changing
+from serving.promotion import NotPromoted
 from serving.server import TorchServe, free_ports
 
 
