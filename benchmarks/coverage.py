@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy import integrate, special, stats
 
 from benchmarks._claim import claim
+from benchmarks._coverage import each
 from cadx.calibration import resampled_thresholds
 from cadx.metrics import (
     Difference,
@@ -95,12 +96,9 @@ class Row(NamedTuple):
 
 def claims() -> Iterator[dict[str, Any]]:
     """Every cell with enough cases and errors covers the truth in 93 to 97 of 100 sets."""
-    rows = [measure(cell) for cell in grid()]
-    chosen = [
-        measure_choice(cell)
-        for cell in grid()
-        if cell.prevalence == 0.3 and cell.area == 0.8 and cell.images > 60
-    ]
+    rows = each(measure, grid(), "Intervals of one and two models")
+    some = [cell for cell in grid() if cell.prevalence == 0.3 and cell.area == 0.8 and cell.images > 60]
+    chosen = each(measure_choice, some, "The operating point")
     write_page(rows, chosen)
     judged = [row.within(name) for row in rows for name in row.coverage if row.enough[name]]
     held = sum(judged)

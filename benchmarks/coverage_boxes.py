@@ -4,6 +4,7 @@ Writes a section of docs/coverage.md.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from textwrap import fill
 from typing import Any, NamedTuple
 
@@ -13,14 +14,14 @@ from numpy.typing import NDArray
 from scipy import special
 
 from benchmarks._claim import claim, put_section
-from benchmarks._coverage import PAGE, REPEATS, RESAMPLES, Held, Tally, summary, table
+from benchmarks._coverage import PAGE, REPEATS, Held, Tally, each, summary, table
 from cadx.detection import METRICS, calculate_detection_metrics, paired_differences
 from cadx.metrics import Difference, Estimate
 
 SECTION = "Boxes"
 
-_SETS = ((60, 1), (200, 1))  # images, and how many a patient: dear (two minutes each), hence few
-_PAIRED_SETS: tuple[tuple[int, int], ...] = ()  # the same of the differences of two detectors: none yet
+RESAMPLES = 1000
+"""As a report's: the correction of the bias is a mean over them."""
 _TRUTH_IMAGES = 200_000
 _THRESHOLD = 0.6  # the score from which a box is called
 _FALSE = 4.0  # false boxes an image
@@ -40,6 +41,10 @@ class Cell(NamedTuple):
     per_patient: int
 
 
+_CELLS = (Cell(60, 1), Cell(200, 1), Cell(200, 2), Cell(300, 3))  # dear (ten minutes each), hence few
+_PAIRED_CELLS = (Cell(200, 1), Cell(300, 3))
+
+
 class Drawn(NamedTuple):
     """One test set: the boxes of two detectors, the lesions, and whose the images are."""
 
@@ -52,8 +57,9 @@ class Drawn(NamedTuple):
 def claims() -> Iterator[dict[str, Any]]:
     """Every interval that a report gives without "too few" covers the truth in 93 to 97 of 100 sets."""
     true, gaps = truths()
-    one = [(cell, measure(cell, true)) for cell in map(Cell._make, _SETS)]
-    two = [(cell, measure_differences(cell, gaps)) for cell in map(Cell._make, _PAIRED_SETS)]
+    one = list(zip(_CELLS, each(partial(measure, true=true), _CELLS, "One detector"), strict=True))
+    held = each(partial(measure_differences, true=gaps), _PAIRED_CELLS, "Two detectors")
+    two = list(zip(_PAIRED_CELLS, held, strict=True))
     put_section(PAGE, SECTION, "\n".join(_text(one, two)))
     promised = [share for _, held in (*one, *two) for share in held.values() if share.is_promised]
     unit = "cells and metrics within 93 to 97 % (peer: all whose reports do not say 'too few')"
@@ -190,9 +196,9 @@ def _text(one: list[tuple[Cell, dict[str, Held]]], two: list[tuple[Cell, dict[st
     prose = (
         f"Written by `python -m benchmarks coverage_boxes`: {REPEATS:,} simulated test sets a line, {RESAMPLES} "
         "resamples a set. Half of the images hold lesions, 1.5 each, of all three sizes; there are "
-        f"{_FALSE:g} false boxes an image. Each image is of another patient. True values are those "
-        f"of a set of {_TRUTH_IMAGES:,} images. A share is promised where fewer than half of the reports say "
-        f'"too few" beside the interval, or give none; elsewhere it stands in brackets. {summary(everything)}'
+        f"{_FALSE:g} false boxes an image. True values are those of a set of {_TRUTH_IMAGES:,} images. A share is "
+        'promised where fewer than half of the reports say "too few" beside the interval, or give none; elsewhere it '
+        f"stands in brackets. {summary(everything)}"
     )
     groups: dict[str, list[str]] = {"AP and AR": [], "FROC": [], "At the operating point, and of images": []}
     ap, froc, rest = groups.values()

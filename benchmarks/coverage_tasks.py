@@ -5,6 +5,7 @@ Writes a section of docs/coverage.md.
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from textwrap import fill
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from scipy import integrate, special, stats
 
 from benchmarks import coverage
 from benchmarks._claim import claim, put_section
-from benchmarks._coverage import PAGE, REPEATS, RESAMPLES, Held, Tally, summary, table
+from benchmarks._coverage import PAGE, REPEATS, RESAMPLES, Held, Tally, each, summary, table
 from benchmarks.coverage import TARGET, Cell, draw, probability, shift
 from cadx.metrics import METRICS, at_threshold, auc, score, subgroup_gaps
 from cadx.metrics.estimates import one_score, resample
@@ -90,10 +91,12 @@ _OF_TWO = {
 
 def two_classes() -> list[Line]:
     """Accuracies and calibration errors over the grid of `coverage`."""
-    return [
-        Line((f"{c.images}", f"{c.per_patient}", f"{c.prevalence:.0%}", f"{c.area:g}"), of_two_classes(c))
-        for c in coverage.grid()
-    ]
+    cells = coverage.grid()
+    return list(map(Line, map(_setting, cells), each(of_two_classes, cells, "Two classes")))
+
+
+def _setting(cell: Cell) -> tuple[str, ...]:
+    return f"{cell.images}", f"{cell.per_patient}", f"{cell.prevalence:.0%}", f"{cell.area:g}"
 
 
 def of_two_classes(cell: Cell) -> dict[str, Held]:
@@ -154,11 +157,12 @@ _OF_MODELS = [name for name in METRICS if name not in ("exact_match", _ECE, "ece
 
 def several_models() -> list[Line]:
     """Every metric as the mean over several models."""
-    return [
-        Line((f"{c.images}", f"{c.per_patient}", f"{c.prevalence:.0%}", f"{c.area:g}"), of_models(c))
-        for c in coverage.grid()
-        if c.images in _IMAGES and c.prevalence == 0.3 and c.area == 0.8
+    cells = [
+        cell
+        for cell in coverage.grid()
+        if cell.images in _IMAGES and cell.prevalence == 0.3 and cell.area == 0.8
     ]
+    return list(map(Line, map(_setting, cells), each(of_models, cells, "Several models")))
 
 
 def of_models(cell: Cell) -> dict[str, Held]:
@@ -218,12 +222,11 @@ def several_classes() -> list[list[Line]]:
     found: list[list[Line]] = []
     tasks: tuple[Task, ...] = ("multiclass", "multilabel")
     for task in tasks:
-        found.append([])
         true = truths_of_several(task, _AREA_SEVERAL)
-        for images, per_patient in _SETS_SEVERAL:
-            cell = Several(task, images, per_patient, _AREA_SEVERAL)
-            setting = (f"{images}", f"{per_patient}", f"{true['auc']:.2f}")
-            found[-1].append(Line(setting, of_several(cell, true)))
+        cells = [Several(task, *of_set, _AREA_SEVERAL) for of_set in _SETS_SEVERAL]
+        settings = [(f"{cell.images}", f"{cell.per_patient}", f"{true['auc']:.2f}") for cell in cells]
+        held = each(partial(of_several, true=true), cells, f"Several classes, {task}")
+        found.append(list(map(Line, settings, held)))
     return found
 
 
@@ -286,12 +289,17 @@ _OF_GROUPS = ("sensitivity", "specificity", "auc")
 
 def groups() -> list[Line]:
     """The gap between two groups of patients, where there is none and where there is one."""
-    lines = []
+    lines: list[Line] = []
+    cells = [
+        Cell(images, per_patient, 0.3, _GROUP_AREA)
+        for per_patient in coverage.IMAGES_PER_PATIENT
+        for images in _GROUP_IMAGES
+    ]
     for less in (0.0, _LESS):
-        for per_patient in coverage.IMAGES_PER_PATIENT:
-            for images in _GROUP_IMAGES:
-                setting = (f"{images}", f"{per_patient}", "alike" if not less else f"AUC lower by {less:g}")
-                lines.append(Line(setting, of_groups(Cell(images, per_patient, 0.3, _GROUP_AREA), less)))
+        kind = "alike" if not less else f"AUC lower by {less:g}"
+        held = each(partial(of_groups, less=less), cells, f"Two groups, {kind}")
+        settings = [(f"{cell.images}", f"{cell.per_patient}", kind) for cell in cells]
+        lines.extend(map(Line, settings, held))
     return lines
 
 

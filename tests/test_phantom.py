@@ -17,7 +17,7 @@ from scipy.ndimage import binary_dilation
 from cadx.catalog import PhantomEntry, load_catalog
 from cadx.drift import image_statistics
 from cadx.files import digest_path
-from cadx.phantom.cohort import CLINICAL, Faults, Shift, draw_visits
+from cadx.phantom.cohort import Faults, Shift, draw_visits
 from cadx.phantom.xray import XrayPhantom, write_xray_cohort
 from cadx.reading.dicom import dicom_identifiers
 from cadx.reading.images import read_image
@@ -269,15 +269,6 @@ def test_a_shift_changes_the_images_and_not_the_patients(
         assert (np.sign(difference) == sign).mean() > 0.95
     before = [(ds.PatientID, ds.PatientAge, ds.InstitutionName) for ds in small.headers()]
     assert [(ds.PatientID, ds.PatientAge, ds.InstitutionName) for ds in shifted.headers()] == before
-
-
-def test_clinical_columns_are_added_and_the_images_stay_as_they_are(small: Cohort, tmp_path: Path) -> None:
-    config = SMALL.model_copy(update={"clinical": True})
-    cohort = _write(tmp_path / "cohort", config)
-    assert set(cohort.labels.columns) == {"file", "label_opacity", *CLINICAL}
-    assert config.layout(("normal", "opacity"))["clinical"] == {name: name for name in CLINICAL}
-    assert "clinical" not in SMALL.layout(("normal", "opacity"))
-    assert digest_path(cohort.folder / "images") == digest_path(small.folder / "images")
 
 
 # --- No toy -------------------------------------------------------------------------------------------

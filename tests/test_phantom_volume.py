@@ -186,12 +186,18 @@ def test_the_clinical_columns_carry_part_of_the_signal_and_no_more() -> None:
     assert first.groupby("patient")["smoking_pack_years"].nunique().max() == 1, "pack-years are the patient's"
 
 
-def test_the_clinical_columns_are_written_and_named_in_the_layout(tmp_path: Path) -> None:
-    config = FEW.model_copy(update={"num_patients": 2, "clinical": True})
-    cohort = Volumes(tmp_path / "cohort", config)
-    assert set(CLINICAL) < set(cohort.table)
-    assert config.layout(["none", "nodule"])["clinical"] == {name: name for name in CLINICAL}
-    assert "clinical" not in SMALL.layout(["none", "nodule"])
+@pytest.mark.parametrize("modality", ["xray", "volume", "slide", "lesion"])
+def test_the_clinical_columns_are_written_and_named_in_every_layout(modality: str, tmp_path: Path) -> None:
+    small = {"modality": modality, "num_patients": 3, **({"size_um": 256} if modality == "slide" else {})}
+    plain, config = PHANTOM.validate_python(small), PHANTOM.validate_python({**small, "clinical": True})
+    config.write(tmp_path / "cohort")
+    plain.write(tmp_path / "plain")
+    table, without = (pd.read_csv(tmp_path / name / "labels.csv") for name in ("cohort", "plain"))
+    pd.testing.assert_frame_equal(table.drop(columns=list(CLINICAL)), without)
+    assert table[list(CLINICAL)].notna().any().all()
+    assert digest_path(tmp_path / "cohort" / "images") == digest_path(tmp_path / "plain" / "images")
+    assert config.layout(["none", "some"])["clinical"] == {name: name for name in CLINICAL}
+    assert "clinical" not in plain.layout(["none", "some"])
 
 
 # --- No toy -------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from cadx.metrics.estimates import (
     undefined,
 )
 from cadx.metrics.limits import on_scale
-from cadx.metrics.proportions import share
+from cadx.metrics.proportions import MIN_ERRORS, share
 from cadx.types import Config, Estimate
 
 METRICS: dict[str, Meaning] = {
@@ -223,7 +223,9 @@ def paired_differences(
         for one in (detections_a, detections_b)
     ]
     data = models[0]
-    num_lesions = len(data.lesions.image)
+    owner, num_lesions = data.patient[data.lesions.image], len(data.lesions.image)
+    holders = [len(np.unique(owner[data.lesions.column == column])) for column in range(len(data.classes))]
+    fewest = min(filter(None, holders), default=0)
     weights = _itself_and_resamples(data, resamples, seed)
     values: dict[str, list[FloatArray]] = {"ap": [], "ap50": [], "froc": []}
     for model in models:
@@ -239,11 +241,12 @@ def paired_differences(
             values[name].append(np.mean(of_classes, axis=0) if tables else np.full(len(weights), np.nan))
         pool = pool_classes(match_classes(model, (iou_threshold,), (AREAS_PX2["all"],)))
         values["froc"].append(sensitivities(data, pool, weights, FROC_RATES).mean(axis=1))
-    return {name: _paired(a - b, num_lesions) for name, (a, b) in values.items()}
+    rarest = {"ap": fewest, "ap50": fewest, "froc": len(np.unique(owner))}
+    return {name: _paired(a - b, num_lesions, rarest[name]) for name, (a, b) in values.items()}
 
 
-def _paired(gap: FloatArray, n: int) -> Difference:
-    """The difference in the first of 1+R values, with what the others say of it."""
+def _paired(gap: FloatArray, n: int, fewest: int) -> Difference:
+    """The difference in the first of 1+R values, with what the others say of it; arguments as of `_resampled`."""
     drawn = gap[1:][~np.isnan(gap[1:])]
     if not n or not len(drawn):
         why = "undefined: no lesion" if not n else "too few: no resample"
@@ -251,7 +254,7 @@ def _paired(gap: FloatArray, n: int) -> Difference:
         return Difference(value=value, low=None, high=None, p=None, n=n, method=why)
     low, high = (float(end) for end in np.percentile(drawn, TAILS))
     p = min(1.0, 2 * (min((drawn <= 0).sum(), (drawn >= 0).sum()) + 1) / (len(drawn) + 1))
-    method = f"paired patient bootstrap, percentile, {len(drawn)} resamples"
+    method = f"paired patient bootstrap, percentile, {len(drawn)} resamples{_rarity(fewest)}"
     return Difference(value=float(gap[0]), low=low, high=high, p=float(p), n=n, method=method)
 
 
@@ -296,8 +299,9 @@ def _coco_estimates(
             ],
             axis=0,
         ).round(12)
+        holders = [len(np.unique(data.patient[own])) for own in images if len(own)]
         patients = len(np.unique(data.patient[np.concatenate(images)]))
-        part = _resampled(values, n, patients)
+        part = _resampled(values, n, patients, min(holders))
         if len(matches) > 1:
             missing = sum(not len(own) for own in images)
             what_of = f"mean of {len(matches) - missing} classes" + (
@@ -309,11 +313,30 @@ def _coco_estimates(
     return estimates
 
 
-def _resampled(values: FloatArray, n: int, patients: int) -> Part:
-    """The mean over seeds of S 1+R values, the first of the set itself."""
+def _resampled(values: FloatArray, n: int, patients: int, fewest: int) -> Part:
+    """The mean over seeds of S 1+R values, the first of the set itself.
+
+    Args:
+        values: S 1+R.
+        n: lesions.
+        patients: that have any.
+        fewest: of them, of the class that the fewest have.
+    """
     # The rule for "average_precision" knows that a perfect set proves less than its resamples say.
     part = replicated("average_precision", values[:, 0], values[:, 1:].mean(axis=0), n, patients)
-    return on_scale("detections", part)
+    part = on_scale("detections", part)
+    return _told(part, _rarity(fewest)) if part.estimate.low is not None else part
+
+
+def _rarity(patients: int) -> str:
+    """What is said of an interval that rests on few patients with lesions, "" if they are enough."""
+    if patients >= areas.MIN_PER_CLASS:
+        return ""
+    return f"; too few ({patients} patients with lesions): holds the truth less often than 95 %"
+
+
+def _told(part: Part, word: str) -> Part:
+    return replace(part, estimate=part.estimate.model_copy(update={"method": part.estimate.method + word}))
 
 
 def _of_images(data: ImageSet, pools: Sequence[Pool]) -> dict[str, Part]:
@@ -353,7 +376,13 @@ def _froc(data: ImageSet, pools: Sequence[Pool], weights: Weights) -> dict[str, 
     rates = np.stack([sensitivities(data, found, weights, FROC_RATES) for found in pools])  # S 1+R 7
     patients = len(np.unique(data.patient[pools[0].lesion_image]))
     values = {"froc": rates.mean(axis=2)} | dict(zip(names, np.moveaxis(rates, 2, 0), strict=True))
-    return {name: _resampled(value, n, patients) for name, value in values.items()}
+    parts = {name: _resampled(value, n, patients, patients) for name, value in values.items()}
+    for name in names:
+        value, method = parts[name].by_seed.mean(), parts[name].estimate.method
+        errors = min(value, 1 - value) * n
+        if errors < MIN_ERRORS - 1e-9 and "too few" not in method:
+            parts[name] = _told(parts[name], f"; too few errors ({errors:.0f}): may not hold the truth")
+    return parts
 
 
 def _sensitivity(data: ImageSet, pools: Sequence[Pool]) -> Part:

@@ -1,11 +1,12 @@
 """Limits of resampled metrics, on the scale on which they are nearly normal."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 from scipy import special
 
-from cadx.metrics.estimates import Part, critical_value, estimate_of
+from cadx.metrics.estimates import Part, average, critical_value, estimate_of
 
 _SCALES = {
     "average_precision": ("logit", special.logit, special.expit),
@@ -16,6 +17,21 @@ _SCALES = {
     "false_positives_per_image": ("log", np.log, np.exp),
 }
 """Metric -> the scale's name, the way to it and the way back; "detections" stands for AP, AR and FROC of boxes."""
+
+
+_DOUBTS = ("too few", "the spread of")
+"""How the words begin by which a part's method says that its interval may not hold the truth."""
+
+
+def mean_of_parts(name: str, parts: Sequence[Part], what: str | None = None) -> Part:
+    """`estimates.average`; where a part doubts its own interval, the mean's method says so too."""
+    mean = average(name, parts, what)
+    methods = [part.estimate.method for part in parts if part.estimate.value is not None]
+    doubts = [word for method in methods for word in method.split("; ")[1:] if word.startswith(_DOUBTS)]
+    if not doubts or mean.estimate.low is None:
+        return mean
+    method = f"{mean.estimate.method}; {min(doubts)}"
+    return replace(mean, estimate=mean.estimate.model_copy(update={"method": method}))
 
 
 def on_scale(name: str, part: Part) -> Part:

@@ -14,7 +14,6 @@ from cadx.metrics.estimates import (
     Part,
     Weights,
     Z,
-    average,
     critical_value,
     estimate_of,
     nothing,
@@ -25,6 +24,7 @@ from cadx.metrics.estimates import (
     undefined,
     wilson_limits,
 )
+from cadx.metrics.limits import mean_of_parts
 from cadx.types import Estimate
 
 MIN_ERRORS = 5
@@ -290,7 +290,7 @@ def balanced(found: Part, spared: Part) -> Part:
     for part in (found, spared):
         if part.estimate.value is None:
             return part
-    return average("balanced_accuracy", [found, spared], "mean of sensitivity and specificity")
+    return mean_of_parts("balanced_accuracy", [found, spared], "mean of sensitivity and specificity")
 
 
 def f1(cases: Cases, weights: Weights) -> Part:

@@ -18,7 +18,6 @@ from cadx.metrics.estimates import (
     Meaning,
     Part,
     Weights,
-    average,
     difference_of,
     nothing,
     patient_codes,
@@ -28,7 +27,7 @@ from cadx.metrics.estimates import (
     resampled_sums,
     undefined,
 )
-from cadx.metrics.limits import on_scale
+from cadx.metrics.limits import mean_of_parts, on_scale
 from cadx.metrics.multiplicity import holm
 from cadx.metrics.proportions import balanced, call_metrics, f1, sensitivity, share, specificity
 from cadx.metrics.ranking import average_precision
@@ -519,6 +518,8 @@ def _doubted(parts: dict[str, Part], fewest: int) -> dict[str, Part]:
     word = f"; too few ({fewest} in the rarer class): holds the truth less often than 95 %"
 
     def told(part: Part) -> Part:
+        if "too few" in part.estimate.method:
+            return part  # a mean over classes, of which one says so
         method = part.estimate.method + word
         return replace(part, estimate=part.estimate.model_copy(update={"method": method}))
 
@@ -536,7 +537,7 @@ def _overall(
         assert positive is not None
         return by_class[positive]
     names = list(next(iter(by_class.values())))
-    overall = {name: average(name, [parts[name] for parts in by_class.values()]) for name in names}
+    overall = {name: mean_of_parts(name, [parts[name] for parts in by_class.values()]) for name in names}
     cases = data.rows()
     everything = np.ones_like(cases.called)
     if data.task == "multilabel":
@@ -597,7 +598,7 @@ def _judged(data: _Data, which: BoolArray, positive: str | None, minimum_n: int)
 
 def _joined(parts: Mapping[str, Sequence[Part]]) -> dict[str, Part]:
     return {
-        name: found[0] if len(found) == 1 else on_scale(name, average(name, found))
+        name: found[0] if len(found) == 1 else on_scale(name, mean_of_parts(name, found))
         for name, found in parts.items()
     }
 

@@ -191,6 +191,7 @@ class PlannedFile(Generic[Scanner]):
     scanner: Scanner
     identified: bool
     spoiled: int | None  # the kind for `spoil`
+    clinical: dict[str, float]  # by the names in CLINICAL; empty where none were asked for
 
 
 class Cohort(Config):
@@ -200,6 +201,7 @@ class Cohort(Config):
     num_sites: Annotated[int, Field(ge=1, le=4)] = 4
     prevalence: Share  # of files with a finding
     seed: Seed
+    clinical: bool = False  # columns that carry part of the signal: `draw_clinical`
     faults: Faults = Faults()
     shift: Shift = Shift()
 
@@ -238,6 +240,7 @@ class Cohort(Config):
         faulty = order.permutation(len(jobs)).tolist()
         named = set(faulty[: self.faults.identifiers])
         corrupt = faulty[self.faults.identifiers :][: self.faults.corrupt_files]
+        clinical = draw_clinical(visits, self.seed) if self.clinical else {}
         return [
             PlannedFile(
                 visit=visit,
@@ -247,9 +250,14 @@ class Cohort(Config):
                 scanner=new_scanner if self.shift.new_scanner else site.scanner,
                 identified=job in named,
                 spoiled=corrupt.index(job) if job in corrupt else None,
+                clinical=clinical.get(visit, {}),
             )
             for job, (visit, number) in enumerate(jobs)
         ]
+
+    def clinical_layout(self) -> dict[str, dict[str, str]]:
+        """The catalogue's field for the clinical columns, where the cohort has them."""
+        return {"clinical": {name: name for name in CLINICAL}} if self.clinical else {}
 
 
 def describe(planned: PlannedFile[Any]) -> dict[str, Any]:

@@ -69,6 +69,7 @@ class LesionPhantom(Cohort):
             "table": "labels.csv",
             "columns": {name: name for name in ("patient", "site", "scanner", "age", "sex", "view")},
             "boxes": {"table": "boxes.csv", "x1": "x1", "y1": "y1", "values": names},
+            **self.clinical_layout(),
         }
 
 
@@ -384,7 +385,7 @@ def write_lesion_cohort(folder: Path, config: LesionPhantom) -> None:
 
     - `images/<id>.png`: gray, 8 or 16 bits by site; numbered in an order unrelated to the patients
     - `labels.csv`: file, patient, site, scanner, age, sex, view, label_mass and label_calcification_cluster
-      (0 or 1 each); sorted by file
+      (0 or 1 each), with `clinical` its columns; sorted by file
     - `boxes.csv`: file, class (a word of CLASSES), x0, y0, x1, y1: 0-based, half-open, in stored pixels; most
       images have none
     """
@@ -410,6 +411,7 @@ def write_lesion_cohort(folder: Path, config: LesionPhantom) -> None:
                     "sex": "F",
                     "view": image.view,
                     **{f"label_{kind}": int(kind in found) for kind in CLASSES},
+                    **planned.clinical,
                 }
             )
             boxes.extend((file, *box) for box in image.boxes)

@@ -76,6 +76,7 @@ class SlidePhantom(Cohort):
             "values": {"0": negative, "1": positive},
             "columns": {name: name for name in ("patient", "site", "scanner", "age", "sex")},
             "mask_column": "mask",
+            **self.clinical_layout(),
         }
 
     @field_validator("tumour_share")
@@ -181,7 +182,9 @@ def _draw_tissue(visit: Visit, config: SlidePhantom) -> _Tissue:
     fibre = np.sin(bundle * np.float32(9) + (u * 30 + v * 4) * np.float32(weave.uniform(0.6, 1.2)))
     grain = cloud(weave, (size, size), size // 12, 2)
     fine = np.sin(bundle * np.float32(50) + (u * 120 + v * 10) + 1.2 * grain)
-    eosin = 0.50 + 0.09 * fibre + 0.06 * grain + 0.06 * bundle + 0.07 * fine
+    # Sections differ in thickness and focus, so that how coarse a slide looks does not tell what its cells are.
+    contrast = np.float32(np.exp(weave.normal(0, 0.4)))
+    eosin = 0.50 + contrast * (0.09 * fibre + 0.06 * grain + 0.07 * fine) + 0.06 * bundle
     # Clefts between bundles, where nothing stains.
     eosin *= 1 - 0.85 * step(fibre + 0.35 * grain - 1.12, 0.25)
     haematoxylin = 0.05 + 0.012 * grain
@@ -301,9 +304,7 @@ def _draw_cells(
 
     loose = stream(config.seed, *name, "loose")
     stroma = (~taken & ~cluster & ~tissue.nest).astype(np.float32)
-    tissue.nuclei.append(
-        (SPINDLE, _scatter(loose, size, 15.0, stroma * np.float32(loose.uniform(0.45, 0.75))))
-    )
+    tissue.nuclei.append((SPINDLE, _scatter(loose, size, 15.0, stroma * np.float32(loose.uniform(0.3, 0.9)))))
     tissue.nuclei.append(
         (LYMPHOCYTE, _scatter(loose, size, 15.0, stroma * np.float32(loose.uniform(0.02, 0.12))))
     )
@@ -493,8 +494,8 @@ def write_slide_cohort(folder: Path, config: SlidePhantom) -> None:
     - `images/<id>.tif`: tiled JPEG pyramids that OpenSlide opens, with their um/px; numbered in an order
       unrelated to the patients
     - `masks/<id>.png`: 255 in a tumour nest, at MASK_UM_PX; a file only for slides that have one
-    - `labels.csv`: file, patient, site, scanner, age, sex, label_tumour (0 or 1), mask (its file, or empty);
-      sorted by file
+    - `labels.csv`: file, patient, site, scanner, age, sex, label_tumour (0 or 1), mask (its file, or empty),
+      with `clinical` its columns; sorted by file
     """
     planned_files = config.plan(config.slides_per_patient, SITES, NEW_SCANNER)
     rows = []
@@ -516,6 +517,7 @@ def write_slide_cohort(folder: Path, config: SlidePhantom) -> None:
                     **describe(planned),
                     "label_tumour": int(mask.any()),
                     "mask": f"masks/{stem}.png" if mask.any() else "",
+                    **planned.clinical,
                 }
             )
         pd.DataFrame(rows).sort_values("file").to_csv(partial / "labels.csv", index=False)

@@ -21,7 +21,6 @@ from scipy.ndimage import gaussian_filter
 
 from cadx.files import replacing
 from cadx.phantom.cohort import (
-    CLINICAL,
     Array,
     Cohort,
     Count,
@@ -33,7 +32,6 @@ from cadx.phantom.cohort import (
     Site,
     Visit,
     describe,
-    draw_clinical,
     drawing,
     spoil,
     stream,
@@ -56,7 +54,6 @@ class VolumePhantom(Cohort):
     prevalence: Share = 0.4  # share of scans with a nodule
     seed: Seed = 30
     nodule_radius_mm: Range = (4.0, 12.0)
-    clinical: bool = False  # columns that carry part of the signal: `cohort.draw_clinical`
 
     def write(self, folder: Path) -> None:
         """Write the cohort: `write_volume_cohort`."""
@@ -73,7 +70,7 @@ class VolumePhantom(Cohort):
             "values": {"0": negative, "1": positive},
             "columns": {name: name for name in ("patient", "site", "scanner", "age", "sex")},
             "mask_column": "mask",
-            **({"clinical": {name: name for name in CLINICAL}} if self.clinical else {}),
+            **self.clinical_layout(),
         }
 
     @field_validator("nodule_radius_mm")
@@ -551,8 +548,6 @@ def write_volume_cohort(folder: Path, config: VolumePhantom) -> None:
       empty), with `clinical` its columns; sorted by file
     """
     planned_files = config.plan(config.scans_per_patient, SITES, NEW_SCANNER)
-    visits = [planned.visit for planned in planned_files]
-    clinical = draw_clinical(visits, config.seed) if config.clinical else {}
     rows = []
     with replacing(folder) as partial:
         (partial / "images").mkdir(parents=True)
@@ -573,7 +568,7 @@ def write_volume_cohort(folder: Path, config: VolumePhantom) -> None:
                     **describe(planned),
                     "label_nodule": int(mask.any()),
                     "mask": f"masks/{name}" if mask.any() else "",
-                    **clinical.get(visit, {}),
+                    **planned.clinical,
                 }
             )
         pd.DataFrame(rows).sort_values("file").to_csv(partial / "labels.csv", index=False)

@@ -27,7 +27,6 @@ from scipy.ndimage import gaussian_filter
 
 from cadx.files import replacing
 from cadx.phantom.cohort import (
-    CLINICAL,
     Array,
     Cohort,
     Count,
@@ -38,7 +37,6 @@ from cadx.phantom.cohort import (
     Share,
     Site,
     Visit,
-    draw_clinical,
     drawing,
     spoil,
     stream,
@@ -64,7 +62,6 @@ class XrayPhantom(Cohort):
     opacity_radius_mm: PositiveRange = (13.0, 34.0)
     # Attenuation at the centre, log exposure; a rib is about 0.2.
     opacity_contrast: PositiveRange = (0.36, 0.8)
-    clinical: bool = False  # columns that carry part of the signal: `cohort.draw_clinical`
 
     def write(self, folder: Path) -> None:
         """Write the cohort: `write_xray_cohort`."""
@@ -79,7 +76,7 @@ class XrayPhantom(Cohort):
             "label_column": "label_opacity",
             "values": {"0": negative, "1": positive},
             "boxes": {"table": "boxes.csv", "x1": "x1", "y1": "y1"},
-            **({"clinical": {name: name for name in CLINICAL}} if self.clinical else {}),
+            **self.clinical_layout(),
         }
 
 
@@ -720,8 +717,6 @@ def write_xray_cohort(folder: Path, config: XrayPhantom) -> None:
     - `masks/<id>.png`: 255 where an opacity is; a file only for images that have one
     """
     planned_files = config.plan(config.images_per_patient, SITES, NEW_SCANNER)
-    visits = [planned.visit for planned in planned_files]
-    clinical = draw_clinical(visits, config.seed) if config.clinical else {}
     labels: list[dict[str, Any]] = []
     boxes: list[tuple[str, str, int, int, int, int]] = []
     with replacing(folder) as partial:
@@ -738,9 +733,7 @@ def write_xray_cohort(folder: Path, config: XrayPhantom) -> None:
             pydicom.dcmwrite(partial / file, ds, enforce_file_format=True)
             if planned.spoiled is not None:
                 spoil(partial / file, planned.spoiled)
-            labels.append(
-                {"file": file, "label_opacity": int(bool(image.findings)), **clinical.get(visit, {})}
-            )
+            labels.append({"file": file, "label_opacity": int(bool(image.findings)), **planned.clinical})
             boxes.extend((file, "opacity", *finding.box) for finding in image.findings)
             if image.findings:
                 mask = np.any([finding.mask for finding in image.findings], axis=0)
