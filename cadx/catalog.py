@@ -28,6 +28,7 @@ from rich.progress import Progress
 from cadx.files import digest_path, replacing
 from cadx.reading.dicom import Photometric, dicom_identifiers
 from cadx.reading.images import read_image
+from cadx.reading.source import is_hidden
 from cadx.types import Config, Kind, Task
 
 GivenSplit = Literal["train", "val", "calibration", "test"]
@@ -48,7 +49,6 @@ SPLIT_WORDS: dict[str, GivenSplit] = {
 
 _TIMEOUT_S = 30
 _CHUNK_BYTES = 1 << 20
-_NO_IMAGES = ("Thumbs.db", "desktop.ini")
 
 
 class Published(Config):
@@ -180,8 +180,9 @@ class BoxTable(Config):
 
     @model_validator(mode="after")
     def _has_extent(self) -> Self:
-        if not (bool(self.x1 and self.y1) ^ bool(self.width and self.height)):
-            raise ValueError("give the columns x1 and y1, or width and height")
+        given = {name for name in ("x1", "y1", "width", "height") if getattr(self, name)}
+        if given not in ({"x1", "y1"}, {"width", "height"}):
+            raise ValueError("give the columns x1 and y1, or width and height, and none of the other two")
         return self
 
 
@@ -508,7 +509,8 @@ def pseudonym(key: bytes, kind: Literal["patient", "sample"], text: str) -> str:
 def read_rows(path: Path, *, header: bool = True) -> list[dict[str, str]]:
     """A CSV's rows as texts by column, stripped; comma, semicolon or tabulator, as its first line shows.
 
-    Without a header, columns are called by their number, from 0.
+    Without a header, columns are called by their number, from 0. Excel's line `sep=;` above the header is no row,
+    and columns at the end that are empty from the header down are none.
 
     Raises:
         ValueError: one line: missing, not UTF-8, no rows, a column name twice, or a row of another length.
@@ -519,23 +521,27 @@ def read_rows(path: Path, *, header: bool = True) -> list[dict[str, str]]:
         raise ValueError(f"{path.name}: no such table; the entry's `table` names it") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path.name}: not UTF-8; save it as CSV UTF-8") from None
-    header_line = text.partition("\n")[0]
-    delimiter = max(",;\t", key=header_line.count)
+    if declared := re.match(r"sep=([,;\t])\r?\n", text):
+        text, delimiter = text[declared.end() :], declared[1]
+    else:
+        delimiter = max(",;\t", key=text.partition("\n")[0].count)
     try:
-        lines = [line for line in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if any(line)]
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        lines = [[cell.strip() for cell in line] for line in reader if any(line)]
     except csv.Error:
         raise ValueError(f"{path.name}: no CSV: a quote is not closed, or a cell is too long") from None
     if len(lines) < 1 + header:
         raise ValueError(f"{path.name}: no rows")
-    names = (
-        [name.strip() for name in lines[0]] if header else [str(number) for number in range(len(lines[0]))]
-    )
+    width = len(lines[0])
+    while header and not any("".join(line[width - 1 :]) for line in lines):
+        width -= 1
+    for number, line in enumerate(lines[header:], start=1 + header):
+        if len(line) < width or any(line[width:]):
+            raise ValueError(f"{path.name} row {number}: {len(line)} cells, but {width} columns")
+    names = lines[0][:width] if header else [str(number) for number in range(width)]
     if len(set(names)) != len(names):
         raise ValueError(f"{path.name}: a column name stands twice")
-    for number, line in enumerate(lines[header:], start=1 + header):
-        if len(line) != len(names):
-            raise ValueError(f"{path.name} row {number}: {len(line)} cells, but {len(names)} columns")
-    return [dict(zip(names, (cell.strip() for cell in line), strict=True)) for line in lines[header:]]
+    return [dict(zip(names, line[:width], strict=True)) for line in lines[header:]]
 
 
 def candidate_files(folder: Path, *, recursive: bool = True) -> list[Path]:
@@ -548,11 +554,7 @@ def candidate_files(folder: Path, *, recursive: bool = True) -> list[Path]:
     if links := sum(path.is_symlink() and not path.is_file() for path in found):
         raise ValueError(f"{links} links in the source lead to folders or to nothing; put the files there")
     return sorted(
-        path
-        for path in found
-        if path.is_file()
-        and path.name not in _NO_IMAGES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        path for path in found if path.is_file() and not any(map(is_hidden, path.relative_to(folder).parts))
     )
 
 

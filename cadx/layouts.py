@@ -5,7 +5,10 @@ stops; so does an orphan, an image without its label or a label without its imag
 list of them); places name samples by row or by position in sorted order, never by file name or cell.
 """
 
+import codecs
 import math
+import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -27,7 +30,7 @@ from cadx.catalog import (
     read_rows,
 )
 from cadx.reading.dicom import parse_age, parse_sex
-from cadx.reading.source import sniff_file
+from cadx.reading.source import Format, sniff_file
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
@@ -64,6 +67,13 @@ OrphanRule = Literal["image_without_label", "label_without_image"]
 TAKE_ORPHANS = "set ingest.orphans to leave_out"
 FileEntry = FolderEntry | TableEntry | FilesEntry | PairsEntry | VocEntry | CocoEntry
 _LARGEST = float(np.finfo(np.float32).max)
+_UNKNOWN = {"", "unknown", "unk", "u", "na", "n/a", "nan", "none", "null", "?", "-"}
+"""Cells, in lower case, by which people say that they do not know."""
+_AGE = re.compile(
+    r"(\d{1,3}(?:[.,]\d+)?)\s*(?:(y|yrs?|years?|j|jahre?)|(m|months?)|(w|weeks?)|(d|days?))?", re.IGNORECASE
+)
+_PICTURES: set[Format | None] = {"PNG", "JPEG"}
+_GERMAN_SEX = {"w": "F", "weiblich": "F", "männlich": "M"}
 Box = tuple[str, float, float, float, float]
 
 
@@ -143,7 +153,7 @@ def list_items(entry: FileEntry, root: Path, orphans: list[Orphan] | None = None
     """
     match entry:
         case FolderEntry():
-            return _folder_items(entry, root)
+            return _folder_items(entry, root, orphans)
         case TableEntry():
             return _table_items(entry, root, orphans)
         case FilesEntry():
@@ -169,7 +179,7 @@ def _require_pairs(items: Sequence[Item], orphans: Sequence[Orphan] | None) -> N
         raise ValueError(f"none of the source's images has its label: {len(orphans)} of both are alone")
 
 
-def _folder_items(entry: FolderEntry, root: Path) -> list[Item]:
+def _folder_items(entry: FolderEntry, root: Path, orphans: list[Orphan] | None) -> list[Item]:
     if not root.is_dir():
         raise ValueError("the source is no folder; the entry's format says that it is one")
     items: list[Item] = []
@@ -192,6 +202,16 @@ def _folder_items(entry: FolderEntry, root: Path) -> list[Item]:
                 items.append(Item(place, path, relative, {label: 1.0}, given_split=given_split))
     if not items:
         raise ValueError("the class folders are empty")
+    alone = [
+        Orphan(f"file {number} in sorted order", "image_without_label", "it lies in no folder of a class")
+        for number in _unlisted(items, [root]).values()
+    ]
+    _unless_taken(
+        orphans,
+        alone,
+        f"{len(alone)} {entry.kind}s lie in no folder of a class that the entry names; move them into one or away, "
+        "name their folder in split_folders",
+    )
     return items
 
 
@@ -211,6 +231,7 @@ def _table_items(entry: TableEntry, root: Path, orphans: list[Orphan] | None) ->
     boxes = _boxes(entry, root) if entry.boxes else {}
     boxed = set(boxes)
     items: dict[str, Item] = {}
+    masks_alone: set[Path] = set()  # their rows are orphans already
     for number, row in enumerate(rows, start=2):
         place = f"{entry.table} row {number}"
         relative = _within(row[entry.file_column], f"{place}: column {entry.file_column}")
@@ -219,6 +240,8 @@ def _table_items(entry: TableEntry, root: Path, orphans: list[Orphan] | None) ->
             orphan = Orphan(place, "label_without_image", f"its {entry.kind} file is not there")
             _unless_taken(orphans, [orphan], f"{place}: {orphan.reason}; add it, remove the row")
             boxes.pop(relative.as_posix(), None)
+            if entry.mask_column:
+                masks_alone.add(root / row[entry.mask_column])
             continue
         mask = None
         if entry.mask_column and row[entry.mask_column]:
@@ -233,8 +256,8 @@ def _table_items(entry: TableEntry, root: Path, orphans: list[Orphan] | None) ->
         attributes: dict[str, Any] = {
             "site": row[columns.site] if columns.site else "",
             "scanner": row[columns.scanner] if columns.scanner else "",
-            "age": parse_age(row[columns.age]) if columns.age else math.nan,
-            "sex": parse_sex(row[columns.sex]) if columns.sex else "",
+            "age": _age(row[columns.age], f"{place}, column {columns.age}") if columns.age else math.nan,
+            "sex": _sex(row[columns.sex], f"{place}, column {columns.sex}") if columns.sex else "",
             "view": row[columns.view] if columns.view else "",
         }
         split = row[columns.split].lower() if columns.split else ""
@@ -270,37 +293,66 @@ def _table_items(entry: TableEntry, root: Path, orphans: list[Orphan] | None) ->
         ]
         refusal = f"{table}: boxes of {len(boxes)} files that have no row; add rows, take the boxes out"
         _unless_taken(orphans, alone, refusal)
-    _find_files_without_row(entry.table, list(items.values()), orphans)
+    _find_files_without_row(entry.table, root / entry.images, list(items.values()), orphans, masks_alone)
     _require_pairs(list(items.values()), orphans)
     return list(items.values())
 
 
-def _find_files_without_row(table: str, items: list[Item], orphans: list[Orphan] | None) -> None:
-    listed = {item.path for item in items} | {item.mask for item in items}
-    folders = sorted({item.path.parent for item in items})
-    suffixes = {item.path.suffix for item in items if item.path.is_file()}
-    there = {path for folder in folders for path in candidate_files(folder, recursive=False)}
-    without = {path for path in there - listed if path.suffix in suffixes or sniff_file(path) is not None}
-    if any(item.path.is_dir() for item in items):
-        beside = {path for folder in folders for path in folder.iterdir() if path.is_dir()}
-        above = {parent for path in listed if path for parent in path.parents}
-        without |= {path for path in beside - listed - above if not path.name.startswith(".")}
-        there |= beside
-    if without:
+def _find_files_without_row(
+    table: str,
+    images: Path,
+    items: list[Item],
+    orphans: list[Orphan] | None,
+    masks_alone: Iterable[Path] = (),
+) -> None:
+    """Find images below their folder, and masks below the one that all listed masks share, that no row names."""
+    parents = [item.mask.parent for item in items if item.mask]
+    masks = Path(os.path.commonpath(parents)) if parents else None
+    found = _unlisted(items, [images] if masks is None else [images, masks])
+    for mask in masks_alone:
+        found.pop(mask, None)
+    if masks is None or any(item.path.is_relative_to(masks) for item in items):
+        are_masks = set()
+    else:
+        are_masks = {path for path in found if path.is_relative_to(masks)}
+    sides: tuple[tuple[str, OrphanRule, set[Path]], ...] = (
+        ("samples", "image_without_label", found.keys() - are_masks),
+        ("masks", "label_without_image", are_masks),
+    )
+    for noun, rule, paths in sides:
         alone = [
-            Orphan(
-                f"{table}: file {number} in sorted order of its folders",
-                "image_without_label",
-                "it has no row",
-            )
-            for number, path in enumerate(sorted(there), start=1)
-            if path in without
+            Orphan(f"{table}: file {number} in sorted order of its folders", rule, "it has no row")
+            for path, number in found.items()
+            if path in paths
         ]
-        _unless_taken(
-            orphans,
-            alone,
-            f"{table}: {len(without)} samples beside the listed have no row; add rows, move them",
-        )
+        refusal = f"{table}: {len(alone)} {noun} beside the listed have no row; add rows, move them"
+        _unless_taken(orphans, alone, refusal)
+
+
+def _unlisted(items: list[Item], folders: Iterable[Path]) -> dict[Path, int]:
+    """Files below `folders` that may be samples and belong to no item, with their places in sorted order.
+
+    Those are files with an item's extension or format (a PNG may stand for a JPEG), and any image in a folder that
+    leads to an item's file: PNGs in a folder of their own, beside one of DICOM, are not. Where items are folders of
+    slices, a folder of such files stands for them.
+    """
+    listed = {path for item in items for path in (item.path, item.mask) if path}
+    above = {parent for path in listed for parent in path.parents}
+    there = sorted({path for folder in folders for path in candidate_files(folder)})
+    taken = {path for path in there if path in listed or not listed.isdisjoint(path.parents)}
+    by_suffix = {path.suffix: path for path in taken}
+    formats = {sniff_file(path) for path in by_suffix.values()} - {None}
+    if not formats.isdisjoint(_PICTURES):
+        formats |= _PICTURES
+    are_folders = any(item.path.is_dir() for item in items)
+    found: dict[Path, int] = {}
+    for number, path in enumerate(there, start=1):
+        if path in taken:
+            continue
+        form = None if path.suffix in by_suffix else sniff_file(path)
+        if path.suffix in by_suffix or form in formats or (form and path.parent in above):
+            found.setdefault(path.parent if are_folders and path.parent not in above else path, number)
+    return found
 
 
 def _row_labels(entry: TableEntry, row: dict[str, str], place: str) -> dict[str, float]:
@@ -423,7 +475,7 @@ def _voc_items(entry: VocEntry, root: Path, orphans: list[Orphan] | None) -> lis
     given: dict[str, str] = {}
     for split, listing in entry.splits.items():
         try:
-            text = (root / listing).read_text(encoding="utf-8") if (root / listing).is_file() else ""
+            text = (root / listing).read_text(encoding="utf-8-sig") if (root / listing).is_file() else ""
         except UnicodeDecodeError:
             raise ValueError(f"splits.{split}: its list is not UTF-8; save it so") from None
         lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -515,7 +567,8 @@ def _coco_items(entry: CocoEntry, root: Path, orphans: list[Orphan] | None) -> l
     for split, name in files.items():
         where = f"annotations of {split}" if split else "annotations"
         try:
-            content = _CocoFile.model_validate_json((root / name).read_bytes())
+            data = (root / name).read_bytes().removeprefix(codecs.BOM_UTF8)
+            content = _CocoFile.model_validate_json(data)
         except FileNotFoundError:
             raise ValueError(f"{where}: the file is not in the source; correct the entry") from None
         except ValidationError as error:
@@ -566,7 +619,7 @@ def _coco_items(entry: CocoEntry, root: Path, orphans: list[Orphan] | None) -> l
     _require_pairs(list(items.values()), orphans)
     if not items:
         raise ValueError("annotations: no image is listed")
-    _find_files_without_row("annotations", list(items.values()), orphans)
+    _find_files_without_row("annotations", root / entry.images, list(items.values()), orphans)
     return list(items.values())
 
 
@@ -651,6 +704,31 @@ def _frame(cell: str, where: str) -> int | None:
     if cell and not (cell.isascii() and cell.isdigit() and int(cell) >= 1):
         raise ValueError(f"{where}: not the number of a frame, counted from 1, or empty")
     return int(cell) if cell else None
+
+
+def _age(cell: str, where: str) -> float:
+    """The age in a cell, in years, of a form that people write; NaN where it is unknown."""
+    if cell.lower() in _UNKNOWN:
+        return math.nan
+    match = _AGE.fullmatch(cell)
+    if match is None:
+        raise ValueError(
+            f"{where}: not an age; write years (62, 62.5 or 62Y), or 6M, 3W, 10D for months, weeks, days, "
+            "or empty the cell"
+        )
+    number, *units = match.groups()
+    unit = "".join(letter for letter, found in zip("YMWD", units, strict=True) if found)
+    return parse_age(number.replace(",", ".") + unit)
+
+
+def _sex(cell: str, where: str) -> str:
+    """F, M or O, empty where it is unknown."""
+    if cell.lower() in _UNKNOWN:
+        return ""
+    sex = _GERMAN_SEX.get(cell.lower()) or parse_sex(cell)
+    if not sex:
+        raise ValueError(f"{where}: not a sex; write F, M or O, or empty the cell")
+    return sex
 
 
 def _number(cell: str, where: str) -> float:

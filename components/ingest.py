@@ -171,6 +171,11 @@ def _add_arrays(writer: DatasetWriter, name: str, entry: NpzEntry, path: Path) -
     splits = [key.removesuffix("_images") for key in arrays if key.endswith("_images")]
     if not splits:
         raise ValueError(f"{name}: no array is called train_images, val_images or test_images")
+    for split in (key.removesuffix("_labels") for key in arrays if key.endswith("_labels")):
+        if split not in splits:
+            raise ValueError(
+                f"{name}: {split}_labels without {split}_images; add these, or take the labels out"
+            )
     assumed = (
         (f"spacing of the arrays: {entry.spacing_mm} mm", "axes of the arrays: superior, anterior, right")
         if entry.kind == "volume"

@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 
 from cadx.catalog import (
+    BoxTable,
     FolderEntry,
     NpzEntry,
     PairsEntry,
@@ -130,6 +131,26 @@ def test_labels_of_a_table_must_fit_task_and_classes():
     ):
         with pytest.raises(ValueError, match=reason):
             TableEntry.model_validate(table | fields)
+
+
+@pytest.mark.parametrize(
+    ("columns", "fits"),
+    [
+        (["x1", "y1"], True),
+        (["width", "height"], True),
+        (["x1", "y1", "width"], False),
+        (["x1", "width", "height"], False),
+        (["x1", "height"], False),
+        (["x1", "y1", "width", "height"], False),
+    ],
+)
+def test_a_box_ends_at_corners_or_has_a_size_and_nothing_of_both(columns, fits):
+    fields = {"table": "b.csv"} | {name: name for name in columns}
+    if fits:
+        assert BoxTable.model_validate(fields)
+        return
+    with pytest.raises(ValueError, match="give the columns x1 and y1, or width and height, and none of"):
+        BoxTable.model_validate(fields)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +306,17 @@ def test_pseudonyms_depend_on_key_kind_and_text():
 
 
 @pytest.mark.parametrize(
-    "text", ["\ufefffile,label\na.png,x\n", 'file;label\r\n"a.png"; x\r\n\r\n', "file\tlabel\na.png\tx"]
+    "text",
+    [
+        "\ufefffile,label\na.png,x\n",
+        'file;label\r\n"a.png"; x\r\n\r\n',
+        "file\tlabel\na.png\tx",
+        "\ufeffsep=;\r\nfile;label\r\na.png;x\r\n",
+        "sep=\t\nfile\tlabel\na.png\tx",
+        "file;label;;\na.png;x;;\n",
+        "file,label,\na.png,x, \n",
+        "file,label,,\na.png,x\n",
+    ],
 )
 def test_tables_as_programs_of_hospitals_write_them(tmp_path, text):
     (tmp_path / "t.csv").write_bytes(text.encode())
@@ -299,6 +330,8 @@ def test_tables_as_programs_of_hospitals_write_them(tmp_path, text):
         (b"", "no rows"),
         (b"file,file\na,b\n", "stands twice"),
         (b"file,label\na,x\nIgnatowska\n", "row 3: 1 cells, but 2 columns"),
+        (b"file,label\na,x,Ignatowska\n", "row 2: 3 cells, but 2 columns"),
+        (b"file,label,,\na,x,,Ignatowska\n", "stands twice"),
         (b"file,label\n\xff,x\n", "not UTF-8"),
     ],
 )

@@ -7,8 +7,16 @@ import imagecodecs
 import numpy as np
 import pytest
 from pydicom.dataset import Dataset
-from pydicom.encaps import encapsulate
-from pydicom.uid import JPEGLossless, JPEGLosslessSV1, JPEGLSLossless, JPEGLSNearLossless
+from pydicom.encaps import encapsulate, generate_frames
+from pydicom.uid import (
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+    RLELossless,
+)
 from test_reading import OF_GDCM, coded_by_gdcm, dicom_dataset, encode, picture_bytes
 
 from cadx.reading.codecs import decode_frame
@@ -78,6 +86,41 @@ def test_a_truncated_stream_or_one_of_another_size_is_refused(syntax):
     for other in [*others, coded(stored[:32].copy()), coded(stored.T.copy()), coded(np.tile(stored, (9, 9)))]:
         with pytest.raises(ValueError, match=r"^DICOM: damaged or truncated"):
             read_image(encode(packed(dicom_dataset(stored, bits=12), syntax, other)))
+
+
+@pytest.mark.parametrize("has_offsets", [False, True])
+@pytest.mark.parametrize("syntax", [*SYNTAXES, JPEGBaseline8Bit, JPEG2000Lossless, RLELossless])
+def test_more_frames_than_the_header_claims_are_refused_and_one_in_several_fragments_is_read(
+    syntax, has_offsets
+):
+    frames = [np.add.outer(np.arange(32), np.arange(48)).astype(np.uint8) + number for number in range(3)]
+
+    def coded(values: np.ndarray) -> bytes:
+        if syntax in (JPEGLSLossless, JPEGLSNearLossless):
+            return imagecodecs.jpegls_encode(values)
+        if syntax == JPEG2000Lossless:
+            return imagecodecs.jpeg2k_encode(values, codecformat="J2K", level=0)
+        if syntax == JPEGBaseline8Bit:
+            return picture_bytes(values, "JPEG")
+        if syntax == RLELossless:
+            ds = dicom_dataset(values)
+            ds.compress(RLELossless)
+            return next(generate_frames(ds.PixelData, number_of_frames=1))
+        return imagecodecs.jpeg8_encode(values, lossless=True)
+
+    streams = [coded(values) for values in frames]
+    ds = packed(dicom_dataset(frames[0]), syntax, streams[0])
+    whole = read_image(encode(ds)).pixels
+    if syntax != RLELossless:  # of which a frame is one fragment
+        ds.PixelData = encapsulate([streams[0]], fragments_per_frame=3, has_bot=has_offsets)
+        np.testing.assert_array_equal(read_image(encode(ds)).pixels, whole)
+    ds.PixelData = encapsulate(streams, has_bot=has_offsets)
+    for claimed in (None, 1, 2):
+        ds.NumberOfFrames = claimed
+        with pytest.raises(ValueError, match=f"its header claims {claimed or 1} frames, but 3 are there"):
+            read_image(encode(ds), frame=1)
+    ds.NumberOfFrames = 3
+    np.testing.assert_array_equal(read_image(encode(ds), frame=1).pixels, whole)
 
 
 def refusals(files: list[bytes]) -> int:

@@ -292,6 +292,54 @@ def test_a_reader_that_hangs_is_told_from_one_that_refuses(
     assert outcome == {"number": 0, "escaped": "Overdue: "}
 
 
+@pytest.mark.parametrize(
+    ("kind", "elements"),
+    [
+        ("dicom", {"Rows": 24}),
+        ("dicom", {"Rows": 47}),
+        ("dicom", {"Columns": 32}),
+        ("dicom", {"Columns": 63}),
+        ("dicom", {"Rows": 47, "Columns": 65}),
+        ("dicom", {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}),
+        ("dicom", {"NumberOfFrames": None, "twice": True}),
+        ("dicom-jpeg-ls", {"NumberOfFrames": None, "twice": True}),
+        ("dicom-series", {"Rows": 24}),
+    ],
+)
+def test_a_header_that_claims_less_than_the_file_holds_gives_no_other_picture(
+    tmp_path: Path, kind: str, elements: dict[str, Any]
+) -> None:
+    """What is claimed lies within the data here, so that a decoder is content with it."""
+    import pydicom
+    from pydicom.encaps import encapsulate, get_frame
+
+    def spoilt(data: bytes) -> bytes:
+        header = pydicom.dcmread(io.BytesIO(data))
+        header.update({key: value for key, value in elements.items() if key != "twice"})
+        if "twice" in elements:
+            header.PixelData = (
+                encapsulate([get_frame(header.PixelData, 0, number_of_frames=1)] * 2)
+                if header.file_meta.TransferSyntaxUID.is_compressed
+                else header.PixelData * 2
+            )
+        return saved(lambda stream: header.save_as(stream))
+
+    name, data = sources()[kind]
+    path = tmp_path / name
+    path.write_bytes(data)
+    assert opened(kind, path)
+    if kind == "dicom-series":
+        with zipfile.ZipFile(io.BytesIO(data)) as slices, zipfile.ZipFile(path, "w") as archive:
+            for member in slices.namelist():
+                archive.writestr(member, spoilt(slices.read(member)))
+    else:
+        path.write_bytes(spoilt(data))
+    with pytest.raises(
+        ValueError, match=r"its header claims \d+ (frames|bytes of pixels), but \d+ are there"
+    ):
+        opened(kind, path)
+
+
 def outcomes(files: list[tuple[str, Path, bool]], folder: Path) -> tuple[list[dict[str, Any]], int]:
     listing = folder / "listing.json"
     listing.write_text(json.dumps([(kind, str(path), whole) for kind, path, whole in files]))

@@ -54,7 +54,10 @@ def found(tmp_path: Path, data: bytes) -> tuple[str, ...]:
 # --- DICOM --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keyword", sorted(IDENTIFYING_KEYWORDS))
+OVERLAYS = {"OverlayComments": (0x4000, "LT"), "OverlayData": (0x3000, "OW")}
+
+
+@pytest.mark.parametrize("keyword", sorted(IDENTIFYING_KEYWORDS - OVERLAYS.keys()))
 def test_every_direct_identifier_of_the_profile_is_found_at_any_depth(keyword):
     vr = pydicom.datadict.dictionary_VR(keyword)
     values: dict[str, object] = {"SQ": Sequence([dicom(CodeValue="7")]), "DA": "19500101", "TM": "1200"}
@@ -65,6 +68,26 @@ def test_every_direct_identifier_of_the_profile_is_found_at_any_depth(keyword):
     nested = dicom(ReferencedStudySequence=Sequence([inner]))
     assert keyword in dicom_identifiers(encode(plain))
     assert keyword in dicom_identifiers(encode(nested))
+
+
+@pytest.mark.parametrize("group", [0x6000, 0x601E])
+@pytest.mark.parametrize("keyword", OVERLAYS)
+def test_what_is_drawn_or_written_on_any_overlay_is_found(keyword, group):
+    number, vr = OVERLAYS[keyword]
+    ds = dicom()
+    ds.add_new((group, number), vr, NAME if vr == "LT" else b"\1\0")
+    assert dicom_identifiers(encode(ds)) == (keyword,)
+
+
+@pytest.mark.parametrize(
+    "keyword",
+    [
+        "AdmittingDiagnosesDescription", "Allergies", "MedicalAlerts", "Occupation", "ReasonForStudy",
+        "ReasonForTheImagingServiceRequest", "ReasonForTheRequestedProcedure", "ReasonForVisit",
+    ],
+)  # fmt: skip
+def test_what_was_written_of_the_patient_for_the_request_is_found(keyword):
+    assert dicom_identifiers(encode(dicom(**{keyword: "fell from a ladder"}))) == (keyword,)
 
 
 def test_a_name_in_a_private_element_is_found_and_its_tag_said():

@@ -690,6 +690,10 @@ def test_differing_digest_is_refused_with_both_named(run, folders, tmp_path):
             {"extra_images": np.zeros((2, 4, 4), np.uint8), "extra_labels": np.zeros((2, 1))},
             "extra_images belongs to none",
         ),
+        (
+            {"test_labels": np.array([[0]])},
+            "test_labels without test_images; add these, or take the labels out",
+        ),
     ],
 )
 def test_bad_arrays(run, tmp_path, changes, reason):

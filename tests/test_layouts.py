@@ -208,6 +208,14 @@ def test_coco_faults_are_named(tmp_path: Path, content: dict[str, Any], message:
         list_items(CocoEntry(**DETECTION, format="coco", annotations="all.json"), tmp_path)
 
 
+def test_coco_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    picture(tmp_path / "one.png")
+    picture(tmp_path / "two.png")
+    (tmp_path / "all.json").write_text(json.dumps(coco()), encoding="utf-8-sig")
+    items = list_items(CocoEntry(**DETECTION, format="coco", annotations="all.json"), tmp_path)
+    assert [len(item.boxes) for item in items] == [0, 1]
+
+
 # --- CSV ----------------------------------------------------------------------------------------------
 
 
@@ -241,6 +249,120 @@ def test_the_rsna_readers_boxes_are_all_there_and_images_without_any_too(mirror:
     assert Counter(item.labels["opacity"] for item in items) == {1: 32, 0: 28}
 
 
+def patients(root: Path, ages: list[str], sexes: list[str], delimiter: str = ",") -> TableEntry:
+    """A table of an image per age and sex."""
+    lines = [["file", "label", "age", "sex"]]
+    for number, (age, sex) in enumerate(zip(ages, sexes, strict=True)):
+        picture(root / f"{number}.png")
+        lines.append([f"{number}.png", "cell", age, sex])
+    (root / "t.csv").write_text("\n".join(map(delimiter.join, lines)), encoding="utf-8")
+    return table(columns={"age": "age", "sex": "sex"})
+
+
+def table(**changes: Any) -> TableEntry:
+    return TableEntry(
+        **{**DESCRIBED, "task": "multiclass", "format": "table", "table": "t.csv", "label_column": "label"}
+        | changes
+    )
+
+
+def test_ages_and_sexes_are_read_in_the_forms_that_people_write(tmp_path: Path) -> None:
+    ages = ["62,5", "62.5", "045Y", "62 years", "62J", "006M", "18 months", "52w", "", "unknown", "NA"]
+    sexes = ["F", "female", "w", "Weiblich", "M", "male", "männlich", "other", "O", "U", ""]
+    items = list_items(patients(tmp_path, ages, sexes, delimiter=";"), tmp_path)
+    found = [item.attributes.get("age") for item in items]
+    assert found[:7] == [62.5, 62.5, 45, 62, 62, 0.5, 1.5]
+    assert found[7] == pytest.approx(1, abs=0.01)
+    assert found[8:] == [None] * 3
+    assert [item.attributes.get("sex") for item in items] == [*"FFFFMMMOO", None, None]
+
+
+@pytest.mark.parametrize(
+    ("age", "sex", "message"),
+    [
+        ("1950-01-02", "F", "t.csv row 3, column age: not an age; write years .*, or empty the cell"),
+        ("1950", "F", "t.csv row 3, column age: not an age"),
+        ("-62", "F", "t.csv row 3, column age: not an age"),
+        ("62", "1", "t.csv row 3, column sex: not a sex; write F, M or O, or empty the cell"),
+        ("62", "Ignatowska", "t.csv row 3, column sex: not a sex"),
+    ],
+)
+def test_an_age_or_sex_that_cannot_be_read_is_not_taken_for_unknown(
+    tmp_path: Path, age: str, sex: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        list_items(patients(tmp_path, ["62", age], ["F", sex]), tmp_path)
+    assert not any(cell in str(error.value) for cell in ("1950", "Ignatowska"))
+
+
+def test_an_image_or_a_mask_in_another_folder_that_no_row_names_is_found(tmp_path: Path) -> None:
+    for name in ("p1/a.png", "p1/b.png", "p2/lost.jpg", "masks/s1/a.png", "masks/s2/c.png"):
+        picture(tmp_path / name)
+    (tmp_path / "t.csv").write_text("file,label,mask\np1/a.png,cell,masks/s1/a.png\np1/b.png,cell,\n")
+    entry = table(mask_column="mask")
+    with pytest.raises(ValueError, match=r"t\.csv: 2 samples beside the listed have no row") as error:
+        list_items(entry, tmp_path)
+    assert "lost" not in str(error.value)
+    picture(tmp_path / "masks/s2/a.png")
+    (tmp_path / "t.csv").write_text(
+        "file,label,mask\np1/a.png,cell,masks/s1/a.png\np1/b.png,cell,masks/s2/a.png\n"
+    )
+    orphans: list[Orphan] = []
+    assert len(list_items(entry, tmp_path, orphans)) == 2
+    assert [(one.place, one.rule) for one in orphans] == [
+        ("t.csv: file 6 in sorted order of its folders", "image_without_label"),
+        ("t.csv: file 3 in sorted order of its folders", "label_without_image"),
+    ]
+    (tmp_path / "p2/lost.jpg").unlink()
+    with pytest.raises(ValueError, match=r"t\.csv: 1 masks beside the listed have no row; add rows"):
+        list_items(entry, tmp_path)
+
+
+def test_masks_that_lie_apart_from_the_images_folder_are_looked_through_too(tmp_path: Path) -> None:
+    for name in (
+        "images/a.png",
+        "masks/a.png",
+        "masks/c.png",
+        "masks/more/b.png",
+        "figures/of the paper.png",
+    ):
+        picture(tmp_path / name)
+    (tmp_path / "t.csv").write_text("file,label,mask\na.png,cell,masks/a.png\nc.png,cell,masks/c.png\n")
+    orphans: list[Orphan] = []
+    list_items(table(mask_column="mask", images="images"), tmp_path, orphans)
+    assert [(one.place, one.rule) for one in orphans] == [
+        ("t.csv row 3", "label_without_image"),
+        ("t.csv: file 4 in sorted order of its folders", "label_without_image"),
+    ]
+
+
+def dicom(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes(128) + b"DICM")
+
+
+def test_pictures_in_a_folder_of_their_own_are_no_dicom_images_without_a_row(tmp_path: Path) -> None:
+    dicom(tmp_path / "images/a.dcm")
+    picture(tmp_path / "masks/a.png")
+    (tmp_path / "t.csv").write_text("file,label\nimages/a.dcm,cell\n")
+    assert len(list_items(table(), tmp_path)) == 1
+    dicom(tmp_path / "more/b")
+    with pytest.raises(ValueError, match="1 samples beside the listed have no row"):
+        list_items(table(), tmp_path)
+
+
+def test_a_series_that_no_row_names_is_one_volume_wherever_it_lies(tmp_path: Path) -> None:
+    for name in ("p1/s1/1.dcm", "p1/s1/2.dcm", "p2/s1/1.dcm", "p2/s1/2.dcm"):
+        dicom(tmp_path / name)
+    (tmp_path / "t.csv").write_text("file,label\np1/s1,cell\n")
+    entry = table(kind="volume")
+    with pytest.raises(ValueError, match="1 samples beside the listed have no row"):
+        list_items(entry, tmp_path)
+    orphans: list[Orphan] = []
+    assert len(list_items(entry, tmp_path, orphans)) == 1
+    assert [one.place for one in orphans] == ["t.csv: file 3 in sorted order of its folders"]
+
+
 # --- Pairs, files, bags ------------------------------------------------------------------------------
 
 
@@ -257,7 +379,7 @@ def test_hippocampus_orphans_are_found_on_both_sides(mirror: Path, root: Path) -
 def test_orphans_of_voc_and_coco_are_handed_over_in_place_of_the_refusal(tmp_path: Path) -> None:
     entry = voc(tmp_path / "voc", {"a": [], "b": [("cell", 1, 2, 3, 4)], "c": []})
     entry = entry.model_copy(update={"splits": {"train": "train.txt"}})
-    (tmp_path / "voc/train.txt").write_text("a\nb\nc\n")
+    (tmp_path / "voc/train.txt").write_text("a\nb\nc\n", encoding="utf-8-sig")
     (tmp_path / "voc/Annotations/a.xml").unlink()
     (tmp_path / "voc/JPEGImages/c.jpg").unlink()
     orphans: list[Orphan] = []
@@ -473,8 +595,13 @@ def test_an_image_that_coco_does_not_list_is_not_left_out_in_silence(tmp_path: P
     for name in ("one", "two", "three"):
         picture(tmp_path / f"{name}.png")
     (tmp_path / "all.json").write_text(json.dumps(coco()))
+    entry = CocoEntry(**DETECTION, format="coco", annotations="all.json")
     with pytest.raises(ValueError, match="annotations: 1 samples beside the listed have no row"):
-        list_items(CocoEntry(**DETECTION, format="coco", annotations="all.json"), tmp_path)
+        list_items(entry, tmp_path)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "three.png").rename(tmp_path / "more/three.png")
+    with pytest.raises(ValueError, match="annotations: 1 samples beside the listed have no row"):
+        list_items(entry, tmp_path)
 
 
 def test_links_that_would_be_passed_over_stop(tmp_path: Path) -> None:
@@ -491,6 +618,24 @@ def test_a_folder_of_slices_is_one_volume_of_its_class(tmp_path: Path) -> None:
     entry = FolderEntry(**{**DESCRIBED, "task": "multiclass", "kind": "volume"}, format="folder")
     items = list_items(entry, tmp_path)
     assert [item.relative.as_posix() for item in items] == ["cell/s1", "cell/s2", "platelet/a.nii"]
+
+
+@pytest.mark.parametrize("lost", ["lost.jpg", "extra/cell/lost.png", "train/lost.png"])
+def test_an_image_outside_of_the_class_folders_is_not_left_out_in_silence(tmp_path: Path, lost: str) -> None:
+    for name in ("train/cell/a.png", "train/platelet/b.png", lost):
+        picture(tmp_path / name)
+    (tmp_path / "readme.txt").write_text("read me")
+    entry = FolderEntry(
+        **{**DESCRIBED, "task": "multiclass"}, format="folder", split_folders={"train": "train"}
+    )
+    with pytest.raises(ValueError, match="1 images lie in no folder of a class that the entry names; move"):
+        list_items(entry, tmp_path)
+    orphans: list[Orphan] = []
+    assert len(list_items(entry, tmp_path, orphans)) == 2
+    assert [(one.rule, one.reason) for one in orphans] == [
+        ("image_without_label", "it lies in no folder of a class")
+    ]
+    assert "lost" not in orphans[0].place
 
 
 @pytest.mark.parametrize(

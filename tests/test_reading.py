@@ -27,6 +27,7 @@ from pydicom.uid import (
     JPEG2000,
     ComputedRadiographyImageStorage,
     ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
     JPEGExtended12Bit,
     JPEGLossless,
     JPEGLosslessSV1,
@@ -223,6 +224,37 @@ def test_voi_lookup_table(ramp12, entry_bits):
     np.testing.assert_array_equal(image.pixels, expected)
 
 
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize(
+    ("syntax", "vr"),
+    [(ImplicitVRLittleEndian, "SS"), (ExplicitVRLittleEndian, "SS"), (ExplicitVRLittleEndian, "US")],
+)
+def test_a_voi_lookup_table_starts_below_zero_where_rescaled_values_do(ramp12, syntax, vr, signed):
+    """Implicit VR writes no sign: readers give the table that of the stored pixels, which are not what it looks up."""
+    entries = np.rint(np.linspace(0, 1, 2000) ** 2 * 4095).astype(np.uint16)
+    item = Dataset()
+    item.add_new("LUTDescriptor", vr, [2000, -1024 if vr == "SS" else 64512, 12])
+    item.add_new("LUTData", "OW", entries.tobytes())
+    stored = ramp12.astype(np.int16) - 2048 if signed else ramp12
+    ds = dicom_dataset(
+        stored, bits=12, RescaleSlope=1, RescaleIntercept=1024 if signed else -1024, VOILUTSequence=[item]
+    )
+    ds.file_meta.TransferSyntaxUID = syntax
+    expected = np.rint(entries[np.clip(ramp12.astype(int), 0, 1999)] / 4095 * 65535)
+    np.testing.assert_array_equal(read_image(encode(ds)).pixels, expected)
+
+
+def test_a_lookup_table_may_start_high_where_no_value_is_negative():
+    stored = np.arange(39_000, 41_000, dtype=np.uint16).reshape(40, 50)
+    entries = np.linspace(0, 4095, 1000).astype(np.uint16)
+    item = Dataset()
+    item.add_new("LUTDescriptor", "US", [1000, 40_000, 12])
+    item.add_new("LUTData", "OW", entries.tobytes())
+    expected = np.rint(entries[np.clip(stored.astype(int) - 40_000, 0, 999)] / 4095 * 65535)
+    pixels = read_image(dicom_bytes(stored, VOILUTSequence=[item])).pixels
+    np.testing.assert_array_equal(pixels, expected)
+
+
 def test_padding_outside_the_collimator_is_black_even_in_monochrome1():
     stored = np.array([[0, 10, 255]], dtype=np.uint8)
     data = dicom_bytes(stored, PhotometricInterpretation="MONOCHROME1", PixelPaddingValue=0)
@@ -413,6 +445,21 @@ def test_a_stream_of_another_size_than_its_header_says_is_refused(syntax):
     ds.PixelData = pydicom.encaps.encapsulate([stream])
     with pytest.raises(ValueError, match=r"^DICOM: "):
         read_image(encode(ds))
+
+
+@pytest.mark.parametrize("shape", [(31, 33), (32, 33), (33, 20)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_zeros_behind_the_pixels_are_padding_if_fewer_than_a_row_and_a_column_have(shape, dtype):
+    stored = np.random.default_rng(0).integers(1, 256, shape).astype(dtype)
+    whole = read_image(dicom_bytes(stored)).pixels
+    most = min(shape) * stored.itemsize
+    ds = dicom_dataset(stored)
+    ds.PixelData = stored.tobytes() + bytes(most - 2)
+    np.testing.assert_array_equal(read_image(encode(ds)).pixels, whole)
+    for tail in (bytes(most), bytes(most - 4) + b"\1\0"):
+        ds.PixelData = stored.tobytes() + tail
+        with pytest.raises(ValueError, match=f"its header claims {stored.nbytes} bytes of pixels, but "):
+            read_image(encode(ds))
 
 
 def test_colour_dicom_is_rgb_and_collapses_where_it_is_gray():

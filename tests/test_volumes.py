@@ -802,6 +802,9 @@ def test_gantry_tilt_is_found(tmp_path):
         ({"ImagePositionPatient": [1, 2, "1e300"]}, "not 3 numbers below"),
         ({"Rows": 7, "Columns": 6}, "different Rows or Columns"),
         ({"RescaleSlope": 0}, "RescaleSlope is 0"),
+        ({"RescaleIntercept": -1024}, "RescaleSlope or RescaleIntercept in some slices only"),
+        ({"RescaleSlope": 2}, "RescaleSlope or RescaleIntercept in some slices only"),
+        ({"PhotometricInterpretation": "MONOCHROME1"}, "different PhotometricInterpretation"),
         ({"PixelData": b"12"}, "damaged or truncated"),
         ({"PixelData": None}, "no pixel data"),
         ({"NumberOfFrames": 3}, "several frames without a position each"),
@@ -852,11 +855,31 @@ def zip_of(folder: Path, path: Path) -> Path:
 
 def test_a_zip_reads_as_its_folder_and_junk_of_the_system_is_passed_over(tmp_path):
     folder = write_series(tmp_path / "s", phantom())
-    (folder / ".DS_Store").write_bytes(b"junk")
+    plain = read_volume(folder)
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+        (folder / name).write_bytes(b"junk")
     expected = read_volume(folder)
     volume = read_volume(zip_of(folder, tmp_path / "s.zip"))
+    np.testing.assert_array_equal(expected.voxels, plain.voxels)
     np.testing.assert_array_equal(volume.voxels, expected.voxels)
     assert volume.spacing_mm == expected.spacing_mm
+
+
+def test_slices_in_a_folder_beside_the_others_are_not_left_out_in_silence(tmp_path):
+    folder = write_series(tmp_path / "s", phantom())
+    expected = read_volume(folder).voxels
+    for name in ("empty", ".hidden", "__MACOSX"):
+        (folder / name).mkdir()
+    (folder / ".hidden" / "1.dcm").write_bytes(b"junk")
+    (folder / "__MACOSX" / "._1.dcm").write_bytes(b"junk")
+    np.testing.assert_array_equal(read_volume(folder).voxels, expected)
+    (folder / "part2" / "deep").mkdir(parents=True)
+    moved = sorted(path for path in folder.iterdir() if path.is_file())[-1]
+    moved.rename(folder / "part2" / "deep" / moved.name)
+    with pytest.raises(
+        ValueError, match=r"^DICOM series: files in a folder within it; give one folder per series"
+    ):
+        read_volume(folder)
 
 
 def test_a_zip_is_read_slice_by_slice_into_little_more_than_its_volume(tmp_path):

@@ -4,15 +4,17 @@ Pillow refuses some colour streams of JPEG 2000 that hold to the standard, neith
 12 bits, and damaged streams end GDCM with its process. imagecodecs (OpenJPEG, CharLS, libjpeg-turbo) reads them all.
 """
 
+import io
 import struct
 from typing import Any
 
 import imagecodecs
 import numpy as np
 from pydicom.dataset import Dataset
-from pydicom.encaps import get_frame
+from pydicom.encaps import generate_fragments, get_frame, parse_basic_offsets
 from pydicom.pixels.common import PhotometricInterpretation
 from pydicom.pixels.decoders.base import DecodeRunner, get_decoder
+from pydicom.pixels.utils import get_expected_length
 from pydicom.uid import (
     JPEG2000,
     UID,
@@ -41,9 +43,45 @@ DECODER_DEPENDENCIES = dict.fromkeys(
 
 _NAME = "imagecodecs"
 _START_OF_CODESTREAM = b"\xff\x4f\xff\x51"
+_START_OF_BOXES = b"\0\0\0\x0cjP  "  # of JPEG 2000 as a file of its own
+_STARTS_OF_STREAM = (b"\xff\xd8\xff", _START_OF_CODESTREAM, _START_OF_BOXES)
 _END_OF_IMAGE = b"\xff\xd9"
 _START_OF_SCAN = 0xDA
 _LOSSLESS_FRAMES = (0xC3, 0xF7)  # SOF3 of lossless JPEG, SOF55 of JPEG-LS
+
+
+def check_length(header: Dataset, syntax: UID) -> None:
+    """Refuse pixel data of another length than the header claims: decoders take their beginning for the picture.
+
+    Behind uncompressed pixels may stand zeros, fewer than a row and a column of one channel have values: a changed Rows
+    or Columns leaves more. Compressed frames are as many as streams begin in the fragments.
+
+    Source: DICOM PS3.5, 8.1.1 and A.4: padding to even length; fragments, of which RLE has one for each frame.
+    """
+    data = header.PixelData
+    if syntax.is_encapsulated:
+        num_frames = int(header.get("NumberOfFrames") or 1)
+        stream = io.BytesIO(data)
+        parse_basic_offsets(stream)
+        num_streams = sum(
+            syntax == RLELossless or fragment.startswith(_STARTS_OF_STREAM)
+            for fragment in generate_fragments(stream)
+        )
+        if num_streams > num_frames:
+            raise Refusal(
+                f"its header claims {num_frames} frames, but {num_streams} are there; export the file again"
+            )
+        return
+    claimed_bytes = get_expected_length(header)
+    tail = data[claimed_bytes:]
+    is_padding = len(tail) <= claimed_bytes % 2 or (
+        len(tail) < min(header.Rows, header.Columns) * header.BitsAllocated // 8 and not any(tail)
+    )
+    if len(data) < claimed_bytes or not is_padding:
+        raise Refusal(
+            f"damaged or truncated: its header claims {claimed_bytes} bytes of pixels, but {len(data)} are there; "
+            "export or copy the file again"
+        )
 
 
 def decode_frame(header: Dataset, index: int) -> np.ndarray:

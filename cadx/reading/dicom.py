@@ -13,12 +13,13 @@ from typing import Any, Literal, get_args
 import numpy as np
 import pydicom
 import pydicom.config
+from pydicom.datadict import keyword_for_tag
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import UID
 
-from cadx.reading.codecs import decode_frame
+from cadx.reading.codecs import check_length, decode_frame
 from cadx.reading.source import HEAD_BYTES, Refusal, check_frame, check_size, gray_if_equal, read_bytes, sniff
 from cadx.types import Millimetres, RawImage
 
@@ -31,28 +32,38 @@ IDENTIFYING_KEYWORDS = frozenset({
     "MedicalRecordLocator", "OtherPatientIDs", "OtherPatientIDsSequence", "PatientInsurancePlanCodeSequence",
     "PersonIdentificationCodeSequence", "PlacerOrderNumberImagingServiceRequest",
     "ReferringPhysicianIdentificationSequence", "ServiceEpisodeID", "SourcePatientGroupIdentificationSequence",
+    "SpecimenAccessionNumber",
     # dates of life
     "PatientBirthDate", "PatientBirthDateInAlternativeCalendar", "PatientBirthTime",
     "PatientDeathDateInAlternativeCalendar",
     # where to find the patient or those around
-    "BranchOfService", "CountryOfResidence", "CurrentPatientLocation", "MilitaryRank", "OrderCallbackPhoneNumber",
-    "OrderCallbackTelecomInformation", "PatientAddress", "PatientInstitutionResidence",
+    "AddressTrial", "BranchOfService", "CountryOfResidence", "CurrentPatientLocation", "DistributionAddress",
+    "MilitaryRank", "OrderCallbackPhoneNumber", "OrderCallbackTelecomInformation", "OrderEntererLocation",
+    "PatientAddress", "PatientInstitutionResidence",
     "PatientTelecomInformation", "PatientTelephoneNumbers", "PersonAddress", "PersonTelecomInformation",
     "PersonTelephoneNumbers", "ReferringPhysicianAddress", "ReferringPhysicianTelephoneNumbers",
-    "RegionOfResidence", "ResponsibleOrganization",
+    "RegionOfResidence", "ResponsibleOrganization", "ScheduledPatientInstitutionResidence", "TelephoneNumberTrial",
     # free text in which people write names
-    "AcquisitionComments", "AdditionalPatientHistory", "CommentsOnThePerformedProcedureStep", "FrameComments",
-    "IdentifyingComments", "ImageComments", "ImagingServiceRequestComments", "InterpretationText",
-    "PatientComments", "PatientState", "PatientTransportArrangements", "RequestedProcedureComments",
-    "ResultsComments", "ServiceEpisodeDescription", "SpecialNeeds", "StudyComments", "TextComments",
-    "TextString", "VisitComments",
+    "AcquisitionComments", "AdditionalPatientHistory", "AdmittingDiagnosesDescription", "Allergies", "Arbitrary",
+    "BarcodeValue", "CameraOwnerName", "CommentsOnRadiationDose", "CommentsOnThePerformedProcedureStep",
+    "ConfidentialityConstraintOnPatientDataDescription", "ContributionDescription", "CurrentObserverTrial",
+    "DischargeDiagnosisDescription", "FrameComments", "IdentifyingComments", "ImageComments",
+    "ImagePresentationComments", "ImagingServiceRequestComments", "Impressions",
+    "InterpretationDiagnosisDescription", "InterpretationText", "LabelText", "MedicalAlerts", "Occupation",
+    "OverlayComments", "PatientComments", "PatientReligiousPreference", "PatientState",
+    "PatientTransportArrangements", "PreMedication", "ReasonForStudy", "ReasonForTheImagingServiceRequest",
+    "ReasonForTheRequestedProcedure", "ReasonForVisit", "RequestedProcedureComments", "ResultsComments",
+    "ServiceEpisodeDescription", "SpecialNeeds", "StudyComments", "TextComments", "TextString", "TopicAuthor",
+    "TopicKeywords", "TopicSubject", "TopicTitle", "VisitComments",
+    # a drawing over the image, in which names may stand
+    "OverlayData",
 })  # fmt: skip
 """Direct identifiers of the Basic Application Level Confidentiality Profile, beside all person names.
 
 Not among them is what the profile removes because it helps to find a person in other records: dates, UIDs,
-institution, device and descriptions of study and series. A dataset stores none of these but the institution, as
-`site`: without it no split and no metric can be told by site. Private elements, curves (50xx) and overlays
-(60xx) are left behind as well; only their person names are reported.
+institution, device and descriptions of study, series, procedure and specimen. A dataset stores none of these but the
+institution, as `site`: without it no split and no metric can be told by site. Private elements and curves (50xx) are
+left behind as well; only their person names are reported.
 
 Source: DICOM PS3.15 Annex E, table E.1-1.
 """
@@ -106,9 +117,12 @@ def dicom_identifiers(source: Path | bytes) -> tuple[str, ...]:
             removed = _identity_removed(header)
             words = _naming_words(header)
             for element in header.iterall():
-                keyword = element.keyword or f"({element.tag.group:04X},{element.tag.element:04X})"
+                # By the tag, since an element itself knows no keyword of repeating groups (overlays).
+                keyword = (
+                    keyword_for_tag(element.tag) or f"({element.tag.group:04X},{element.tag.element:04X})"
+                )
                 named = element.VR == "PN" or keyword in IDENTIFYING_KEYWORDS
-                if element.keyword == "PatientID":
+                if keyword == "PatientID":
                     named = not removed
                 elif element.VR in _FREE_TEXT:
                     named = named or _repeats(str(element.value), words)
@@ -273,17 +287,17 @@ def check_pixels(header: Dataset, syntax: UID, frame: int | None = None) -> bool
     check_size(int(header.get("Rows") or 0), int(header.get("Columns") or 0))
     photometric = header_text(header, "PhotometricInterpretation")
     bits, samples = int(header.BitsStored), int(header.SamplesPerPixel)
-    if photometric in _COLOUR_SPACES and samples == 3:
-        if header.BitsAllocated != 8 or bits != 8:
-            raise Refusal(f"colour with {bits} bits per channel is not read; export with 8")
-        return True
-    if photometric not in ("MONOCHROME1", "MONOCHROME2") or samples != 1:
+    is_colour = photometric in _COLOUR_SPACES and samples == 3
+    if is_colour and (header.BitsAllocated != 8 or bits != 8):
+        raise Refusal(f"colour with {bits} bits per channel is not read; export with 8")
+    if not is_colour and (photometric not in ("MONOCHROME1", "MONOCHROME2") or samples != 1):
         raise Refusal("its PhotometricInterpretation is not read; export as MONOCHROME2 or RGB")
     if header.BitsAllocated not in (8, 16) or not 1 <= bits <= header.BitsAllocated:
         raise Refusal(f"{bits} of {header.BitsAllocated} bits stored; only 8 and 16 allocated bits are read")
-    if int(header.get("HighBit", bits - 1)) != bits - 1:
+    if not is_colour and int(header.get("HighBit", bits - 1)) != bits - 1:
         raise Refusal("HighBit is not BitsStored - 1, against PS3.5; export the file again")
-    return False
+    check_length(header, syntax)
+    return is_colour
 
 
 def _display_table(header: Dataset, assumptions: list[str]) -> np.ndarray:
@@ -355,8 +369,13 @@ def _apply_lut(item: Dataset, values: np.ndarray) -> tuple[np.ndarray, float]:
     """`values` through a Modality or VOI LUT item, and the largest value that its bits can hold.
 
     pydicom's own function wraps round at 256 where a table of 8 bits meets longer input.
+
+    Source: DICOM PS3.3 C.11.1.1 and C.11.2.1.1: the first value mapped is one of the input, signed where that is.
     """
     length, first, bits = (int(number) for number in item.LUTDescriptor)
+    # Implicit VR gives it the sign of the stored pixels, which rescaling may have made negative.
+    if first > np.iinfo(np.int16).max and values.min() < 0:
+        first -= 1 << 16
     length = length or 1 << 16
     data = item.LUTData
     if isinstance(data, bytes):

@@ -33,7 +33,7 @@ from cadx.reading.dicom import (
     parse_header,
     settle_photometric,
 )
-from cadx.reading.source import HEAD_BYTES, MAX_FILE_BYTES, Refusal, read_bytes, sniff
+from cadx.reading.source import HEAD_BYTES, MAX_FILE_BYTES, Refusal, is_hidden, read_bytes, sniff
 from cadx.types import Millimetres, RawVolume
 
 MAX_VOXELS = 1 << 29
@@ -188,8 +188,7 @@ def _read(
     if kind == "zip":
         with zipfile.ZipFile(source) as archive:
             return _read_series(_members(archive), given_mm, photometric)
-    files = [source] if kind == "DICOM" else [p for p in sorted(source.iterdir()) if p.is_file()]
-    files = [path for path in files if not _is_hidden(path)]
+    files = [source] if kind == "DICOM" else _files_in(source)
     if len(files) > MAX_SLICES:
         raise Refusal(f"{len(files)} files, over the limit of {MAX_SLICES} for one series")
     return _read_series([partial(read_bytes, path) for path in files], given_mm, photometric)
@@ -581,6 +580,8 @@ class _Frame:
             share one count.
         claim: the element that says how many slices the whole stack has, and how many; or None.
         scale: (slope, intercept).
+        has_scale: whether the file gives each of them.
+        photometric: its photometric interpretation.
         stored: dtype of the stored values.
         series: UID of the series, which no message repeats.
         patient: identifier, which no message repeats.
@@ -597,6 +598,8 @@ class _Frame:
     number: int | None
     claim: tuple[str, int] | None
     scale: tuple[float, float]
+    has_scale: tuple[bool, bool]
+    photometric: str
     stored: np.dtype[Any]
     series: str
     patient: str
@@ -617,7 +620,9 @@ def _members(archive: zipfile.ZipFile) -> list[Callable[[], bytes]]:
     if any(member.flag_bits & 1 for member in members):
         raise Refusal("encrypted members; pack it without a password")
     return [
-        partial(_member_bytes, archive, member) for member in members if not _is_hidden(Path(member.filename))
+        partial(_member_bytes, archive, member)
+        for member in members
+        if not is_hidden(Path(member.filename).name)
     ]
 
 
@@ -628,9 +633,13 @@ def _member_bytes(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
     return archive.read(member) if sniff(head) == "DICOM" else head
 
 
-def _is_hidden(path: Path) -> bool:
-    """Whether an operating system put this file there, not a person."""
-    return path.name.startswith(".")
+def _files_in(folder: Path) -> list[Path]:
+    """The files of a series, sorted; refused where a folder beside them holds files, which may be slices of it."""
+    visible = sorted(path for path in folder.iterdir() if not is_hidden(path.name))
+    beneath = (file for path in visible if path.is_dir() for file in path.rglob("*"))
+    if any(file.is_file() and not is_hidden(file.name) for file in beneath):
+        raise Refusal("files in a folder within it; give one folder per series, the slices directly in it")
+    return [path for path in visible if path.is_file()]
 
 
 def _read_series(
@@ -711,8 +720,8 @@ def _file_frames(header: Dataset, read: Callable[[], bytes]) -> Iterator[_Frame]
         raise Refusal("several frames without a position each; export as a series of single slices")
     if num_frames > MAX_SLICES:
         raise Refusal(f"{num_frames} frames, over the limit of {MAX_SLICES} for one series")
-    header.NumberOfFrames = 1  # the other frames have the same form
-    if check_pixels(header, UID(str(header.file_meta.get("TransferSyntaxUID", "")))):
+    # The other frames have the form of the first.
+    if check_pixels(header, UID(str(header.file_meta.get("TransferSyntaxUID", ""))), frame=1):
         raise Refusal("colour slices; a volume has one number per voxel")
     if header.get("ModalityLUTSequence"):
         raise Refusal("a modality lookup table, which is not read for volumes; export with rescale slope")
@@ -731,11 +740,11 @@ def _file_frames(header: Dataset, read: Callable[[], bytes]) -> Iterator[_Frame]
         pixel = _frame_numbers(header, index, "PixelMeasuresSequence", "PixelSpacing", 2)
         between = _frame_numbers(header, index, "PixelMeasuresSequence", "SpacingBetweenSlices", 1)
         thickness = _frame_numbers(header, index, "PixelMeasuresSequence", "SliceThickness", 1)
-        slope = _frame_numbers(header, index, "PixelValueTransformationSequence", "RescaleSlope", 1) or [1.0]
+        slope = _frame_numbers(header, index, "PixelValueTransformationSequence", "RescaleSlope", 1)
         intercept = _frame_numbers(header, index, "PixelValueTransformationSequence", "RescaleIntercept", 1)
         number = header_text(header, "InstanceNumber")
         counts = number.isdecimal() and header_text(header, "Modality") != "MR"
-        if slope[0] == 0:
+        if slope and slope[0] == 0:
             raise Refusal("RescaleSlope is 0, which leaves no range of values; export it again")
         yield _Frame(
             read=read,
@@ -748,7 +757,9 @@ def _file_frames(header: Dataset, read: Callable[[], bytes]) -> Iterator[_Frame]
             thickness_mm=thickness[0] if thickness and thickness[0] > 0 else None,
             number=int(number) if counts else None,
             claim=claim,
-            scale=(slope[0], intercept[0] if intercept else 0.0),
+            scale=(slope[0] if slope else 1.0, intercept[0] if intercept else 0.0),
+            has_scale=(slope is not None, intercept is not None),
+            photometric=header_text(header, "PhotometricInterpretation"),
             stored=stored,
             series=header_text(header, "SeriesInstanceUID"),
             patient=header_text(header, "PatientID"),
@@ -811,6 +822,10 @@ def _check_alike(frames: Sequence[_Frame]) -> None:
     spacings = [frame.pixel_mm or (0.0, 0.0) for frame in frames]
     if not np.allclose(spacings, spacings[0], rtol=1e-3, atol=0):
         raise Refusal("slices of different PixelSpacing; export one stack per series")
+    if any(frame.has_scale != first.has_scale for frame in frames):
+        raise Refusal("RescaleSlope or RescaleIntercept in some slices only; export them all in one scale")
+    if any(frame.photometric != first.photometric for frame in frames):
+        raise Refusal("slices of different PhotometricInterpretation; export one stack per series")
 
 
 def _judge_gaps(frames: Sequence[_Frame], heights_mm: np.ndarray) -> tuple[np.ndarray, list[str]]:
