@@ -91,7 +91,7 @@ evidence: setup  ## recompute what is committed: all experiments and seeds, the 
 	dvc repro
 	cadx results
 	cadx benchmark
-	python -m benchmarks coverage coverage_boxes coverage_tasks
+	python -m benchmarks coverage coverage_boxes coverage_tasks conformal statistics detection_statistics
 
 lock: setup  ## pin the dependencies anew, hashed and without addresses, alike for every Python
 	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \

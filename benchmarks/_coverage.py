@@ -61,18 +61,11 @@ class Tally:
     def __init__(self) -> None:
         self._rows: dict[str, list[tuple[float, float, float, bool]]] = {}
 
-    def add(
-        self, found: Mapping[str, Estimate | Difference], doubts: Mapping[str, bool] | None = None
-    ) -> None:
-        """One set's intervals.
-
-        Args:
-            found: metric -> its interval.
-            doubts: metric -> whether the report says so elsewhere than in the interval's own method.
-        """
+    def add(self, found: Mapping[str, Estimate | Difference]) -> None:
+        """One set's intervals by metric."""
         for name, one in found.items():
             missing = one.value is None or one.low is None or one.high is None
-            doubted = missing or any(words in one.method for words in DOUBTS) or bool(doubts and doubts[name])
+            doubted = missing or any(words in one.method for words in DOUBTS)
             ends = [np.nan if end is None else end for end in (one.value, one.low, one.high)]
             self._rows.setdefault(name, []).append((ends[0], ends[1], ends[2], doubted))
 

@@ -23,17 +23,18 @@ from cadx.metrics import (
     tango_difference,
     with_chosen_threshold,
 )
+from cadx.metrics.areas import patients_of_rarer_class
 from cadx.metrics.estimates import one_score, resample
 from cadx.metrics.limits import on_scale
-from cadx.metrics.proportions import f1
+from cadx.metrics.proportions import f1, share
 from cadx.metrics.ranking import average_precision
 from cadx.metrics.reliability import calibration_intercept, calibration_slope, probability_scores
-from cadx.metrics.scoring import _doubted, _fewest
+from cadx.metrics.scoring import _doubted
 
 REPEATS = 2000
 IMAGES = (60, 200, 600)
 PREVALENCES = (0.1, 0.3)
-AREAS = (0.8, 0.95)
+AREAS = (0.8, 0.95, 0.99)
 IMAGES_PER_PATIENT = (1, 3)
 TARGET = 0.9  # the sensitivity at the operating point
 ELSEWHERE = 0.05  # another prevalence
@@ -192,6 +193,13 @@ def truths(cell: Cell) -> dict[str, float]:
     }
 
 
+def accuracy(cell: Cell) -> float:
+    """The share of right calls at a probability of one half."""
+    delta, pi = shift(cell.area), cell.prevalence
+    half = delta / 2 - special.logit(pi) / delta  # the score whose probability that is
+    return float(pi * special.ndtr(delta - half) + (1 - pi) * special.ndtr(half))
+
+
 def probability(x: NDArray[np.float64], cell: Cell) -> NDArray[np.float64]:
     """The true probability of a score."""
     delta = shift(cell.area)
@@ -220,6 +228,10 @@ def measure(cell: Cell) -> Row:
         "ppv": called * min(true["ppv"], 1 - true["ppv"]),
         "npv": positives * (1 - TARGET),
     }
+    errors["f1"] = errors["sensitivity"] + errors["specificity"]
+    errors["brier"] = errors["log_loss"] = cell.images * (1 - accuracy(cell))
+    # Of the difference of AUCs the report tells when less than one patient is expected to be outranked.
+    errors["auc_difference"] = MIN_ERRORS * min(positives, negatives) * (1 - cell.area)
     errors["ppv_elsewhere"] = min(errors["sensitivity"], errors["specificity"])
     errors["sensitivity_difference"] = errors["sensitivity"]
     large = min(positives, negatives) >= MIN_CASES
@@ -227,8 +239,8 @@ def measure(cell: Cell) -> Row:
         cell,
         {name: held[name] / max(told[name], 1) for name in _TITLES},
         {name: bool(large and errors.get(name, MIN_ERRORS) >= MIN_ERRORS) for name in _TITLES},
-        # A difference's page repeats what its parts say.
-        {name: warned[name.removesuffix("_difference")] / REPEATS for name in _TITLES},
+        # The page of a difference of sensitivities repeats what these say.
+        {name: warned[name.replace("sensitivity_difference", "sensitivity")] / REPEATS for name in _TITLES},
     )
 
 
@@ -254,14 +266,19 @@ def _intervals(
     found["sensitivity_difference"] = tango_difference(a[ill] >= cut, b[ill] >= cut_b, patients[ill])
     cases = replace(one_score(y, probability(a, cell), patients), called=(a >= cut)[None])
     weights = resample(cases.num_patients, _RESAMPLES, 0)
+    right, everything = cases.y[None], np.ones((1, y.size), bool)
     parts = {
+        "accuracy": share(cases, (cases.p >= 0.5) == right, everything, "no cases"),
+        "accuracy_at_operating_point": share(cases, cases.called == right, everything, "no cases"),
         "calibration_slope": calibration_slope(cases),
         "calibration_intercept": calibration_intercept(cases),
         **probability_scores(cases, weights),
         "average_precision": average_precision(cases, weights),
         "f1": f1(cases, weights),
     }
-    rest = _doubted({name: on_scale(name, part) for name, part in parts.items()}, _fewest(cases))
+    rest = _doubted(
+        {name: on_scale(name, part) for name, part in parts.items()}, patients_of_rarer_class(cases)
+    )
     return found | {name: part.estimate for name, part in rest.items() if name in _TITLES}
 
 

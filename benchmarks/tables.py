@@ -23,6 +23,9 @@ from cadx.quality import image_checks, perceptual_hash
 NUM_IMAGES = 100_000
 SIDE_PX = 16
 NUM_TEMPLATES = 64
+ALIKE_FRACTION = (
+    0.1  # of the images: of one template and one perceptual hash, as blank-like ones of a device are
+)
 LIMIT_SECONDS = 30.0
 LIMIT_MIB = 1024.0
 
@@ -61,11 +64,16 @@ def claims() -> Iterator[dict[str, Any]]:
 
 
 def write_cohort(root: Path, num_images: int) -> None:
-    """A binary dataset in `root / "d"` with its splits: two images a patient, five sites, a box in every fourth."""
+    """A binary dataset in `root / "d"` with its splits: two images a patient, five sites, a box in every fourth.
+
+    The first tenth is nearly equal. The hashes of the others are as different as those of real images of different
+    patients are on average.
+    """
     rng = np.random.default_rng(0)
     templates = rng.integers(0, 256, (NUM_TEMPLATES, SIDE_PX, SIDE_PX), dtype=np.uint8)
     statistics = [image_statistics(pixels) for pixels in templates]
     checks = [image_checks(pixels) for pixels in templates]
+    hash_of_alike = perceptual_hash(templates[0])
     source = SourceInfo(title="noise", licence="CC0-1.0", citation="none")
     splits = rng.choice(
         ["train", "val", "calibration", "test"], (num_images + 1) // 2, p=[0.7, 0.1, 0.1, 0.1]
@@ -81,7 +89,8 @@ def write_cohort(root: Path, num_images: int) -> None:
         source=source,
     ) as writer:
         for number in range(num_images):
-            template = number % NUM_TEMPLATES
+            is_alike = number < ALIKE_FRACTION * num_images
+            template = 0 if is_alike else number % NUM_TEMPLATES
             pixels = templates[template].copy()
             pixels.reshape(-1)[:4] = np.frombuffer(np.uint32(number).tobytes(), np.uint8)
             writer.add(
@@ -96,10 +105,7 @@ def write_cohort(root: Path, num_images: int) -> None:
                 spacing_mm=(0.5, 0.5),
                 statistics=statistics[template],
                 checks=checks[template],
-                # As different as those of real images of different patients are on average.
-                phash=f"{rng.integers(1 << 63):016x}"
-                if num_images > NUM_TEMPLATES
-                else perceptual_hash(pixels),
+                phash=hash_of_alike if is_alike else f"{rng.integers(1 << 63):016x}",
                 boxes=[("sick", 2.0, 3.0, 9.0, 11.0)] if number % 4 == 0 else [],
             )
     placed = np.repeat(splits, 2)[:num_images]

@@ -37,7 +37,7 @@ from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo, read_splits
 from cadx.explaining import title
 from cadx.files import peak_memory_bytes, replacing, write_json
 from cadx.loading import input_text
-from cadx.reporting import INK, MISSING, MUTED, PALETTE, estimate_text, panels
+from cadx.reporting import INK, LEGEND, MARK, MISSING, MUTED, PALETTE, estimate_text, panels
 from cadx.results import read_numbers
 from cadx.training import TrainingConfig, fit
 from cadx.types import Config, Digest, Estimate, Kind, Task
@@ -852,6 +852,8 @@ def show(benchmark: Benchmark, console: Console | None = None) -> None:
     for run in benchmark.runs:
         runs.add_row(*("\n".join(cell) for cell in _run_row(run)), end_section=True)
     console.print(runs)
+    if _is_marked(benchmark):
+        console.print(LEGEND, highlight=False)
     steps = Table(
         *_STEP_COLUMNS,
         title="A training step: tensors at their peak, and (the whole process)",
@@ -875,6 +877,7 @@ def markdown(benchmark: Benchmark, figure: str) -> str:
         _rule(_RUN_COLUMNS),
         *(_row(["<br>".join(cell) for cell in _run_row(run)]) for run in benchmark.runs),
         "",
+        *([LEGEND, ""] if _is_marked(benchmark) else []),
         "Memory of training a network of the text's size on noise, for two steps of the loop that trains the runs: "
         "tensors at their peak (what a GPU would hold) and, in brackets, the whole process on a CPU.",
         "",
@@ -893,6 +896,10 @@ def markdown(benchmark: Benchmark, figure: str) -> str:
         _measured(benchmark),
     ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _is_marked(benchmark: Benchmark) -> bool:
+    return any(MARK in line for run in benchmark.runs for cell in _run_row(run) for line in cell)
 
 
 def _measured(benchmark: Benchmark) -> str:

@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import numpy as np
 import pandas as pd
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from cadx import detection
-from cadx.evaluating import by_patient, judged_on
+from cadx.evaluating import by_patient, judged_on, show_glossary
 from cadx.explaining import draw_band, patient_band, roc_heights, square, title
-from cadx.metrics import Difference, delong_difference, roc, score, tango_difference
+from cadx.metrics import Difference, delong_difference, doubted, roc, score, tango_difference
+from cadx.metrics.limits import doubts_of
 from cadx.predicting.table import PredictionsInfo, arrays, box_table, read_predictions
-from cadx.reporting import MISSING, MUTED, PALETTE, Page, estimate_text, panels
+from cadx.reporting import LEGEND, MARK, MISSING, MUTED, PALETTE, Page, estimate_text, panels
 from cadx.types import Estimate
 
 if TYPE_CHECKING:
@@ -197,16 +198,9 @@ def compare_metrics(
                 which = among[metric]
                 difference = tango_difference(right[0][which], right[1][which], patients[which])
             of_a, of_b = (one.by_class[name][metric] for one in scores)
-            difference = _doubted(difference, of_a, of_b)
+            difference = doubted(difference, of_a, of_b)
             found.append(Comparison(metric, "" if info.positive else name, of_a, of_b, difference))
     return found
-
-
-def _doubted(difference: Difference, *parts: Estimate) -> Difference:
-    """The difference, with what its parts say where they rest on too few."""
-    doubts = [word for part in parts for word in part.method.split("; ")[1:] if word.startswith("too few")]
-    method = "; ".join([difference.method, *doubts[:1]])
-    return difference.model_copy(update={"method": method})
 
 
 def _compare_boxes(a: Scored, b: Scored, metrics: Sequence[ComparedMetric]) -> list[Comparison]:
@@ -259,17 +253,20 @@ def compare_files(a: Path, b: Path, page: Path) -> None:
     second = paired(first, read_scored(b))
     found, counts = compare_metrics(first, second), agreement(first, second)
     rows = [_row(one) for one in found]
-    table = Table(*rows[0], title=f"A {_named(a, first)}, B {_named(b, second)}")
+    headings = [Column(name, overflow="fold") for name in rows[0]]
+    table = Table(*headings, title=f"A {_named(a, first)}, B {_named(b, second)}")
     for row in rows:
         table.add_row(*row.values())
     console = Console()
     console.print(table)
+    if any(MARK in text for row in rows for text in row.values()):
+        console.print(LEGEND, highlight=False)
     _page(a, b, first, second, found, counts).write(page)
     console.print(f"open   {page}", highlight=False)
 
 
 def difference_text(difference: Difference) -> str:
-    """A difference with its interval, signed.
+    """A difference with its interval, signed, and a mark where the interval is only rough.
 
     >>> difference_text(Difference(value=0.01, low=-0.02, high=0.04, p=0.5, n=9, method=""))
     '+0.010 (-0.020 to +0.040)'
@@ -278,7 +275,8 @@ def difference_text(difference: Difference) -> str:
         return f"unknown: {difference.method}"
     if difference.low is None or difference.high is None:
         return f"{difference.value:+.3f}, no interval: {difference.method}"
-    return f"{difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
+    mark = f" {MARK}" if doubts_of(difference.method) else ""
+    return f"{difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f}){mark}"
 
 
 def _row(one: Comparison) -> dict[str, str]:
@@ -289,6 +287,7 @@ def _row(one: Comparison) -> dict[str, str]:
         "B (95 % interval)": estimate_text(one.b),
         "A - B (95 % interval)": difference_text(one.difference),
         "p": MISSING if p is None else "<0.001" if p < 0.001 else f"{p:.3f}",
+        "method": one.difference.method,
     }
 
 
@@ -325,18 +324,17 @@ def _page(
             {
                 name: text.replace(" ", "\u00a0") if "interval" in name else text
                 for name, text in _row(one).items()
+                if name != "method"
             }
             for one in found
         ]
     )
-    with page.details("How each interval was made"):
-        page.table([{"metric": _name(one), "A - B": one.difference.method} for one in found])
+    page.table([{"metric": _name(one), "method of A - B": one.difference.method} for one in found])
     page.figure(
         _drawn(first, second, found),
-        "Left: the ROC curves with 95 % bands. Right: A - B with its 95 % interval; to the right of the line A is "
-        "better."
-        if info.positive
-        else "A - B with its 95 % interval; to the right of the line A is better.",
+        ("Left: the ROC curves with 95 % bands. Right: " if info.positive else "")
+        + "A - B with its 95 % interval; to the right of the line A is better."
+        + (f" Hollow squares: {MARK}." if any(doubts_of(one.difference.method) for one in found) else ""),
     )
     page.section("Cases")
     page.table(
@@ -366,6 +364,7 @@ def _page(
     )
     for warning in dict.fromkeys((*first.info.warnings, *second.info.warnings)):
         page.callout("warn", warning)
+    show_glossary(page)
     return page
 
 
@@ -396,7 +395,14 @@ def _drawn(first: Scored, second: Scored, found: Sequence[Comparison]) -> "Figur
             continue
         if low is not None and high is not None:
             forest.plot([low, high], [-height, -height], color=PALETTE[0], linewidth=1.6)
-        forest.plot([value], [-height], marker="s", markersize=4.5, color=PALETTE[0])
+        forest.plot(
+            [value],
+            [-height],
+            marker="s",
+            markersize=4.5,
+            color=PALETTE[0],
+            markerfacecolor="white" if doubts_of(one.difference.method) else PALETTE[0],
+        )
     forest.set_yticks([-height for height in range(len(found))], [_name(one) for one in found])
     forest.set(ylim=(0.6 - len(found), 0.6), xlabel="A - B", title="Differences")
     forest.grid(visible=False, axis="y")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 
 from cadx.metrics import Subgroup, roc
-from cadx.reporting import Page, panels
+from cadx.metrics.limits import doubts_of
+from cadx.reporting import MARK, Page, panels
 from cadx.transforms import tile_map
 from cadx.types import Estimate
 
@@ -158,12 +159,20 @@ def show_subgroups(
         }
     )
     undefined = f" Undefined: {'; '.join(reasons)}." if reasons else ""
+    doubted = any(
+        doubts_of(getattr(group, metric).method)
+        for groups in by_subgroup.values()
+        for group in groups.values()
+        for metric in FOREST_METRICS
+    )
+    hollow = f" Hollow squares: {MARK}." if doubted else ""
     drawing, axes = panels(8.6, 1.0 + 0.27 * count, columns=len(FOREST_METRICS))
     draw_subgroups(axes, by_subgroup, overall)
     page.figure(
         drawing,
         f"{note} In brackets the images, and how many of them are positive (+). The dashed lines are the values "
-        f"of all. Intervals of small groups are wide, and among many groups some differ by chance.{undefined}".strip(),
+        "of all. Intervals of small groups are wide, and among many groups some differ by chance."
+        f"{hollow}{undefined}".strip(),
         alt="Forest plot of sensitivity, specificity and AUC by subgroup; metrics.json holds the numbers",
     )
 
@@ -173,7 +182,7 @@ def draw_subgroups(
     by_subgroup: Mapping[str, Mapping[str, Subgroup]],
     overall: Mapping[str, Estimate],
 ) -> None:
-    """Draw a forest plot: a row for each subgroup, a panel for each of `FOREST_METRICS`.
+    """Draw a forest plot: a row for each subgroup, a panel for each of `FOREST_METRICS`; hollow where in doubt.
 
     Args:
         columns: one for each metric; the first carries the names.
@@ -210,7 +219,14 @@ def draw_subgroups(
             (line,) = axes.plot(
                 [low, high], [height, height], color=_INK_BLUE, linewidth=1.6, solid_capstyle="butt"
             )
-            axes.plot([estimate.value], [height], marker="s", markersize=4.5, color=line.get_color())
+            axes.plot(
+                [estimate.value],
+                [height],
+                marker="s",
+                markersize=4.5,
+                color=line.get_color(),
+                markerfacecolor="white" if doubts_of(estimate.method) else line.get_color(),
+            )
         shown = [v for e in (*estimates, overall[metric]) for v in (e.value, e.low) if v is not None]
         lowest = np.floor(10 * min([*shown, 0.9])) / 10
         axes.set(title=title(metric), ylim=(heights[-1] - 0.6, 0.6), xlim=(lowest - 0.02, 1.02))

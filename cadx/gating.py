@@ -1,6 +1,7 @@
 """The decision whether a model may be served: bounds held against the worse ends of intervals.
 
-What was seen in a few patients is no promise for the next ones: a bound is never held against the value itself.
+What was seen in a few patients is no promise for the next ones: a bound is never held against the value itself. An
+interval that says of itself that it holds the truth less often than 95 % meets no bound; every other doubt is told.
 """
 
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cadx.metrics import Difference, Subgroup
+from cadx.metrics import HOLDS_LESS, Difference, Subgroup, doubts_of
 from cadx.types import Aggregation, Config, Digest, Estimate
 
 
@@ -131,15 +132,15 @@ def floor(what: str, estimate: Estimate | None, bound: float) -> Check:
     'AUC is 0.930, its 95 % interval reaches down to 0.780: beyond the floor of 0.85'
     """
     end = estimate.low if estimate else None
-    passed = end is not None and end >= bound
-    return _bounded(what, estimate, bound, passed, f"down to {_text(end)}", f"the floor of {bound:g}")
+    within = end is not None and end >= bound
+    return _bounded(what, estimate, bound, within, f"down to {_text(end)}", f"the floor of {bound:g}")
 
 
 def ceiling(what: str, estimate: Estimate | None, bound: float) -> Check:
     """Whether the interval's upper end stays at or below `bound`; without an interval it does not."""
     end = estimate.high if estimate else None
-    passed = end is not None and end <= bound
-    return _bounded(what, estimate, bound, passed, f"up to {_text(end)}", f"the ceiling of {bound:g}")
+    within = end is not None and end <= bound
+    return _bounded(what, estimate, bound, within, f"up to {_text(end)}", f"the ceiling of {bound:g}")
 
 
 def not_inferior(what: str, difference: Difference, margin: float) -> Check:
@@ -153,7 +154,7 @@ def not_inferior(what: str, difference: Difference, margin: float) -> Check:
     if difference.value is None or difference.low is None or difference.high is None:
         reason = f"{what} has no interval ({difference.method}), but a margin of {margin:g} is asked"
         return Check(what=what, passed=False, bound=-margin, reason=reason)
-    passed = difference.low > -margin
+    passed, said = _held(difference.low > -margin, f"the margin of {margin:g}", difference.method)
     return Check(
         what=what,
         passed=passed,
@@ -161,13 +162,12 @@ def not_inferior(what: str, difference: Difference, margin: float) -> Check:
         value=difference.value,
         low=difference.low,
         high=difference.high,
-        reason=f"{what} is {difference.value:+.3f}, its 95 % interval reaches down to {difference.low:+.3f}: "
-        f"{'within' if passed else 'beyond'} the margin of {margin:g}",
+        reason=f"{what} is {difference.value:+.3f}, its 95 % interval reaches down to {difference.low:+.3f}: {said}",
     )
 
 
 def _bounded(
-    what: str, estimate: Estimate | None, bound: float, passed: bool, reaches: str, limit: str
+    what: str, estimate: Estimate | None, bound: float, within: bool, reaches: str, limit: str
 ) -> Check:
     if estimate is None or estimate.value is None or estimate.low is None or estimate.high is None:
         why = estimate.method if estimate else "not among the metrics"
@@ -177,7 +177,7 @@ def _bounded(
             bound=bound,
             reason=f"{what} has no interval ({why}), but {limit} is asked",
         )
-    verdict = "within" if passed else "beyond"
+    passed, said = _held(within, limit, estimate.method)
     return Check(
         what=what,
         passed=passed,
@@ -185,8 +185,16 @@ def _bounded(
         value=estimate.value,
         low=estimate.low,
         high=estimate.high,
-        reason=f"{what} is {_text(estimate.value)}, its 95 % interval reaches {reaches}: {verdict} {limit}",
+        reason=f"{what} is {_text(estimate.value)}, its 95 % interval reaches {reaches}: {said}",
     )
+
+
+def _held(within: bool, limit: str, method: str) -> tuple[bool, str]:
+    """Whether a bound is met, and how a reason ends that tells it, with what the interval doubts of itself."""
+    doubt = "; ".join(doubts_of(method))
+    refused = within and HOLDS_LESS in doubt
+    words = f"{'within' if within else 'beyond'} {limit}"
+    return within and not refused, words + (f"{', but' if refused else ';'} {doubt}" if doubt else "")
 
 
 def _text(number: float | None) -> str:

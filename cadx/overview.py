@@ -21,7 +21,7 @@ from cadx.files import digest_path
 from cadx.gating import Decision, read_decisions
 from cadx.predicting.predictor import Predictor
 from cadx.predicting.table import read_predictions
-from cadx.reporting import PALETTE, Page, draw_boxes, estimate_text, figure, panels
+from cadx.reporting import LEGEND, MARK, PALETTE, Page, draw_boxes, estimate_text, figure, panels
 from cadx.types import Estimate, RawImage, Task
 
 _NUM_PICTURES = 6
@@ -295,10 +295,13 @@ def _print(summary: dict[str, Any], task: Task, decisions: Sequence[Decision]) -
         title=f"{summary['experiment']}, {scored}, {len(summary['seeds'])} seeds",
     )  # fmt: skip
     metrics = _estimates(summary)
-    for name in HEADLINES[task]:
-        if name in metrics:
-            table.add_row(title(name), estimate_text(metrics[name]), str(metrics[name].n))
-    Console().print(table)
+    shown = {name: estimate_text(metrics[name]) for name in HEADLINES[task] if name in metrics}
+    for name, text in shown.items():
+        table.add_row(title(name), text, str(metrics[name].n))
+    console = Console()
+    console.print(table)
+    if any(MARK in text for text in shown.values()):
+        console.print(LEGEND, highlight=False)
     for decision in decisions:
         verdict = "promoted" if decision.promote else f"refused: {'; '.join(decision.reasons)}"
         print(f"gate   {decision.experiment}, seed {decision.seed}: {verdict}")

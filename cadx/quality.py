@@ -1,6 +1,7 @@
 """What a look at one image can tell of its quality, and which images are copies of each other."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -37,6 +38,8 @@ _LETTERS_OF_A_LINE = 4
 _HASH_PX = 32
 _COMPARED_PX = 64
 _MIN_HASHED_STD = 1e-3
+_BLOCK = 256  # images whose details are compared with those of as many others in one product
+_NUM_DETAILS_KEPT = 4096  # of 16 KiB each
 
 
 def image_checks(pixels: np.ndarray) -> dict[str, float]:
@@ -313,13 +316,22 @@ def likeness(one: np.ndarray, other: np.ndarray) -> float:
     >>> round(likeness(image, image // 2), 2)
     1.0
     """
-    details = []
-    for pixels in (one, other):
-        small = _resized(_gray(pixels), _COMPARED_PX)
-        rest = small - ndimage.gaussian_filter(small, 4.0, mode="nearest")
-        details.append(rest - rest.mean())
-    norm = float(np.linalg.norm(details[0]) * np.linalg.norm(details[1]))
-    return float((details[0] * details[1]).sum()) / norm if norm > 0 else 0.0
+    return float(_likenesses(_details(one)[None], _details(other)[None])[0, 0])
+
+
+def _details(pixels: np.ndarray) -> np.ndarray:
+    """What `likeness` compares: 4096 values of length 1 and mean 0; all 0 where there is nothing but shape."""
+    small = _resized(_gray(pixels), _COMPARED_PX)
+    rest = small - ndimage.gaussian_filter(small, 4.0, mode="nearest")
+    rest = (rest - rest.mean()).ravel()
+    norm = float(np.linalg.norm(rest))
+    return rest / np.float32(norm) if norm > 0 else rest
+
+
+def _likenesses(ones: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """N M from the details of N and of M images."""
+    likenesses: np.ndarray = ones @ others.T
+    return likenesses
 
 
 def _resized(gray: np.ndarray, side_px: int) -> np.ndarray:
@@ -336,7 +348,14 @@ def find_near_duplicates(
     """For every row, whether it is nearly equal to an image of another official split or of another patient.
 
     Pairs come from `near_duplicates` and are decided by `likeness`; exact copies are left to `find_duplicates`.
-    Of a pair the row in the less precious split is marked, else the later one.
+    Of a pair the row in the less precious split is marked, else the later one, and named is the most precious
+    image that it was found to be like.
+
+    Thousands of images can have one hash: templates, localizers, nearly blank ones. Among images of one hash
+    those that are like an earlier, more precious one are represented by it, and an image is compared with
+    representatives: once where all are alike. So a copy names the representative of several that it is like. No
+    leak is lost: where likeness to a representative leaves open whether an image is like one that it represents,
+    that one is asked too. Unlike images of one hash are compared each with each.
 
     Args:
         samples: columns sample_id, phash, pixels_sha256, patient, given_split.
@@ -348,23 +367,114 @@ def find_near_duplicates(
         Columns `near_duplicate` ("near_duplicate_across_splits", "near_duplicate_across_patients" or "") and
         `near_duplicate_of`, indexed like `samples`.
     """
-    found = pd.DataFrame({"near_duplicate": "", "near_duplicate_of": ""}, index=samples.index, dtype=object)
-    pairs = near_duplicates(samples["phash"].tolist(), max_distance)
-    columns = {
-        name: samples[name].to_numpy() for name in ("sample_id", "pixels_sha256", "patient", "given_split")
-    }
-    rank = np.array([PRECEDENCE.index(split) for split in columns["given_split"]])
-    differ = {name: values[pairs[:, 0]] != values[pairs[:, 1]] for name, values in columns.items()}
-    relevant = differ["pixels_sha256"] & (differ["patient"] | differ["given_split"])
-    for (first, second), across_splits in zip(pairs[relevant], differ["given_split"][relevant], strict=True):
-        kept, marked = (second, first) if rank[first] > rank[second] else (first, second)
-        kind = f"near_duplicate_across_{'splits' if across_splits else 'patients'}"
-        if found.iloc[marked, 0] in (kind, "near_duplicate_across_splits"):
-            continue
-        one, other = (columns["sample_id"][row] for row in (kept, marked))
-        if likeness(preview(one), preview(other)) >= min_likeness:
-            found.iloc[marked] = [kind, one]
-    return found
+    order = np.argsort([PRECEDENCE.index(split) for split in samples["given_split"]], kind="stable")
+    ordered = samples.iloc[order]
+    copies = _NearCopies(ordered, preview, min_likeness)
+    by_hash = ordered.groupby("phash", sort=False).indices
+    groups = [np.asarray(rows) for phash, rows in by_hash.items() if phash]
+    for rows in groups:
+        if copies.matter(rows):
+            copies.representatives(rows)
+    for pair in near_duplicates([phash for phash in map(str, by_hash) if phash], max_distance):
+        one, other = (groups[place] for place in pair)
+        if copies.matter(np.concatenate([one, other])):
+            copies.compare(one, copies.representatives(other))
+            copies.compare(other, copies.representatives(one))
+    names, splits = ordered["sample_id"].tolist(), ordered["given_split"].tolist()
+    kinds, originals = [""] * len(order), [""] * len(order)
+    for row in np.flatnonzero(copies.original < len(order)):
+        original = copies.original[row]
+        kinds[order[row]] = (
+            f"near_duplicate_across_{'patients' if splits[row] == splits[original] else 'splits'}"
+        )
+        originals[order[row]] = names[original]
+    return pd.DataFrame(
+        {"near_duplicate": kinds, "near_duplicate_of": originals}, index=samples.index, dtype=object
+    )
+
+
+class _NearCopies:
+    """Which rows of a table, the most precious first, are nearly equal to an earlier one.
+
+    Attributes:
+        original: for each row the first that it was found to be nearly equal to and that is another image of
+            another patient or split; the number of rows where there is none.
+    """
+
+    def __init__(
+        self, ordered: pd.DataFrame, preview: Callable[[str], np.ndarray], min_likeness: float
+    ) -> None:
+        names = ordered["sample_id"].tolist()
+        self.original = np.full(len(names), len(names))
+        self._images = pd.factorize(ordered["pixels_sha256"])[0]
+        self._holders = ordered.groupby(["patient", "given_split"], sort=False).ngroup().to_numpy()
+        self._details_of = lru_cache(_NUM_DETAILS_KEPT)(lambda row: _details(preview(names[row])))
+        self._min_likeness = min_likeness
+        # Of two images that are like a third, the likeness is at least this: twice the angle.
+        self._doubtful_from = 2 * min_likeness**2 - 1
+        self._alike: dict[int, list[int]] = {}  # representative -> rows
+        self._representatives: dict[int, np.ndarray] = {}  # by the first row of those of one hash
+
+    def matter(self, rows: np.ndarray) -> bool:
+        """Whether there can be a near copy among these rows: several images of several patients or splits."""
+        return bool(np.ptp(self._images[rows]) and np.ptp(self._holders[rows]))
+
+    def representatives(self, rows: np.ndarray) -> np.ndarray:
+        """Those of the rows of one hash that are like none before them; the others are compared with these."""
+        if rows[0] not in self._representatives:
+            found: list[int] = []
+            for block in _blocks(rows):
+                details = self._details(block)
+                unlike = np.ones(len(block), dtype=bool)
+                for some in _blocks(np.array(found, dtype=np.int64)):
+                    self._assign(block, unlike, some, _likenesses(details, self._details(some)))
+                while unlike.any():
+                    place = int(unlike.argmax())
+                    unlike[place] = False
+                    new = block[place : place + 1]
+                    self._alike[int(new[0])] = []
+                    self._assign(block, unlike, new, _likenesses(details, details[place : place + 1]))
+                    found.append(int(new[0]))
+            self._representatives[rows[0]] = np.array(found)
+        return self._representatives[rows[0]]
+
+    def compare(self, rows: np.ndarray, others: np.ndarray) -> None:
+        """Look for originals of the rows among the others, and where need be among those they represent."""
+        for block in _blocks(rows):
+            for some in _blocks(others[others < block.max()]):
+                self._judge(block, some, _likenesses(self._details(block), self._details(some)))
+
+    def _assign(
+        self, rows: np.ndarray, unlike: np.ndarray, representatives: np.ndarray, likenesses: np.ndarray
+    ) -> None:
+        """Judge the rows, and leave each that was `unlike` all so far to the first that it is like."""
+        alike = likenesses >= self._min_likeness
+        joins = unlike & alike.any(axis=1)
+        for row, place in zip(rows[joins], alike[joins].argmax(axis=1), strict=True):
+            self._alike[int(representatives[place])].append(int(row))
+        unlike &= ~joins
+        self._judge(rows, representatives, likenesses)
+
+    def _judge(self, rows: np.ndarray, others: np.ndarray, likenesses: np.ndarray) -> None:
+        matters = (
+            (others < rows[:, None])
+            & (self._images[others] != self._images[rows, None])
+            & (self._holders[others] != self._holders[rows, None])
+        )
+        alike = likenesses >= self._min_likeness
+        first = np.where(matters & alike, others, len(self.original)).min(axis=1)
+        self.original[rows] = np.minimum(self.original[rows], first)
+        doubtful = matters & ~alike & (likenesses >= self._doubtful_from)
+        for place in np.flatnonzero(doubtful.any(axis=0)):
+            represented = np.array(self._alike.get(int(others[place]), ()), dtype=np.int64)
+            self.compare(rows[doubtful[:, place]], represented)
+
+    def _details(self, rows: np.ndarray) -> np.ndarray:
+        return np.stack([self._details_of(row) for row in rows.tolist()])
+
+
+def _blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
+    return (rows[start : start + _BLOCK] for start in range(0, len(rows), _BLOCK))
 
 
 # --- Tables -----------------------------------------------------------------------------------------

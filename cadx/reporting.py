@@ -18,6 +18,7 @@ import pandas as pd
 from PIL import Image, ImageDraw
 
 from cadx.files import replacing
+from cadx.metrics.limits import doubts_of
 from cadx.types import Estimate
 
 if TYPE_CHECKING:
@@ -28,6 +29,10 @@ PAGE_LIMIT_BYTES = 5_000_000
 SVG_LIMIT_BYTES = 300_000  # beyond it a figure is a picture: a scatter of every sample is no line drawing
 THUMBNAIL_PX = 192
 MISSING = "–"  # noqa: RUF001 - an en dash, as in printed tables
+MARK = "†"
+"""Stands behind an interval whose method says something against it."""
+LEGEND = f"{MARK} Too few cases, or a value that is known to be off: the interval is only rough. Its method says why."
+"""What every page and console says that shows the mark."""
 
 # Okabe and Ito's colours, which stay apart for every common colour blindness; black is for reference lines.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5C00")
@@ -60,10 +65,12 @@ _PLOT_STYLE: Any = {
 
 
 def estimate_text(estimate: Estimate, decimals: int = 3) -> str:
-    """An estimate as readers know it: the value, and its interval in brackets.
+    """An estimate as readers know it: the value, its interval in brackets, and a mark where that is only rough.
 
     >>> estimate_text(Estimate(value=0.988, low=0.981, high=0.993, n=624, method="DeLong"))
     '0.988 (0.981 to 0.993)'
+    >>> estimate_text(Estimate(value=1, low=0.7, high=1, n=9, method="Wilson; too few errors (0): may be conservative"))
+    '1.000 (0.700 to 1.000) †'
     >>> estimate_text(Estimate(value=None, low=None, high=None, n=0, method="no positive"))
     '–'
     """
@@ -72,7 +79,8 @@ def estimate_text(estimate: Estimate, decimals: int = 3) -> str:
         return MISSING
     if low is None or high is None:
         return f"{value:.{decimals}f}"
-    return f"{value:.{decimals}f} ({low:.{decimals}f} to {high:.{decimals}f})"
+    mark = f" {MARK}" if doubts_of(estimate.method) else ""
+    return f"{value:.{decimals}f} ({low:.{decimals}f} to {high:.{decimals}f}){mark}"
 
 
 def figure(width_inches: float = 7.2, height_inches: float = 3.2) -> "tuple[Figure, Axes]":
@@ -322,6 +330,8 @@ class Page:
             links=self._links,
             sections=list(enumerate(self._sections, start=1)),
             blocks=self._blocks,
+            mark=MARK,
+            legend=LEGEND,
         )
 
     def write(self, path: Path) -> None:
@@ -521,6 +531,7 @@ style="max-width:{{ block.width_px }}px">
 {% endif %}
 {% endfor %}
 {% endmacro %}
+{% set content = render(blocks) %}
 <!DOCTYPE html>
 <html lang="en">
 <head>
@@ -538,6 +549,7 @@ body { margin: 0; background: #fff; color: var(--ink);
 header { border-bottom: 1px solid var(--line); padding-bottom: 1.1rem; margin-bottom: 1.6rem; }
 h1 { font-size: 2rem; line-height: 1.2; letter-spacing: -.015em; margin: 0; }
 .subtitle { color: var(--muted); font-size: 1.06rem; margin: .35rem 0 0; }
+.legend { color: var(--muted); font-size: .88rem; margin: .6rem 0 0; }
 h2 { font-size: 1.3rem; line-height: 1.3; letter-spacing: -.008em; margin: 2.8rem 0 .7rem; }
 p { margin: 0 0 .9rem; max-width: 44rem; overflow-wrap: anywhere; }
 a { color: var(--accent); text-underline-offset: .18em; }
@@ -563,7 +575,12 @@ a:focus-visible, summary:focus-visible { outline: 2px solid var(--accent); outli
 .callout.ok { background: #eef7f1; border-color: #1d7a46; } .callout.ok strong { color: #12603a; }
 .callout.warn { background: #fdf5e4; border-color: #b26a00; } .callout.warn strong { color: #7d4a00; }
 .callout.stop { background: #fcedeb; border-color: #b3261e; } .callout.stop strong { color: #98201a; }
-.table { overflow-x: auto; margin: 1.1rem 0 1.5rem; }
+/* A shadow at each edge; the white covers travel with the table and hide the shadow where nothing is cut off. */
+.table { overflow-x: auto; margin: 1.1rem 0 1.5rem; background:
+  linear-gradient(to right, #fff 50%, transparent) left / 3rem 100% no-repeat local,
+  linear-gradient(to left, #fff 50%, transparent) right / 3rem 100% no-repeat local,
+  linear-gradient(to right, rgb(27 36 48 / .28), transparent) left / 1rem 100% no-repeat scroll,
+  linear-gradient(to left, rgb(27 36 48 / .28), transparent) right / 1rem 100% no-repeat scroll; }
 table { border-collapse: collapse; font-size: .92rem; line-height: 1.45;
   font-variant-numeric: tabular-nums lining-nums; }
 .caption { color: var(--muted); font-size: .88rem; line-height: 1.5; margin: 1.1rem 0 .35rem; }
@@ -618,7 +635,7 @@ footer { margin-top: 3.5rem; padding-top: .9rem; border-top: 1px solid var(--lin
   h2, .caption { break-after: avoid; }
   figure, .callout, .facts, tr, .images li { break-inside: avoid; }
   thead { display: table-header-group; }
-  .table { overflow: visible; }
+  .table { overflow: visible; background: none; }
   .callout, .images img { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   details::details-content { content-visibility: visible; block-size: auto; }
   a { color: inherit; text-decoration: none; }
@@ -647,9 +664,12 @@ footer { margin-top: 3.5rem; padding-top: .9rem; border-top: 1px solid var(--lin
 {% if subtitle %}
 <p class="subtitle">{{ subtitle }}</p>
 {% endif %}
+{% if mark in content %}
+<p class="legend">{{ legend }}</p>
+{% endif %}
 </header>
 <main>
-{{ render(blocks) }}
+{{ content }}
 </main>
 <footer>Made by cadx. This page fetches nothing: it can be printed, copied and archived as it is.</footer>
 </div>

@@ -27,7 +27,7 @@ from cadx.explaining import title
 from cadx.files import digest_bytes, digest_path, replacing
 from cadx.gating import Decision, read_decision
 from cadx.predicting.table import PredictionsInfo, read_predictions
-from cadx.reporting import INK, MISSING, MUTED, estimate_text, panels, svg_file, thumbnail_png
+from cadx.reporting import INK, LEGEND, MARK, MISSING, MUTED, estimate_text, panels, svg_file, thumbnail_png
 from cadx.types import Estimate, Task
 
 PER_ROW = 5
@@ -135,7 +135,10 @@ def write_results(
             lacking = _draw(one, work / one.name, reports / one.name, pictures, target)
             missing.extend(f"{one.name}: {what}; `make reproduce EXPERIMENT={one.name}`" for what in lacking)
             parts.append(_section(one, pictures, lacking))
-        text = "\n\n".join([_introduction(found, unrun), *parts]) + "\n"
+        parts.insert(0, _introduction(found, unrun))
+        if any(MARK in part for part in parts):
+            parts.insert(1, LEGEND)
+        text = "\n\n".join(parts) + "\n"
         with replacing(output / "results.md") as page:
             page.write_text(text, encoding="utf-8")
     return missing

@@ -106,6 +106,8 @@ def _card(
             for name, estimate in metrics.items()
         ]
     )
+    with page.details("How each interval was made"):
+        page.table([{"metric": title(name), "method": estimate.method} for name, estimate in metrics.items()])
     _subgroups(page, record.by_subgroup)
     page.section("What it is not known to do")
     for limit in (*params.limits, *record.warnings, *manifest.assumptions):

@@ -7,7 +7,7 @@ severity:
     stop        the step fails in one line and writes nothing
     quarantine  the samples are named in validation.json; `split` keeps them out of every split. Orphans, which
                 no split could hold, are listed there as left out
-    warn        it is said, and nothing else
+    warn        it is said, and the samples are named in validation.json
 
 Exact copies (equal pixels) are the fault that makes results too good. One image of each group of copies is
 kept: the first in the most precious official split, where test comes before train, calibration and val.
@@ -25,7 +25,8 @@ validation.json:
     schema              1
     dataset             digest of the dataset's dataset.json, which holds the digests of everything else
     rules               name, severity, passed, count (of what is judged: samples, boxes, features or classes),
-                        message, sample_ids (20 at most)
+                        message, sample_ids (every sample that failed it, in the table's order), of (rules on
+                        copies: for each of them, the sample_id of what it is a copy of; empty for other rules)
     quarantined         sample_id, reason; one entry per sample
     left_out            place, reason; one entry per file of the source that `ingest` could not take and left out, and
                         per orphan, whose reason starts with its rule
@@ -58,7 +59,6 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 OFFICIAL_SPLITS = ("train", "val", "calibration", "test")
 NOUNS = {"image": "image", "volume": "volume", "slide": "slide", "features": "bag"}
-NUM_SAMPLE_IDS = 20
 NUM_BOXES_NAMED = 5
 NUM_SHOWN = 9
 NUM_ROWS_SHOWN = 500
@@ -166,7 +166,8 @@ def validate(*, dataset: In, validation: Out, report: Out, params: ValidateParam
                     "passed": outcome.passed,
                     "count": len(outcome.rows),
                     "message": outcome.message,
-                    "sample_ids": outcome.sample_ids[:NUM_SAMPLE_IDS],
+                    "sample_ids": outcome.sample_ids,
+                    "of": outcome.originals,
                 }
                 for outcome in outcomes
             ],
@@ -195,6 +196,7 @@ class _Rule:
         says: rows that failed -> what is wrong with them.
         fix: what the user can do.
         is_shown: whether a look at the samples helps: the report shows them.
+        original_column: for copies, the column that names what each is a copy of.
     """
 
     name: str
@@ -203,6 +205,7 @@ class _Rule:
     says: Callable[[pd.DataFrame], str]
     fix: str
     is_shown: bool = False
+    original_column: str = ""
 
 
 @dataclass(frozen=True)
@@ -211,6 +214,7 @@ class _Outcome:
     rows: list[int]  # of the judged table
     message: str
     sample_ids: list[str]  # none for a rule on features or classes
+    originals: list[str]  # of which they are copies; none for a rule on anything else
 
     @property
     def passed(self) -> bool:
@@ -247,15 +251,17 @@ def _sample_rules(folder: DatasetFolder, checked: pd.DataFrame, params: Validate
         fix: str,
         *,
         is_shown: bool = False,
+        original_column: str = "",
     ) -> None:
         severity: Severity = getattr(params, name, "stop")
         words = says(words) if isinstance(words, str) else words
-        rules.append(_Rule(name, severity, tuple(expectations), words, fix, is_shown))
+        rules.append(_Rule(name, severity, tuple(expectations), words, fix, is_shown, original_column))
 
     def copies(name: str, words: Callable[[pd.DataFrame], str], fix: str) -> None:
         column = "near_duplicate" if name.startswith("near") else "duplicate"
         unwanted = {"column": column, "value_set": [name]}
-        rule(name, [("ExpectColumnValuesToNotBeInSet", unwanted)], words, fix)
+        expectation = ("ExpectColumnValuesToNotBeInSet", unwanted)
+        rule(name, [expectation], words, fix, original_column=f"{column}_of")
 
     rule(
         "identity",
@@ -635,9 +641,9 @@ def _judge(rules: Sequence[_Rule], table: pd.DataFrame) -> tuple[list[_Outcome],
         rows_in_order = sorted(failed_rows[rule.name])
         failing = table.loc[rows_in_order]
         sample_ids = list(dict.fromkeys(map(str, failing.get("sample_id", ()))))
-        outcomes.append(
-            _Outcome(rule, rows_in_order, rule.says(failing) if rows_in_order else "", sample_ids)
-        )
+        originals = failing[rule.original_column].tolist() if rule.original_column else []
+        message = rule.says(failing) if rows_in_order else ""
+        outcomes.append(_Outcome(rule, rows_in_order, message, sample_ids, originals))
     return outcomes, records
 
 

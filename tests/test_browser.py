@@ -199,3 +199,21 @@ def test_the_measure_sees_what_overlaps_is_cut_off_or_leaves_the_page(
     ):
         assert [one for one in faults if one.startswith(fault)], (fault, faults)
     assert "px wide" in faults[0]
+
+
+def test_a_table_that_is_cut_off_shows_that_it_goes_on(browser: list[str], tmp_path: Path) -> None:
+    """A shadow at the right edge of a window that is too narrow for the table, and none where it fits."""
+    made = Page("A report")
+    made.table([{f"a long name of column {number}": f"value {number}" for number in range(5)}] * 3)
+    made.write(tmp_path / "page.html")
+    darkest = []
+    for width in (500, 1200):
+        shot = tmp_path / f"{width}.png"
+        open_page(browser, tmp_path / "page.html", f"--screenshot={shot}", f"--window-size={width},500")
+        gray = np.asarray(Image.open(shot).convert("L"))
+        # Between two rules of the table, the last pixels before its edge: text never reaches so far up.
+        frame = 16 if width < 640 else 24
+        edge = gray[:, min(width, 860) - frame - 3]
+        darkest.append(int(np.median(edge[edge < 250])) if (edge < 250).sum() > 40 else 255)
+    assert darkest[0] < 235, "nothing says that the table goes on"
+    assert darkest[1] == 255, "a shadow where nothing is cut off"

@@ -9,9 +9,11 @@ import pytest
 from sklearn.metrics import recall_score, roc_auc_score
 from statsmodels.stats.contingency_tables import mcnemar
 
-from cadx.comparing import agreement, compare_files, compare_metrics, paired, read_scored
+from cadx.comparing import agreement, compare_files, compare_metrics, difference_text, paired, read_scored
+from cadx.evaluating.glossary import WORDS
 from cadx.files import digest_bytes
 from cadx.predicting.table import PredictionsInfo, answer_table, decide, write_predictions
+from cadx.reporting import LEGEND, MARK
 
 
 def scored(
@@ -241,3 +243,23 @@ def test_a_difference_says_where_it_rests_on_too_few(tmp_path: Path) -> None:
     perfect = read_scored(scored(tmp_path / "perfect.parquet", skill=50, seed=3, n=400))
     found = {one.metric: one.difference.method for one in compare_metrics(perfect, b)}
     assert found["sensitivity"] == "Tango, McNemar; too few errors (0): may be conservative"
+
+
+def test_console_and_page_say_by_which_method_and_which_interval_is_rough(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    for n, rough in ((100, True), (4000, False)):
+        a, b = (scored(tmp_path / f"{n}-{seed}.parquet", skill=2, seed=seed, n=n) for seed in (1, 2))
+        compare_files(a, b, tmp_path / "page.html")
+        console, page = capsys.readouterr().out, (tmp_path / "page.html").read_text()
+        found = compare_metrics(read_scored(a), read_scored(b))
+        for one in found:
+            assert one.difference.method in console
+            assert f"<td>{one.difference.method}</td>" in page
+            assert (MARK in difference_text(one.difference)) == (rough and "too few" in one.difference.method)
+        for said in (console, page):
+            assert (LEGEND in said) == (MARK in said) == rough
+        assert ("Hollow squares" in page) == rough
+        listed = re.findall(r'<th scope="row">(.*?)</th>', page.partition(">Words</h2>")[2])
+        assert {"Tango", "McNemar", "DeLong"} <= set(listed) <= set(WORDS)

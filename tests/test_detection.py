@@ -24,7 +24,9 @@ from cadx.detection import (
     calculate_detection_metrics,
     calculate_map,
     froc_curve,
+    froc_limits,
     operating_point,
+    paired_differences,
 )
 from cadx.detection.average_precision import coco_tables
 from cadx.detection.froc import pool_classes, sensitivities
@@ -363,6 +365,21 @@ def test_closed_forms_are_those_of_the_metrics_of_cases() -> None:
     assert scores.metrics["sensitivity"].n == scores.n_lesions == len(truth)
 
 
+@pytest.mark.parametrize("num_seeds", [1, 2])
+def test_the_band_of_a_froc_curve_is_the_table_s(num_seeds: int) -> None:
+    answers, truth, names = draw(7, num_images=90)
+    patients = np.arange(90) // 2
+    several = [answers, answers[answers["score"] > 0.3]][:num_seeds]
+    settings: dict[str, Any] = {"classes": CLASSES, "patients": patients, "seed": 3}
+    table = calculate_detection_metrics(several, truth, names, **settings).metrics
+    limits = froc_limits(several, truth, names, FROC_RATES, **settings)
+    assert limits is not None
+    for rate, value, low, high in zip(FROC_RATES, *limits, strict=True):
+        told = table[f"sensitivity_at_{rate:g}_fp"]
+        assert (value, low, high) == pytest.approx((told.value, told.low, told.high)), rate
+    assert "bias corrected" in told.method
+
+
 def test_images_of_a_patient_are_drawn_together() -> None:
     """Each patient's images ten times over are no more evidence: the interval stays as wide."""
     answers, truth, names = draw(21, num_images=30)
@@ -461,3 +478,25 @@ def test_impossible_arguments_are_refused() -> None:
         froc_curve(found(), lesions(), ["a"], classes=CLASSES, iou_threshold=0)
     with pytest.raises(ValueError, match="patients"):
         calculate_detection_metrics(found(), lesions(), ["a"], classes=CLASSES, patients=["p", "q"])
+
+
+def test_an_interval_that_rests_on_few_patients_with_lesions_says_so() -> None:
+    boxes = [(f"i{number}", "mass", 0, 0, 10, 10) for number in range(50)]
+    rng = np.random.default_rng(0)
+    answers = found(*((*box, float(score)) for box, score in zip(boxes, rng.random(50), strict=True)))
+    answers = pd.concat([answers[:40], answers[40:].assign(x0=200, x1=210)])
+    names = [f"i{number}" for number in range(80)]
+    for held, word in ((50, ""), (49, "too few (49 patients with lesions)")):
+        truth = lesions(*boxes[:held])
+        one = calculate_detection_metrics(answers, truth, names, classes=["mass"], resamples=50).metrics
+        differences = paired_differences(
+            answers, answers[:30], truth, names, classes=["mass"], resamples=50
+        ).values()
+        for made in (one["ap"], one["ar"], one["froc"], one["sensitivity_at_0.5_fp"], *differences):
+            assert ("too few" in made.method) == bool(word), made.method
+            assert word in made.method
+    # Of a mean over classes the one that the fewest have decides.
+    two = pd.concat([lesions(*boxes), lesions(*((*box[:1], "cyst", *box[2:]) for box in boxes[:7]))])
+    mean = calculate_detection_metrics(answers, two, names, classes=["mass", "cyst"], resamples=50).metrics
+    assert "too few (7 patients with lesions)" in mean["ap"].method
+    assert "too few" not in mean["froc"].method

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,14 +10,17 @@ import numpy as np
 import pytest
 from sklearn import metrics as reference
 from test_bundle import CLASSES, NUM, train_bundle, write_dataset
+from test_comparing import boxes_of
 
 from cadx.bundle import Bundle
 from cadx.datasets import DatasetFolder, read_splits, write_splits
+from cadx.evaluating import Detection, Settings, show_glossary
 from cadx.evaluating.glossary import WORDS
 from cadx.metrics import METRICS
 from cadx.predicting.predictor import Predictor
 from cadx.predicting.table import read_predictions
-from cadx.types import RawImage
+from cadx.reporting import LEGEND, MARK, Page
+from cadx.types import Estimate, RawImage
 from components.calibrate import CalibrateParams, calibrate
 from components.evaluate import EvaluateParams, evaluate
 
@@ -206,18 +210,47 @@ def test_the_operating_point_carries_its_own_uncertainty(scored: Path, ready: Ru
         assert "the threshold's choice counted" in counted["method"]
 
 
-def test_no_word_of_the_report_goes_without_its_meaning(scored: Path) -> None:
-    html = (scored / "report.html").read_text()
+JARGON = ("bootstrap", "bias corrected", "centred", "conservative", "effective n", "logit", "log scale", "percentile",
+          "sandwich", "too few")  # fmt: skip
+
+
+def check_words(html: str, metrics: Iterable[Estimate]) -> None:
+    """Every name in the methods, and every word of the glossary on the page, is listed with its meaning."""
     page, _, words = html.partition(">Words</h2>")
     listed = re.findall(r'<th scope="row">(.*?)</th>', words)
     assert set(listed) <= set(WORDS)
     text = re.sub(r"<style>.*?</style>|<[^>]*>", " ", page, flags=re.DOTALL)
     for word in WORDS:
-        assert (word in listed) == bool(re.search(rf"\b{word}\b", text)), word
-    found = json.loads((scored / "metrics.json").read_text())
-    methods = " ".join(one["method"].partition(";")[0] for one in found["metrics"].values())
-    named = set(re.findall(r"\b[A-Z]\w+", methods)) | {"bootstrap", "logit", "effective n", "operating point"}
+        alone = rf"\b{word}\b(?! corrected)" if word == "bias" else rf"\b{word}\b"
+        assert (word in listed) == bool(re.search(alone, text)), word
+    methods = " ".join(one.method for one in metrics)
+    named = set(re.findall(r"\b[A-Z]\w+", methods)) | {word for word in JARGON if word in methods}
     assert named <= set(listed), "methods that no reader was told of"
+
+
+def test_no_word_of_the_report_goes_without_its_meaning(scored: Path) -> None:
+    found = json.loads((scored / "metrics.json").read_text())
+    metrics = [Estimate.model_validate(one) for one in found["metrics"].values()]
+    told = " ".join(one.method for one in metrics)
+    assert all(word in told for word in ("bootstrap", "logit", "effective n", "too few", "centred")), told
+    html = (scored / "report.html").read_text()
+    check_words(html, metrics)
+    assert LEGEND in html
+    assert f"{MARK}</dd>" in html, "headlines of so few patients are rough"
+
+
+@pytest.mark.parametrize("n", [40, 240])
+def test_no_word_of_a_report_on_boxes_goes_without_its_meaning(tmp_path: Path, n: int) -> None:
+    frame, info = read_predictions(boxes_of(tmp_path / "a.parquet", skill=0.9, seed=1, n=n))
+    detection = Detection(frame, info, Settings(resamples=50, subgroups=(), minimum_n=5))
+    page = Page("Lesions")
+    detection.show_answer(page)
+    detection.show_numbers(page)
+    show_glossary(page)
+    check_words(page.html(), detection.scores.metrics.values())
+    assert {"COCO", "bias corrected", "IoU", "AP"} <= set(
+        re.findall(r'<th scope="row">(.*?)</th>', page.html().partition(">Words</h2>")[2])
+    )
 
 
 def test_the_report_shows_the_worst_mistakes_by_sample_id(scored: Path) -> None:

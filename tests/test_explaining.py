@@ -18,7 +18,7 @@ from cadx.explaining import (
     visualize_attention_map,
 )
 from cadx.metrics import Subgroup
-from cadx.reporting import Page, panels
+from cadx.reporting import LEGEND, MARK, Page, panels
 from cadx.types import Estimate
 
 
@@ -129,9 +129,31 @@ def test_a_forest_plot_shows_every_interval_whole() -> None:
         "site: a  (9, 4 +)",
         "site: b  (8, 0 +)",
     ]
+    assert {line.get_markerfacecolor() for line in axes[0].lines if line.get_marker() == "s"} == {"#0072B2"}
     page = Page("Subgroups")
     show_subgroups(page, groups, dict.fromkeys(("sensitivity", "specificity", "auc"), wide))
     assert "Undefined: no negatives." in page.html()
+    assert MARK not in page.html()
+
+
+def test_a_forest_plot_tells_a_rough_interval_from_a_sure_one() -> None:
+    sure = Estimate(value=0.8, low=0.7, high=0.9, n=90, method="Wilson")
+    rough = sure.model_copy(update={"method": "Wilson; too few errors (2): may be conservative"})
+    groups = {
+        "site": {
+            "a": Subgroup(n=90, n_positive=40, sensitivity=rough, specificity=sure, auc=sure),
+            "b": Subgroup(n=90, n_positive=40, sensitivity=sure, specificity=sure, auc=sure),
+        }
+    }
+    overall = dict.fromkeys(("sensitivity", "specificity", "auc"), sure)
+    _, axes = panels(8, 2, columns=3)
+    draw_subgroups(axes, groups, overall)
+    filled = [[line.get_markerfacecolor() for line in one.lines if line.get_marker() == "s"] for one in axes]
+    assert filled == [["white", "#0072B2"], ["#0072B2", "#0072B2"], ["#0072B2", "#0072B2"]]
+    page = Page("Subgroups")
+    show_subgroups(page, groups, overall)
+    assert f"Hollow squares: {MARK}." in page.html()
+    assert LEGEND in page.html()
 
 
 @pytest.mark.parametrize("tile_px", [64, 224, 256])

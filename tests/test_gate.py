@@ -17,7 +17,8 @@ from cadx.bundle import Bundle
 from cadx.datasets import read_splits, write_splits
 from cadx.evaluating import Classification, Settings
 from cadx.files import digest_path, write_json
-from cadx.gating import Decision, ceiling, floor, read_decision
+from cadx.gating import Decision, ceiling, floor, not_inferior, read_decision
+from cadx.metrics import Difference
 from cadx.predicting.table import answer_table, decide, read_predictions, write_predictions
 from cadx.signing import Review, write_review
 from cadx.types import Estimate
@@ -72,7 +73,7 @@ def test_a_model_within_its_bounds_is_promoted_and_named_by_digest(
 def test_the_lower_end_counts_and_not_the_value(
     judge: Callable[..., Decision], ready: tuple[Run, dict[str, Any]]
 ) -> None:
-    lucky = with_metric(ready[1], "auc", value=0.97, low=0.71, high=0.999)
+    lucky = with_metric(ready[1], "auc", value=0.97, low=0.71, high=0.999, method="DeLong (logit)")
     decision = judge(lucky, at_least={"auc": 0.9})
     assert not decision.promote
     assert decision.reasons == (
@@ -84,12 +85,28 @@ def test_the_lower_end_counts_and_not_the_value(
 def test_the_upper_end_counts_where_less_is_better(
     judge: Callable[..., Decision], ready: tuple[Run, dict[str, Any]]
 ) -> None:
-    wide = with_metric(ready[1], "brier", value=0.02, low=0.01, high=0.12)
+    wide = with_metric(ready[1], "brier", value=0.02, low=0.01, high=0.12, method="bootstrap")
     assert (
         "up to 0.120: beyond the ceiling of 0.1"
         in judge(wide, at_most={"brier": 0.1}, at_least={}).reasons[0]
     )
     assert judge(wide, at_most={"brier": 0.12}, at_least={}).promote
+
+
+def test_an_interval_that_does_not_hold_meets_no_bound_and_other_doubts_are_told() -> None:
+    told = "too few (5 in the rarer class): holds the truth less often than 95 %"
+    perfect = Estimate(value=0.0, low=0.0, high=0.0, n=58, method=f"patient bootstrap; {told}")
+    found = ceiling("Brier score", perfect, 0.08)
+    assert not found.passed
+    assert found.reason.endswith(f"reaches up to 0.000: within the ceiling of 0.08, but {told}")
+    gap = Difference(value=0.0, low=-0.01, high=0.01, p=1.0, n=58, method=f"DeLong, paired; {told}")
+    assert not not_inferior("AUC", gap, 0.02).passed
+    rough = "too few (5 in the rarer class): holds the truth only roughly"
+    found = floor("AUC", Estimate(value=1.0, low=0.9, high=1.0, n=58, method=f"Newcombe score; {rough}"), 0.8)
+    assert found.passed
+    assert found.reason.endswith(f"within the floor of 0.8; {rough}")
+    gap = gap.model_copy(update={"method": "DeLong, paired"})
+    assert not_inferior("AUC", gap, 0.02).reason.endswith("within the margin of 0.02")
 
 
 def test_every_reason_is_given_not_the_first_alone(
@@ -341,7 +358,7 @@ def test_a_model_must_not_be_worse_than_the_champion_by_more_than_the_margin(
     assert decision.champion == "sha256:" + "1" * 64
     reasons = judge(given={"predictions": own, "champion": better}, at_least=EASY, margins=margins).reasons
     assert "AUC less the champion's is -0" in reasons[0]
-    assert reasons[0].endswith("beyond the margin of 0.02")
+    assert "beyond the margin of 0.02; too few (19 in the rarer class)" in reasons[0]
     # The champion itself, and a first model.
     assert judge(given={"predictions": own, "champion": own}, at_least=EASY, margins=margins).promote
     assert judge(at_least=EASY, margins=margins).promote
@@ -358,7 +375,7 @@ def test_the_champion_is_met_on_patients_where_both_declare_them_and_not_at_all_
     ill, last = frame["label_opacity"] == 1, frame["sample_id"].str.endswith("-4")
     files, rng = {}, np.random.default_rng(0)
     for name, misled in (("champion", False), ("own", last)):
-        sure = np.where(ill, 0.7, 0.3) + 0.6 * (~ill & misled) + rng.normal(0, 0.1, len(frame))
+        sure = np.where(ill, 0.7, 0.3) + 0.6 * (~ill & misled) + rng.normal(0, 0.12, len(frame))
         sure = np.clip(sure, 0, 1)
         answers = frame.assign(prob_opacity=sure, prob_normal=1 - sure)
         answers["decision"] = np.where(sure >= info.thresholds["opacity"], "opacity", "normal")

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 
 from cadx import metrics
+from cadx.evaluating.decisions import operating_point
 from cadx.metrics import (
     METRICS,
     Estimate,
@@ -34,11 +36,14 @@ from cadx.metrics import (
     tango_difference,
     wilson,
 )
-from cadx.metrics.estimates import Cases, difference_of, one_score
+from cadx.metrics.areas import area
+from cadx.metrics.estimates import Cases, difference_of, one_score, replicated
+from cadx.metrics.limits import mean_of_parts, on_scale
 from cadx.metrics.multiplicity import holm
 from cadx.metrics.proportions import balanced, f1, sensitivity, specificity
 from cadx.metrics.ranking import average_precision
 from cadx.metrics.reliability import probability_scores
+from cadx.predicting.table import Arrays
 
 BINARY = {"task": "binary", "classes": ["normal", "pneumonia"], "positive": "pneumonia"}
 
@@ -1144,7 +1149,7 @@ def test_few_errors_and_few_patients_are_told() -> None:
     assert "too few" in auc(y, p).method
     # Patients count, not their images; and what is derived from a doubted share is doubted.
     labels, scores = np.repeat([0, 1], 60), np.tile(np.repeat([0.2, 0.8], 30), 2)
-    for num_patients, word in ((19, "too few patients (19)"), (20, "")):
+    for num_patients, word in ((29, "too few patients (29)"), (30, "")):
         found = metrics.at_threshold(labels, scores, 0.5, np.arange(120) % num_patients)
         elsewhere = metrics.predictive_values(found["sensitivity"], found["specificity"], 0.05)
         for estimate in (found["ppv"], elsewhere["ppv"], elsewhere["npv"]):
@@ -1167,6 +1172,96 @@ def test_few_errors_and_few_patients_are_told() -> None:
                 "calibration_intercept",
             ):
                 assert ("too few (49 in the rarer class)" in found[name].method) == doubted, name
+
+
+def test_few_errors_are_told_as_they_are_and_the_smallest_number_of_all_stands_for_a_mean() -> None:
+    seeds = np.r_[np.zeros(4, bool), np.ones(96, bool)], np.r_[np.zeros(5, bool), np.ones(95, bool)]
+    assert "too few errors (4.5)" in metrics.share_of(np.stack(seeds)).method
+    parts = []
+    for positives in (30, 4):
+        y, rng = np.r_[np.ones(positives), np.zeros(400 - positives)], np.random.default_rng(positives)
+        parts.append(area(one_score(y, rng.normal(size=y.size) + y, None)))
+    for given_parts in (parts, parts[::-1]):
+        method = mean_of_parts("auc", given_parts).estimate.method
+        assert method.endswith("; too few (4 in the rarer class): holds the truth only roughly")
+
+
+def test_a_difference_of_aucs_says_where_it_holds_the_truth_less_often() -> None:
+    rng = np.random.default_rng(0)
+    for n, skill, word in (
+        (30, 1.5, "too few (30 in the rarer class)"),
+        (60, 4.0, "too few errors (0."),
+        (60, 1.5, ""),
+    ):
+        y = np.r_[np.ones(n), np.zeros(200)]
+        found = metrics.delong_difference(
+            y, rng.normal(size=y.size) + skill * y, rng.normal(size=y.size) + skill * y
+        )
+        assert word in found.method
+        assert ("holds the truth less often than 95 %" in found.method) == bool(word), found.method
+
+
+def test_a_threshold_s_spread_is_no_confidence_interval() -> None:
+    rng = np.random.default_rng(0)
+    y, p = np.tile([0, 1], 30), rng.random(60)
+    rows = Arrays(
+        np.stack([1 - y, y], axis=1), np.stack([1 - p, p], axis=1)[None], np.zeros((1, 60, 2), bool), None
+    )
+    info = SimpleNamespace(
+        classes=("normal", "ill"), thresholds={"ill": 0.4}, resampled_thresholds={"ill": [0.3, 0.4, 0.5]}
+    )
+    told = operating_point([info], rows)["ill"]["threshold"].method
+    assert told == "spread over 3 resamples of the calibration patients, no confidence interval"
+
+
+def test_a_gap_between_groups_says_where_a_side_rests_on_too_few() -> None:
+    for n, doubted in ((30, True), (400, False)):
+        rng = np.random.default_rng(1)
+        y, sex = np.tile([0, 1], n), np.repeat(["F", "M"], n)
+        p = special.expit(rng.normal(size=y.size) + 3 * (y - 0.5))
+        found = metrics.subgroup_gaps(
+            np.stack([1 - y, y], axis=1), np.stack([1 - p, p], axis=1), np.stack([p < 0.5, p >= 0.5], axis=1),
+            {"sex": sex}, **BINARY, minimum_n=10,
+        )["sex"]["F"]  # fmt: skip
+        assert ("MOVER; too few (15 in the rarer class)" in found["auc"].method) == doubted
+        assert ("MOVER; too few errors (" in found["sensitivity"].method) == doubted
+
+
+def test_resamples_without_errors_make_no_interval_too_narrow_and_no_perfect_set_is_sure() -> None:
+    y = np.r_[np.ones(60), np.zeros(140)].astype(int)
+    p = np.r_[np.full(58, 0.99), 0.3, 0.2, np.full(3, 0.4), np.full(137, 0.01)]
+    found = score_binary(y, p, resamples=500).metrics
+    for name in ("average_precision", "f1"):
+        assert found[name].method.startswith("patient bootstrap, logit scale by the delta method, 500"), name
+        # Symmetric on the logit scale, where the percentiles end at 1.
+        low, value, high = special.logit([found[name].low, found[name].value, found[name].high])
+        assert high - value == pytest.approx(value - low)
+    for name in ("f1", "brier", "log_loss"):
+        said = "too few errors (2): holds the truth less often than 95 %"
+        assert found[name].method.endswith(said) == (name != "f1"), found[name].method
+    perfect = score_binary(y, y.astype(float), resamples=50).metrics
+    for name in ("f1", "brier", "log_loss"):
+        assert "too few errors (0): holds the truth less often than 95 %" in perfect[name].method, name
+
+
+def test_the_brier_score_of_several_classes_may_be_2() -> None:
+    drawn = np.random.default_rng(0).normal(1.2, 0.1, 200)
+    part = replicated("brier", np.array([1.2]), drawn, 80, 80)
+    found = on_scale("brier", part, 2.0).estimate
+    assert found.low < 1.2 < found.high
+    half = replicated("brier", np.array([0.6]), drawn / 2, 80, 80)
+    alone = on_scale("brier", half).estimate
+    assert (found.low, found.high) == pytest.approx((2 * alone.low, 2 * alone.high))
+    # Two errors of 40, both certain: some resamples hold none, and would make it reach from 0 to the end.
+    truth = np.eye(3)[np.arange(40) % 3]
+    p = np.abs(truth - 1e-6)
+    p[:2] = np.roll(p[:2], 1, axis=1)
+    p /= p.sum(axis=1, keepdims=True)
+    brier = score(truth, p, p > 0.5, task="multiclass", classes=["a", "b", "c"], resamples=500).metrics[
+        "brier"
+    ]
+    assert brier.value == pytest.approx(0.1, abs=1e-4)
+    assert 0.005 < brier.low < brier.high < 0.9
 
 
 def test_gaps_find_the_group_that_is_worse_and_correct_for_the_number_of_comparisons() -> None:

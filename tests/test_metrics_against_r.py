@@ -1,11 +1,13 @@
 """AUC, its variance and the paired test against pROC, the reference that clinical papers cite.
 
-R is no dependency of cadx: `apt-get install r-cran-proc` brings it; without it the test is skipped, and says so.
+What pROC says of the cases is committed, so that the comparison needs no R. Where R and pROC are to be had
+(`apt-get install r-cran-proc`), they must still say it; `python tests/test_metrics_against_r.py` writes it anew.
 """
 
 import shutil
 import subprocess
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
@@ -14,6 +16,7 @@ from test_metrics import logit_variance, placements, student
 
 from cadx.metrics import auc, delong_difference
 
+REFERENCE = Path(__file__).parent / "references" / "proc.csv"
 CASES = 250
 SCRIPT = """
 suppressPackageStartupMessages(library(pROC))
@@ -31,18 +34,8 @@ write.csv(do.call(rbind, found), args[2], row.names = FALSE)
 """
 
 
-def _has_proc() -> bool:
-    if shutil.which("Rscript") is None:
-        return False
-    asked = subprocess.run(["Rscript", "-e", "library(pROC)"], capture_output=True, check=False)
-    return asked.returncode == 0
-
-
-@pytest.mark.skipif(
-    not _has_proc(), reason="NOT CHECKED AGAINST R: install it with apt-get install r-cran-proc"
-)
-def test_auc_variance_and_paired_test_are_those_of_proc(tmp_path: Path) -> None:
-    """Random sizes, prevalences, strengths and correlations of two models, every third case with many ties."""
+def draw() -> list[pd.DataFrame]:
+    """Label and two models' scores: random sizes, prevalences, strengths and correlations, every third with ties."""
     rng = np.random.default_rng(0)
     cases = []
     for number in range(CASES):
@@ -57,15 +50,32 @@ def test_auc_variance_and_paired_test_are_those_of_proc(tmp_path: Path) -> None:
         if number % 3 == 0:
             a, b = np.round(a), np.round(b)
         cases.append(pd.DataFrame({"case": number, "label": y, "a": a, "b": b}))
-    pd.concat(cases).to_csv(tmp_path / "cases.csv", index=False)
-    (tmp_path / "reference.R").write_text(SCRIPT)
-    subprocess.run(
-        ["Rscript", "reference.R", "cases.csv", "found.csv"], cwd=tmp_path, check=True, capture_output=True
-    )
-    reference = pd.read_csv(tmp_path / "found.csv").set_index("case")
+    return cases
+
+
+def ask_proc(cases: list[pd.DataFrame]) -> pd.DataFrame:
+    """What pROC says, a row for each case."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        pd.concat(cases).to_csv(folder / "cases.csv", index=False)
+        (folder / "reference.R").write_text(SCRIPT)
+        command = ["Rscript", "reference.R", "cases.csv", "found.csv"]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        return pd.read_csv(folder / "found.csv")
+
+
+def _has_proc() -> bool:
+    if shutil.which("Rscript") is None:
+        return False
+    asked = subprocess.run(["Rscript", "-e", "library(pROC)"], capture_output=True, check=False)
+    return asked.returncode == 0
+
+
+def test_auc_variance_and_paired_test_are_those_of_proc() -> None:
+    reference = pd.read_csv(REFERENCE).set_index("case")
     assert len(reference) == CASES
     variances = tests = 0
-    for number, rows in enumerate(cases):
+    for number, rows in enumerate(draw()):
         expected = reference.loc[number]
         y, a, b = (rows[name].to_numpy() for name in ("label", "a", "b"))
         found = auc(y, a)
@@ -82,3 +92,12 @@ def test_auc_variance_and_paired_test_are_those_of_proc(tmp_path: Path) -> None:
             assert difference.p == pytest.approx(expected["p"], rel=1e-8, abs=1e-14)
             tests += 1
     assert min(variances, tests) >= 200, "too few cases in which both say a variance and a p value"
+
+
+@pytest.mark.skipif(not _has_proc(), reason="R AND pROC ARE NOT HERE: apt-get install r-cran-proc")
+def test_what_is_committed_is_what_proc_says() -> None:
+    pd.testing.assert_frame_equal(ask_proc(draw()), pd.read_csv(REFERENCE), rtol=1e-9, atol=1e-12)
+
+
+if __name__ == "__main__":
+    ask_proc(draw()).to_csv(REFERENCE, index=False)

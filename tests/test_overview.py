@@ -8,6 +8,7 @@ from test_evaluate import prepare
 
 from cadx.files import write_json
 from cadx.overview import write_overview
+from cadx.reporting import LEGEND, MARK
 from components.summarise import SummariseParams, summarise
 
 
@@ -32,7 +33,12 @@ def test_a_task_without_a_positive_class_has_its_page(
     for text in (f"{auc:.3f} (", "draw classes equally often", "exact match", "the val split", "ROC"):
         assert text in page, text
     assert "pseudonym-" not in page
-    assert f"{auc:.3f} (" in capsys.readouterr().out
+    console = capsys.readouterr().out
+    assert f"{auc:.3f} (" in console
+    assert MARK in console, "so few images are too few"
+    assert "†" in page
+    assert LEGEND in page
+    assert " ".join(console.split()).count(LEGEND) == 1
 
 
 def test_what_has_not_run_is_named_with_the_command_that_runs_it(tmp_path: Path) -> None:

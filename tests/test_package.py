@@ -1,5 +1,6 @@
 """What goes into service: an archive that is the same wherever it is packed, and a card that hides nothing."""
 
+import html
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ from test_evaluate import Run, prepare
 from cadx.bundle import Bundle
 from cadx.checklists import CLAIM, TRIPOD_AI
 from cadx.files import digest_path, write_json
+from cadx.reporting import LEGEND, MARK
 from components.gate import GateParams, gate
 from components.package import PackageParams, package
 from serving.archive import read_release
@@ -79,6 +81,9 @@ def test_the_card_states_every_number_with_its_interval(packed: Packed, tmp_path
     for name in ("auc", "sensitivity", "specificity"):
         e = packed.record["metrics"][name]
         assert f"{e['value']:.3f} ({e['low']:.3f} to {e['high']:.3f})" in card, name
+        assert (f"to {e['high']:.3f}) {MARK}" in card) or "too few" not in e["method"], name
+    assert LEGEND in card
+    assert all(f"<td>{html.escape(e['method'])}</td>" in card for e in packed.record["metrics"].values())
     assert Bundle(packed.bundle).digest in card
     assert digest_path(tmp_path / "model.mar") in card
     assert "Not for children." in card

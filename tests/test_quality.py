@@ -11,8 +11,10 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
+from cadx import quality
 from cadx.quality import (
     CHECKS,
+    PRECEDENCE,
     are_outliers,
     blur_effect,
     box_problems,
@@ -238,6 +240,98 @@ def test_near_copies_are_marked_in_the_less_precious_split(radiographs):
         "near_duplicate_across_splits", "", "", "near_duplicate_across_patients", "near_duplicate_across_splits",
     ]  # fmt: skip
     assert found["near_duplicate_of"].tolist() == ["b", "", "", "c", "b"]
+
+
+def of_one_hash(splits: list[str], patients: list[str] | None = None) -> pd.DataFrame:
+    names = [f"s{row:04d}" for row in range(len(splits))]
+    return pd.DataFrame(
+        {
+            "sample_id": names,
+            "phash": "00ff00ff00ff00ff",
+            "pixels_sha256": names,
+            "patient": patients or names,
+            "given_split": splits,
+        }
+    )
+
+
+def mixture(share: float) -> np.ndarray:
+    """One of a row of images, whose likeness is the cosine of the difference of their shares, in radians."""
+    one, other = np.random.default_rng(0).normal(0, 20, (2, 64, 64))
+    return np.clip(np.rint(128 + np.cos(share) * one + np.sin(share) * other), 0, 255).astype(np.uint8)
+
+
+def test_five_thousand_images_of_one_hash_are_each_read_once_and_compared_with_one(monkeypatch):
+    base = np.random.default_rng(0).integers(20, 230, (64, 64), dtype=np.uint8)
+    samples = of_one_hash(["val", "train", "", "test", "train"] * 1000)
+    read, compared = list[str](), list[int]()
+    count = quality._likenesses
+
+    def preview(sample_id: str) -> np.ndarray:
+        read.append(sample_id)
+        return base + np.uint8(int(sample_id[1:]) % 20)
+
+    def counted(ones: np.ndarray, others: np.ndarray) -> np.ndarray:
+        compared.append(len(ones) * len(others))
+        return count(ones, others)
+
+    monkeypatch.setattr(quality, "_likenesses", counted)
+    found = find_near_duplicates(samples, preview)
+    assert sorted(read) == samples["sample_id"].tolist()
+    assert sum(compared) == 5000
+    in_test = samples["given_split"] == "test"
+    assert (found.loc[~in_test, "near_duplicate"] == "near_duplicate_across_splits").all()
+    assert found.loc[in_test, "near_duplicate"].tolist() == ["", *["near_duplicate_across_patients"] * 999]
+    assert found["near_duplicate_of"].drop(3).unique().tolist() == ["s0003"]
+
+
+def test_unlike_images_of_one_hash_are_each_read_once():
+    read = list[str]()
+
+    def preview(sample_id: str) -> np.ndarray:
+        read.append(sample_id)
+        return np.random.default_rng(int(sample_id[1:]) // 2).integers(0, 256, (64, 64), dtype=np.uint8)
+
+    found = find_near_duplicates(of_one_hash(["val", "train"] * 300), preview)
+    assert sorted(read) == [f"s{row:04d}" for row in range(600)]
+    assert found["near_duplicate"].tolist() == ["near_duplicate_across_splits", ""] * 300
+    assert found["near_duplicate_of"].tolist()[:4] == ["s0001", "", "s0003", ""]
+
+
+def test_a_leak_is_found_where_its_original_is_represented_by_an_image_that_is_less_like_it():
+    images = {"s0000": mixture(0.5), "s0001": mixture(0.0), "s0002": mixture(0.25)}
+    assert likeness(images["s0000"], images["s0001"]) < 0.9
+    assert min(likeness(images["s0002"], images[name]) for name in ("s0000", "s0001")) > 0.96
+    found = find_near_duplicates(of_one_hash(["val", "train", "train"], ["p", "q", "q"]), images.__getitem__)
+    assert found.to_numpy().tolist() == [["near_duplicate_across_splits", "s0002"], ["", ""], ["", ""]]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_crowded_hashes_hide_no_leak_that_a_look_at_each_pair_finds(seed):
+    rng = np.random.default_rng(seed)
+    samples = of_one_hash(
+        rng.choice([*PRECEDENCE], 40).tolist(), [f"p{number}" for number in rng.integers(0, 9, 40)]
+    )
+    values = rng.choice([0, 1, 0b111110, 0b1110000011], 40) + 2**60
+    samples["phash"] = [f"{value:016x}" for value in values]
+    images = {name: mixture(share) for name, share in zip(samples["sample_id"], rng.random(40), strict=True)}
+    ranks = [PRECEDENCE.index(split) for split in samples["given_split"]]
+    rows = list(zip(samples["sample_id"], ranks, samples["patient"], values.tolist(), strict=True))
+    originals: dict[str, set[str]] = {}
+    for name, rank, _, value in rows:
+        for other, its_rank, _, its_value in rows:
+            is_candidate = its_rank < rank and (value ^ its_value).bit_count() <= 4
+            if is_candidate and likeness(images[name], images[other]) >= 0.95:
+                originals.setdefault(name, set()).add(other)
+    found = find_near_duplicates(samples, images.__getitem__).set_index(samples["sample_id"])
+    leaks = found.index[found["near_duplicate"] == "near_duplicate_across_splits"]
+    assert set(leaks) == set(originals)
+    assert all(found.loc[name, "near_duplicate_of"] in originals[name] for name in leaks)
+    patients = samples.set_index("sample_id")["patient"]
+    others = found[found["near_duplicate"] == "near_duplicate_across_patients"]
+    for name, original in others["near_duplicate_of"].items():
+        assert likeness(images[str(name)], images[original]) >= 0.95
+        assert patients[name] != patients[original]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from cadx.reporting import (
+    LEGEND,
+    MARK,
     MISSING,
     PAGE_LIMIT_BYTES,
     SVG_LIMIT_BYTES,
@@ -211,6 +213,31 @@ def test_a_page_that_is_too_large_is_not_written(tmp_path: Path):
     with pytest.raises(AssertionError):
         page.write(tmp_path / "a.html")
     assert list(tmp_path.iterdir()) == []
+
+
+def shown(page: Page) -> str:
+    return re.sub(r"<style>.*?</style>", "", page.html(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("method", "rough"),
+    [
+        ("Wilson, effective n over patients", False),
+        ("Wilson; the threshold's choice counted", False),
+        ("Wilson; too few errors (3): may be conservative", True),
+        ("percentile; the spread of a value that lies above the true error: see ece_if_calibrated", True),
+    ],
+)
+def test_a_rough_interval_is_marked_wherever_it_stands_and_the_page_says_why(method: str, rough: bool):
+    estimate = Estimate(value=0.9, low=0.7, high=0.95, n=30, method=method)
+    assert estimate_text(estimate) == "0.900 (0.700 to 0.950)" + f" {MARK}" * rough
+    facts, folded = Page("t"), Page("t")
+    facts.facts([("AUC", estimate)])
+    with folded.details("More"):
+        folded.table([{"metric": "AUC", "value": estimate}])
+    for page in (facts, folded):
+        assert shown(page).count(LEGEND) == rough
+        assert shown(page).count(MARK) == 2 * rough
 
 
 def test_an_estimate_without_an_interval_is_only_its_value():

@@ -15,6 +15,7 @@ from test_summarise import write_seed
 from cadx.evaluating import Classification, Settings
 from cadx.files import digest_path, write_json
 from cadx.predicting.table import read_predictions
+from cadx.reporting import LEGEND, MARK
 from cadx.results import write_results
 from components.summarise import SummariseParams, summarise
 
@@ -118,7 +119,9 @@ def test_a_reader_is_told_what_has_run_and_how_it_went(
     _, missing, page = written
     assert not missing
     auc = json.loads((root / "reports/whole/metrics.json").read_text())["metrics"]["auc"]
-    shown = f"{auc['value']:.3f}&nbsp;({auc['low']:.3f}&nbsp;to&nbsp;{auc['high']:.3f})"
+    assert "too few" in auc["method"]
+    shown = f"{auc['value']:.3f}&nbsp;({auc['low']:.3f}&nbsp;to&nbsp;{auc['high']:.3f})&nbsp;{MARK}"
+    assert page.count(LEGEND) == 1
     table, whole, begun = (part for part in page.split("\n## "))
     row = next(line for line in table.splitlines() if line.startswith("| [whole](#whole)"))
     assert "| 3 of 3 | promoted 2 of 3 |" in row

@@ -12,7 +12,13 @@ from test_evaluate import Run
 
 from cadx.datasets import DatasetFolder, read_splits
 from cadx.evaluating import Classification, Settings
-from cadx.evaluating.uncertainty import aurc, member_probabilities, mutual_information, risk_by_coverage
+from cadx.evaluating.uncertainty import (
+    _estimate,
+    aurc,
+    member_probabilities,
+    mutual_information,
+    risk_by_coverage,
+)
 from cadx.predicting.predictor import Predictor
 from cadx.predicting.table import read_predictions
 from components.calibrate import CalibrateParams, calibrate
@@ -137,3 +143,10 @@ def test_the_answer_of_an_ensemble_is_what_it_was(ensemble: Run) -> None:
     expected = predictor.probabilities(predictor.stored(folder, ids))
     np.testing.assert_array_equal(frame[["prob_normal", "prob_opacity"]], expected)
     assert isinstance(frame, pd.DataFrame)
+
+
+def test_the_area_under_risk_and_coverage_says_where_it_rests_on_few_errors() -> None:
+    for num_errors, word in ((4, "; too few errors (4): holds the truth less often than 95 %"), (5, "")):
+        errors, doubt = np.r_[np.ones(num_errors), np.zeros(40)], np.linspace(0, 1, 40 + num_errors)
+        found = _estimate(errors, doubt, [np.arange(errors.size)] * 3)
+        assert found.method == f"patient bootstrap, percentile, 3 resamples{word}"

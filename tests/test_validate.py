@@ -447,12 +447,35 @@ def test_near_copies_across_patients_and_splits_are_found(tmp_path: Path):
         "near_duplicate_across_splits": ["s012"],
         "near_duplicate_across_patients": ["s007"],
     }
+    assert {rule["name"]: rule["of"] for rule in result["rules"] if rule["of"]} == {
+        "near_duplicate_across_splits": ["s008"],
+        "near_duplicate_across_patients": ["s004"],
+    }
     messages = {rule["name"]: rule["message"] for rule in result["rules"]}
     assert messages["near_duplicate_across_splits"] == "1 val image is nearly equal to train images: a leak"
     assert result["quarantined"] == [
         {"sample_id": "s012", "reason": "near_duplicate_across_splits (of s008)"}
     ]
     assert "s012 (val), s008 (train)" in (tmp_path / "validation.html").read_text()
+
+
+def test_every_sample_that_fails_a_rule_is_named_and_of_what_it_is_a_copy(tmp_path: Path):
+    """Whatever the severity and the number: what was found of an image is known of the page's nine and the rest."""
+    changes = {row: {"pixels": picture(0)} for row in range(60) if row // 2 % 2 == 0}
+    dataset = cohort(tmp_path / "d", changes, num_samples=60)
+    result = judge(tmp_path, dataset, tiny_image="warn", min_side_px=50, duplicate_across_patients="warn")
+    rules = {rule["name"]: rule for rule in result["rules"]}
+    assert rules["tiny_image"]["sample_ids"] == [f"s{row:03d}" for row in range(60)]
+    assert rules["tiny_image"]["of"] == []
+    copies = [f"s{row:03d}" for row in changes if row > 1]
+    assert rules["duplicate_across_patients"]["sample_ids"] == copies
+    assert rules["duplicate_across_patients"]["of"] == ["s000"] * len(copies)
+    assert (rules["duplicate_within_patient"]["sample_ids"], rules["duplicate_within_patient"]["of"]) == (
+        ["s001"],
+        ["s000"],
+    )
+    found = (tmp_path / "validation.html").read_text().rpartition("What was found")[2]
+    assert found.partition("look like")[0].count("<img") == 9
 
 
 def test_both_zero_area_boxes_of_bccd_are_named(tmp_path: Path, mirror: Path):

@@ -11,7 +11,16 @@ from numpy.typing import ArrayLike
 from cadx.detection.average_precision import counted
 from cadx.detection.matching import AREAS_PX2, ImageSet, Matches, check_iou, match_classes, read_boxes
 from cadx.metrics import ranking
-from cadx.metrics.estimates import TAILS, BoolArray, FloatArray, IntArray, Weights, chunks, resample
+from cadx.metrics.estimates import (
+    BoolArray,
+    FloatArray,
+    IntArray,
+    Weights,
+    chunks,
+    replicated,
+    resample,
+)
+from cadx.metrics.limits import on_scale
 
 FROC_RATES = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0)
 """False positives per image at which sensitivity is read (LUNA16: Setio et al. 2017, Med Image Anal 42:1)."""
@@ -96,14 +105,15 @@ def froc_limits(
     *,
     classes: Sequence[str],
     patients: ArrayLike | None = None,
-    resamples: int = 500,
+    resamples: int = 1000,
     seed: int = 0,
     iou_threshold: float = 0.5,
     max_detections: int = 100,
 ) -> tuple[FloatArray, FloatArray, FloatArray] | None:
     """Sensitivity at false positives per image `rates`, the mean over seeds, and its pointwise 95 % limits.
 
-    None without lesions. Arguments as in `calculate_detection_metrics`; detections are a table for each seed.
+    None without lesions. Arguments as in `calculate_detection_metrics`, whose limits these are; detections are a table
+    for each seed. Limits are NaN where there is no interval.
 
     Raises:
         ValueError: as `calculate_detection_metrics`.
@@ -118,11 +128,22 @@ def froc_limits(
         return None
     weights = resample(data.num_patients, resamples, seed)
     value, drawn = (
-        np.mean([sensitivities(data, found, rows, rates) for found in pools], axis=0)
+        np.stack([sensitivities(data, found, rows, rates) for found in pools])
         for rows in (np.ones((1, data.num_patients), np.uint8), weights)
+    )  # S 1 J, S R J
+    num_holders = len(np.unique(data.patient[pools[0].lesion_image]))
+    parts = [
+        # The rule for "average_precision" knows that a perfect set proves less than its resamples say.
+        on_scale(
+            "detections",
+            replicated("average_precision", by_seed, replicates, pools[0].num_lesions, num_holders),
+        )
+        for by_seed, replicates in zip(value[:, 0].T, drawn.mean(axis=0).T, strict=True)
+    ]
+    low, high = (
+        np.array([getattr(part.estimate, end) for part in parts], np.float64) for end in ("low", "high")
     )
-    low, high = np.nanpercentile(drawn, TAILS, axis=0)
-    return value[0], low, high
+    return value[:, 0].mean(axis=0), low, high
 
 
 def operating_point(

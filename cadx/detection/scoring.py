@@ -36,7 +36,7 @@ from cadx.metrics.estimates import (
     resampled_sums,
     undefined,
 )
-from cadx.metrics.limits import on_scale
+from cadx.metrics.limits import ROUGHLY, on_scale
 from cadx.metrics.proportions import MIN_ERRORS, share
 from cadx.types import Config, Estimate
 
@@ -332,7 +332,7 @@ def _rarity(patients: int) -> str:
     """What is said of an interval that rests on few patients with lesions, "" if they are enough."""
     if patients >= areas.MIN_PER_CLASS:
         return ""
-    return f"; too few ({patients} patients with lesions): holds the truth less often than 95 %"
+    return f"; too few ({patients} patients with lesions): {ROUGHLY}"
 
 
 def _told(part: Part, word: str) -> Part:
@@ -381,7 +381,7 @@ def _froc(data: ImageSet, pools: Sequence[Pool], weights: Weights) -> dict[str, 
         value, method = parts[name].by_seed.mean(), parts[name].estimate.method
         errors = min(value, 1 - value) * n
         if errors < MIN_ERRORS - 1e-9 and "too few" not in method:
-            parts[name] = _told(parts[name], f"; too few errors ({errors:.0f}): may not hold the truth")
+            parts[name] = _told(parts[name], f"; too few errors ({errors:.3g}): {ROUGHLY}")
     return parts
 
 

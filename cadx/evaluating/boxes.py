@@ -31,8 +31,7 @@ from cadx.evaluating.evaluation import (
 )
 from cadx.evaluating.lesion_sizes import ATTRIBUTE
 from cadx.explaining import Band, draw_band, show_subgroups, square, title
-from cadx.metrics import Difference, Gap, Subgroup, corrected, share_of
-from cadx.metrics.estimates import difference_of
+from cadx.metrics import Difference, Gap, Subgroup, corrected, gap_between, share_of
 from cadx.predicting.table import PredictionsInfo, box_lists, box_table, subgroups
 from cadx.reporting import INK, PALETTE, Page, draw_boxes, panels
 from cadx.types import Estimate
@@ -100,7 +99,7 @@ class Detection(Evaluation):
         """Attribute -> value -> how far it is from all others, as `metrics.subgroup_gaps` has it of labels.
 
         Lesions of a size are held against those of all other sizes, by sensitivity alone. A patient may have both,
-        which makes that interval conservative (`difference_of`).
+        which makes that interval conservative (`estimates.difference_of`).
         """
         found: dict[str, dict[str, dict[str, Difference]]] = {}
         for attribute, values in subgroups(self.frame, self._settings.subgroups).items():
@@ -113,7 +112,7 @@ class Detection(Evaluation):
                 # What is compared has closed forms: nothing is resampled.
                 here, others = (_for_forest(self._measured(rows, 0)) for rows in (which, known & ~which))
                 found.setdefault(attribute, {})[word] = {
-                    name: difference_of(here[name], others[name]) for name in here
+                    name: gap_between(here[name], others[name]) for name in here
                 }
         sizes = list(self._sizes)
         for size in sizes[: 1 if len(sizes) == 2 else None]:
@@ -121,7 +120,7 @@ class Detection(Evaluation):
                 continue
             inside = self._sizes[size]
             found.setdefault(ATTRIBUTE, {})[size] = {
-                "sensitivity": difference_of(self._found_of(inside), self._found_of(~inside))
+                "sensitivity": gap_between(self._found_of(inside), self._found_of(~inside))
             }
         return corrected(found)
 

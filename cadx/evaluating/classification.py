@@ -320,8 +320,7 @@ class Classification(Evaluation):
         joined = f", scored by the bundles of {len(self.seeds)} seeds" if len(self.seeds) > 1 else ""
         page.text(
             f"{cases} of {judged_on(info.split)}{joined}; the numbers speak of {about}. In brackets: 95 % confidence "
-            "intervals. An estimate is called too few where errors or patients are so few that its interval is only "
-            "roughly one of 95 %."
+            "intervals."
         )
         if self.aggregate != "none" and info.thresholds:
             page.callout("warn", "The threshold was chosen on images, and is applied to patients here.")

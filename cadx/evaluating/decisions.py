@@ -60,7 +60,7 @@ def operating_point(infos: Sequence[PredictionsInfo], rows: Arrays) -> dict[str,
             low=min(float(low), threshold),
             high=max(float(high), threshold),
             n=len(resampled),
-            method=f"chosen again on {len(resampled)} resamples of the calibration patients",
+            method=f"spread over {len(resampled)} resamples of the calibration patients, no confidence interval",
         )
         reached = with_chosen_threshold(
             rows.labels[:, column], rows.probabilities[..., column], thresholds, choices, rows.patients

@@ -21,7 +21,8 @@ from scipy import special
 
 from cadx import calibration
 from cadx.evaluating.evaluation import dump
-from cadx.metrics import auc, share_of
+from cadx.metrics import HOLDS_LESS, auc, share_of
+from cadx.metrics.proportions import MIN_ERRORS
 from cadx.predicting.table import Arrays, PredictionsInfo
 from cadx.reporting import MUTED, Page, panels
 from cadx.types import Estimate
@@ -211,6 +212,8 @@ def _estimate(errors: np.ndarray, doubt: np.ndarray, resampled: list[np.ndarray]
     value = aurc(errors, doubt)
     low, high = np.percentile([aurc(errors[rows], doubt[rows]) for rows in resampled], [2.5, 97.5])
     method = f"patient bootstrap, percentile, {len(resampled)} resamples"
+    if errors.sum() < MIN_ERRORS:
+        method += f"; too few errors ({errors.sum():.0f}): {HOLDS_LESS}"
     return Estimate(
         value=value, low=min(float(low), value), high=max(float(high), value), n=len(errors), method=method
     )

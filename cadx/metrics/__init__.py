@@ -35,6 +35,7 @@ seed give equal output.
 from cadx.metrics.areas import auc, delong_difference
 from cadx.metrics.decisions import decision_curve, with_chosen_threshold
 from cadx.metrics.estimates import LEVEL, Difference, Meaning, resample, wilson
+from cadx.metrics.limits import HOLDS_LESS, doubted, doubts_of
 from cadx.metrics.proportions import at_threshold, predictive_values, share_of, tango_difference
 from cadx.metrics.ranking import precision_recall, roc
 from cadx.metrics.reliability import calibration_curve
@@ -46,6 +47,7 @@ from cadx.metrics.scoring import (
     Subgroup,
     calculate_medical_classification_metrics,
     corrected,
+    gap_between,
     score,
     score_subgroups,
     subgroup_gaps,
@@ -53,6 +55,7 @@ from cadx.metrics.scoring import (
 from cadx.types import Estimate
 
 __all__ = [
+    "HOLDS_LESS",
     "LEVEL",
     "METRICS",
     "Confusion",
@@ -69,6 +72,9 @@ __all__ = [
     "corrected",
     "decision_curve",
     "delong_difference",
+    "doubted",
+    "doubts_of",
+    "gap_between",
     "precision_recall",
     "predictive_values",
     "resample",

@@ -20,6 +20,7 @@ from cadx.metrics.estimates import (
     one_score,
     undefined,
 )
+from cadx.metrics.limits import HOLDS_LESS, ROUGHLY
 from cadx.metrics.ranking import placements
 from cadx.types import Estimate
 
@@ -28,6 +29,10 @@ _NO_VARIANCE = 1e-20  # rounding alone makes this much of placements that are al
 MIN_PER_CLASS = 50
 """Patients of the rarer class below which an AUC's interval holds the truth more, or less, often than it says
 (`docs/coverage.md`)."""
+
+MIN_OUTRANKED = 1
+"""Patients of the rarer class, times one less the higher of two AUCs, below which the interval of their difference
+holds the truth in 91 to 93 of 100 sets: with 60 of them that is an AUC above .983, with 180 above .994."""
 
 
 def auc(labels: ArrayLike, scores: ArrayLike, patients: ArrayLike | None = None) -> Estimate:
@@ -83,6 +88,12 @@ def delong_difference(
     p = float(2 * special.stdtr(freedom, -abs(value) / error))
     half = float(special.stdtrit(freedom, 0.5 + LEVEL / 2)) * error
     low, high = max(value - half, -1.0), min(value + half, 1.0)
+    fewest = patients_of_rarer_class(first)
+    outranked = fewest * (1 - max(float(auc_a.mean()), float(auc_b.mean())))
+    if fewest < MIN_PER_CLASS:
+        name += f"; too few ({fewest} in the rarer class): {HOLDS_LESS}"
+    elif outranked < MIN_OUTRANKED:
+        name += f"; too few errors ({outranked:.3g} outranked in the rarer class): {HOLDS_LESS}"
     return Difference(value=value, low=low, high=high, p=p, n=n, method=name)
 
 
@@ -102,10 +113,14 @@ def area(cases: Cases) -> Part:
         half = critical * math.sqrt(variance) / (value * (1 - value))
         low, high = special.expit(special.logit(value) - half), special.expit(special.logit(value) + half)
         method = "Obuchowski (logit)" if cases.clustered else "DeLong (logit)"
-    fewest = min(cases.count_patients(cases.y), cases.count_patients(~cases.y))
-    if fewest < MIN_PER_CLASS:
-        method += f"; too few ({fewest} in the rarer class): may be conservative"
+    if (fewest := patients_of_rarer_class(cases)) < MIN_PER_CLASS:
+        method += f"; too few ({fewest} in the rarer class): {ROUGHLY}"
     return Part(estimate_of(value, low, high, n, method), areas, influence=cases.by_patient(share))
+
+
+def patients_of_rarer_class(cases: Cases) -> int:
+    """Patients of the rarer class."""
+    return min(cases.count_patients(cases.y), cases.count_patients(~cases.y))
 
 
 def _auc_variance(share: FloatArray, cases: Cases) -> float:

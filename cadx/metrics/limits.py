@@ -1,52 +1,108 @@
-"""Limits of resampled metrics, on the scale on which they are nearly normal."""
+"""Limits of resampled metrics, on the scale on which they are nearly normal, and what intervals doubt of themselves."""
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import special
 
-from cadx.metrics.estimates import Part, average, critical_value, estimate_of
+from cadx.metrics.estimates import Difference, Part, average, critical_value, estimate_of
+from cadx.types import Estimate
 
+HOLDS_LESS = "holds the truth less often than 95 %"
+"""How a doubt ends that forbids to rely on an interval's ends."""
+
+
+ROUGHLY = "holds the truth only roughly"
+"""How one ends that is a warning: a few in a hundred more or less than 95."""
+
+
+class _Scale(NamedTuple):
+    """Where a metric is nearly normal: the way there and back, and how steep the way there is."""
+
+    name: str
+    there: Callable[[Any], Any]
+    back: Callable[[Any], Any]
+    slope: Callable[[float], float]
+
+
+_LOGIT = _Scale("logit", special.logit, special.expit, lambda value: 1 / (value * (1 - value)))
+_LOG = _Scale("log", np.log, np.exp, lambda value: 1 / value)
 _SCALES = {
-    "average_precision": ("logit", special.logit, special.expit),
-    "f1": ("logit", special.logit, special.expit),
-    "brier": ("logit", special.logit, special.expit),
-    "log_loss": ("log", np.log, np.exp),
-    "detections": ("logit", special.logit, special.expit),
-    "false_positives_per_image": ("log", np.log, np.exp),
+    "average_precision": _LOGIT,
+    "f1": _LOGIT,
+    "brier": _LOGIT,
+    "log_loss": _LOG,
+    "detections": _LOGIT,
+    "false_positives_per_image": _LOG,
 }
-"""Metric -> the scale's name, the way to it and the way back; "detections" stands for AP, AR and FROC of boxes."""
+"""Metric -> its scale; "detections" stands for AP, AR and FROC of boxes."""
 
+_FAR = math.log(1000)
+"""On the scale, from the value: a replicate as far away as that comes of a resample without errors."""
 
 _DOUBTS = ("too few", "the spread of")
-"""How the words begin by which a part's method says that its interval may not hold the truth."""
+"""How the words begin by which a method says that its interval may not hold the truth."""
+
+
+def doubts_of(method: str) -> list[str]:
+    """What a method says against its own interval.
+
+    >>> doubts_of("Wilson; too few errors (2): may be conservative")
+    ['too few errors (2): may be conservative']
+    """
+    return [words for words in method.split("; ")[1:] if words.startswith(_DOUBTS)]
+
+
+def gravest_doubt(parts: Sequence[Estimate]) -> str:
+    """Of all doubts of the parts that have a value the one with the smallest number, "" where there is none."""
+
+    def number(words: str) -> float:
+        found = re.search(r"\(([\d.e-]+)", words)
+        return float(found[1]) if found else math.inf
+
+    doubts = [words for part in parts if part.value is not None for words in doubts_of(part.method)]
+    return min(doubts, key=number, default="")
+
+
+def doubted(difference: Difference, *parts: Estimate) -> Difference:
+    """A difference that says what its parts doubt, unless it has a doubt, or no interval, of its own."""
+    words = gravest_doubt(parts)
+    if not words or difference.low is None or doubts_of(difference.method):
+        return difference
+    return difference.model_copy(update={"method": f"{difference.method}; {words}"})
 
 
 def mean_of_parts(name: str, parts: Sequence[Part], what: str | None = None) -> Part:
     """`estimates.average`; where a part doubts its own interval, the mean's method says so too."""
     mean = average(name, parts, what)
-    methods = [part.estimate.method for part in parts if part.estimate.value is not None]
-    doubts = [word for method in methods for word in method.split("; ")[1:] if word.startswith(_DOUBTS)]
-    if not doubts or mean.estimate.low is None:
+    words = gravest_doubt([part.estimate for part in parts])
+    if not words or mean.estimate.low is None:
         return mean
-    method = f"{mean.estimate.method}; {min(doubts)}"
+    method = f"{mean.estimate.method}; {words}"
     return replace(mean, estimate=mean.estimate.model_copy(update={"method": method}))
 
 
-def on_scale(name: str, part: Part) -> Part:
+def on_scale(name: str, part: Part, largest: float = 1.0) -> Part:
     """A resampled part with Student's limits around its value: symmetric on the logit, or the log, scale.
 
     With fifty to a hundred positives the percentiles of the replicates hold the truth in 90 to 94 of 100 sets: they
     are pulled to one side, and know nothing of Student's t. The standard deviation of the replicates on the scale
     does better (`docs/coverage.md`). AP, AR and FROC of boxes lie above the truth in a finite set, and their
-    replicates above them by about as much again: their limits are moved down by that. A part comes back as it is
-    where it has no interval, where its value or a replicate lies at an end of the scale, and where the metric is
-    not one of these.
+    replicates above them by about as much again: their limits are moved down by that.
+
+    A replicate at an end of the scale, or nearly, comes of a resample without errors, and has no place on it: all are
+    then carried there along the tangent at the value, by the delta method. Where that was so, it held the AP of 200
+    images with an AUC of .99 in 96 of 100 sets, percentiles in 83. A part comes back as it is where it has no interval,
+    where its value lies at an end, and where the metric is not one of these.
 
     Args:
         name: of the metric.
         part: as `estimates.replicated` gives it.
+        largest: that the metric can be; its share of that is what has a logit.
 
     Source: the logit interval of Boyd, Eng and Page 2013, ECML PKDD, LNAI 8190:451, section 3, with the bootstrap's
     standard error; the bootstrap's estimate of bias, Efron and Tibshirani 1993, section 10.2.
@@ -54,15 +110,19 @@ def on_scale(name: str, part: Part) -> Part:
     value, replicates = part.estimate.value, part.replicates
     if name not in _SCALES or value is None or part.estimate.low is None or replicates is None:
         return part
-    scale, there, back = _SCALES[name]
+    scale = _SCALES[name]
+    drawn = replicates[~np.isnan(replicates)] / largest
     with np.errstate(divide="ignore", invalid="ignore"):
-        centre, scaled = there(value), there(replicates[~np.isnan(replicates)])
-    if scaled.size < 2 or not (np.isfinite(centre) and np.isfinite(scaled).all()):
+        centre, scaled = scale.there(value / largest), scale.there(drawn)
+    if scaled.size < 2 or not np.isfinite(centre):
         return part
+    kind = f"{scale.name} scale"
+    if np.abs(scaled - centre).max() > _FAR:
+        scaled = centre + scale.slope(value / largest) * (drawn - value / largest)
+        kind += " by the delta method"
     half = critical_value(part.patients) * scaled.std(ddof=1)
-    kind = f"{scale} scale"
     if name == "detections":
         centre, kind = 2 * centre - scaled.mean(), f"{kind}, bias corrected"
     method = part.estimate.method.replace("percentile", kind)
-    low, high = back(centre - half), back(centre + half)
+    low, high = largest * scale.back(centre - half), largest * scale.back(centre + half)
     return replace(part, estimate=estimate_of(value, low, high, part.estimate.n, method))
