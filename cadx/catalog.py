@@ -27,8 +27,8 @@ from rich.progress import Progress
 
 from cadx.files import digest_path, replacing
 from cadx.reading.dicom import Photometric, dicom_identifiers
+from cadx.reading.folders import is_hidden
 from cadx.reading.images import read_image
-from cadx.reading.source import is_hidden
 from cadx.types import Config, Kind, Task
 
 GivenSplit = Literal["train", "val", "calibration", "test"]

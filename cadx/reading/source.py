@@ -18,7 +18,6 @@ _MAGIC: tuple[tuple[int, bytes, Format], ...] = (
 )
 HEAD_BYTES = 132
 """What of a file `sniff` has to see."""
-_SYSTEM_FILES = ("thumbs.db", "desktop.ini")
 
 
 class Refusal(ValueError):
@@ -43,15 +42,6 @@ def sniff_file(path: Path) -> Format | None:
     """The format that a file's first bytes announce, or None."""
     with path.open("rb") as stream:
         return sniff(stream.read(HEAD_BYTES))
-
-
-def is_hidden(name: str) -> bool:
-    """Whether an operating system put a file or folder of this name there, not a person.
-
-    >>> is_hidden(".DS_Store"), is_hidden("Thumbs.db"), is_hidden("1.dcm")
-    (True, True, False)
-    """
-    return name.startswith(".") or name.casefold() in _SYSTEM_FILES
 
 
 def read_bytes(source: Path | bytes) -> bytes:

@@ -33,7 +33,8 @@ from cadx.reading.dicom import (
     parse_header,
     settle_photometric,
 )
-from cadx.reading.source import HEAD_BYTES, MAX_FILE_BYTES, Refusal, is_hidden, read_bytes, sniff
+from cadx.reading.folders import is_hidden
+from cadx.reading.source import HEAD_BYTES, MAX_FILE_BYTES, Refusal, read_bytes, sniff
 from cadx.types import Millimetres, RawVolume
 
 MAX_VOXELS = 1 << 29
