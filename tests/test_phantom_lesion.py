@@ -107,7 +107,7 @@ def test_an_impossible_option_is_refused() -> None:
     with pytest.raises(ValidationError, match="the smaller one first"):
         LesionPhantom(lesion_size_px=(20, 10))
     with pytest.raises(ValidationError):
-        LesionPhantom.model_validate({"clinical": True})
+        LesionPhantom.model_validate({"clincal": True})
 
 
 def test_faults_are_planted_in_as_many_files_as_asked(tmp_path: Path) -> None:
