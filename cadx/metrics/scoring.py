@@ -28,9 +28,10 @@ from cadx.metrics.estimates import (
     resampled_sums,
     undefined,
 )
-from cadx.metrics.limits import HOLDS_LESS, doubted, mean_of_parts, on_scale
+from cadx.metrics.limits import HOLDS_LESS, ROUGHLY, doubted, mean_of_parts, on_scale
 from cadx.metrics.multiplicity import holm
 from cadx.metrics.proportions import (
+    MIN_ERRORS,
     balanced,
     call_metrics,
     f1,
@@ -522,8 +523,8 @@ _ERRORS_OF = {"f1": "accuracy_at_operating_point", "brier": "accuracy", "log_los
 """Metric that errors make -> the share of calls that are right."""
 
 MIN_WRONG_CALLS = 10
-"""Errors below which the intervals of these do not hold: of 200 images with fewer than five the Brier score's held the
-truth in 74 to 78 of 100 sets and the log loss's in 61 to 62, with five to nine in 38 to 75."""
+"""Errors below which the intervals of these are only rough. Of 200 images with fewer than `MIN_ERRORS` the Brier
+score's held the truth in 74 to 78 of 100 sets and the log loss's in 61 to 62."""
 
 
 def _errors(right: Estimate) -> float:
@@ -542,7 +543,9 @@ def _doubted(parts: dict[str, Part], fewest: int) -> dict[str, Part]:
         if fewest < MIN_PER_CLASS:
             said += f"; too few ({fewest} in the rarer class): {HOLDS_LESS}"
         elif right and (errors := _errors(right.estimate)) < MIN_WRONG_CALLS - 1e-9:
-            said += f"; too few errors ({errors:.3g}): {HOLDS_LESS}"
+            said += (
+                f"; too few errors ({errors:.3g}): {HOLDS_LESS if errors < MIN_ERRORS - 1e-9 else ROUGHLY}"
+            )
         return replace(part, estimate=part.estimate.model_copy(update={"method": said}))
 
     return {name: told(name, part) for name, part in parts.items()}
