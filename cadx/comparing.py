@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from cadx import detection
+from cadx.doubts import doubts_of
 from cadx.evaluating import by_patient, judged_on, show_glossary
 from cadx.explaining import draw_band, patient_band, roc_heights, square, title
 from cadx.metrics import Difference, delong_difference, doubted, roc, score, tango_difference
-from cadx.metrics.limits import doubts_of
 from cadx.predicting.table import PredictionsInfo, arrays, box_table, read_predictions
 from cadx.reporting import LEGEND, MARK, MISSING, MUTED, PALETTE, Page, estimate_text, panels
 from cadx.types import Estimate

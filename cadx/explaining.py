@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
+from cadx.doubts import doubts_of
 from cadx.metrics import Subgroup, roc
-from cadx.metrics.limits import doubts_of
 from cadx.reporting import MARK, Page, panels
 from cadx.transforms import tile_map
 from cadx.types import Estimate

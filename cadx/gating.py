@@ -9,7 +9,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cadx.metrics import HOLDS_LESS, Difference, Subgroup, doubts_of
+from cadx.doubts import HOLDS_LESS, doubts_of
+from cadx.metrics import Difference, Subgroup
 from cadx.types import Aggregation, Config, Digest, Estimate
 
 

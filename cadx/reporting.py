@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw
 
+from cadx.doubts import doubts_of
 from cadx.files import replacing
-from cadx.metrics.limits import doubts_of
 from cadx.types import Estimate
 
 if TYPE_CHECKING:

@@ -17,10 +17,9 @@ from cadx.metrics.estimates import (
     IntArray,
     Weights,
     chunks,
-    replicated,
     resample,
 )
-from cadx.metrics.limits import on_scale
+from cadx.metrics.limits import part_of_boxes
 
 FROC_RATES = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0)
 """False positives per image at which sensitivity is read (LUNA16: Setio et al. 2017, Med Image Anal 42:1)."""
@@ -97,6 +96,11 @@ def froc_curve(
     )
 
 
+def count_holders(data: ImageSet, image: IntArray) -> int:
+    """Patients of some images: of those with lesions, that hold any."""
+    return len(np.unique(data.patient[image]))
+
+
 def froc_limits(
     detections: Sequence[pd.DataFrame],
     ground_truths: pd.DataFrame,
@@ -131,13 +135,9 @@ def froc_limits(
         np.stack([sensitivities(data, found, rows, rates) for found in pools])
         for rows in (np.ones((1, data.num_patients), np.uint8), weights)
     )  # S 1 J, S R J
-    num_holders = len(np.unique(data.patient[pools[0].lesion_image]))
+    num_holders = count_holders(data, pools[0].lesion_image)
     parts = [
-        # The rule for "average_precision" knows that a perfect set proves less than its resamples say.
-        on_scale(
-            "detections",
-            replicated("average_precision", by_seed, replicates, pools[0].num_lesions, num_holders),
-        )
+        part_of_boxes(by_seed, replicates, pools[0].num_lesions, num_holders)
         for by_seed, replicates in zip(value[:, 0].T, drawn.mean(axis=0).T, strict=True)
     ]
     low, high = (

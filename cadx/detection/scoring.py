@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from cadx.detection.average_precision import IOU_THRESHOLDS, CocoTables, coco_parts, coco_tables, mean_of
-from cadx.detection.froc import FROC_RATES, Pool, pool_classes, sensitivities
+from cadx.detection.froc import FROC_RATES, Pool, count_holders, pool_classes, sensitivities
 from cadx.detection.matching import (
     AREAS_PX2,
     ImageSet,
@@ -19,6 +19,7 @@ from cadx.detection.matching import (
     rank_in,
     read_boxes,
 )
+from cadx.doubts import ROUGHLY
 from cadx.metrics import areas
 from cadx.metrics.estimates import (
     LEVEL,
@@ -36,7 +37,7 @@ from cadx.metrics.estimates import (
     resampled_sums,
     undefined,
 )
-from cadx.metrics.limits import ROUGHLY, on_scale
+from cadx.metrics.limits import on_scale, part_of_boxes, with_doubt
 from cadx.metrics.proportions import MIN_ERRORS, share
 from cadx.types import Config, Estimate
 
@@ -223,9 +224,8 @@ def paired_differences(
         for one in (detections_a, detections_b)
     ]
     data = models[0]
-    owner, num_lesions = data.patient[data.lesions.image], len(data.lesions.image)
-    holders = [len(np.unique(owner[data.lesions.column == column])) for column in range(len(data.classes))]
-    fewest = min(filter(None, holders), default=0)
+    image, column = data.lesions.image, data.lesions.column
+    fewest = min((count_holders(data, image[column == one]) for one in np.unique(column)), default=0)
     weights = _itself_and_resamples(data, resamples, seed)
     values: dict[str, list[FloatArray]] = {"ap": [], "ap50": [], "froc": []}
     for model in models:
@@ -241,8 +241,8 @@ def paired_differences(
             values[name].append(np.mean(of_classes, axis=0) if tables else np.full(len(weights), np.nan))
         pool = pool_classes(match_classes(model, (iou_threshold,), (AREAS_PX2["all"],)))
         values["froc"].append(sensitivities(data, pool, weights, FROC_RATES).mean(axis=1))
-    rarest = {"ap": fewest, "ap50": fewest, "froc": len(np.unique(owner))}
-    return {name: _paired(a - b, num_lesions, rarest[name]) for name, (a, b) in values.items()}
+    rarest = {"ap": fewest, "ap50": fewest, "froc": count_holders(data, image)}
+    return {name: _paired(a - b, len(image), rarest[name]) for name, (a, b) in values.items()}
 
 
 def _paired(gap: FloatArray, n: int, fewest: int) -> Difference:
@@ -254,7 +254,8 @@ def _paired(gap: FloatArray, n: int, fewest: int) -> Difference:
         return Difference(value=value, low=None, high=None, p=None, n=n, method=why)
     low, high = (float(end) for end in np.percentile(drawn, TAILS))
     p = min(1.0, 2 * (min((drawn <= 0).sum(), (drawn >= 0).sum()) + 1) / (len(drawn) + 1))
-    method = f"paired patient bootstrap, percentile, {len(drawn)} resamples{_rarity(fewest)}"
+    told = (f"paired patient bootstrap, percentile, {len(drawn)} resamples", _rarity(fewest))
+    method = "; ".join(filter(None, told))
     return Difference(value=float(gap[0]), low=low, high=high, p=float(p), n=n, method=method)
 
 
@@ -299,9 +300,8 @@ def _coco_estimates(
             ],
             axis=0,
         ).round(12)
-        holders = [len(np.unique(data.patient[own])) for own in images if len(own)]
-        patients = len(np.unique(data.patient[np.concatenate(images)]))
-        part = _resampled(values, n, patients, min(holders))
+        fewest = min(count_holders(data, own) for own in images if len(own))
+        part = _resampled(values, n, count_holders(data, np.concatenate(images)), fewest)
         if len(matches) > 1:
             missing = sum(not len(own) for own in images)
             what_of = f"mean of {len(matches) - missing} classes" + (
@@ -322,21 +322,15 @@ def _resampled(values: FloatArray, n: int, patients: int, fewest: int) -> Part:
         patients: that have any.
         fewest: of them, of the class that the fewest have.
     """
-    # The rule for "average_precision" knows that a perfect set proves less than its resamples say.
-    part = replicated("average_precision", values[:, 0], values[:, 1:].mean(axis=0), n, patients)
-    part = on_scale("detections", part)
-    return _told(part, _rarity(fewest)) if part.estimate.low is not None else part
+    part = part_of_boxes(values[:, 0], values[:, 1:].mean(axis=0), n, patients)
+    return with_doubt(part, _rarity(fewest))
 
 
 def _rarity(patients: int) -> str:
     """What is said of an interval that rests on few patients with lesions, "" if they are enough."""
     if patients >= areas.MIN_PER_CLASS:
         return ""
-    return f"; too few ({patients} patients with lesions): {ROUGHLY}"
-
-
-def _told(part: Part, word: str) -> Part:
-    return replace(part, estimate=part.estimate.model_copy(update={"method": part.estimate.method + word}))
+    return f"too few ({patients} patients with lesions): {ROUGHLY}"
 
 
 def _of_images(data: ImageSet, pools: Sequence[Pool]) -> dict[str, Part]:
@@ -374,14 +368,14 @@ def _froc(data: ImageSet, pools: Sequence[Pool], weights: Weights) -> dict[str, 
         nowhere = np.full(len(pools), np.nan)
         return {name: undefined("undefined: no lesion", 0, nowhere) for name in ("froc", *names)}
     rates = np.stack([sensitivities(data, found, weights, FROC_RATES) for found in pools])  # S 1+R 7
-    patients = len(np.unique(data.patient[pools[0].lesion_image]))
+    patients = count_holders(data, pools[0].lesion_image)
     values = {"froc": rates.mean(axis=2)} | dict(zip(names, np.moveaxis(rates, 2, 0), strict=True))
     parts = {name: _resampled(value, n, patients, patients) for name, value in values.items()}
     for name in names:
         value, method = parts[name].by_seed.mean(), parts[name].estimate.method
         errors = min(value, 1 - value) * n
         if errors < MIN_ERRORS - 1e-9 and "too few" not in method:
-            parts[name] = _told(parts[name], f"; too few errors ({errors:.3g}): {ROUGHLY}")
+            parts[name] = with_doubt(parts[name], f"too few errors ({errors:.3g}): {ROUGHLY}")
     return parts
 
 

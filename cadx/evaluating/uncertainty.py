@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from scipy import special
 
 from cadx import calibration
+from cadx.doubts import HOLDS_LESS
 from cadx.evaluating.evaluation import dump
-from cadx.metrics import HOLDS_LESS, auc, share_of
+from cadx.metrics import auc, share_of
 from cadx.metrics.proportions import MIN_ERRORS
 from cadx.predicting.table import Arrays, PredictionsInfo
 from cadx.reporting import MUTED, Page, panels

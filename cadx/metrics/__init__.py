@@ -35,7 +35,7 @@ seed give equal output.
 from cadx.metrics.areas import auc, delong_difference
 from cadx.metrics.decisions import decision_curve, with_chosen_threshold
 from cadx.metrics.estimates import LEVEL, Difference, Meaning, resample, wilson
-from cadx.metrics.limits import HOLDS_LESS, doubted, doubts_of
+from cadx.metrics.limits import doubted
 from cadx.metrics.proportions import at_threshold, predictive_values, share_of, tango_difference
 from cadx.metrics.ranking import precision_recall, roc
 from cadx.metrics.reliability import calibration_curve
@@ -55,7 +55,6 @@ from cadx.metrics.scoring import (
 from cadx.types import Estimate
 
 __all__ = [
-    "HOLDS_LESS",
     "LEVEL",
     "METRICS",
     "Confusion",
@@ -73,7 +72,6 @@ __all__ = [
     "decision_curve",
     "delong_difference",
     "doubted",
-    "doubts_of",
     "gap_between",
     "precision_recall",
     "predictive_values",

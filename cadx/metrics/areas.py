@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
+from cadx.doubts import HOLDS_LESS, ROUGHLY
 from cadx.metrics.estimates import (
     EPSILON,
     LEVEL,
@@ -20,7 +21,6 @@ from cadx.metrics.estimates import (
     one_score,
     undefined,
 )
-from cadx.metrics.limits import HOLDS_LESS, ROUGHLY
 from cadx.metrics.ranking import placements
 from cadx.types import Estimate
 

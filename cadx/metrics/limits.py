@@ -1,7 +1,6 @@
-"""Limits of resampled metrics, on the scale on which they are nearly normal, and what intervals doubt of themselves."""
+"""Limits of resampled metrics, on the scale on which they are nearly normal, and doubts that a whole has of its parts."""
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -9,15 +8,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import special
 
-from cadx.metrics.estimates import Difference, Part, average, critical_value, estimate_of
+from cadx.doubts import doubts_of, gravest_doubt
+from cadx.metrics.estimates import (
+    Difference,
+    FloatArray,
+    Part,
+    average,
+    critical_value,
+    estimate_of,
+    replicated,
+)
 from cadx.types import Estimate
-
-HOLDS_LESS = "holds the truth less often than 95 %"
-"""How a doubt ends that forbids to rely on an interval's ends."""
-
-
-ROUGHLY = "holds the truth only roughly"
-"""How one ends that is a warning: a few in a hundred more or less than 95."""
 
 
 class _Scale(NamedTuple):
@@ -44,29 +45,6 @@ _SCALES = {
 _FAR = math.log(1000)
 """On the scale, from the value: a replicate as far away as that comes of a resample without errors."""
 
-_DOUBTS = ("too few", "the spread of")
-"""How the words begin by which a method says that its interval may not hold the truth."""
-
-
-def doubts_of(method: str) -> list[str]:
-    """What a method says against its own interval.
-
-    >>> doubts_of("Wilson; too few errors (2): may be conservative")
-    ['too few errors (2): may be conservative']
-    """
-    return [words for words in method.split("; ")[1:] if words.startswith(_DOUBTS)]
-
-
-def gravest_doubt(parts: Sequence[Estimate]) -> str:
-    """Of all doubts of the parts that have a value the one with the smallest number, "" where there is none."""
-
-    def number(words: str) -> float:
-        found = re.search(r"\(([\d.e-]+)", words)
-        return float(found[1]) if found else math.inf
-
-    doubts = [words for part in parts if part.value is not None for words in doubts_of(part.method)]
-    return min(doubts, key=number, default="")
-
 
 def doubted(difference: Difference, *parts: Estimate) -> Difference:
     """A difference that says what its parts doubt, unless it has a doubt, or no interval, of its own."""
@@ -78,12 +56,21 @@ def doubted(difference: Difference, *parts: Estimate) -> Difference:
 
 def mean_of_parts(name: str, parts: Sequence[Part], what: str | None = None) -> Part:
     """`estimates.average`; where a part doubts its own interval, the mean's method says so too."""
-    mean = average(name, parts, what)
-    words = gravest_doubt([part.estimate for part in parts])
-    if not words or mean.estimate.low is None:
-        return mean
-    method = f"{mean.estimate.method}; {words}"
-    return replace(mean, estimate=mean.estimate.model_copy(update={"method": method}))
+    return with_doubt(average(name, parts, what), gravest_doubt([part.estimate for part in parts]))
+
+
+def with_doubt(part: Part, words: str) -> Part:
+    """A part whose method says `words` against its interval; as it is without words, or without an interval."""
+    if not words or part.estimate.low is None:
+        return part
+    method = f"{part.estimate.method}; {words}"
+    return replace(part, estimate=part.estimate.model_copy(update={"method": method}))
+
+
+def part_of_boxes(by_seed: FloatArray, replicates: FloatArray, n: int, patients: int) -> Part:
+    """AP, AR or FROC of boxes from its resamples; arguments as of `estimates.replicated`."""
+    # The rule for "average_precision" knows that a perfect set proves less than its resamples say.
+    return on_scale("detections", replicated("average_precision", by_seed, replicates, n, patients))
 
 
 def on_scale(name: str, part: Part, largest: float = 1.0) -> Part:

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 from pydantic import Field
 
+from cadx.doubts import HOLDS_LESS, ROUGHLY
 from cadx.metrics.areas import MIN_PER_CLASS, area, patients_of_rarer_class
 from cadx.metrics.estimates import (
     BoolArray,
@@ -28,7 +29,7 @@ from cadx.metrics.estimates import (
     resampled_sums,
     undefined,
 )
-from cadx.metrics.limits import HOLDS_LESS, ROUGHLY, doubted, mean_of_parts, on_scale
+from cadx.metrics.limits import doubted, mean_of_parts, on_scale, with_doubt
 from cadx.metrics.multiplicity import holm
 from cadx.metrics.proportions import (
     MIN_ERRORS,
@@ -536,17 +537,15 @@ def _doubted(parts: dict[str, Part], fewest: int) -> dict[str, Part]:
     """The parts, with a word in the method of those that rest on few patients, or on few errors."""
 
     def told(name: str, part: Part) -> Part:
-        said = part.estimate.method
-        if name not in _OF_BOTH_CLASSES or part.estimate.low is None or "too few" in said:
+        if name not in _OF_BOTH_CLASSES or "too few" in part.estimate.method:
             return part  # "too few": a mean over classes, of which one says so
-        right = parts.get(_ERRORS_OF.get(name, ""))
         if fewest < MIN_PER_CLASS:
-            said += f"; too few ({fewest} in the rarer class): {HOLDS_LESS}"
-        elif right and (errors := _errors(right.estimate)) < MIN_WRONG_CALLS - 1e-9:
-            said += (
-                f"; too few errors ({errors:.3g}): {HOLDS_LESS if errors < MIN_ERRORS - 1e-9 else ROUGHLY}"
-            )
-        return replace(part, estimate=part.estimate.model_copy(update={"method": said}))
+            return with_doubt(part, f"too few ({fewest} in the rarer class): {HOLDS_LESS}")
+        right = parts.get(_ERRORS_OF.get(name, ""))
+        if right and (errors := _errors(right.estimate)) < MIN_WRONG_CALLS - 1e-9:
+            word = HOLDS_LESS if errors < MIN_ERRORS - 1e-9 else ROUGHLY
+            return with_doubt(part, f"too few errors ({errors:.3g}): {word}")
+        return part
 
     return {name: told(name, part) for name, part in parts.items()}
 
