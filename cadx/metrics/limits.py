@@ -1,4 +1,4 @@
-"""Limits of resampled metrics, on the scale on which they are nearly normal, and doubts that a whole has of its parts."""
+"""Limits of resampled metrics, on the scale on which they are nearly normal, and what a whole doubts of its parts."""
 
 import math
 from collections.abc import Callable, Sequence
