@@ -6,6 +6,7 @@ machines, seconds do not.
 """
 
 import json
+import os
 import pkgutil
 import sys
 from importlib import import_module
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import benchmarks
+from cadx import SPINS
 
 
 def main(names: list[str]) -> int:
@@ -27,6 +29,8 @@ def main(names: list[str]) -> int:
             f"benchmarks: no benchmark {', '.join(unknown)}; there are: {', '.join(known)}", file=sys.stderr
         )
         return 2
+    for name, value in SPINS.items():
+        os.environ.setdefault(name, value)  # as `cadx` does
     rows = []
     for name in names or known:
         for claim in import_module(f"benchmarks.{name}").claims():

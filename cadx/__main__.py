@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from cyclopts import App, Group, Parameter
 
+from cadx import SPINS
 from components import STEPS
 from components.contract import Alarm
 
@@ -992,7 +993,7 @@ def main(arguments: Annotated[Sequence[str] | None, Parameter(parse=False)] = No
     """Run one command; a mistake of the user's ends in one line on stderr and a non-zero status."""
     from cadx.doctor import TELEMETRY_OFF
 
-    for name, value in TELEMETRY_OFF.items():
+    for name, value in {**TELEMETRY_OFF, **SPINS}.items():
         os.environ.setdefault(name, value)
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     try:

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple, Self
 
 import urllib3
 
+from cadx import SPINS
 from cadx.files import locked
 from serving.client import MAX_REQUEST_BYTES, RESPONSE_TIMEOUTS_S
 from serving.management import STARTUP_TIMEOUT_S
@@ -306,7 +307,9 @@ class TorchServe:
         python_path = [str(_REPOSITORY), *filter(None, inherited.get("PYTHONPATH", "").split(os.pathsep))]
         threads = max(1, len(os.sched_getaffinity(0)) // self.workers)
         return {
-            "OMP_NUM_THREADS": str(threads),  # of each worker's torch, unless it is set already
+            # Of each worker's torch, unless they are set already.
+            "OMP_NUM_THREADS": str(threads),
+            **SPINS,
             "CADX_SLIDE_CACHE": str(self.folder / "slide_cache"),  # likewise
             **inherited,
             "CADX_GOLDEN_SLIDES": str(self.model_store),

@@ -1,6 +1,7 @@
 """The commands around the steps, and what every command does with a user's mistake, each in a real process."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -232,3 +233,20 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing_half_written(
     assert "No space left on device" in last
     assert "Traceback" not in result.stderr
     assert result.stdout == "", "something is left on the disk"
+
+
+@pytest.mark.parametrize("own", [None, "7"])
+def test_threads_that_wait_sleep_soon_unless_told_otherwise(
+    own: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside any other busy process, threads that spin take eight times as long: `python -m benchmarks threads`."""
+    from cadx.__main__ import main
+
+    monkeypatch.setenv("GOMP_SPINCOUNT", "set, so that it is put back")
+    if own is None:
+        del os.environ["GOMP_SPINCOUNT"]
+    else:
+        os.environ["GOMP_SPINCOUNT"] = own
+    with pytest.raises(SystemExit, match="0"):
+        main(["show", "--help"])
+    assert os.environ["GOMP_SPINCOUNT"] == (own or "3000")
