@@ -6,6 +6,7 @@ import pytest
 from scipy import stats
 from scipy.stats import entropy
 from sklearn.metrics.pairwise import rbf_kernel
+from threadpoolctl import threadpool_limits
 
 from cadx.drift import (
     STATISTICS,
@@ -23,6 +24,16 @@ from cadx.drift import (
 @pytest.fixture(params=[np.uint8, np.uint16], ids=["8 bits", "16 bits"])
 def dtype(request):
     return request.param
+
+
+def test_the_number_of_threads_decides_no_bit() -> None:
+    """Datasets hold these numbers, and are known by the digest of their bytes."""
+    rng = np.random.default_rng(0)
+    images = [rng.normal(20_000, 6_000, (200, 200)).astype(np.uint16) for _ in range(5)]
+    with threadpool_limits(1):
+        alone = [image_statistics(pixels) for pixels in images]
+    with threadpool_limits(2):
+        assert [image_statistics(pixels) for pixels in images] == alone
 
 
 @pytest.mark.parametrize("shape", [(31, 17), (1, 9), (9, 1), (12, 11, 3), (28, 28)])
