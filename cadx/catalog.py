@@ -506,14 +506,15 @@ def pseudonym(key: bytes, kind: Literal["patient", "sample"], text: str) -> str:
 # --- Folders and tables of images ---------------------------------------------------------------------
 
 
-def read_rows(path: Path, *, header: bool = True) -> list[dict[str, str]]:
+def read_rows(path: Path, *, header: bool = True, may_be_empty: bool = False) -> list[dict[str, str]]:
     """A CSV's rows as texts by column, stripped; comma, semicolon or tabulator, as its first line shows.
 
     Without a header, columns are called by their number, from 0. Excel's line `sep=;` above the header is no row,
     and columns at the end that are empty from the header down are none.
 
     Raises:
-        ValueError: one line: missing, not UTF-8, no rows, a column name twice, or a row of another length.
+        ValueError: one line: missing, not UTF-8, no rows (where it `may_be_empty`, not even a header), a column name
+            twice, or a row of another length.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -530,7 +531,7 @@ def read_rows(path: Path, *, header: bool = True) -> list[dict[str, str]]:
         lines = [[cell.strip() for cell in line] for line in reader if any(line)]
     except csv.Error:
         raise ValueError(f"{path.name}: no CSV: a quote is not closed, or a cell is too long") from None
-    if len(lines) < 1 + header:
+    if len(lines) < header + (not may_be_empty):
         raise ValueError(f"{path.name}: no rows")
     width = len(lines[0])
     while header and not any("".join(line[width - 1 :]) for line in lines):
@@ -693,7 +694,8 @@ def _describe_table(folder: Path, table: Path) -> _Layout | None:
     if len(counts) > _MOST_CLASSES or ("label_columns" not in layout and len(counts) < 2):
         raise ValueError(f"{table.name}: column {label_column} holds {len(counts)} classes; is it the label?")
     box_table = folder / "boxes.csv"
-    if box_table.is_file() and {"file", "class", "x0", "y0", "x1", "y1"} <= set(read_rows(box_table)[0]):
+    boxes = read_rows(box_table, may_be_empty=True) if box_table.is_file() else []
+    if boxes and {"file", "class", "x0", "y0", "x1", "y1"} <= set(boxes[0]):
         layout["boxes"] = {"table": box_table.name, "x1": "x1", "y1": "y1"}
     return layout, counts, [root / row[file_column] for row in rows]
 

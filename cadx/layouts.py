@@ -332,9 +332,9 @@ def _find_files_without_row(
 def _unlisted(items: list[Item], folders: Iterable[Path]) -> dict[Path, int]:
     """Files below `folders` that may be samples and belong to no item, with their places in sorted order.
 
-    Those are files with an item's extension or format (a PNG may stand for a JPEG), and any image in a folder that
-    leads to an item's file: PNGs in a folder of their own, beside one of DICOM, are not. Where items are folders of
-    slices, a folder of such files stands for them.
+    Those are files with an item's extension or format (a PNG may stand for a JPEG), and any other image, unless it
+    lies in a folder that leads to no item and bears an item's name, as a mask or preview of it does. Where items are
+    folders of slices, a folder of such files stands for them.
     """
     listed = {path for item in items for path in (item.path, item.mask) if path}
     above = {parent for path in listed for parent in path.parents}
@@ -345,14 +345,32 @@ def _unlisted(items: list[Item], folders: Iterable[Path]) -> dict[Path, int]:
     if not formats.isdisjoint(_PICTURES):
         formats |= _PICTURES
     are_folders = any(item.path.is_dir() for item in items)
+    names = {_bare(item.path.name) for item in items}
     found: dict[Path, int] = {}
     for number, path in enumerate(there, start=1):
         if path in taken:
             continue
         form = None if path.suffix in by_suffix else sniff_file(path)
-        if path.suffix in by_suffix or form in formats or (form and path.parent in above):
+        is_other = form is not None and (path.parent in above or names.isdisjoint(_names_in(path.name)))
+        if path.suffix in by_suffix or form in formats or is_other:
             found.setdefault(path.parent if are_folders and path.parent not in above else path, number)
     return found
+
+
+def _bare(name: str) -> str:
+    """A file's name without its extension."""
+    return re.sub(r"(\.nii)?\.[^.]*$", "", name) or name
+
+
+def _names_in(name: str) -> set[str]:
+    """What a file's name may be called after: all of it, and what stands before or behind a sign in it.
+
+    >>> sorted(_names_in("p1-3_mask.png"))
+    ['3_mask', 'mask', 'p1', 'p1-3', 'p1-3_mask']
+    """
+    bare = _bare(name)
+    signs = [at for at, letter in enumerate(bare) if not letter.isalnum()]
+    return {bare, *(bare[:at] for at in signs), *(bare[at + 1 :] for at in signs)}
 
 
 def _row_labels(entry: TableEntry, row: dict[str, str], place: str) -> dict[str, float]:
@@ -371,17 +389,25 @@ def _row_labels(entry: TableEntry, row: dict[str, str], place: str) -> dict[str,
 
 
 def _boxes(entry: TableEntry, root: Path) -> dict[str, list[Box]]:
-    """Boxes by file, as (class, x0, y0, x1, y1)."""
+    """Boxes by file, as (class, x0, y0, x1, y1).
+
+    A row without corners, whose class is none of the entry's, says that its image has no box: "No finding" or nothing.
+    """
     table = entry.boxes
     assert table is not None
-    rows = read_rows(root / table.table)
+    rows = read_rows(root / table.table, may_be_empty=True)  # as of a set in which nobody is ill
     corners = [table.x0, table.y0, table.x1 or table.width, table.y1 or table.height]
-    _require_columns(table.table, rows, [table.file, table.class_name, *corners, *table.where])
+    if rows:
+        _require_columns(table.table, rows, [table.file, table.class_name, *corners, *table.where])
     found: dict[str, list[Box]] = {}
     for number, row in enumerate(rows, start=2):
         if any(row[column] != value for column, value in table.where.items()):
             continue
         label = table.values.get(row[table.class_name], row[table.class_name])
+        file = PurePosixPath(row[table.file]).as_posix()
+        if label not in entry.classes and not any(row[column] for column in corners if column):
+            found.setdefault(file, [])
+            continue
         if label not in entry.classes:
             known = ", ".join(table.values or entry.classes)
             raise ValueError(f"{table.table} row {number}: a box of a class that is none of {known}")
@@ -390,7 +416,7 @@ def _boxes(entry: TableEntry, root: Path) -> dict[str, list[Box]]:
         )
         if table.width:
             x1, y1 = x0 + x1, y0 + y1
-        found.setdefault(PurePosixPath(row[table.file]).as_posix(), []).append((label, x0, y0, x1, y1))
+        found.setdefault(file, []).append((label, x0, y0, x1, y1))
     return found
 
 

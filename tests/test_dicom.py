@@ -174,19 +174,20 @@ def test_several_frames_are_refused_unless_one_is_asked_for(compressed):
     np.testing.assert_array_equal(read_image(encode(dicom()), frame=1).pixels, GRAY)
 
 
+def group(spacing: str, slope: str, centre: str, width: str) -> Dataset:
+    """What an enhanced header says of one frame."""
+    measures, transformation, window, whole = Dataset(), Dataset(), Dataset(), Dataset()
+    measures.PixelSpacing = [spacing, spacing]
+    transformation.RescaleSlope, transformation.RescaleIntercept = slope, "-1000"
+    window.WindowCenter, window.WindowWidth = centre, width
+    whole.PixelMeasuresSequence = Sequence([measures])
+    whole.PixelValueTransformationSequence = Sequence([transformation])
+    whole.FrameVOILUTSequence = Sequence([window])
+    return whole
+
+
 def test_an_enhanced_frame_has_its_own_spacing_slope_and_window():
     frames = np.random.default_rng(2).integers(0, 4096, (2, 16, 24)).astype(np.uint16)
-
-    def group(spacing: str, slope: str, centre: str, width: str) -> Dataset:
-        measures, transformation, window, whole = Dataset(), Dataset(), Dataset(), Dataset()
-        measures.PixelSpacing = [spacing, spacing]
-        transformation.RescaleSlope, transformation.RescaleIntercept = slope, "-1000"
-        window.WindowCenter, window.WindowWidth = centre, width
-        whole.PixelMeasuresSequence = Sequence([measures])
-        whole.PixelValueTransformationSequence = Sequence([transformation])
-        whole.FrameVOILUTSequence = Sequence([window])
-        return whole
-
     settings = [("0.5", "1", "300", "900"), ("0.8", "2", "1500", "2000")]
     ds = dicom(frames, PerFrameFunctionalGroupsSequence=Sequence([group(*one) for one in settings]))
     ds.BitsStored, ds.HighBit = 12, 11
@@ -198,6 +199,23 @@ def test_an_enhanced_frame_has_its_own_spacing_slope_and_window():
         unit = np.clip((modality - float(centre) + 0.5) / (float(width) - 1) + 0.5, 0, 1)
         np.testing.assert_allclose(image.pixels / 65535, unit, atol=0.51 / 65535)
         assert image.spacing_mm == (float(spacing), float(spacing))
+
+
+@pytest.mark.parametrize("keyword", ["SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"])
+def test_an_enhanced_object_of_one_frame_is_shown_as_its_groups_say_without_being_asked_for_it(keyword):
+    stored = np.random.default_rng(2).integers(0, 4096, (16, 24)).astype(np.uint16)
+    enhanced = dicom(stored, NumberOfFrames=1, **{keyword: Sequence([group("0.5", "2", "1500", "2000")])})
+    plain = dicom(
+        stored,
+        PixelSpacing=["0.5", "0.5"],
+        RescaleSlope="2",
+        RescaleIntercept="-1000",
+        WindowCenter="1500",
+        WindowWidth="2000",
+    )
+    found, expected = (read_image(encode(ds)) for ds in (enhanced, plain))
+    np.testing.assert_array_equal(found.pixels, expected.pixels)
+    assert (found.spacing_mm, found.assumptions) == ((0.5, 0.5), ())
 
 
 def test_frames_of_a_png():
@@ -241,6 +259,9 @@ def test_exif_is_found(tmp_path, kind):
     exif.get_ifd(0x8825)[1] = "N"
     names = found(tmp_path, picture(kind, exif=exif))
     assert names == ("EXIF GPSInfo", "EXIF ImageDescription", "EXIF UserComment")
+    place = Image.Exif()
+    place.get_ifd(0x8825)[2] = (52.0, 30.0, 0.0)
+    assert found(tmp_path, picture(kind, exif=place.tobytes())) == ("EXIF GPSInfo",)
     harmless = Image.Exif()
     harmless[0x0112] = 1  # orientation
     assert found(tmp_path, picture(kind, exif=harmless)) == ()
@@ -252,6 +273,8 @@ def test_comments_xmp_and_iptc_of_a_jpeg_are_found(tmp_path):
     assert found(tmp_path, picture("JPEG", comment="CREATOR: gd-jpeg v1.0 (using IJG JPEG v80)")) == ()
     xmp = f"<x:xmpmeta><dc:creator>{NAME}</dc:creator></x:xmpmeta>".encode()
     assert found(tmp_path, picture("JPEG", xmp=xmp)) == ("XMP",)
+    place = b'<x:xmpmeta><rdf:Description exif:GPSLatitude="52,30.5N"/></x:xmpmeta>'
+    assert found(tmp_path, picture("JPEG", xmp=place)) == ("XMP",)
     body = b"Photoshop 3.0\x008BIM\x04\x04\x00\x00" + struct.pack(">I", 30) + NAME.encode()
     segment = b"\xff\xed" + struct.pack(">H", len(body) + 2) + body
     plain = picture("JPEG")

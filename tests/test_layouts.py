@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -22,6 +23,7 @@ from cadx.catalog import (
     load_catalog,
 )
 from cadx.layouts import Orphan, list_items, read_bags
+from cadx.quality import box_problems
 
 DESCRIBED: dict[str, Any] = {
     "title": "made for a test",
@@ -63,6 +65,14 @@ def test_voc_corners_become_half_open_and_images_without_boxes_stay(tmp_path: Pa
     assert full.boxes == [("cell", 0, 0, 40, 30)]
     assert full.labels == {"cell": 1, "platelet": 0}
     assert (empty.boxes, empty.labels) == ([], {"cell": 0, "platelet": 0})
+
+
+def test_voc_of_a_tool_that_counts_from_0_lies_outside_the_image_and_so_is_found(tmp_path: Path) -> None:
+    entry = voc(tmp_path, {"a": [("cell", 0, 0, 39, 29), ("cell", 1, 1, 40, 30)]})
+    (item,) = list_items(entry, tmp_path)
+    boxes = pd.DataFrame(item.boxes, columns=["class", "x0", "y0", "x1", "y1"]).assign(sample_id="a")
+    samples = pd.DataFrame({"sample_id": ["a"], "height_px": [30], "width_px": [40]})
+    assert box_problems(boxes, samples, entry.classes)["is_inside"].tolist() == [False, True]
 
 
 def test_bccd_has_its_published_counts_and_two_boxes_without_area(mirror: Path, root: Path) -> None:
@@ -238,6 +248,50 @@ def test_a_detection_table_takes_its_labels_from_the_boxes(tmp_path: Path) -> No
     assert math.isnan(with_box.clinical["crp_mg_l"])
 
 
+def test_a_row_without_corners_says_that_its_image_has_no_box(tmp_path: Path) -> None:
+    """As in the tables of VinDr-CXR ("No finding") and of RSNA's challenge."""
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b.png")
+    (tmp_path / "images.csv").write_text("file\na.png\nb.png\n")
+    entry = TableEntry(
+        **DETECTION, format="table", table="images.csv", boxes={"table": "boxes.csv", "x1": "x1", "y1": "y1"}
+    )
+    header = "file,class,x0,y0,x1,y1\nb.png,cell,1,2,3,4\n"
+    for row in ("a.png,No finding,,,,", "a.png,,,,,"):
+        (tmp_path / "boxes.csv").write_text(f"{header}{row}\n")
+        without, with_box = list_items(entry, tmp_path)
+        assert (without.boxes, without.labels) == ([], {"cell": 0, "platelet": 0})
+        assert with_box.boxes == [("cell", 1, 2, 3, 4)]
+    for row, message in (
+        ("a.png,cell,,,,", "boxes.csv row 3: a corner is missing"),
+        ("a.png,virus,1,2,3,4", "boxes.csv row 3: a box of a class that is none of cell, platelet"),
+        ("a.png,virus,1,,,", "boxes.csv row 3: a box of a class that is none of cell, platelet"),
+        ("c.png,No finding,,,,", "boxes.csv: boxes of 1 files that have no row"),
+    ):
+        (tmp_path / "boxes.csv").write_text(f"{header}{row}\n")
+        with pytest.raises(ValueError, match=message):
+            list_items(entry, tmp_path)
+
+
+def test_a_box_table_without_a_row_is_of_images_without_boxes_and_an_empty_file_is_none(
+    tmp_path: Path,
+) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "images.csv").write_text("file\na.png\n")
+    entry = TableEntry(
+        **DETECTION, format="table", table="images.csv", boxes={"table": "boxes.csv", "x1": "x1", "y1": "y1"}
+    )
+    (tmp_path / "boxes.csv").write_text("file,class,x0,y0,x1,y1\n")
+    (item,) = list_items(entry, tmp_path)
+    assert (item.boxes, item.labels) == ([], {"cell": 0, "platelet": 0})
+    (tmp_path / "boxes.csv").write_text("\n")
+    with pytest.raises(ValueError, match=r"boxes\.csv: no rows"):
+        list_items(entry, tmp_path)
+    (tmp_path / "images.csv").write_text("file\n")
+    with pytest.raises(ValueError, match=r"images\.csv: no rows"):
+        list_items(entry, tmp_path)
+
+
 def test_the_rsna_readers_boxes_are_all_there_and_images_without_any_too(mirror: Path, root: Path) -> None:
     entry = load_catalog(root / "data/catalog.yaml")["nih-rsna-boxes"]
     assert isinstance(entry, TableEntry)
@@ -347,6 +401,31 @@ def test_pictures_in_a_folder_of_their_own_are_no_dicom_images_without_a_row(tmp
     (tmp_path / "t.csv").write_text("file,label\nimages/a.dcm,cell\n")
     assert len(list_items(table(), tmp_path)) == 1
     dicom(tmp_path / "more/b")
+    with pytest.raises(ValueError, match="1 samples beside the listed have no row"):
+        list_items(table(), tmp_path)
+
+
+@pytest.mark.parametrize("companion", ["a.png", "a_mask.png", "mask-a.png", "a.jpg"])
+@pytest.mark.parametrize("stray", ["b.png", "ab.png", "mask_b.jpg"])
+def test_a_picture_beside_dicom_is_passed_over_only_where_it_bears_the_name_of_an_image(
+    tmp_path: Path, companion: str, stray: str
+) -> None:
+    dicom(tmp_path / "images/a.dcm")
+    picture(tmp_path / f"previews/{companion}")
+    (tmp_path / "t.csv").write_text("file,label\nimages/a.dcm,cell\n")
+    assert len(list_items(table(), tmp_path)) == 1
+    picture(tmp_path / f"unread/{stray}")
+    with pytest.raises(ValueError, match=r"t\.csv: 1 samples beside the listed have no row"):
+        list_items(table(), tmp_path)
+    orphans: list[Orphan] = []
+    assert len(list_items(table(), tmp_path, orphans)) == 1
+    assert [one.rule for one in orphans] == ["image_without_label"]
+
+
+def test_a_dicom_image_in_a_folder_beside_pictures_is_not_passed_over(tmp_path: Path) -> None:
+    picture(tmp_path / "images/a.png")
+    dicom(tmp_path / "more/b.dcm")
+    (tmp_path / "t.csv").write_text("file,label\nimages/a.png,cell\n")
     with pytest.raises(ValueError, match="1 samples beside the listed have no row"):
         list_items(table(), tmp_path)
 

@@ -781,6 +781,33 @@ def test_uneven_spacing_is_found(tmp_path):
     assert volume.spacing_mm[0] == 2.5
 
 
+@pytest.mark.parametrize("tilt", [0.0, 0.2])
+@pytest.mark.parametrize(("moved", "num_beside"), [({4}, 1), ({11}, 1), ({0}, 1), (set(range(7)), 5)])
+def test_slices_that_were_moved_aside_are_found_and_do_not_tilt_the_others(tmp_path, moved, num_beside, tilt):
+    voxels = phantom((7, 6, 12))
+    places = [[20.0 * (k in moved), tilt * 2.5 * k, 2.5 * k] for k in range(12)]
+    elements = [{"ImagePositionPatient": place} for place in places]
+    volume = read_volume(write_series(tmp_path / "s", voxels, elements=elements))
+    beside = f"uneven_spacing: {num_beside} slices lie up to 20 mm beside the others"
+    lean = ("gantry_tilt: slices are 11.3 degrees off the perpendicular",) if tilt else ()
+    assert volume.findings == (beside, *lean)
+    np.testing.assert_allclose(volume.spacing_mm, (2.5 * np.hypot(1, tilt), 0.9, 0.8), rtol=1e-6)
+    unmoved = [{"ImagePositionPatient": [0, y, z]} for _, y, z in places]
+    reference = read_volume(write_series(tmp_path / "unmoved", voxels, elements=unmoved))
+    assert reference.findings == lean
+    np.testing.assert_allclose(
+        volume.affine[:3, :3],
+        reference.affine[:3, :3],
+        atol=1e-6,
+        err_msg="most slices say where the stack goes",
+    )
+
+
+def test_a_slice_within_half_a_pixel_of_the_line_is_in_its_place(tmp_path):
+    elements = [{"ImagePositionPatient": [0.3 * (k == 2), 0, 2.5 * k]} for k in range(5)]
+    assert read_volume(write_series(tmp_path / "s", phantom(), elements=elements)).findings == ()
+
+
 def test_gantry_tilt_is_found(tmp_path):
     tilted = RAS.copy()
     tilted[1, 2] = np.tan(np.radians(12)) * RAS[2, 2]

@@ -219,8 +219,7 @@ def read_dicom(data: bytes, frame: int | None = None, photometric: Photometric |
         settle_photometric(header, photometric, assumptions)
         syntax = UID(str(header.file_meta.get("TransferSyntaxUID", "")))
         colour = check_pixels(header, syntax, frame)
-        if frame is not None:
-            _lay_out_frame(header, frame)
+        _lay_out_frame(header, frame or 1)
         spacing_mm = _spacing_mm(header, assumptions)
         attributes = header_attributes(header, assumptions)
         patient = header_text(header, "PatientID") or None

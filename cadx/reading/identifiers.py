@@ -65,7 +65,10 @@ _EXIF = {
     0x9286: "UserComment", 0xA430: "CameraOwnerName", 0x8825: "GPSInfo",
 }  # fmt: skip
 _EXIF_FOLDER, _GPS_FOLDER = 0x8769, 0x8825
-_XMP_FIELDS = re.compile(rb"dc:(creator|title|description|subject)|patient", re.IGNORECASE)
+_XMP_FIELDS = re.compile(
+    rb"dc:(creator|title|description|subject)|patient|exif:GPS|OwnerName|PersonInImage|CaptionWriter",
+    re.IGNORECASE,
+)
 _NIFTI_FIELDS = {
     1: {
         "data_type": (4, 10),

@@ -658,7 +658,8 @@ def _read_series(
     frames, heights_mm = [frames[number] for number in order], heights_mm[order]
     is_new, findings = _judge_gaps(frames, heights_mm)
     kept = [frame for frame, new in zip(frames, is_new, strict=True) if new]
-    steps, origin_mm, spacing = _series_geometry(kept, heights_mm[is_new], normal, given_mm, assumptions)
+    line, beside = _line_of_places(kept, heights_mm[is_new], normal)
+    steps, origin_mm, spacing = _series_geometry(kept, heights_mm[is_new], line, given_mm, assumptions)
     axes = _orientation(steps)
     spacing = spacing or _spacing(steps, axes)
     shape = (len(kept), *frames[0].shape)
@@ -680,7 +681,7 @@ def _read_series(
         attributes=attributes,
         patient=frames[0].patient or None,
         assumptions=tuple(dict.fromkeys(assumptions)),
-        findings=(*findings, *_geometry_findings(steps, axes)),
+        findings=(*findings, *beside, *_geometry_findings(steps, axes)),
     )
 
 
@@ -928,31 +929,55 @@ def _header_gaps_mm(frames: Sequence[_Frame], gaps_mm: np.ndarray) -> dict[str, 
     return claims_mm
 
 
+def _line_of_places(
+    frames: Sequence[_Frame], heights_mm: np.ndarray, normal: np.ndarray
+) -> tuple[tuple[np.ndarray, np.ndarray], list[str]]:
+    """The line on which the slices' first pixels lie, of slices sorted by height; and who lies beside it.
+
+    It is the first one's place and the way for each mm of height, in LPS. Where not all lie within half a pixel of
+    the line through the first and the last, it is that of most: one slice that was moved must not tilt the others.
+    """
+    places_mm = np.array([frame.position_mm for frame in frames])
+    if len(frames) == 1:
+        return (places_mm[0], normal), []
+    way = (places_mm[-1] - places_mm[0]) / (heights_mm[-1] - heights_mm[0])
+    rest_mm = places_mm - np.outer(heights_mm - heights_mm[0], way)
+    tolerance_mm = min(frames[0].pixel_mm or (1.0, 1.0)) / 2
+    if np.linalg.norm(rest_mm - places_mm[0], axis=1).max() <= tolerance_mm:
+        return (places_mm[0], way), []
+    way = np.median(np.diff(places_mm, axis=0) / np.diff(heights_mm)[:, None], axis=0)
+    way += normal * (1 - way @ normal)
+    rest_mm = places_mm - np.outer(heights_mm - heights_mm[0], way)
+    origin_mm = np.sort(rest_mm, axis=0)[len(rest_mm) // 2]  # no mean of two halves
+    beside_mm = np.linalg.norm(rest_mm - origin_mm, axis=1)
+    num_beside = int((beside_mm > tolerance_mm).sum())
+    return (origin_mm, way), [
+        f"uneven_spacing: {num_beside} slices lie up to {beside_mm.max():.3g} mm beside the others"
+    ]
+
+
 def _series_geometry(
     frames: Sequence[_Frame],
     heights_mm: np.ndarray,
-    normal: np.ndarray,
+    line: tuple[np.ndarray, np.ndarray],
     given_mm: tuple[float, float, float] | None,
     assumptions: list[str],
 ) -> tuple[np.ndarray, np.ndarray, Spacing | None]:
-    """As `_nifti_geometry`, of sorted slices.
+    """As `_nifti_geometry`, of sorted slices on the `line` that `_line_of_places` gives.
 
     Source: DICOM PS3.3 C.7.6.2.1.1, equation C.7.6.2.1-1. DICOM's patient axes point left, posterior and
     superior (C.7.6.2.1.1), so that x and y change their signs.
     """
     pixel_mm, step_mm = frames[0].pixel_mm, frames[0].between_mm or frames[0].thickness_mm
-    if len(frames) > 1:
-        way = (frames[-1].position_mm - frames[0].position_mm) / (heights_mm[-1] - heights_mm[0])
-        step = way * float(np.median(np.diff(heights_mm)))
-    else:
-        step = normal * (step_mm or 1.0)
+    first_mm, way = line
+    step = way * (float(np.median(np.diff(heights_mm))) if len(frames) > 1 else step_mm or 1.0)
     row_mm, column_mm = pixel_mm or (1.0, 1.0)
     # The first cosines point along a row, where the column number grows.
     along_row, along_column = frames[0].cosines
     steps = np.column_stack([along_row * column_mm, along_column * row_mm, step])
     to_ras = np.array([-1.0, -1.0, 1.0])
     steps *= to_ras[:, None]
-    origin_mm = frames[0].position_mm * to_ras
+    origin_mm = first_mm * to_ras
     if pixel_mm is None or (len(frames) == 1 and step_mm is None):
         missing = "PixelSpacing" if pixel_mm is None else "distance between slices, being one alone,"
         return steps, origin_mm, _take_given(given_mm, f"no {missing}", assumptions)
