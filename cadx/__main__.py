@@ -83,17 +83,19 @@ def command_line(tokens: Sequence[str] = ()) -> App:
         help_epilogue="Example: `make run` walks the synthetic chest X-rays through every step; "
         "`cadx STEP --help` shows each step's own example.",
     )
+    asks = bool({"--help", "-h"} & set(tokens))
+    runs_step = not asks and any(step.name in tokens[:1] for step in STEPS)
     steps, others = Group("Steps, in order", sort_key=1), Group("Around them", sort_key=2)
     app["--help"].group = ""
     for number, step in enumerate(STEPS):
-        asked = step.name in tokens[:1] and {"--help", "-h"} & set(tokens)
         app.command(
             f"components.{step.name}:{step.name}",
             name=step.name,
-            help=step.summary,
+            # Parsed out of each step's source: a step that runs needs none of them.
+            help=None if runs_step else step.summary,
             group=steps,
             sort_key=number,
-            help_epilogue=_example(step.name) if asked else None,
+            help_epilogue=_example(step.name) if asks and step.name in tokens[:1] else None,
         )
     for command in (
         show,

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
-from rich.console import Console
-from rich.table import Column, Table
 
 from cadx import detection
 from cadx.doubts import doubts_of
@@ -249,6 +247,9 @@ def compare_files(a: Path, b: Path, page: Path) -> None:
     Raises:
         ValueError: as `compare_metrics`.
     """
+    from rich.console import Console
+    from rich.table import Column, Table
+
     first = read_scored(a)
     second = paired(first, read_scored(b))
     found, counts = compare_metrics(first, second), agreement(first, second)

@@ -11,9 +11,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from rich.console import Console
-from rich.table import Table
-
 _PACKAGES = (
     "torch", "torchvision", "monai", "accelerate", "pydicom", "python-gdcm", "nibabel", "openslide-python",
     "scikit-learn", "great-expectations", "evidently", "torchserve", "dvc", "kfp",
@@ -41,6 +38,9 @@ class Check(NamedTuple):
 
 def examine() -> bool:
     """Print the table; True if nothing is missing that a command needs."""
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table("", "subject", "found", "what to do", title="cadx doctor")
     marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "missing": "[red]missing[/]"}
     healthy = True

@@ -9,8 +9,8 @@ from typing import TypeVar
 
 import numpy as np
 import pandas as pd
+import scipy
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from cadx.datasets import DatasetFolder
 from cadx.metrics import Subgroup
@@ -43,7 +43,7 @@ def largest_lesions(folder: DatasetFolder, sample_ids: Sequence[str]) -> dict[st
     sizes = largest.reindex(list(sample_ids)).to_numpy(np.float64, copy=True)
     for place, has_mask in enumerate((rows["mask_path"] != "").tolist()):
         if has_mask and math.isnan(sizes[place]):
-            parts, _ = ndimage.label(folder.mask(sample_ids[place]))
+            parts, _ = scipy.ndimage.label(folder.mask(sample_ids[place]))
             sizes[place] = np.bincount(parts.ravel())[1:].max(initial=0) or math.nan
     return {} if np.isnan(sizes).all() else {f"{_COLUMN}{unit}": sizes * scale}
 
