@@ -3,12 +3,12 @@
 import re
 import sys
 from collections.abc import Callable, Mapping
-from itertools import dropwhile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from kfp import compiler
+import yaml
+from google.protobuf import json_format
 
 from cadx.files import replacing
 from pipelines import Deploy
@@ -62,16 +62,15 @@ def compile_experiment(
             "model store and the server's tokens"
         )
     setting = Setting(params, image, placements, remote, notify, deploy)
-    if pipeline == "families":
-        built = families((experiment, *against), setting)
-    else:
-        built = PIPELINES[pipeline](experiment, setting)
-    with TemporaryDirectory() as folder:
-        compiled = Path(folder) / "pipeline.yaml"
-        compiler.Compiler().compile(built, str(compiled))
-        lines = compiled.read_text(encoding="utf-8").splitlines(keepends=True)
-    # kfp's comments list the defaults in an order that changes from run to run.
-    content = dropwhile(lambda line: line.startswith("#"), lines)
+    together = pipeline == "families"
+    build: Callable[..., Any] = families if together else PIPELINES[pipeline]
+    # For each limit of a task, kfp reads the source of every function on the call stack: a thread's own is short.
+    with ThreadPoolExecutor(1) as thread:
+        built = thread.submit(build, (experiment, *against) if together else experiment, setting).result()
+    # As kfp's compiler does, but with the C library, and without its comments: they list the defaults in an order that
+    # changes from run to run.
+    documents = [json_format.MessageToDict(spec) for spec in (built.pipeline_spec, built.platform_spec)]
+    content = yaml.dump_all([document for document in documents if document], Dumper=yaml.CSafeDumper)
     for named in sorted({image, *(one.image for one in placements.values() if one.image)}):
         if "@sha256:" not in named:
             print(
@@ -84,4 +83,4 @@ def compile_experiment(
         "change those.\n"
     )
     with replacing(output) as partial:
-        partial.write_text(note + "".join(content), encoding="utf-8")
+        partial.write_text(note + content, encoding="utf-8")

@@ -6,6 +6,7 @@ reads; types come from the steps' signatures; where a step runs comes from resou
 decision runs only if it says promote; one without an own stage in dvc.yaml runs uncached.
 """
 
+import functools
 import inspect
 import json
 import shlex
@@ -113,7 +114,7 @@ def stages(experiment: str) -> Iterator[Job]:
     Raises:
         ValueError: if dvc.yaml does not hold the experiment.
     """
-    content = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+    content = yaml.load((ROOT / "dvc.yaml").read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
     matrix = content["vars"][0]
     if experiment not in matrix["experiments"]:
         known = ", ".join(matrix["experiments"])
@@ -218,6 +219,12 @@ def _may_be_left_out(step: Step, name: str) -> bool:
 def step_named(name: str) -> Step:
     """The step of that name."""
     return next(step for step in STEPS if step.name == name)
+
+
+@functools.cache
+def summary_of(step: Step) -> str:
+    """The first line of a step's docstring; its file is parsed once."""
+    return step.summary
 
 
 def signature(step: Step) -> inspect.Signature:
@@ -340,7 +347,7 @@ def add_job(
     component = dsl.container_component(
         function(
             job.name,
-            job.step.summary,
+            summary_of(job.step),
             [parameter(name, annotation) for name, annotation in interface.items()],
             lambda *_: container,
         )
@@ -407,7 +414,7 @@ def pipeline(
     ends = [notice] if setting.notifies else []
     asked = {**asked, **parameters(ends, experiment, setting.params)}
     # kfp turns the docstring into the pipeline's description and into its parameters' help.
-    steps = {step.name: f"Section of the step: {step.summary}" for step in STEPS}
+    steps = {step.name: f"Section of the step: {summary_of(step)}" for step in STEPS}
     lines = [f"    {one}: {steps.get(one) or HELP[one]}" for one in asked]
     doc = "\n".join([summary, "", "Args:", *lines]) + "\n"
 

@@ -124,7 +124,7 @@ def assert_sound(scores: Scores) -> None:
 
 @pytest.mark.parametrize("clusters", [False, True])
 def test_binary_values_equal_scikit_learn(clusters: bool) -> None:
-    for seed in range(200):
+    for seed in range(60):
         y, p, patients = draw(seed, clusters=clusters)
         scores = score_binary(y, p, patients)
         calls = p >= 0.4
@@ -148,7 +148,7 @@ def test_binary_values_equal_scikit_learn(clusters: bool) -> None:
 
 
 def test_multiclass_values_equal_scikit_learn() -> None:
-    for seed in range(200):
+    for seed in range(60):
         rng = np.random.default_rng(seed)
         n, k = int(rng.integers(12, 80)), int(rng.integers(3, 6))
         y = (
@@ -157,7 +157,7 @@ def test_multiclass_values_equal_scikit_learn() -> None:
             else np.arange(k)
         )
         p = rng.dirichlet(np.ones(k), size=len(y))
-        calls = rng.integers(0, k, len(y))
+        calls = rng.integers(0, k - seed % 2, len(y))  # in every other set the last class is never called
         scores = score(
             np.eye(k)[y],
             p,
@@ -173,13 +173,14 @@ def test_multiclass_values_equal_scikit_learn() -> None:
         assert value["accuracy_at_operating_point"] == pytest.approx(reference.accuracy_score(y, calls))
         assert value["balanced_accuracy"] == pytest.approx(reference.balanced_accuracy_score(y, calls))
         assert value["f1"] == pytest.approx(reference.f1_score(y, calls, average="macro"))
-        for name, measure, label in (
+        for name, measure, of_class in (
             ("sensitivity", reference.recall_score, 1),
             ("specificity", reference.recall_score, 0),
             ("ppv", reference.precision_score, 1),
             ("npv", reference.precision_score, 0),
         ):
-            of_each = [measure(y == c, calls == c, pos_label=label, zero_division=np.nan) for c in range(k)]
+            truth, called = (np.eye(k, dtype=int)[each] == of_class for each in (y, calls))
+            of_each = measure(truth, called, average=None, zero_division=np.nan)
             # A class that is never called has no predictive value, and is left out of the mean.
             assert value[name] == pytest.approx(np.nanmean(of_each))
         assert value["log_loss"] == pytest.approx(reference.log_loss(y, p))
@@ -189,7 +190,7 @@ def test_multiclass_values_equal_scikit_learn() -> None:
 
 
 def test_multilabel_values_equal_scikit_learn_on_the_labelled_cases_of_each_class() -> None:
-    for seed in range(200):
+    for seed in range(60):
         rng = np.random.default_rng(seed)
         n, k = int(rng.integers(30, 80)), 3
         y = (rng.random((n, k)) < 0.4).astype(float)

@@ -92,7 +92,7 @@ def test_resources_turn_the_task_of_train_into_a_launcher(tmp_path: Path) -> Non
     resources.write_text(yaml.safe_dump({"train": section}))
     path = tmp_path / "p.yaml"
     compile_experiment("phantom-xray", path, params=ROOT / "params.yaml", image=IMAGE, resources=resources)
-    spec, platform = yaml.safe_load_all(path.read_text())
+    spec, platform = yaml.load_all(path.read_text(), yaml.CSafeLoader)
     container = spec["deploymentSpec"]["executors"]["exec-train-0"]["container"]
     assert container["command"][:4] == ["python", "-m", "pipelines.nodes", IMAGE]
     assert Placement.model_validate_json(container["command"][4]) == read_placements(resources)["train"]
