@@ -29,7 +29,7 @@ from cadx.metrics.limits import on_scale
 from cadx.metrics.proportions import f1, share
 from cadx.metrics.ranking import average_precision
 from cadx.metrics.reliability import calibration_intercept, calibration_slope, probability_scores
-from cadx.metrics.scoring import _doubted
+from cadx.metrics.scoring import with_doubts
 
 REPEATS = 2000
 IMAGES = (60, 200, 600)
@@ -276,7 +276,7 @@ def _intervals(
         "average_precision": average_precision(cases, weights),
         "f1": f1(cases, weights),
     }
-    rest = _doubted(
+    rest = with_doubts(
         {name: on_scale(name, part) for name, part in parts.items()}, patients_of_rarer_class(cases)
     )
     return found | {name: part.estimate for name, part in rest.items() if name in _TITLES}

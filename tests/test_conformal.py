@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from scipy import stats
 
 from cadx import conformal
 from cadx.conformal import Conformal, fit, possible, refers
 from cadx.evaluating.decisions import MINIMUM_COVERED, coverage
+from cadx.metrics import wilson
+from cadx.metrics.decisions import mean_size_of
 from cadx.predicting.table import Arrays
 
 
@@ -130,3 +133,44 @@ def test_a_site_that_is_unlike_the_calibration_split_is_seen_by_its_own_coverage
     assert "too few: 19 cases, 20 needed" in found["by_site"]["few"].method
     assert found["by_class"]["well"].value == 1
     assert found["by_class"]["ill"].value < 0.9
+    # No set holds both classes, and none is empty.
+    assert found["mean_size"].value == 1
+    assert 0.98 < found["mean_size"].low < 1 < found["mean_size"].high < 1.02
+
+
+def _sets_of_patients(rng: np.random.Generator, patients: int, images: int) -> NDArray[np.intp]:
+    """Sizes, patients x images, of 0, 1 or 2 in 15, 75 and 10 of 100: a patient's images are half alike."""
+    own, shared = rng.random((patients, images)), rng.random((patients, 1))
+    alike = rng.random((patients, images)) < 0.5
+    return np.searchsorted([0.15, 0.9], np.where(alike, shared, own))
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_the_interval_of_the_mean_size_of_sets_holds_it_as_often_as_it_says(images: int) -> None:
+    rng, held = np.random.default_rng(6), []
+    patients = np.repeat(np.arange(100), images)
+    for _ in range(400):
+        found = mean_size_of(_sets_of_patients(rng, 100, images).reshape(1, -1), 2, patients)
+        assert found.low is not None
+        assert found.high is not None
+        held.append(found.low <= 0.95 <= found.high)
+    assert 0.93 <= np.mean(held) <= 0.975
+
+
+def test_sets_that_are_all_of_one_size_leave_their_mean_size_uncertain() -> None:
+    found = mean_size_of([[1] * 50], 2)
+    missed = 1 - float(wilson(50, 50)[0])
+    assert found.value == 1
+    # As many may hold no class, or both, as an event may happen that did not in 50 cases.
+    assert found.low == pytest.approx(1 - missed)
+    assert found.high == pytest.approx(1 + missed)
+    assert "too few errors (0)" in found.method
+    # The sets of one patient say no more than one set.
+    alone = mean_size_of([[1] * 50], 2, ["same"] * 50)
+    assert alone.low is not None
+    assert alone.low < 0.1
+    assert mean_size_of([[]], 2).value is None
+
+
+def test_of_several_seeds_the_mean_size_is_the_mean() -> None:
+    assert mean_size_of([[1, 1, 2, 1], [1, 0, 1, 1]], 2).value == pytest.approx(1.0)

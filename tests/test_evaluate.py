@@ -194,6 +194,15 @@ def test_the_report_says_what_is_chance_and_what_holds_elsewhere(scored: Path) -
         assert f"{shown['value']:.3f} ({shown['low']:.3f} to {shown['high']:.3f})" in html
 
 
+def test_the_mean_size_of_prediction_sets_has_an_interval(scored: Path) -> None:
+    html = (scored / "report.html").read_text()
+    found = json.loads((scored / "metrics.json").read_text())["conformal"]
+    for told in (found["mean_size"], found["referred"]):
+        assert told["low"] < told["value"] < told["high"]
+        assert f"{told['value']:.3f} ({told['low']:.3f} to {told['high']:.3f})" in html
+    assert found["mean_size"]["n"] == NUM["test"]
+
+
 def test_the_operating_point_carries_its_own_uncertainty(scored: Path, ready: Run) -> None:
     _, info = read_predictions(scored / "predictions.parquet")
     found = json.loads((scored / "metrics.json").read_text())

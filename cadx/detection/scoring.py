@@ -301,7 +301,8 @@ def _coco_estimates(
             axis=0,
         ).round(12)
         fewest = min(count_holders(data, own) for own in images if len(own))
-        part = _resampled(values, n, count_holders(data, np.concatenate(images)), fewest)
+        holders = count_holders(data, np.concatenate(images))
+        part = _resampled(values, n, holders, fewest, interpolated=what == "precision")
         if len(matches) > 1:
             missing = sum(not len(own) for own in images)
             what_of = f"mean of {len(matches) - missing} classes" + (
@@ -313,7 +314,7 @@ def _coco_estimates(
     return estimates
 
 
-def _resampled(values: FloatArray, n: int, patients: int, fewest: int) -> Part:
+def _resampled(values: FloatArray, n: int, patients: int, fewest: int, *, interpolated: bool = False) -> Part:
     """The mean over seeds of S 1+R values, the first of the set itself.
 
     Args:
@@ -321,8 +322,10 @@ def _resampled(values: FloatArray, n: int, patients: int, fewest: int) -> Part:
         n: lesions.
         patients: that have any.
         fewest: of them, of the class that the fewest have.
+        interpolated: whether it is an average of interpolated precision.
     """
-    part = part_of_boxes(values[:, 0], values[:, 1:].mean(axis=0), n, patients)
+    replicates = values[:, 1:].mean(axis=0)
+    part = part_of_boxes(values[:, 0], replicates, n, patients, interpolated=interpolated)
     return with_doubt(part, _rarity(fewest))
 
 

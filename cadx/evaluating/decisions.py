@@ -20,7 +20,7 @@ from cadx.metrics import (
     predictive_values,
     with_chosen_threshold,
 )
-from cadx.metrics.decisions import mean_share_of
+from cadx.metrics.decisions import mean_share_of, mean_size_of
 from cadx.predicting.table import Arrays, PredictionsInfo
 from cadx.reporting import INK, MUTED, Page, panels
 
@@ -239,7 +239,7 @@ def coverage(infos: Sequence[PredictionsInfo], rows: Arrays, sites: Sequence[str
             name: conformal.expected_range(sets[0].patients.get(name, 0), sets[0].coverage)
             for name in classes
         },
-        "mean_size": float(there.sum(axis=2).mean()) if len(truth) else 0.0,
+        "mean_size": mean_size_of(there.sum(axis=2), len(classes), rows.patients),
         "referred": estimate(refer, everyone),
     }
 
@@ -253,7 +253,7 @@ def coverage_record(found: Mapping[str, Any]) -> dict[str, Any]:
         **found,
         **by_name,
         "expected": {name: list(limits) for name, limits in found["expected"].items()},
-        "referred": found["referred"].model_dump(mode="json"),
+        **{field: found[field].model_dump(mode="json") for field in ("mean_size", "referred")},
     }
 
 
@@ -294,12 +294,14 @@ def show_coverage(page: Page, found: Mapping[str, Any]) -> None:
         f"Sites apart, with no promise: a site whose interval lies below {nominal:.0%} is unlike the "
         "calibration split.",
     )
-    referred: Estimate = found["referred"]
-    if referred.value is not None:
-        page.text(
-            f"A set holds {found['mean_size']:.2f} classes on average; {referred.value:.1%} of the answers "
-            f"({referred.low:.1%} to {referred.high:.1%}) are left to a person."
-        )
+    page.table(
+        [
+            {"of all cases": "classes in a set, on average", "value": found["mean_size"]},
+            {"of all cases": "share of the answers that are left to a person", "value": found["referred"]},
+        ],
+        "Smaller sets tell more, down to one class. A person is asked where the set does not say exactly what was "
+        "decided.",
+    )
 
 
 def _verdict(estimate: Estimate, expected: tuple[float, float]) -> str:

@@ -7,15 +7,18 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from cadx.doubts import gravest_doubt
 from cadx.metrics.estimates import (
     TAILS,
     Cases,
     FloatArray,
+    average,
     one_score,
     require_probabilities,
     resample,
     resampled_sums,
 )
+from cadx.metrics.limits import with_doubt
 from cadx.metrics.proportions import share
 from cadx.types import Estimate
 
@@ -148,6 +151,34 @@ def mean_share_of(right: ArrayLike, patients: ArrayLike | None = None) -> Estima
     calls = np.asarray(right, dtype=bool)
     cases = replace(_of_models(np.ones(calls.shape[1]), calls, patients), called=calls)
     return share(cases, calls, np.ones_like(calls), "no cases").estimate
+
+
+def mean_size_of(sizes: ArrayLike, largest: int, patients: ArrayLike | None = None) -> Estimate:
+    """The mean of N sizes of sets, and over S models, with its interval.
+
+    A mean size is the sum, over j = 1, 2, ..., `largest`, of the share of sets that hold at least j: their intervals
+    (those of `share`) are joined by MOVER. So sets that are all of one size do not make it certain.
+
+    Args:
+        sizes: S N, whole numbers of 0..largest.
+        largest: that a set can be, at least 1.
+        patients: N, as in `auc`.
+
+    >>> found = mean_size_of([[1, 1, 2, 1]], 2)
+    >>> found.value, round(found.low, 2), round(found.high, 2)
+    (1.25, 0.72, 1.7)
+    """
+    held = np.asarray(sizes)
+    cases = _of_models(np.ones(held.shape[1]), held, patients)
+    everything = np.ones(held.shape, dtype=bool)
+    parts = [share(cases, held >= least, everything, "no cases") for least in range(1, largest + 1)]
+    # The interval is about as wide as the widest of theirs, and as doubtful.
+    widest = max((part.estimate for part in parts), key=lambda one: (one.high or 0) - (one.low or 0))
+    mean = with_doubt(
+        average("set_size", parts, "sum of the shares of sets of at least so many"), gravest_doubt([widest])
+    ).estimate
+    low, value, high = (None if end is None else largest * end for end in (mean.low, mean.value, mean.high))
+    return mean.model_copy(update={"value": value, "low": low, "high": high})
 
 
 def _of_models(labels: ArrayLike, scores: ArrayLike, patients: ArrayLike | None) -> Cases:

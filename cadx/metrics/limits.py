@@ -38,9 +38,17 @@ _SCALES = {
     "brier": _LOGIT,
     "log_loss": _LOG,
     "detections": _LOGIT,
+    "interpolated_precision": _LOGIT,
     "false_positives_per_image": _LOG,
 }
-"""Metric -> its scale; "detections" stands for AP, AR and FROC of boxes."""
+"""Metric -> its scale; "detections" stands for AR and FROC of boxes, "interpolated_precision" for their AP."""
+
+_BIASES = {"detections": 1.0, "interpolated_precision": 1 + math.sqrt(2)}
+"""Metric of boxes -> how far its value lies above the truth, in parts of how far its resamples lie above the value.
+
+Interpolated precision is the best of several. What chance adds to the best of equals grows as its standard deviation.
+A resample doubles the variance, and so adds sqrt(2) - 1 of what the set itself had: the bias is 1 + sqrt(2) times that.
+"""
 
 _FAR = math.log(1000)
 """On the scale, from the value: a replicate as far away as that comes of a resample without errors."""
@@ -67,10 +75,16 @@ def with_doubt(part: Part, words: str) -> Part:
     return replace(part, estimate=part.estimate.model_copy(update={"method": method}))
 
 
-def part_of_boxes(by_seed: FloatArray, replicates: FloatArray, n: int, patients: int) -> Part:
-    """AP, AR or FROC of boxes from its resamples; arguments as of `estimates.replicated`."""
+def part_of_boxes(
+    by_seed: FloatArray, replicates: FloatArray, n: int, patients: int, *, interpolated: bool = False
+) -> Part:
+    """AP, AR or FROC of boxes from its resamples; arguments as of `estimates.replicated`.
+
+    `interpolated` tells AP, each of whose precisions is the best at this or any higher recall, from the others.
+    """
     # The rule for "average_precision" knows that a perfect set proves less than its resamples say.
-    return on_scale("detections", replicated("average_precision", by_seed, replicates, n, patients))
+    part = replicated("average_precision", by_seed, replicates, n, patients)
+    return on_scale("interpolated_precision" if interpolated else "detections", part)
 
 
 def on_scale(name: str, part: Part, largest: float = 1.0) -> Part:
@@ -78,8 +92,12 @@ def on_scale(name: str, part: Part, largest: float = 1.0) -> Part:
 
     With fifty to a hundred positives the percentiles of the replicates hold the truth in 90 to 94 of 100 sets: they
     are pulled to one side, and know nothing of Student's t. The standard deviation of the replicates on the scale
-    does better (`docs/coverage.md`). AP, AR and FROC of boxes lie above the truth in a finite set, and their
-    replicates above them by about as much again: their limits are moved down by that.
+    does better (`docs/coverage.md`). AR and FROC of boxes lie above the truth in a finite set, and their replicates
+    above them by about as much again: their limits are moved down by that. Their AP lies further above the truth than
+    its replicates tell (`_BIASES`): in 600 simulated sets of 200 images 2.6 to 3.0 times as far. Where the best
+    precision has no near rival it is only once, hence the correction counts as an error too, and is added to the
+    standard deviation in quadrature. Moved down by once as much, without that, the limits held the AP75 in 92.5 of 100
+    of these sets; so they hold it in 94.7.
 
     A replicate at an end of the scale, or nearly, comes of a resample without errors, and has no place on it: all are
     then carried there along the tangent at the value, by the delta method. Where that was so, it held the AP of 200
@@ -92,7 +110,9 @@ def on_scale(name: str, part: Part, largest: float = 1.0) -> Part:
         largest: that the metric can be; its share of that is what has a logit.
 
     Source: the logit interval of Boyd, Eng and Page 2013, ECML PKDD, LNAI 8190:451, section 3, with the bootstrap's
-    standard error; the bootstrap's estimate of bias, Efron and Tibshirani 1993, section 10.2.
+    standard error; the bootstrap's estimate of bias, Efron and Tibshirani 1993, section 10.2; the mean of the greatest
+    of several, Clark 1961, Oper Res 9:145; from a value and one with noise added to a value without any, Cook and
+    Stefanski 1994, JASA 89:1314.
     """
     value, replicates = part.estimate.value, part.replicates
     if name not in _SCALES or value is None or part.estimate.low is None or replicates is None:
@@ -107,9 +127,13 @@ def on_scale(name: str, part: Part, largest: float = 1.0) -> Part:
     if np.abs(scaled - centre).max() > _FAR:
         scaled = centre + scale.slope(value / largest) * (drawn - value / largest)
         kind += " by the delta method"
-    half = critical_value(part.patients) * scaled.std(ddof=1)
-    if name == "detections":
-        centre, kind = 2 * centre - scaled.mean(), f"{kind}, bias corrected"
+    spread = scaled.std(ddof=1)
+    if name in _BIASES:
+        bias = _BIASES[name] * (scaled.mean() - centre)
+        centre, kind = centre - bias, f"{kind}, bias corrected"
+        if name == "interpolated_precision":
+            spread = math.hypot(spread, bias)
+    half = critical_value(part.patients) * spread
     method = part.estimate.method.replace("percentile", kind)
     low, high = largest * scale.back(centre - half), largest * scale.back(centre + half)
     return replace(part, estimate=estimate_of(value, low, high, part.estimate.n, method))

@@ -506,7 +506,7 @@ def _by_class(cases: Cases, weights: Weights) -> dict[str, Part]:
         "ece_if_calibrated": ece_if_calibrated(cases),
     }
     found = {name: on_scale(name, parts[name]) for name in METRICS if name in parts}
-    return _doubted(found, patients_of_rarer_class(cases))
+    return with_doubts(found, patients_of_rarer_class(cases))
 
 
 _OF_BOTH_CLASSES = {
@@ -533,8 +533,13 @@ def _errors(right: Estimate) -> float:
     return math.inf if right.value is None else (1 - right.value) * right.n
 
 
-def _doubted(parts: dict[str, Part], fewest: int) -> dict[str, Part]:
-    """The parts, with a word in the method of those that rest on few patients, or on few errors."""
+def with_doubts(parts: dict[str, Part], fewest: int) -> dict[str, Part]:
+    """The parts, with a word in the method of those that rest on few patients, or on few errors.
+
+    Args:
+        parts: metric -> part, as `limits.on_scale` gives it.
+        fewest: patients of the rarer class.
+    """
 
     def told(name: str, part: Part) -> Part:
         if name not in _OF_BOTH_CLASSES or "too few" in part.estimate.method:
@@ -584,7 +589,7 @@ def _overall(
         name: on_scale(name, overall[name], largest.get(name, 1.0)) for name in METRICS if name in overall
     }
     fewest = [patients_of_rarer_class(data.cases(column)) for column in range(len(data.classes))]
-    return _doubted(found, min((patients for patients in fewest if patients), default=0))
+    return with_doubts(found, min((patients for patients in fewest if patients), default=0))
 
 
 _JUDGED = {
