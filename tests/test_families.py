@@ -13,20 +13,22 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from cadx.bundle import Bundle
+from cadx.catalog import PhantomEntry, load_catalog
 from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
 from cadx.detection import calculate_map
-from cadx.files import digest_bytes
-from cadx.models import ModelConfig
+from cadx.files import digest_bytes, digest_path
+from cadx.models import ModelConfig, pretrained_origin
 from cadx.predicting.boxes import detection_table
 from cadx.predicting.predictor import Predictor
 from cadx.sampling import EpochSampler
-from cadx.training import TrainingConfig, fit
+from cadx.training import TrainingConfig, fit, run_key
 from cadx.training.volumes import VolumeWorkload
 from cadx.training.workload import Draw, Setting
 from tests.test_predicting_kinds import write_trained
-from tests.test_training import assert_alike, fit_in_two_processes
+from tests.test_training import ROOT, assert_alike, fit_in_two_processes
 
 FAMILIES = {config.model_fields["family"].default: config for config in get_args(get_args(ModelConfig)[0])}
 NUM_SAMPLES = 8
@@ -37,7 +39,13 @@ SMALL: dict[str, dict[str, Any]] = {
     "resnet3d": {"depth": 10, "width": 0.125, "stem": "small"},
     "densenet3d": {"growth_rate": 8, "block_config": (1, 1, 1, 1), "stem": "small"},
     "mil": {"hidden_dim": 32, "attention_dim": 16, "dropout": 0.0},
-    "faster_rcnn": {"width": 0.125, "fpn_channels": 32, "anchor_sizes_px": [[8], [16]], "head_dim": 64},
+    "faster_rcnn": {
+        "width": 0.125,
+        "fpn_channels": 32,
+        "anchor_sizes_px": [[8], [16]],
+        "head_dim": 64,
+        "num_proposals": 64,
+    },
     "retinanet": {
         "width": 0.125,
         "fpn_channels": 32,
@@ -287,6 +295,45 @@ def test_in_half_precision_it_learns_weights_of_float32(
     for name, tensor in fitted.state_dict.items():
         assert tensor.dtype in (torch.float32, torch.int64), name
         assert tensor.isfinite().all(), name
+
+
+def _starting_from(family: str, weights: Path) -> dict[str, Any] | None:
+    """What asks a family, or its encoder, to start from weights; None if it cannot."""
+    fields = FAMILIES[family].model_fields
+    if "pretrained" in fields:
+        return {"pretrained": str(weights)}
+    return {"encoder": {"pretrained": str(weights)}} if "encoder" in fields else None
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if _starting_from(name, Path("any"))])
+def test_the_weights_that_it_starts_from_are_known_and_decide_the_run(
+    family: str, datasets: dict[str, DatasetFolder], tmp_path: Path
+) -> None:
+    weights = tmp_path / "start.safetensors"
+    weights.write_bytes(b"some")
+    weights.with_name("start.safetensors.licence").write_text("CC0-1.0\n")
+    takes = FAMILIES[family].takes
+    start = _starting_from(family, weights)
+    assert start is not None
+    config = TrainingConfig.model_validate({"model": {"family": family} | start} | RECIPES[takes])
+    origin = pretrained_origin(config.model)
+    assert origin is not None
+    assert (origin.name, origin.digest, origin.licence) == (weights.name, digest_path(weights), "CC0-1.0")
+    splits = _everywhere(datasets[takes])
+    key = run_key(config, datasets[takes], splits, seed=0)
+    weights.write_bytes(b"others")
+    assert run_key(config, datasets[takes], splits, seed=0) != key, "a run goes on with its own start alone"
+
+
+def test_every_family_has_an_experiment_on_its_phantom() -> None:
+    experiments = yaml.safe_load((ROOT / "params.yaml").read_text())
+    entries = load_catalog(ROOT / "data" / "catalog.yaml")
+    shown = {
+        experiment["train"]["model"]["family"]
+        for experiment in experiments.values()
+        if isinstance(entries[experiment["ingest"]["source"]], PhantomEntry)
+    }
+    assert shown == set(FAMILIES)
 
 
 def test_patches_of_volumes_are_mirrored_between_left_and_right_alone(

@@ -344,6 +344,21 @@ def test_an_encoder_that_is_not_frozen_learns_from_all_chunks() -> None:
             torch.testing.assert_close(other[name], gradient, rtol=1e-3, atol=1e-5)
 
 
+def test_chunks_that_are_recomputed_leave_the_running_statistics_of_those_that_are_not() -> None:
+    """The encoder is one stage that is called for each chunk: each counts once, in its order."""
+    tiles, mask = padded([torch.randn(length, 3, 16, 16) for length in (5, 3)])
+    plain = tile_network(frozen=False, norm="batch", chunk_tiles=3).train()
+    recomputed = copy.deepcopy(plain)
+    enable_checkpointing(recomputed)
+    for model in (plain, recomputed):
+        model(tiles, mask).logits.square().sum().backward()
+    assert plain.encoder.backbone.bn1.num_batches_tracked == 3
+    for (name, ours), theirs in zip(recomputed.named_buffers(), plain.buffers(), strict=True):
+        assert torch.equal(ours, theirs), name
+    for ours, theirs in zip(recomputed.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
 # Faults of the chapter's sketches
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import StratifiedGroupKFold
 
-from cadx.splitting import assign_splits, cut, kfold, leave_site_out
+from cadx.splitting import assign_splits, cross_validation, cut, kfold, leave_site_out
 
 FRACTIONS = {"train": 0.6, "val": 0.1, "calibration": 0.1, "test": 0.2}
 
@@ -283,6 +283,21 @@ def test_a_fold_that_stratification_leaves_without_a_rare_class_gets_a_patient_o
     assert not all(samples.iloc[inside][labels].any().all() for _, inside in plain)
     tested = in_test(samples, 5, labels, seed=113)
     assert all(samples.loc[tested[fold], labels].any().all() for fold in tested)
+
+
+def test_cross_validation_parts_train_and_val_by_patient_and_leaves_the_rest() -> None:
+    samples = cohort(200, 0.3, seed=2)
+    placed = assign_splits(samples, fractions=FRACTIONS, seed=0, labels=LABELS)
+    given = pd.DataFrame({"sample_id": samples["sample_id"], "split": placed, "reason": ""})
+    folds = cross_validation(samples, given, num_folds=4, seed=0, labels=LABELS)
+    joined = placed.isin(["train", "val"])
+    validated = pd.DataFrame({number: fold["split"] == "val" for number, fold in enumerate(folds)})
+    assert (validated[joined].sum(axis=1) == 1).all(), "each sample is val once"
+    for fold in folds:
+        assert not crossing(samples, fold["split"])
+        assert fold.loc[joined, "split"].isin(["train", "val"]).all()
+        pd.testing.assert_series_equal(fold.loc[~joined, "split"], given.loc[~joined, "split"])
+        assert (fold["split"] == "val").sum() == pytest.approx(joined.sum() / 4, rel=0.15)
 
 
 def test_too_few_patients_for_the_folds_are_told() -> None:

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -494,6 +495,23 @@ def test_a_batch_in_parts_is_the_whole_batch(binary: DatasetFolder, tmp_path: Pa
         )
 
 
+@pytest.mark.parametrize("loss", [LossConfig(weights="balanced"), LossConfig(kind="focal")], ids=str)
+def test_a_batch_in_parts_is_the_whole_batch_where_labels_are_missing(
+    tmp_path: Path, loss: LossConfig
+) -> None:
+    """Parts hold unequal numbers of labels, some none of a class: their plain mean is not the loss of the whole."""
+    rng = np.random.default_rng(2)
+    labels = (rng.random((80, 3)) < 0.4).astype(float)
+    labels[rng.random((80, 3)) < rng.random((80, 1))] = np.nan
+    folder = _write(tmp_path / "dataset", "multilabel", labels)
+    config = _config(model=ResNetConfig(width=0.125, norm="group"), loss=loss, batch_size=12, epochs=1)
+    whole = fit(config, folder, _splits(folder), seed=0, checkpoints=tmp_path / "whole")
+    in_four = config.model_copy(update={"accumulation": 4})
+    parted = fit(in_four, folder, _splits(folder), seed=0, checkpoints=tmp_path / "parted")
+    assert parted.history[0]["train_loss"] == pytest.approx(whole.history[0]["train_loss"], rel=1e-4)
+    assert_alike(whole.state_dict, parted.state_dict, relative=1e-3)
+
+
 _PROCESS = """
 import json, sys, torch
 from pathlib import Path
@@ -635,6 +653,32 @@ def test_records_are_streamed(binary: DatasetFolder, tmp_path: Path, monkeypatch
     history = client.get_metric_history(run_info.info.run_id, "val_auc")
     assert [metric.step for metric in history] == [1, 2, 3]
     assert run_info.data.params["epochs"] == "3"
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["in a file", "on a terminal"])
+def test_each_epoch_is_told_in_a_line_and_on_a_terminal_as_it_goes(
+    binary: DatasetFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    live: bool,
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1" if live else "0")
+    monkeypatch.setenv("COLUMNS", "200")
+    first, second = fit(_config(), binary, _splits(binary), seed=0, checkpoints=tmp_path).history
+    told = capsys.readouterr()
+    assert told.out == "", "what a command prints is its own"
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", told.err)
+    scores = [f"val AUC {one['val_auc']:.4f}  val loss {one['val_loss']:.4f}" for one in (first, second)]
+    if live:
+        assert f"epoch 2/2  loss {second['train_loss']:.4f}  {scores[0]}" in shown
+        assert "14/14" in shown, "steps of the whole run"
+    else:
+        lines = shown.splitlines()
+        assert lines[0].startswith(f"epoch 1/2  train loss {first['train_loss']:.4f}  {scores[0]}")
+        assert lines[0].endswith("best")
+        assert lines[1].startswith(f"epoch 2/2  train loss {second['train_loss']:.4f}  {scores[1]}")
+        assert len(lines) == 2
 
 
 @pytest.mark.parametrize("error", [None, MemoryError(), torch.cuda.OutOfMemoryError()], ids=repr)
