@@ -23,8 +23,8 @@ from cadx.files import replacing, write_json
 from cadx.types import Digest
 
 STATE = "state.json"
-GOLDEN = "golden"
-"""Folder of the samples that a deployment sent."""
+UNWATCHED = "unwatched"
+"""Folder of the answers to golden samples, which deployments send."""
 
 
 class Compacted(NamedTuple):
@@ -44,8 +44,8 @@ class Compacted(NamedTuple):
 def compact(log: Path, tables: Path) -> Compacted:
     """Bring the tables up to date with the lines in *.jsonl under `log`; only what was added since is read.
 
-    Servers may have a folder each there. What a deployment sent lies in folders named `golden` and is left out. A file
-    that has become shorter is read anew: rows that are there already are not added again.
+    Servers may have a folder each there. What a deployment sent lies in folders named `unwatched` and is left out. A
+    file that has become shorter is read anew: rows that are there already are not added again.
 
     Raises:
         ValueError: if a line is whole but not of this form; the tables then stay as they are.
@@ -55,7 +55,7 @@ def compact(log: Path, tables: Path) -> Compacted:
     torn = unfinished = 0
     for file in sorted(log.rglob("*.jsonl")):
         name = file.relative_to(log).as_posix()
-        if GOLDEN in name.split("/")[:-1]:
+        if UNWATCHED in name.split("/")[:-1]:
             continue
         start = state["files"].get(name, {"bytes": 0, "lines": 0})
         if file.stat().st_size < start["bytes"]:

@@ -33,6 +33,7 @@ def post(url: str, message: Mapping[str, Any]) -> str:
         status_forcelist=(429, 500, 502, 503, 504),
         allowed_methods={"POST"},
         redirect=0,
+        respect_retry_after_header=False,  # it may name hours, and the alarm waits for this
         raise_on_status=False,
     )
     try:

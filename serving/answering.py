@@ -30,6 +30,8 @@ from serving.client import SCHEMA_VERSION
 
 REQUEST_LOG = "CADX_REQUEST_LOG"
 """Environment variable: the folder of the request log; without it none is kept."""
+UNWATCHED = "unwatched"
+"""In that folder: where answers to golden samples go. `cadx.request_log` passes over it."""
 EMBEDDING_DECIMALS = 5
 
 
@@ -72,7 +74,7 @@ class Outcome(NamedTuple):
 class RequestLog:
     """A file of JSON lines, this process's own, in the folder of the request log.
 
-    Golden samples go to another file, in the folder `golden` there: a watch must not take them for patients.
+    Golden samples go to another file, in the folder `unwatched` there: a watch must not take them for patients.
 
     Raises:
         OSError: if the folder cannot be made.
@@ -100,7 +102,7 @@ class RequestLog:
         line = json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n"
         path = self.path
         if golden:
-            path = path.parent / "golden" / path.name
+            path = path.parent / UNWATCHED / path.name
             path.parent.mkdir(exist_ok=True)
         # Opened anew each time: the file may be moved away at any moment.
         file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
@@ -308,9 +310,16 @@ def png_text(pixels: np.ndarray) -> str:
 
 def _refusal(error: Exception) -> Reply:
     """The reply where reading or predicting failed; both refuse what was sent by ValueError."""
-    if isinstance(error, MemoryError):
+    if _ran_out_of_memory(error):
         return Reply(413, {"error": "too large for the memory of this server; send a smaller one"})
     return Reply(400, {"error": str(error)}) if isinstance(error, ValueError) else _fault(error)
+
+
+def _ran_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory was lacking: readers turn every error into a refusal, and the error itself stands behind it."""
+    while error is not None and not isinstance(error, MemoryError):
+        error = error.__context__
+    return error is not None
 
 
 def _fault(error: Exception) -> Reply:

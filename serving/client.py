@@ -36,7 +36,8 @@ SLIDE_TIMEOUT_S = RESPONSE_TIMEOUTS_S["slide"] + 30.0
 MAX_CONNECTIONS = 32
 _RETRIES = {
     # An image may be asked about twice without harm. 503 is a full queue, 507 a worker that is starting anew,
-    # which takes it some seconds: we wait about 0, 1, 2 and 4.
+    # which takes it some seconds: we wait about 0, 1, 2 and 4. Proxies say 429 of too many requests, and 502 of a
+    # server that is starting anew; not 504, since what has taken too long would take as long again.
     "inference": urllib3.Retry(
         total=5,
         connect=2,
@@ -45,14 +46,22 @@ _RETRIES = {
         other=0,
         redirect=False,
         allowed_methods=None,
-        status_forcelist=(503, 507),
+        status_forcelist=(429, 502, 503, 507),
         raise_on_status=False,
+        respect_retry_after_header=False,  # it may name hours, of a 413 too, and a clinician waits for the answer
         backoff_factor=0.5,
         backoff_jitter=0.25,
     ),
     # A registration that is sent again would meet itself.
     "management": urllib3.Retry(
-        total=2, connect=2, read=0, status=0, other=0, redirect=False, backoff_factor=0.5
+        total=2,
+        connect=2,
+        read=0,
+        status=0,
+        other=0,
+        redirect=False,
+        respect_retry_after_header=False,
+        backoff_factor=0.5,
     ),
 }
 # TorchServe puts new tokens into use a moment before they stand in the key file, and writes it in its place.

@@ -1,6 +1,8 @@
 """Deployment on a real TorchServe: nothing goes live that does not answer as it was evaluated."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -105,9 +107,18 @@ def test_a_new_version_takes_over_and_the_old_one_is_one_command_away(
     two = second.deploy(server, tmp_path)
     assert two["previous"] == one["version"]
     assert served_bundle(server, first) == Bundle(second.bundle).digest
-    management = Management(server.management, key_file=server.key_file)
-    assert management.roll_back("chest", server.model_store) == (two["version"], one["version"])
+    said = subprocess.run(
+        [
+            *(sys.executable, "-m", "cadx", "rollback", "chest"),
+            *("--folder", server.folder, "--management", server.management),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout == f"chest: version {one['version']} answers again, in the place of {two['version']}\n"
     assert served_bundle(server, first) == Bundle(first.bundle).digest
+    management = Management(server.management, key_file=server.key_file)
     loaded = management.versions("chest")
     assert {entry.version for entry in loaded} == {one["version"], two["version"]}
     with pytest.raises(ValueError, match="no earlier version to go back to"):
@@ -221,7 +232,7 @@ def test_a_first_version_that_fails_leaves_nothing_behind(
     assert management.versions("chest-trial") == ()
     watched = list(server.request_log.glob("*.jsonl"))
     assert not watched, "golden samples are no patients"
-    assert list((server.request_log / "golden").glob("*.jsonl"))
+    assert list((server.request_log / "unwatched").glob("*.jsonl"))
 
 
 def test_an_archive_whose_worker_does_not_start_does_not_jam_its_version(

@@ -560,7 +560,10 @@ def test_prometheus_reads_the_verdict(alarmed: Callable[..., Seen], silent: Seen
 
 @pytest.fixture
 def receiver() -> Iterator[tuple[str, list[int], list[dict[str, Any]]]]:
-    """A server that answers with the statuses in a list, in turn, then 200; its address, and what it was sent."""
+    """A server that answers with the statuses in a list, in turn, then 200; its address, and what it was sent.
+
+    It asks to be left alone for an hour, which no alarm can wait.
+    """
     statuses: list[int] = []
     taken: list[dict[str, Any]] = []
 
@@ -571,6 +574,7 @@ def receiver() -> Iterator[tuple[str, list[int], list[dict[str, Any]]]]:
             if status == 200:
                 taken.append(json.loads(body))
             self.send_response(status)
+            self.send_header("Retry-After", "3600")
             self.end_headers()
 
         def log_message(self, *_: Any) -> None:

@@ -15,12 +15,15 @@ import sys
 import threading
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import jsonschema
 import numpy as np
 import pydicom
 import pytest
@@ -28,7 +31,8 @@ import urllib3
 import yaml
 from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.encaps import encapsulate
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, RLELossless
 from test_bundle import draw, operating_point, train_bundle, write_dataset
 
 from cadx.bundle import Bundle
@@ -36,6 +40,7 @@ from cadx.drift import STATISTICS
 from cadx.files import digest_path
 from cadx.predicting.predictor import Predictor
 from cadx.reading.images import read_image
+from cadx.request_log import compact, short
 from components.calibrate import CalibrateParams, calibrate
 from serving.answering import REQUEST_LOG, Request, RequestLog
 from serving.archive import Release, Verdict, read_release, version_of, write_archive
@@ -126,7 +131,7 @@ def encoded(pixels: np.ndarray, kind: str) -> bytes:
     return out.getvalue()
 
 
-def dicom(pixels: np.ndarray, *, frames: int = 1) -> bytes:
+def dicom(pixels: np.ndarray, *, frames: int = 1, **changes: Any) -> bytes:
     """A file as a clinic sends it, with the patient's name."""
     data = Dataset()
     data.file_meta = FileMetaDataset()
@@ -142,9 +147,24 @@ def dicom(pixels: np.ndarray, *, frames: int = 1) -> bytes:
     data.SamplesPerPixel, data.BitsAllocated, data.BitsStored, data.HighBit = 1, bits, bits, bits - 1
     data.PixelRepresentation = 0
     data.PixelData = pixels.tobytes()
+    data.file_meta.TransferSyntaxUID = changes.pop("syntax", ExplicitVRLittleEndian)
+    data.update(changes)
     out = io.BytesIO()
     pydicom.dcmwrite(out, data, enforce_file_format=True)
     return out.getvalue()
+
+
+def rle(stream: bytes, **changes: Any) -> bytes:
+    """A DICOM file with one segment of RLE."""
+    head = np.array([1, 64] + [0] * 14, "<u4").tobytes()
+    return dicom(gray(0), syntax=RLELossless, PixelData=encapsulate([head + stream]), **changes)
+
+
+def png_that_claims(side_px: int) -> bytes:
+    data = bytearray(encoded(gray(0), "PNG"))
+    data[16:24] = 2 * side_px.to_bytes(4, "big")
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return bytes(data)
 
 
 SENT = {
@@ -168,6 +188,13 @@ REFUSED = {
     "two JPEGs": (encoded(gray(0), "JPEG") + bytes(2) + encoded(gray(1), "JPEG"), "several images"),
     "two DICOM files": (dicom(gray(0)) + dicom(gray(1)), "several images"),
     "two frames": (dicom(np.zeros((16, 8), np.uint8), frames=2), "DICOM: several frames"),
+    "PNG bomb": (png_that_claims(60_000), "PNG: claims more than"),
+    "DICOM bomb by its header": (rle(b"\x81\0" * 10, Rows=60_000, Columns=60_000), "DICOM: claims 60000 x"),
+    "DICOM bomb by its runs": (rle(b"\x81\0" * (1 << 20)), "DICOM: damaged or truncated: its RLE"),
+    "deflated DICOM bomb": (
+        dicom(np.zeros((8000, 8000), np.uint8), syntax=DeflatedExplicitVRLittleEndian),
+        "DICOM: the deflated",
+    ),
 }
 
 
@@ -176,6 +203,16 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     texts = [file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.jsonl"))]
     assert all(text.endswith("\n") for text in texts)
     return [json.loads(line) for text in texts for line in text.splitlines()]
+
+
+def require_valid(content: dict[str, Any]) -> None:
+    """The answer is of the published form, and has no field that is not published."""
+    schema = json.loads((ROOT / "docs" / "answer.schema.json").read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(content, schema)
+    for form in schema["$defs"].values():
+        form["additionalProperties"] = False
+    jsonschema.validate(content, schema)
 
 
 def post(server: TorchServe, path: str, body: bytes, **headers: str) -> urllib3.BaseHTTPResponse:
@@ -315,6 +352,7 @@ def test_a_sample_that_the_sets_leave_open_is_referred_and_a_clear_one_is_not(
     client = Client(server.inference, "abstaining", key_file=server.key_file)
     for must_refer, (image, held) in expected.items():
         reply = post(server, "/predictions/abstaining", image).json()
+        require_valid(reply)
         assert (reply["refer"], reply["prediction_set"]) == (must_refer, held)
         answer = client.predict(image)
         assert (answer.refer, list(answer.prediction_set or ())) == (must_refer, held)
@@ -539,6 +577,7 @@ def test_a_mixed_batch_gets_each_request_its_own_reply(
     assert context.statuses == {0: 200, 1: 400, 2: 200, 3: 400, 4: 400, 5: 200}
     assert set(context.content_types.values()) == {"application/json"}
     for i, kind in ((0, "DICOM"), (2, "PNG of 16 bits"), (5, "JPEG")):
+        require_valid(replies[i])
         expected = predictor.predict(read_image(SENT[kind]))
         assert replies[i]["probabilities"] == pytest.approx(expected.probabilities, abs=1e-6)
     assert [i for i, reply in enumerate(replies) if "attention_png" in reply] == [2]
@@ -590,6 +629,7 @@ def test_an_answer_says_the_probabilities_at_the_prevalence_of_its_release_too(
     there = Predictor(bundle, "cpu", prevalence=rare)
     for plain, told, image in zip(*replies, ("DICOM", "PNG"), strict=True):
         assert "at_prevalence" not in plain
+        require_valid(told)
         assert told["probabilities"] == plain["probabilities"]
         expected = there.predict(read_image(SENT[image]))
         assert told["at_prevalence"]["probabilities"] == pytest.approx(expected.probabilities, abs=1e-6)
@@ -635,6 +675,16 @@ def test_an_answer_outlives_a_log_that_cannot_be_written_and_says_so(
     assert "not in the request log" in capsys.readouterr().err
 
 
+def test_what_a_deployment_asks_is_logged_but_not_watched(
+    unpacked: Path, bundle: Bundle, tmp_path: Path
+) -> None:
+    answerer = RadiographAnswerer(unpacked, log=RequestLog(tmp_path / "log"))
+    asked = [Request(SENT["PNG"], golden=golden) for golden in ("true", "false", "true")]
+    assert [reply.status for reply in answerer.answer(asked)] == [200, 200, 200]
+    assert len(lines(tmp_path / "log" / "unwatched")) == 2
+    assert compact(tmp_path / "log", tmp_path / "tables").requests == {short(bundle.digest): 1}
+
+
 def test_a_full_disk_leaves_no_half_line(tmp_path: Path) -> None:
     log = RequestLog(tmp_path / "log")
     log.append({"number": 0})
@@ -660,6 +710,63 @@ def test_the_client_waits_for_a_worker_that_died(server: TorchServe, client: Cli
     os.kill(before, signal.SIGKILL)
     assert client.predict(SENT["PNG"]).decision in ("normal", "opacity")
     assert workers(server) != [before]
+
+
+@pytest.fixture
+def proxy() -> Iterator[tuple[str, list[int], list[str]]]:
+    """Its address; the statuses it answers with, in turn, 0 being to hang up, then 200; what it was asked.
+
+    It asks to be left alone for an hour, which nobody who waits for an answer can do.
+    """
+    statuses: list[int] = []
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(self.path)
+            self.rfile.read(int(self.headers["Content-Length"]))
+            if status := statuses.pop(0) if statuses else 200:
+                self.send_response(status)
+                self.send_header("Retry-After", "3600")
+                self.end_headers()
+                self.wfile.write(b"{}")
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=listener.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{listener.server_address[1]}", statuses, asked
+    listener.shutdown()
+    thread.join()
+    listener.server_close()
+
+
+def test_the_client_asks_again_where_that_helps_and_nowhere_else(
+    proxy: tuple[str, list[int], list[str]],
+) -> None:
+    address, statuses, asked = proxy
+
+    def times_asked(kind: Literal["inference", "management"], status: int) -> int:
+        statuses[:], asked[:] = [status], []
+        endpoint = Endpoint(address, kind, token="any")
+        with contextlib.suppress(Refused, ConnectionError):
+            assert endpoint.request("POST", "/predictions/squares", body=b"image") == b"{}"
+        return len(asked)
+
+    hung_up = 0
+    again = (hung_up, 429, 502, 503, 507)
+    assert {status: times_asked("inference", status) for status in again} == dict.fromkeys(again, 2)
+    refused = (400, 401, 403, 404, 409, 413, 500, 504)
+    assert {status: times_asked("inference", status) for status in refused} == dict.fromkeys(refused, 1)
+    # A registration that was taken must not be sent twice.
+    never = (*again, *refused)
+    assert {status: times_asked("management", status) for status in never} == dict.fromkeys(never, 1)
+    statuses[:] = [503] * 9
+    with pytest.raises(Refused) as caught:
+        Endpoint(address, "management", token="any").request("POST", "/models", body=b"")
+    assert caught.value.status == 503
 
 
 def test_no_server_is_one_line(tmp_path: Path) -> None:
@@ -988,6 +1095,34 @@ def test_failures_of_the_management_are_one_line_with_the_servers_reason(
 
 
 # --- The server ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_client_outlives_the_servers_tokens(tmp_path: Path) -> None:
+    """Tokens of two minutes, renewed at half of that by `serve`; those of an hour differ in the number alone."""
+    ports = free_ports()
+    served = f"TorchServe(Path({str(tmp_path)!r}) / 'served', Ports(*{tuple(ports)}), token_minutes=2)"
+    code = f"from serving.server import *; serve({served})"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            read_until(process, "Ctrl-C stops it.\n")
+            key_file = tmp_path / "served" / "key_file.json"
+            first = json.loads(key_file.read_text())["inference"]["key"]
+            address = f"http://127.0.0.1:{ports.inference}"
+            endpoint = Endpoint(address, "inference", key_file=key_file)
+            until = time.monotonic() + 135
+            while time.monotonic() < until:
+                assert b"Healthy" in endpoint.request("GET", "/ping")
+                time.sleep(3)
+            with pytest.raises(Refused, match="Token"):
+                Endpoint(address, "inference", token=first).request("GET", "/ping")
+        finally:
+            process.terminate()
+        process.communicate(timeout=60)
+    assert process.returncode == 0
 
 
 def test_a_port_in_use_is_named_before_anything_is_started(tmp_path: Path) -> None:

@@ -5,9 +5,12 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
+import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -15,21 +18,25 @@ from typing import Any, get_args
 import jsonschema
 import nibabel
 import numpy as np
+import pandas as pd
+import pydicom
 import pytest
 import tifffile
+import torch
 import urllib3
 from other_readers import image_elsewhere, slide_elsewhere, volume_elsewhere
 from PIL import Image
 from test_corpus import damaged, dicom, nifti, sources
 from test_loading_slides import section, slide_dataset, write_slide
-from test_serving import NAMES, PATIENT, gray, lines, post, release_of
+from test_serving import NAMES, PATIENT, encoded, gray, lines, post, release_of, require_valid
 from test_serving import dicom as dicom_of_a_patient
 
-from cadx.bundle import Bundle
+from cadx.bundle import Bundle, write_bundle
 from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
 from cadx.drift import image_statistics
 from cadx.files import digest_bytes, write_json
 from cadx.gating import Decision
+from cadx.predicting.bags import EmbeddedSlides
 from cadx.predicting.predictor import Predictor
 from cadx.predicting.table import PredictionsInfo, answer_table, write_predictions
 from cadx.reading.images import encode_png, read_image
@@ -46,6 +53,7 @@ from serving.kinds import (
     SLIDE_CACHE,
     SLIDE_ROOT,
     DetectionAnswerer,
+    RadiographAnswerer,
     SlideAnswerer,
     VolumeAnswerer,
     encode_nifti,
@@ -56,6 +64,7 @@ from serving.server import TorchServe, free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 ANSWERERS: dict[str, type[Answerer]] = {
+    "radiograph": RadiographAnswerer,
     "volume": VolumeAnswerer,
     "slide": SlideAnswerer,
     "detection": DetectionAnswerer,
@@ -63,6 +72,7 @@ ANSWERERS: dict[str, type[Answerer]] = {
 THRESHOLD = 0.0053
 VOXELS = np.random.default_rng(0).integers(0, 100, (20, 24, 28)).astype(np.int16)
 MODELS: dict[DemoKind, dict[str, Any]] = {
+    "radiograph": {"preprocessing": {"height_px": 64, "width_px": 64}},
     "volume": {
         "model": {"family": "resnet3d", "depth": 10, "width": 0.125, "stem": "small"},
         "preprocessing": {"patch_px": (16, 16, 16), "window_hu": (0, 120)},
@@ -158,16 +168,6 @@ def series(number: int = 5, **changes: Any) -> bytes:
 def one(answerer: Answerer, body: bytes, **flags: str) -> Reply:
     (reply,) = answerer.answer([Request(body, **flags)])
     return reply
-
-
-def require_valid(content: dict[str, Any]) -> None:
-    """The answer is of the published form, and has no field that is not published."""
-    schema = json.loads((ROOT / "docs" / "answer.schema.json").read_text(encoding="utf-8"))
-    jsonschema.Draft202012Validator.check_schema(schema)
-    jsonschema.validate(content, schema)
-    for form in schema["$defs"].values():
-        form["additionalProperties"] = False
-    jsonschema.validate(content, schema)
 
 
 def test_the_published_schema_is_that_of_the_client() -> None:
@@ -351,6 +351,26 @@ def test_a_slide_is_encoded_once_and_answered_alike_from_the_cache(
     copy.unlink()
 
 
+def test_the_cache_of_slides_is_bounded_and_keeps_what_was_asked_for_last(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def ask(cache: EmbeddedSlides, number: int) -> float:
+        def encode() -> tuple[torch.Tensor, torch.Tensor]:
+            made.append(number)
+            return torch.full((100, 8), float(number)), torch.zeros(100, 2)
+
+        return float(cache.get({"slide": number}, encode)[0].mean())
+
+    ask(EmbeddedSlides(tmp_path), 0)
+    (file,) = tmp_path.glob("*.npy")
+    room_for_two = EmbeddedSlides(tmp_path, max_bytes=2 * file.stat().st_size)
+    for number in (1, 0, 2, 0, 1):
+        assert ask(room_for_two, number) == number
+        assert len(list(tmp_path.glob("*.npy"))) <= 2
+        time.sleep(0.02)  # files are told apart by their times
+    assert made == [0, 1, 2, 1]
+
+
 @pytest.mark.parametrize(
     "path",
     [
@@ -412,6 +432,62 @@ def test_boxes_are_those_of_the_predictor_and_called_at_their_classes_threshold(
 
 
 # --- All of them --------------------------------------------------------------------------------------
+
+
+def test_each_kind_warns_of_what_lies_beyond_training_and_of_a_spacing_that_was_assumed(
+    answerers: dict[str, Answerer], predictors: dict[str, Predictor], tmp_path: Path
+) -> None:
+    header = pydicom.dcmread(io.BytesIO(dicom_of_a_patient(gray(1))))
+    header.ImagerPixelSpacing = [0.2, 0.2]
+    out = io.BytesIO()
+    header.save_as(out)
+    at_the_detector = "spacing at the detector (ImagerPixelSpacing), without magnification"
+    assumed = {
+        "radiograph": (out.getvalue(), at_the_detector),
+        "volume": (nifti(VOXELS), "the header names no unit of length: mm was taken"),
+        "slide": (asked("2026/a.tiff"), None),  # without its resolution it is refused
+        "detection": (out.getvalue(), at_the_detector),
+    }
+    for kind, (body, assumption) in assumed.items():
+        states = [network.state_dict() for network in predictors[kind].networks]
+        narrow = tmp_path / f"{kind}-narrow"
+        trained_on = pd.DataFrame({"stat_mean": [0.98, 0.99]})
+        write_bundle(narrow / "bundle", predictors[kind].bundle.manifest, states, trained_on)
+        release = release_of(Bundle(narrow / "bundle"), name=kind)
+        write_json(narrow / "release.json", release.model_dump(mode="json"))
+        for answerer, is_unusual in ((answerers[kind], False), (ANSWERERS[kind](narrow), True)):
+            reply = one(answerer, body)
+            require_valid(reply.content)
+            said = list(reply.content["warnings"])
+            if assumption:
+                assert said.pop(0) == assumption, kind
+            assert [warning.partition(" is ")[0] for warning in said] == ["unusual image: mean"] * is_unusual
+
+
+@contextmanager
+def little_memory(more_bytes: int) -> Iterator[None]:
+    """This process may take no more than that beside what it has."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    held_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held_bytes + more_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def test_what_is_too_large_for_the_servers_memory_is_told_so_and_the_next_is_answered(
+    answerers: dict[str, Answerer],
+) -> None:
+    for kind, large, small in (
+        ("radiograph", encoded(np.zeros((8000, 8000), np.uint16), "PNG"), encode_png(gray(1))),
+        ("volume", encode_nifti(np.zeros((200, 512, 512), np.int16), None), nifti(VOXELS)),
+    ):
+        assert one(answerers[kind], small).status == 200
+        with little_memory(24 << 20):
+            reply = one(answerers[kind], large)
+        assert (reply.status, "too large for the memory" in reply.content["error"]) == (413, True), kind
+        assert one(answerers[kind], small).status == 200
 
 
 def test_no_broken_file_is_a_fault_of_the_server(
@@ -539,6 +615,9 @@ def test_every_kind_is_deployed_against_its_evaluation_and_served(
             management=server.management,
             params=DeployParams(),
         )
+        registered = described(server, kind)
+        assert registered["responseTimeout"] == {"volume": 300, "slide": 1800}[kind]
+        assert registered["batchSize"] == 1
         deployment = json.loads((tmp_path / f"{kind}.json").read_text())
         assert deployment["golden_samples"] == 3
         assert deployment["largest_difference"] <= 1e-5
@@ -667,13 +746,18 @@ def test_verify_asks_a_server_of_each_kind_which_bundle_answers(
     assert not list(server.model_store.glob("golden*")), "the slide that was asked about is gone"
 
 
-def worker(server: TorchServe, name: str) -> tuple[int, float]:
-    """The process number of the model's one worker, and its memory in MiB."""
+def described(server: TorchServe, name: str) -> dict[str, Any]:
+    """What TorchServe itself says of a model's one version in service."""
     key = json.loads(server.key_file.read_text())["management"]["key"]
-    (described,) = urllib3.request(
+    (version,) = urllib3.request(
         "GET", f"{server.management}/models/{name}", headers={"Authorization": f"Bearer {key}"}
     ).json()
-    (found,) = described["workers"]
+    return dict(version)
+
+
+def worker(server: TorchServe, name: str) -> tuple[int, float]:
+    """The process number of the model's one worker, and its memory in MiB."""
+    (found,) = described(server, name)["workers"]
     status = Path(f"/proc/{found['pid']}/status").read_text()
     (kib,) = (int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
     return found["pid"], kib / 1024
