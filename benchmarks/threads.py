@@ -18,7 +18,7 @@ from cadx import SPINS
 ROUNDS = 3
 STEPS = 12
 BATCH, SIZE_PX = 16, 96
-_BUSY = "while True: pass"
+_BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
 
 
 def claims() -> Iterator[dict[str, Any]]:

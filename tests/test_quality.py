@@ -209,17 +209,15 @@ def test_no_hash_has_no_pair():
     assert near_duplicates(["", ""]).shape == (0, 2)
 
 
-def test_a_hundred_thousand_hashes_take_seconds_and_little_memory():
+def test_a_hundred_thousand_hashes_take_little_memory():
     rng = np.random.default_rng(0)
     # As crowded as radiographs are: a third of the bits is always the same.
     values = rng.integers(0, 1 << 63, 100_000, dtype=np.uint64) & np.uint64(0x5FB7_EDDB_F6BD_6DB5)
     hashes = [f"{value:016x}" for value in values]
-    started = time.process_time()
     tracemalloc.start()
     near_duplicates(hashes, 4)
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert time.process_time() - started < 20
     assert peak_bytes < 100e6
 
 

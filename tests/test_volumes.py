@@ -451,10 +451,8 @@ def test_a_header_that_claims_terabytes_is_refused_at_once(tmp_path, suffix):
         changed = block[:24] + struct.pack("<3q", *sides) + block[48:]
         path.write_bytes(changed if suffix == ".nii" else gzip.compress(changed))
         tracemalloc.start()
-        started = time.process_time()  # what others do on the machine does not count
         with pytest.raises(ValueError, match=r"claims|empty volume"):
             read_volume(path)
-        assert time.process_time() - started < 1
         assert tracemalloc.get_traced_memory()[1] < 10e6
         tracemalloc.stop()
 
