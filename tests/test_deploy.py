@@ -172,6 +172,7 @@ def test_no_request_is_lost_while_versions_change_under_load(
         assert versions[-1] == one["version"]
 
 
+@pytest.mark.slow
 def test_answers_that_differ_from_the_evaluation_never_go_live(
     server: TorchServe, first: Packaged, second: Packaged, tmp_path: Path
 ) -> None:
@@ -188,6 +189,7 @@ def test_answers_that_differ_from_the_evaluation_never_go_live(
     assert len(versions) == 1, "the version that failed is taken away"
 
 
+@pytest.mark.slow
 def test_of_two_deployments_at_once_one_is_told_to_wait(
     server: TorchServe, first: Packaged, second: Packaged, tmp_path: Path
 ) -> None:
@@ -217,6 +219,7 @@ def test_of_two_deployments_at_once_one_is_told_to_wait(
     assert management.roll_back("chest", server.model_store) == (done["version"], done["previous"])
 
 
+@pytest.mark.slow
 def test_a_first_version_that_fails_leaves_nothing_behind(
     server: TorchServe, first: Packaged, tmp_path: Path
 ) -> None:
@@ -235,6 +238,7 @@ def test_a_first_version_that_fails_leaves_nothing_behind(
     assert list((server.request_log / "unwatched").glob("*.jsonl"))
 
 
+@pytest.mark.slow
 def test_an_archive_whose_worker_does_not_start_does_not_jam_its_version(
     server: TorchServe, first: Packaged, second: Packaged, tmp_path: Path
 ) -> None:

@@ -212,6 +212,7 @@ def in_two_processes(
     return fit_in_two_processes(runs, tmp_path_factory.mktemp("two"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_shared_out_is_the_whole_batch(
     family: str,

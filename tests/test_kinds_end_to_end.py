@@ -309,6 +309,7 @@ def scored(lesions: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path
     return outs
 
 
+@pytest.mark.slow
 def test_calibrate_completes_a_detector_s_bundle(lesions: Path, scored: list[Path]) -> None:
     bundle = Bundle(scored[0] / "bundle")
     point = bundle.manifest.operating_point

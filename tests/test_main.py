@@ -184,6 +184,7 @@ TINY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", ["dataset", "trained", "checkpoints"])
 def test_a_full_disk_ends_in_one_line_and_leaves_nothing_half_written(
     full: str, root: Path, tmp_path: Path

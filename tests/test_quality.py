@@ -1,7 +1,6 @@
 """Quality: what stands in an image, told apart on real images; and copies, found among a hundred thousand."""
 
 import io
-import time
 import tracemalloc
 from pathlib import Path
 

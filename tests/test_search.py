@@ -201,6 +201,7 @@ def test_a_trial_that_diverges_is_told_and_the_search_goes_on(inputs: Path, tmp_
     assert "not finite" in page or "loss is" in page
 
 
+@pytest.mark.slow
 def test_a_search_killed_in_mid_trial_gives_the_same_file(
     inputs: Path, searched: Path, tmp_path: Path
 ) -> None:

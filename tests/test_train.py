@@ -136,6 +136,7 @@ def test_the_log_has_a_header_the_epochs_and_the_best(uninterrupted: Path) -> No
     assert epochs[last["best_epoch"] - 1]["val_auc"] == max(record["val_auc"] for record in epochs) > 0.9
 
 
+@pytest.mark.slow
 def test_an_ensembles_first_member_is_what_it_would_be_alone(
     inputs: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -179,6 +180,7 @@ def test_what_a_recipe_has_no_use_for_is_refused(
         train(**_arguments(inputs, tmp_path, **changes))
 
 
+@pytest.mark.slow
 def test_two_processes_write_one_bundle(inputs: Path, tmp_path: Path) -> None:
     names = (
         "dataset",

@@ -566,6 +566,7 @@ def assert_alike(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], *
         assert (other[key] - tensor.float()).norm() <= relative * tensor.float().norm(), key
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_the_same_batch(binary: DatasetFolder, tmp_path: Path) -> None:
     torch.manual_seed(0)
     pretrained = tmp_path / "weights.pt"

@@ -396,6 +396,7 @@ def test_a_review_counts_if_a_known_reviewer_signed_these_very_words(chain: Chai
     assert objection(chain.told / "review", {"Dr. Rey": public.read_text()})
 
 
+@pytest.mark.slow
 def test_a_server_is_asked_which_bundle_answers(chain: Chain, capsys: pytest.CaptureFixture[str]) -> None:
     server = TorchServe(chain.folder / "served", free_ports())
     server.model_store.mkdir(parents=True)

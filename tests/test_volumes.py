@@ -6,7 +6,6 @@ import json
 import struct
 import subprocess
 import sys
-import time
 import tracemalloc
 import zipfile
 from collections.abc import Sequence
