@@ -221,26 +221,28 @@ def several_classes() -> list[list[Line]]:
     found: list[list[Line]] = []
     tasks: tuple[Task, ...] = ("multiclass", "multilabel")
     for task in tasks:
-        true = truths_of_several(task, _AREA_SEVERAL)
         cells = [Several(task, *of_set, _AREA_SEVERAL) for of_set in _SETS_SEVERAL]
-        settings = [(f"{cell.images}", f"{cell.per_patient}", f"{true['auc']:.2f}") for cell in cells]
-        held = each(partial(of_several, true=true), cells, f"Several classes, {task}")
-        found.append(list(map(Line, settings, held)))
+        lines = []
+        for cell, (held, area) in zip(
+            cells, each(of_several, cells, f"Several classes, {task}"), strict=True
+        ):
+            lines.append(Line((f"{cell.images}", f"{cell.per_patient}", f"{area:.2f}"), held))
+        found.append(lines)
     return found
 
 
-def of_several(cell: Several, true: dict[str, float]) -> dict[str, Held]:
-    """Coverage in one cell."""
-    rng, tally = _generator(3, len(cell.task), *cell[1:]), Tally()
+def of_several(cell: Several) -> tuple[dict[str, Held], float]:
+    """Coverage in one cell, and the true AUC there."""
+    rng, tally, true = _generator(3, len(cell.task), *cell[1:]), Tally(), truths_of_several(cell)
     for _ in range(REPEATS):
         tally.add(_scored(*draw_several(cell, rng)))
-    return {name: tally.held(name, true[name]) for name in _of_task(cell.task)}
+    return {name: tally.held(name, true[name]) for name in _of_task(cell.task)}, true["auc"]
 
 
-def truths_of_several(task: Task, area: float) -> dict[str, float]:
-    """The values of a very large set, whose images are each of another patient: that leaves values as they are."""
-    cell = Several(task, _TRUTH_IMAGES, 1, area)
-    found = _scored(*draw_several(cell, _generator(4, len(task), area)), resamples=0)
+def truths_of_several(cell: Several) -> dict[str, float]:
+    """The values of a very large set with as many images a patient: which labels come together depends on that."""
+    large = cell._replace(images=_TRUTH_IMAGES)
+    found = _scored(*draw_several(large, _generator(4, len(cell.task), *cell[2:])), resamples=0)
     return {name: one.value for name, one in found.items() if one.value is not None}
 
 
@@ -387,7 +389,7 @@ def _text(found: list[list[Line]]) -> list[str]:
         fill(
             f"Four classes, of which {', '.join(f'{part:.0%}' for part in _SHARES)} of the images are; then four "
             "labels that as many images have. AUC is the mean over classes; logits are too large by a quarter. True "
-            f"values are those of a set of {_TRUTH_IMAGES:,} images.",
+            f"values are those of a set of {_TRUTH_IMAGES:,} images, as many of them a patient.",
             120,
         ),
         "",
