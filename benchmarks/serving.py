@@ -1,15 +1,16 @@
 """What the door costs: a served ResNet-18 at 224 px against the same Predictor in process, on the same cores.
 
-Both arms take turns, so that what else the machine does falls on both. Clients are threads of this process: they
-share the cores with the server.
+It is served by one worker, and by two that share the cores. All arms take turns, so that what else the machine does
+falls on each. Clients are threads of this process: they share the cores with the server.
 """
 
 import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ WARM_UP_S = 10.0  # Java compiles what it does often
 
 
 def claims() -> Iterator[dict[str, Any]]:
-    """Throughput at 16 clients, a lone client's median, and where the time of a request goes."""
+    """Throughput at 16 clients and a lone client's median, by one worker and by two; where a request's time goes."""
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(cores)
     os.environ["OMP_NUM_THREADS"] = str(cores)  # of the server's worker
@@ -53,13 +54,12 @@ def claims() -> Iterator[dict[str, Any]]:
         )
         predictor = Predictor(bundle, "cpu")
         with TorchServe(Path(folder) / "served", free_ports()) as server:
-            _register(server, bundle)
-            client = Client(server.inference, "resnet", key_file=server.key_file)
-            yield from _measured(predictor, client, server, pngs)
+            clients = [_register(server, bundle, workers) for workers in (1, 2)]
+            yield from _measured(predictor, clients, server, pngs)
 
 
 def _measured(
-    predictor: Predictor, client: Client, server: TorchServe, pngs: list[bytes]
+    predictor: Predictor, clients: Sequence[Client], server: TorchServe, pngs: list[bytes]
 ) -> Iterator[dict[str, Any]]:
     batch = DeployParams().batch_size
 
@@ -71,20 +71,22 @@ def _measured(
 
     answers: list[Answer] = []
 
-    def served(number: int) -> None:
+    def served(client: Client, number: int) -> None:
         answers.append(client.predict(pngs[number % NUM_IMAGES]))
 
-    def crowd(seconds: float) -> float:
+    def crowd(client: Client, seconds: float) -> float:
         with ThreadPoolExecutor(NUM_CLIENTS) as pool:
             started = time.perf_counter()
-            counts = [len(times) for times in pool.map(lambda _: _loop(served, seconds), range(NUM_CLIENTS))]
-            return sum(counts) / (time.perf_counter() - started)
+            loops = pool.map(lambda _: _loop(partial(served, client), seconds), range(NUM_CLIENTS))
+            return sum(len(times) for times in loops) / (time.perf_counter() - started)
 
     for warm in (in_process, lone_in_process):
         _loop(warm, WARM_UP_S)
-    crowd(WARM_UP_S)
-    rates: dict[str, list[float]] = {"served": [], "in process": []}
-    lone_ms: dict[str, list[float]] = {"served": [], "in process": []}
+    for client in clients:
+        crowd(client, WARM_UP_S)
+    one, two = clients
+    rates: dict[str, list[float]] = {"one worker": [], "two workers": [], "in process": []}
+    lone_ms: dict[str, list[float]] = {"one worker": [], "two workers": [], "in process": []}
     crowded: list[Answer] = []
     queue_ms = num_queued = 0.0
     for _ in range(NUM_ROUNDS):
@@ -92,25 +94,27 @@ def _measured(
         rates["in process"].append(batch * len(times) / sum(times))
         answers.clear()
         queued_before = _queued(server)
-        rates["served"].append(crowd(ROUND_S))
+        rates["one worker"].append(crowd(one, ROUND_S))
         queued = _queued(server)
         queue_ms, num_queued = (
             queue_ms + queued[0] - queued_before[0],
             num_queued + queued[1] - queued_before[1],
         )
         crowded += answers
-        lone_ms["in process"] += [1000 * s for s in _loop(lone_in_process, ROUND_S / 2)]
-        lone_ms["served"] += [1000 * s for s in _loop(served, ROUND_S / 2)]
-    yield claim(
-        "serving.throughput_16_clients",
-        float(np.mean(rates["served"])),
-        float(np.mean(rates["in process"])),
-        "images/s",
-        goal=0.95,
-    )
-    ours, peer = (float(np.median(lone_ms[arm])) for arm in ("served", "in process"))
-    yield claim("serving.lone_client_p50", ours, peer, "ms", ratio=peer / ours, goal=1 / 1.15)
-    # Where it goes: each part beside the whole. No goals, hence 0.
+        rates["two workers"].append(crowd(two, ROUND_S))
+        for arm, lone in (
+            ("in process", lone_in_process),
+            ("one worker", partial(served, one)),
+            ("two workers", partial(served, two)),
+        ):
+            lone_ms[arm] += [1000 * s for s in _loop(lone, ROUND_S / 2)]
+    for arm in ("one worker", "two workers"):
+        name = arm.replace(" ", "_")
+        ours, peer = (float(np.mean(rates[each])) for each in (arm, "in process"))
+        yield claim(f"serving.throughput_16_clients_{name}", ours, peer, "images/s", goal=0.95)
+        ours, peer = (float(np.median(lone_ms[each])) for each in (arm, "in process"))
+        yield claim(f"serving.lone_client_p50_{name}", ours, peer, "ms", ratio=peer / ours, goal=1 / 1.15)
+    # Where it goes with one worker: each part beside the whole. No goals, hence 0.
     parts: dict[str, float] = {
         "decode": float(np.mean([one.timing_ms.decode for one in crowded])),
         "queue": queue_ms / num_queued,
@@ -143,12 +147,15 @@ def _queued(server: TorchServe) -> tuple[float, float]:
     return waited_us / 1000, number
 
 
-def _register(server: TorchServe, bundle: Path) -> None:
-    write_archive(server.model_store / "resnet.mar", bundle, demo_release(bundle, "resnet"))
+def _register(server: TorchServe, bundle: Path, workers: int) -> Client:
+    """A client of the model by so many workers."""
+    name = f"resnet-{workers}"
+    write_archive(server.model_store / f"{name}.mar", bundle, demo_release(bundle, name))
     params = DeployParams()
     Management(server.management, key_file=server.key_file).register(
-        "resnet.mar",
-        workers=params.workers,
+        f"{name}.mar",
+        workers=workers,
         batch_size=params.batch_size,
         max_batch_delay_ms=params.max_batch_delay_ms,
     )
+    return Client(server.inference, name, key_file=server.key_file)
