@@ -4,9 +4,14 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Two workers on two cores: more threads than that only wait for each other. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What else runs on the machine must not fail a test: a hang is pytest-timeout's.
+settings.register_profile("cadx", deadline=None)
+settings.load_profile("cadx")
 
 ROOT = Path(__file__).resolve().parent.parent
 

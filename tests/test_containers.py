@@ -381,7 +381,7 @@ def test_a_deployment_that_is_killed_before_the_switch_answers_nobody_and_runs_a
 
 
 @pytest.mark.container
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 def test_containers_make_the_bytes_that_the_stages_make_here(
     containers: Path, image: str, undisturbed: Path
 ) -> None:
@@ -476,7 +476,7 @@ def test_any_user_runs_it_on_a_root_that_is_read_only_without_a_network_and_with
 
 
 @pytest.mark.container
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 def test_the_serving_image_serves_what_was_delivered_as_the_manifest_runs_it(
     serving_image: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -494,7 +494,7 @@ def test_the_serving_image_serves_what_was_delivered_as_the_manifest_runs_it(
         "sh", "-c", serving_script(),
     ).stdout.strip()  # fmt: skip
     try:
-        deadline = time.monotonic() + 600
+        deadline = time.monotonic() + 1800
         while docker("exec", name, "test", "-f", "/tmp/ready", check=False).returncode:
             running = docker("inspect", "--format", "{{.State.Running}}", name).stdout.strip() == "true"
             assert running, docker("logs", name).stdout[-3000:]

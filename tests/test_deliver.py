@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from test_deploy import Packaged, first  # noqa: F401 - a fixture
+from test_serving import five_free_ports
 
 from cadx.bundle import Bundle
 from cadx.datasets import DatasetFolder
@@ -23,7 +24,7 @@ from cadx.reading.images import encode_png
 from components.contract import ROOT
 from components.deliver import DeliverParams, deliver
 from serving.client import Client
-from serving.server import Ports, free_ports
+from serving.server import Ports
 
 PARTS = {"model.mar", "decision.json", "predictions.parquet", "dataset", "bundle"}
 
@@ -58,7 +59,7 @@ def serving_script() -> str:
 @contextmanager
 def pod(models: Path, home: Path) -> Iterator[tuple[Path, str]]:
     """The container's script here, with folders and ports of this test's; its folder and address, once it is ready."""
-    ports = Ports.starting_at(min(free_ports().inference, 60000))
+    ports = Ports.starting_at(five_free_ports())
     served, ready = home / "served", home / "ready"
     addresses = (
         f"--inference http://127.0.0.1:{ports.inference} --management http://127.0.0.1:{ports.management}"
@@ -80,7 +81,7 @@ def pod(models: Path, home: Path) -> Iterator[tuple[Path, str]]:
             ["sh", "-c", script], cwd=ROOT, env=environment, stdout=said, stderr=said, start_new_session=True
         )
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 900
         while not ready.exists():
             assert process.poll() is None, (home / "said").read_text()[-3000:]
             assert time.monotonic() < deadline, (home / "said").read_text()[-3000:]
@@ -136,7 +137,7 @@ def test_what_is_not_promoted_or_does_not_belong_together_never_arrives(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_pods_own_commands_serve_what_was_delivered(
     first: Packaged,  # noqa: F811
     tmp_path: Path,
@@ -145,16 +146,18 @@ def test_a_pods_own_commands_serve_what_was_delivered(
     models = tmp_path / "models"
     bring(first, models)
     (models / "decision.json").write_text("{}")
-    late = subprocess.Popen(["sh", "-c", f'sleep 20; cp "{first.folder}/decision.json" "{models}/"'])
     # The folder's path is part of its sockets', which may not be long.
     home = Path("/tmp") / f"cadx-pod-{os.getpid()}"
+    refused = f'until grep -q decision.json "{home}/said" 2>/dev/null; do sleep 0.2; done'
+    late = subprocess.Popen(["sh", "-c", f'{refused}; cp "{first.folder}/decision.json" "{models}/"'])
     try:
         with pod(models, home) as (served, address):
             folder = DatasetFolder(first.dataset)
             png = encode_png(folder.pixels(folder.samples["sample_id"].iloc[0]))
             answer = Client(address, "chest", key_file=served / "key_file.json").predict(png)
             assert answer.model.bundle == Bundle(first.bundle).digest
-            assert "decision.json" in (home / "said").read_text(), "it was refused until all was there"
+            assert late.wait(60) == 0, "it was refused until all was there"
     finally:
+        late.kill()
         late.wait()
         shutil.rmtree(home, ignore_errors=True)

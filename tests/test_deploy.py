@@ -144,29 +144,36 @@ def test_no_request_is_lost_while_versions_change_under_load(
     client = Client(server.inference, "chest", key_file=server.key_file)
     management = Management(server.management, key_file=server.key_file)
     done = threading.Event()
+    answered: list[list[str]] = [[] for _ in range(8)]
 
-    def ask(number: int) -> list[str]:
-        answered = []
+    def ask(versions: list[str], number: int) -> None:
         while not done.is_set():
             answer = client.predict(pngs[number % 4])
             wanted = expected[answer.model.bundle][number % 4]
             assert answer.probabilities == pytest.approx(wanted, abs=1e-5)
-            answered.append(answer.model.version)
-        return answered
+            versions.append(answer.model.version)
+
+    def until_each_has_asked_anew() -> None:
+        """Of two more answers to a client the second was asked for after now."""
+        before = [len(versions) for versions in answered]
+        while any(len(versions) < n + 2 for versions, n in zip(answered, before, strict=True)):
+            assert not any(task.done() for task in asking), "a client ended"
+            time.sleep(0.05)
 
     with ThreadPoolExecutor(8) as pool:
-        asking = [pool.submit(ask, number) for number in range(8)]
+        asking = [pool.submit(ask, versions, number) for number, versions in enumerate(answered)]
         try:
             two = second.deploy(server, tmp_path)
             assert management.roll_back("chest", server.model_store) == (two["version"], one["version"])
             second.deploy(server, tmp_path)
-            time.sleep(10)  # until nobody waits for the first any more
+            until_each_has_asked_anew()  # so that nobody waits for the first any more
             management.unregister("chest", one["version"])
             assert management.roll_back("chest", server.model_store) == (two["version"], one["version"])
-            time.sleep(0.5)
+            until_each_has_asked_anew()
         finally:
             done.set()
-        answered = [task.result() for task in asking]
+        for task in asking:
+            task.result()
     for versions in answered:
         assert {one["version"], two["version"]} == set(versions)
         assert versions[-1] == one["version"]

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -125,7 +126,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             "s3",
             endpoint_url=endpoint,
             region_name="us-east-1",
-            config=Config(retries={"max_attempts": 0}, connect_timeout=2),
+            config=Config(retries={"max_attempts": 0}, connect_timeout=2, read_timeout=5),
             **KEYS,
         )
         wait_until_ready(process, client, folder / "log.txt")
@@ -149,10 +150,11 @@ def wait_until_ready(process: subprocess.Popen[bytes], client: Any, log: Path) -
     """Until a first object can be written: the parts of the server find each other one by one."""
     from botocore.exceptions import BotoCoreError, ClientError
 
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
         try:
-            client.create_bucket(Bucket="hospital")
+            with suppress(client.exceptions.BucketAlreadyOwnedByYou):
+                client.create_bucket(Bucket="hospital")
             client.put_object(Bucket="hospital", Key="first", Body=b"1")
         except (BotoCoreError, ClientError):
             time.sleep(0.2)

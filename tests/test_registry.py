@@ -169,7 +169,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             command, cwd=folder, env=os.environ | settings, stdout=stream, stderr=subprocess.STDOUT
         )
     try:
-        for _ in range(600):
+        for _ in range(3000):
             assert running.poll() is None, log.read_text()
             try:
                 with urlopen(f"{address}/health", timeout=5):
@@ -177,11 +177,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             except (URLError, ConnectionError, TimeoutError):
                 time.sleep(0.1)
         else:
-            pytest.fail(f"MLflow's server does not answer within a minute:\n{log.read_text()}")
+            pytest.fail(f"MLflow's server does not answer within five minutes:\n{log.read_text()}")
         yield address
     finally:
         running.terminate()
-        running.wait(30)
+        running.wait(120)
 
 
 @pytest.mark.slow

@@ -645,7 +645,7 @@ def test_a_forked_process_opens_its_own_handles(tmp_path: Path, compression: str
     def hold() -> None:  # another thread, in the middle of a read
         with slide._lock, slide._cache._lock:
             held.set()
-            done.wait(20)
+            done.wait(120)
 
     reader = threading.Thread(target=hold)
     reader.start()
@@ -653,7 +653,7 @@ def test_a_forked_process_opens_its_own_handles(tmp_path: Path, compression: str
     process.start()
     done.set()
     reader.join()
-    answered = here.poll(10)
+    answered = here.poll(60)
     if not answered:
         process.kill()
     assert answered, "the child waits for a lock that nobody will open"

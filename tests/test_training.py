@@ -551,7 +551,7 @@ def fit_in_two_processes(
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=250,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return {
