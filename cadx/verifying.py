@@ -237,7 +237,8 @@ def predicted_by(predictions: Path) -> Digest | None:
 
 def _shown(file: str) -> str:
     """A path from here where it lies below, else as it is."""
-    return file.removeprefix(f"{Path.cwd()}/")
+    path, here = Path(file), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else file
 
 
 def show(title: str, links: Iterable[Link]) -> bool:
