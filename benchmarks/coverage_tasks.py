@@ -222,12 +222,13 @@ def several_classes() -> list[list[Line]]:
     tasks: tuple[Task, ...] = ("multiclass", "multilabel")
     for task in tasks:
         cells = [Several(task, *of_set, _AREA_SEVERAL) for of_set in _SETS_SEVERAL]
-        lines = []
-        for cell, (held, area) in zip(
-            cells, each(of_several, cells, f"Several classes, {task}"), strict=True
-        ):
-            lines.append(Line((f"{cell.images}", f"{cell.per_patient}", f"{area:.2f}"), held))
-        found.append(lines)
+        told = zip(cells, each(of_several, cells, f"Several classes, {task}"), strict=True)
+        found.append(
+            [
+                Line((f"{cell.images}", f"{cell.per_patient}", f"{area:.2f}"), held)
+                for cell, (held, area) in told
+            ]
+        )
     return found
 
 

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from PIL import Image
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(7500)]  # the first of them waits for `make run`
 
 # Runs inside every Python process of the run, DVC's and ours: whoever looks up a host, connects, or sends a datagram is
 # written down, and so is which command was watched.
@@ -125,7 +125,6 @@ def checkout(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     return made
 
 
-@pytest.mark.timeout(7500)
 def test_the_main_job_ends_in_one_page_that_stands_alone(checkout: Checkout) -> None:
     page = (checkout.folder / "data/reports/phantom-xray/index.html").read_text()
     assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", page)
@@ -136,7 +135,6 @@ def test_the_main_job_ends_in_one_page_that_stands_alone(checkout: Checkout) -> 
     assert what_next.startswith("next ")
 
 
-@pytest.mark.timeout(7500)
 def test_the_model_was_served_as_it_was_evaluated(checkout: Checkout) -> None:
     deployment, rehearsal = (
         checkout.report("serving/deployment.json"),
@@ -148,7 +146,6 @@ def test_the_model_was_served_as_it_was_evaluated(checkout: Checkout) -> None:
     assert not (checkout.folder / "data/work/phantom-xray/torchserve/key_file.json").exists(), "stopped"
 
 
-@pytest.mark.timeout(7500)
 def test_a_model_with_too_little_evidence_was_refused_with_the_reason(checkout: Checkout) -> None:
     refused = json.loads((checkout.folder / "data/reports/phantom-xray-pilot/0/decision.json").read_text())
     assert not refused["promote"]
@@ -158,7 +155,6 @@ def test_a_model_with_too_little_evidence_was_refused_with_the_reason(checkout: 
     assert refused["reasons"][0] in page
 
 
-@pytest.mark.timeout(7500)
 def test_the_watch_is_calm_about_the_same_patients_and_notices_an_aged_detector(checkout: Checkout) -> None:
     same, aged = checkout.report("serving/rehearsal.json")["watches"]
     assert same["drifted"] is False, same["said"]
@@ -166,7 +162,6 @@ def test_the_watch_is_calm_about_the_same_patients_and_notices_an_aged_detector(
     assert "sharpness" in aged["said"]
 
 
-@pytest.mark.timeout(7500)
 def test_the_results_page_holds_the_experiment(checkout: Checkout) -> None:
     checkout.run("cadx", "results")
     page = (checkout.folder / "docs/results.md").read_text()
@@ -177,7 +172,6 @@ def test_the_results_page_holds_the_experiment(checkout: Checkout) -> None:
     )
 
 
-@pytest.mark.timeout(7500)
 def test_nothing_was_asked_of_any_other_machine(checkout: Checkout) -> None:
     assert not checkout.connections.exists(), checkout.connections.read_text()
     watched = checkout.connections.with_name(f"{checkout.connections.name}.watched").read_text()
@@ -191,7 +185,6 @@ def test_nothing_was_asked_of_any_other_machine(checkout: Checkout) -> None:
     assert any(Path(words[0]).name == "dvc" for words in started)
 
 
-@pytest.mark.timeout(7500)
 def test_the_phantom_is_found_and_every_number_has_its_interval(checkout: Checkout) -> None:
     metrics = json.loads((checkout.folder / "data/reports/phantom-xray/metrics.json").read_text())
     assert metrics["clustered"] is True
@@ -203,7 +196,6 @@ def test_the_phantom_is_found_and_every_number_has_its_interval(checkout: Checko
     assert {json.loads(line)["seed"] for line in uses} == {0, 1, 2}
 
 
-@pytest.mark.timeout(7500)
 def test_a_second_run_runs_nothing_and_a_change_only_what_depends_on_it(checkout: Checkout) -> None:
     assert checkout.reproduce() == set()
 
@@ -217,7 +209,6 @@ def test_a_second_run_runs_nothing_and_a_change_only_what_depends_on_it(checkout
     assert one_seed == {"calibrate", "evaluate", "gate", "package"}
 
 
-@pytest.mark.timeout(7500)
 def test_a_folder_of_ones_own_images_is_one_command_away_from_the_same_chain(checkout: Checkout) -> None:
     """Bright and dark squares, a folder per class; small and for one epoch, since the chain is what counts."""
     rng = np.random.default_rng(0)
