@@ -8,8 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy import special
 
 from cadx.metrics.estimates import patient_codes, resample
 from cadx.types import Knots, Task
@@ -42,8 +42,6 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike, task: Task) -> float:
     >>> fit_temperature([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0]], [[1, 0], [1, 0], [0, 1]], "binary").__round__(4)
     2.8854
     """
-    from scipy import optimize
-
     z, y = _checked(logits, labels)
     known = np.isfinite(y) if task == "multilabel" else np.isfinite(y).all(axis=1)
     z, y = z[known], y[known]
@@ -59,7 +57,7 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike, task: Task) -> float:
         return MIN_TEMPERATURE
     if slope(flattest) >= 0:
         return MAX_TEMPERATURE
-    return 1 / float(optimize.brentq(slope, flattest, sharpest, xtol=1e-14, rtol=1e-14))
+    return 1 / float(scipy.optimize.brentq(slope, flattest, sharpest, xtol=1e-14, rtol=1e-14))
 
 
 def fit_temperature_and_bias(logits: ArrayLike, labels: ArrayLike, task: Task) -> tuple[float, FloatArray]:
@@ -81,8 +79,6 @@ def fit_temperature_and_bias(logits: ArrayLike, labels: ArrayLike, task: Task) -
     Hard-To-Beat at Label Shift Adaptation", section 3; for two classes it is Platt 1999. Concave, so that the
     start, the best temperature alone, decides nothing.
     """
-    from scipy import optimize
-
     start = np.concatenate([[1 / fit_temperature(logits, labels, task)], np.zeros(np.shape(logits)[1])])
     z, y = _checked(logits, labels)
     known = np.isfinite(y) if task == "multilabel" else np.isfinite(y).all(axis=1, keepdims=True) & (y == y)
@@ -92,17 +88,17 @@ def fit_temperature_and_bias(logits: ArrayLike, labels: ArrayLike, task: Task) -
         sharpness, bias = parameters[0], parameters[1:]
         scaled = sharpness * z + bias
         if task == "multilabel":
-            terms = -special.log_expit(np.where(target > 0, scaled, -scaled))
-            excess = special.expit(scaled) - target
+            terms = -scipy.special.log_expit(np.where(target > 0, scaled, -scaled))
+            excess = scipy.special.expit(scaled) - target
         else:
-            terms = -target * special.log_softmax(scaled, axis=1)
-            excess = special.softmax(scaled, axis=1) - target
+            terms = -target * scipy.special.log_softmax(scaled, axis=1)
+            excess = scipy.special.softmax(scaled, axis=1) - target
         excess = np.where(known, excess, 0.0)
         gradient = np.concatenate([[(excess * z).sum()], excess.sum(axis=0)]) / len(z)
         return float(np.where(known, terms, 0.0).sum()) / len(z), gradient
 
     bounds = [(1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE), *[(-MAX_BIAS, MAX_BIAS)] * (len(start) - 1)]
-    found = optimize.minimize(
+    found = scipy.optimize.minimize(
         loss,
         start,
         jac=True,
@@ -135,7 +131,7 @@ def apply(logits: ArrayLike, temperature: float, task: Task, bias: ArrayLike = (
     if np.size(bias):
         scaled = scaled + np.asarray(bias, dtype=np.float64)
     probabilities: FloatArray = (
-        special.expit(scaled) if task == "multilabel" else special.softmax(scaled, axis=-1)
+        scipy.special.expit(scaled) if task == "multilabel" else scipy.special.softmax(scaled, axis=-1)
     )
     return probabilities
 

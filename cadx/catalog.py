@@ -369,7 +369,7 @@ def load_catalog(path: Path) -> dict[str, Entry]:
         ValueError: one line that names file, entry and field.
     """
     try:
-        return _CATALOG.validate_python(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+        return _CATALOG.validate_python(yaml.load(path.read_bytes(), yaml.CSafeLoader) or {})
     except FileNotFoundError:
         raise ValueError(f"{path}: no such catalogue") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -20,8 +20,8 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy import special
 
 from cadx.metrics.estimates import patient_codes
 from cadx.types import Conformal, Task
@@ -118,7 +118,7 @@ def expected_range(patients: int, coverage: float) -> tuple[float, float]:
     rank = math.ceil((patients + 1) * coverage - 1e-9)
     if rank > patients:
         return 1.0, 1.0
-    low, high = special.betaincinv(rank, patients + 1 - rank, [0.025, 0.975])
+    low, high = scipy.special.betaincinv(rank, patients + 1 - rank, [0.025, 0.975])
     return float(low), float(high)
 
 

@@ -70,7 +70,7 @@ def calibrate(*, dataset: In, splits: In, trained: In, bundle: Out, params: Cali
 
     The final bundle's answers on this split go into it, as the reference that `monitor` compares with.
 
-    On `folds`, the answers are those of single networks, and the bundle serves the mean of all.
+    On `folds`, the answers are those of one fold's networks, and the bundle serves the mean of all.
 
     Raises:
         ValueError: if the calibration split lacks rows or a class, the dataset has other classes, a threshold is

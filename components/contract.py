@@ -225,7 +225,7 @@ def read_experiment(file: Path, experiment: str) -> dict[str, Any]:
 @functools.lru_cache(maxsize=4)
 def _parsed(text: str) -> Any:
     """What a parameter file says: it is the same for every step and experiment, and takes long to parse."""
-    return yaml.safe_load(text)
+    return yaml.load(text, yaml.CSafeLoader)
 
 
 def explain(error: ValidationError, where: str) -> str:

@@ -184,7 +184,7 @@ def _provenance_warnings(manifest: Manifest, dataset: Digest, splits: Digest, sp
         yield "The bundle was trained with other splits: samples scored here may have been trained on."
     if split == "folds":
         yield (
-            f"Each sample was answered by the one of {manifest.provenance.folds} networks that did not see it; the"
+            f"Each sample was answered by the one in {manifest.provenance.folds} networks that did not see it; the"
             " bundle answers with the mean of all, which nothing here judges. The folds' intervals treat their networks"
             " as one."
         )
@@ -192,7 +192,7 @@ def _provenance_warnings(manifest: Manifest, dataset: Digest, splits: Digest, sp
         yield "The operating point and the temperature were chosen on this very split: its numbers flatter."
     elif split == "val" and manifest.provenance.folds:
         yield (
-            f"All of the {manifest.provenance.folds} networks but one were trained on each sample of this split: its"
+            f"All networks but one in {manifest.provenance.folds} were trained on each sample of this split: its"
             " numbers say nothing. The folds' own scores stand in training.jsonl; the test split is the judge."
         )
     elif split == "val":

@@ -50,13 +50,19 @@ class Fractions(Config):
 class SplitParams(Params):
     """How images are divided."""
 
-    strategy: Literal["patient", "given", "kfold", "folds", "leave_site_out"] = "patient"  # as told above
-    fractions: Fractions = Fractions()  # for every strategy but "given" and "folds"
-    calibration_fraction: Share = 0.1  # of the official train part, where there is no calibration part
-    num_folds: Annotated[int, Field(ge=2)] = 5  # for "kfold"
-    fold: Annotated[int, Field(ge=0)] = 0  # the fold that is test, or the site's number in the alphabet
-    site: str | None = None  # the site that is test, instead of its number
-    seed: Annotated[int, Field(ge=0)] = 0
+    strategy: Literal["patient", "given", "kfold", "folds", "leave_site_out"] = "patient"
+    fractions: Fractions = Field(
+        default=Fractions(), description='for every strategy but "given" and "folds"'
+    )
+    calibration_fraction: Share = Field(
+        default=0.1, description="of the official train part, where there is no calibration part"
+    )
+    num_folds: int = Field(default=5, ge=2, description='for "kfold"')
+    fold: int = Field(
+        default=0, ge=0, description="the fold that is test, or the site's number in the alphabet"
+    )
+    site: str | None = Field(default=None, description="the site that is test, instead of its number")
+    seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _one_test_part(self) -> Self:

@@ -182,11 +182,12 @@ def train(
 def _folds(
     config: TrainingConfig, folder: DatasetFolder, splits: pd.DataFrame, seed: int
 ) -> list[pd.DataFrame]:
-    """The splits that each network of the ensemble is trained on."""
-    if config.folds is None:
-        return [splits] * config.ensemble
-    labels = list(folder.info.label_columns)
-    return cross_validation(folder.samples, splits, num_folds=config.folds, seed=seed, labels=labels)
+    """The splits that each network is trained on; every fold has had its turn before the first comes again."""
+    folds = [splits]
+    if config.folds is not None:
+        labels = list(folder.info.label_columns)
+        folds = cross_validation(folder.samples, splits, num_folds=config.folds, seed=seed, labels=labels)
+    return folds * config.ensemble
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
@@ -196,7 +197,7 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 
 
 def _summary(members: Sequence[Fitted]) -> dict[str, Any]:
-    """What the folds' best epochs reached on the fold that each did not see: mean, spread, and each."""
+    """What the networks' best epochs reached on the fold that each did not see: mean, spread, and each."""
     summary: dict[str, Any] = {}
     for name in [key for key in members[0].history[0] if key.startswith("val_")]:
         values = [fitted.history[fitted.best_epoch - 1][name] for fitted in members]

@@ -25,13 +25,12 @@ from torch import nn
 from cadx.drift import STATISTICS
 from cadx.predicting.predictor import Predictor
 from cadx.reading.images import encode_png
+from cadx.request_log import UNWATCHED
 from serving.archive import BUNDLE, RELEASE, parse_release
 from serving.client import SCHEMA_VERSION
 
 REQUEST_LOG = "CADX_REQUEST_LOG"
 """Environment variable: the folder of the request log; without it none is kept."""
-UNWATCHED = "unwatched"
-"""In that folder: where answers to golden samples go. `cadx.request_log` passes over it."""
 EMBEDDING_DECIMALS = 5
 
 
@@ -269,7 +268,7 @@ class Answerer(ABC):
             "site": attributes.get("site", ""),
             "scanner": attributes.get("scanner", ""),
             "statistics": {name: outcome.statistics[name] for name in STATISTICS},
-            "embedding": [round(value, EMBEDDING_DECIMALS) for value in outcome.embedding.tolist()],
+            "embedding": np.round(outcome.embedding.astype(np.float64), EMBEDDING_DECIMALS).tolist(),
             "decision": answer["decision"],
             **outcome.kept,
             "warnings": answer["warnings"],

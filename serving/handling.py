@@ -4,6 +4,7 @@ TorchServe imports a handler's file by its base name and takes the one class tha
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,6 +30,8 @@ class Handler:
             ValueError: if it is damaged, incomplete, or another than the release names.
             OSError: if the folder of the request log cannot be made.
         """
+        # TorchServe logs three lines a request on its way to this handler, and reads each of them again.
+        logging.getLogger().setLevel(logging.WARNING)
         properties = context.system_properties
         gpu = properties["gpu_id"]
         self._answerer = self.answerer(

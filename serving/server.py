@@ -441,9 +441,7 @@ def _log_configuration(console: bool) -> str:
       <AppenderRef ref="access_log"/>{shown}
     </Logger>
     <Logger name="MODEL_LOG" level="info" additivity="false">
-      <AppenderRef ref="model_log">
-        <RegexFilter regex="Backend received inference at: .*" onMatch="DENY" onMismatch="ACCEPT"/>
-      </AppenderRef>
+      <AppenderRef ref="model_log"/>
     </Logger>
     <Logger name="MODEL_METRICS" level="off"/>
     <Logger name="TS_METRICS" level="off"/>

@@ -142,6 +142,12 @@ def test_a_clinic_that_shares_a_word_with_its_patient_stays(patient: str, remove
     assert image.attributes["scanner"] == "HALL"
 
 
+def test_a_text_is_no_longer_than_dicom_allows():
+    image = read_image(encode(dicom(InstitutionName="North " * 1000)))
+    assert image.attributes["site"] == ("North " * 11)[:64]
+    assert "InstitutionName was cut to 64 characters, all that DICOM allows" in image.assumptions
+
+
 def test_a_study_that_is_called_head_routine_is_nobody():
     assert dicom_identifiers(encode(dicom(StudyDescription="Head^Routine"))) == ()
 

@@ -333,7 +333,7 @@ def test_the_nodes_own_error_is_the_last_line(
     inputs: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    failed = launch(inputs, tmp_path, {**PARAMS, "folds": 3, "ensemble": 2})
+    failed = launch(inputs, tmp_path, {**PARAMS, "keep": "last", "patience": 2})
     assert failed.returncode == 1
-    assert "folds 3 give as many networks; leave ensemble at 1" in failed.stderr.strip().splitlines()[-1]
+    assert "patience: stops by what val says" in failed.stderr.strip().splitlines()[-1]
     assert not (tmp_path / "trained").exists()

@@ -15,11 +15,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.special import softmax
 
 from cadx.bundle import Bundle
-from cadx.datasets import DatasetWriter, SourceInfo, write_splits
+from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo, write_splits
 from cadx.files import digest_bytes, digest_path
 from cadx.models import ResNetConfig
+from cadx.predicting.folds import out_of_fold
+from cadx.predicting.predictor import Predictor
 from cadx.weighting import LossConfig
 from components.contract import ROOT, read_params
 from components.train import TrainParams, train
@@ -162,8 +165,23 @@ def test_cross_validation_trains_a_network_for_each_fold_and_sums_up(inputs: Pat
     assert summary["folds"] == values
     assert summary["mean"] == pytest.approx(np.mean(values))
     assert summary["sd"] == pytest.approx(np.std(values, ddof=1))
-    with pytest.raises(ValueError, match=r"folds 3 give as many networks; leave ensemble at 1"):
-        train(**_arguments(inputs, tmp_path, folds=3, ensemble=2))
+
+
+def test_folds_have_an_ensemble_each(inputs: Path, tmp_path: Path) -> None:
+    for name, ensemble in (("one", 1), ("two", 2)):
+        train(**_arguments(inputs, tmp_path / name, folds=2, ensemble=ensemble, epochs=1))
+    one, two = (Predictor(tmp_path / name / "trained", uncalibrated_ok=True) for name in ("one", "two"))
+    assert two.bundle.manifest.weights[:2] == one.bundle.manifest.weights
+    folder = DatasetFolder(inputs / "dataset")
+    parts = list(out_of_fold(two, folder, inputs / "splits.parquet"))
+    assert [ids for _, ids in parts] == [
+        ids for _, ids in out_of_fold(one, folder, inputs / "splits.parquet")
+    ]
+    for number, (answering, ids) in enumerate(parts):
+        alone = [two.members(slice(k, k + 1)) for k in (number, number + 2)]
+        each = [softmax(one.logits(one.stored(folder, ids))[0], axis=1) for one in alone]
+        found = softmax(answering.logits(answering.stored(folder, ids))[0], axis=1)
+        np.testing.assert_allclose(found, np.mean(each, axis=0), atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -698,6 +698,12 @@ def test_running_out_of_memory_says_of_which_and_what_to_change(
         r" train.checkpointing: true, [^\n]*batch_size \(now 16",
     ):
         fit(_config(), binary, _splits(binary), seed=0, checkpoints=tmp_path)
+    # What is done already is not advised again.
+    frugal = _config(checkpointing=True, accumulation=16, precision="bf16")
+    with pytest.raises(
+        ValueError, match=r"memory: lower train.batch_size \(now 16\), or make the input smaller"
+    ):
+        fit(frugal, binary, _splits(binary), seed=0, checkpoints=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import sparse
+import scipy
 
 from cadx.detection.matching import AREAS_PX2, ImageSet, Matches, match_classes, read_boxes
 from cadx.metrics.estimates import FloatArray, IntArray, Weights, chunks
@@ -141,7 +141,7 @@ def mean_of(table: CocoTables, what: str, thresholds: list[int], area: int) -> F
 def counted(row: IntArray, patient: IntArray, num_rows: int, drawn: FloatArray) -> FloatArray:
     """num_rows R: how many of the things, each with a row and a patient, lie in a row or above it, per resample."""
     kept = row < num_rows
-    counts = sparse.csr_matrix(
+    counts = scipy.sparse.csr_matrix(
         (np.ones(int(kept.sum())), (row[kept], patient[kept])), shape=(num_rows, len(drawn))
     )
     total: FloatArray = np.cumsum(counts @ drawn, axis=0)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import scipy
 from numpy.typing import NDArray
-from scipy import special
 
 from cadx import calibration
 from cadx.doubts import HOLDS_LESS
@@ -110,7 +110,7 @@ def mutual_information(members: FloatArray, *, multilabel: bool) -> FloatArray:
     """
 
     def entropy(p: FloatArray) -> FloatArray:
-        bits = special.entr(p) + (special.entr(1 - p) if multilabel else 0)
+        bits = scipy.special.entr(p) + (scipy.special.entr(1 - p) if multilabel else 0)
         return np.asarray(bits.sum(axis=-1), dtype=np.float64)
 
     # Rounding alone may make it negative.
@@ -125,7 +125,7 @@ def margin(info: PredictionsInfo, rows: Arrays) -> FloatArray:
         return np.asarray(np.log(second) - np.log(first), dtype=np.float64)
     columns = [info.classes.index(name) for name in info.thresholds]
     limits = np.clip([info.thresholds[info.classes[column]] for column in columns], 1e-12, 1 - 1e-12)
-    return np.asarray(-np.abs(special.logit(p[:, columns]) - special.logit(limits)).min(axis=1))
+    return np.asarray(-np.abs(scipy.special.logit(p[:, columns]) - scipy.special.logit(limits)).min(axis=1))
 
 
 def risk_by_coverage(errors: np.ndarray, doubt: np.ndarray) -> FloatArray:

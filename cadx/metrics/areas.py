@@ -3,8 +3,8 @@
 import math
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy import special
 
 from cadx.doubts import HOLDS_LESS, ROUGHLY
 from cadx.metrics.estimates import (
@@ -85,8 +85,8 @@ def delong_difference(
         return Difference(value=value, low=None, high=None, p=None, n=n, method="too few: no variance")
     error = math.sqrt(variance)
     freedom = np.unique(first.patient).size - 1 if first.clustered else math.inf
-    p = float(2 * special.stdtr(freedom, -abs(value) / error))
-    half = float(special.stdtrit(freedom, 0.5 + LEVEL / 2)) * error
+    p = float(2 * scipy.special.stdtr(freedom, -abs(value) / error))
+    half = float(scipy.special.stdtrit(freedom, 0.5 + LEVEL / 2)) * error
     low, high = max(value - half, -1.0), min(value + half, 1.0)
     fewest = patients_of_rarer_class(first)
     outranked = fewest * (1 - max(float(auc_a.mean()), float(auc_b.mean())))
@@ -109,9 +109,9 @@ def area(cases: Cases) -> Part:
         low, high = _newcombe(value, cases.count_patients(cases.y), cases.count_patients(~cases.y))
         method = "Newcombe score (no variance between cases)"
     else:
-        critical = special.stdtrit(_degrees_of_freedom(share, cases), 0.5 + LEVEL / 2)
+        critical = scipy.special.stdtrit(_degrees_of_freedom(share, cases), 0.5 + LEVEL / 2)
         half = critical * math.sqrt(variance) / (value * (1 - value))
-        low, high = special.expit(special.logit(value) - half), special.expit(special.logit(value) + half)
+        low, high = scipy.special.expit(scipy.special.logit(value) + np.array([-half, half]))
         method = "Obuchowski (logit)" if cases.clustered else "DeLong (logit)"
     if (fewest := patients_of_rarer_class(cases)) < MIN_PER_CLASS:
         method += f"; too few ({fewest} in the rarer class): {ROUGHLY}"
@@ -156,8 +156,6 @@ def _newcombe(value: float, num_positive: int, num_negative: int) -> tuple[float
 
     Source: Newcombe 2006, Stat Med 25:559, method 5. With patients counted, not images, it is conservative.
     """
-    from scipy import optimize
-
     extra = (num_positive + num_negative) / 2 - 1
 
     def excess(theta: float) -> float:
@@ -167,6 +165,8 @@ def _newcombe(value: float, num_positive: int, num_negative: int) -> tuple[float
     def limit(end: float) -> float:
         # At `value` itself the excess is negative, at the end positive, unless `value` is the end.
         inside = value + math.copysign(1e-9, end - value)
-        return end if abs(end - value) < 1e-9 else float(optimize.brentq(excess, inside, end, xtol=1e-12))
+        return (
+            end if abs(end - value) < 1e-9 else float(scipy.optimize.brentq(excess, inside, end, xtol=1e-12))
+        )
 
     return limit(0.0), limit(1.0)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy import special
 
 from cadx.types import Config, Estimate
 
@@ -24,7 +24,8 @@ Weights = NDArray[np.uint8]
 LEVEL = 0.95
 TAILS = (50 - 50 * LEVEL, 50 + 50 * LEVEL)
 """Percentiles that an interval lies between."""
-Z = float(special.ndtri(0.5 + LEVEL / 2))
+Z = 1.959963984540054
+"""Quantile of the standard normal distribution at 0.5 + LEVEL / 2; written out, as scipy.special is slow to import."""
 EPSILON = float(np.finfo(np.float64).eps)
 
 # A resample without positives has no average precision. Up to this share they are left out.
@@ -74,7 +75,7 @@ def difference_of(a: Estimate, b: Estimate) -> Difference:
     p = (
         1.0
         if value == 0
-        else float(2 * special.ndtr(-abs(value) / towards_zero * Z))
+        else float(2 * scipy.special.ndtr(-abs(value) / towards_zero * Z))
         if towards_zero
         else 0.0
     )
@@ -235,7 +236,7 @@ def wilson_limits(proportion: ArrayLike, n: ArrayLike, critical: float) -> tuple
 
 def critical_value(patients: int) -> float:
     """Student's t, for a variance that was estimated over so many patients."""
-    return float(special.stdtrit(max(patients - 1, 1), 0.5 + LEVEL / 2))
+    return float(scipy.special.stdtrit(max(patients - 1, 1), 0.5 + LEVEL / 2))
 
 
 def estimate_of(value: float, low: Any, high: Any, n: int, method: str) -> Estimate:

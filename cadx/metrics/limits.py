@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import special
+import scipy
 
 from cadx.doubts import doubts_of, gravest_doubt
 from cadx.metrics.estimates import (
@@ -30,7 +30,13 @@ class _Scale(NamedTuple):
     slope: Callable[[float], float]
 
 
-_LOGIT = _Scale("logit", special.logit, special.expit, lambda value: 1 / (value * (1 - value)))
+# scipy.special takes long to import: only where a value is put on its scale.
+_LOGIT = _Scale(
+    "logit",
+    lambda value: scipy.special.logit(value),
+    lambda value: scipy.special.expit(value),
+    lambda value: 1 / (value * (1 - value)),
+)
 _LOG = _Scale("log", np.log, np.exp, lambda value: 1 / value)
 _SCALES = {
     "average_precision": _LOGIT,

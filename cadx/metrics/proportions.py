@@ -4,8 +4,8 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy import special
 
 from cadx.metrics.estimates import (
     BoolArray,
@@ -101,7 +101,7 @@ def tango_difference(right_a: ArrayLike, right_b: ArrayLike, patients: ArrayLike
     p = 1.0
     if only_a != only_b:
         statistic = abs(only_a - only_b) / math.sqrt(only_a + only_b)
-        p = float(2 * special.stdtr(freedom, -statistic))
+        p = float(2 * scipy.special.stdtr(freedom, -statistic))
     method = "Tango, McNemar" if num_patients == n else "Tango, McNemar, effective n over patients"
     return Difference(value=value, low=min(low, value), high=max(high, value), p=p, n=n, method=method)
 
@@ -111,7 +111,6 @@ def tango_limits(only_a: float, only_b: float, n: float, critical: float = Z) ->
 
     Source: Tango 1998, Stat Med 17:891, eq. 14-17.
     """
-    from scipy import optimize
 
     def statistic(delta: float) -> float:
         linear = -only_a - only_b + (2 * n - only_a + only_b) * delta
@@ -129,7 +128,9 @@ def tango_limits(only_a: float, only_b: float, n: float, critical: float = Z) ->
         inside, target = end * (1 - 1e-9), -end * critical
         if (statistic(inside) - target) * -end < 0:
             return end
-        return float(optimize.brentq(lambda delta: statistic(delta) - target, inside, value, xtol=1e-12))
+        return float(
+            scipy.optimize.brentq(lambda delta: statistic(delta) - target, inside, value, xtol=1e-12)
+        )
 
     return limit(-1.0), limit(1.0)
 

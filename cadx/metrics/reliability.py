@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy import special
 
 from cadx.metrics.estimates import (
     EPSILON,
@@ -96,7 +96,7 @@ def _logistic(design: FloatArray, y: BoolArray, offset: FloatArray) -> tuple[Flo
     coefficients = np.zeros(design.shape[1])
     now = loss(coefficients)
     for _ in range(100):
-        fitted = special.expit(design @ coefficients + offset)
+        fitted = scipy.special.expit(design @ coefficients + offset)
         gradient = design * (y - fitted)[:, None]
         hessian = design.T @ (design * (fitted * (1 - fitted))[:, None])
         if not np.linalg.cond(hessian) < 1 / EPSILON:
@@ -146,7 +146,7 @@ def calibration_slope(cases: Cases) -> Part:
 
 def _logits(p: FloatArray) -> FloatArray:
     # Probabilities saturate at 1 - 2.2e-16 and may be 0: what lies beyond has no finite logit.
-    logits: FloatArray = special.logit(np.clip(p, EPSILON, 1 - EPSILON))
+    logits: FloatArray = scipy.special.logit(np.clip(p, EPSILON, 1 - EPSILON))
     return logits
 
 

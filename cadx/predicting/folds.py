@@ -1,4 +1,4 @@
-"""Cross-validation's answers: each sample's from the one network of a bundle that was not trained on it."""
+"""Cross-validation's answers: each sample's from those networks of a bundle that were not trained on it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ from cadx.splitting import cross_validation
 def out_of_fold(
     predictor: Predictor, folder: DatasetFolder, splits: Path
 ) -> Iterator[tuple[Predictor, list[str]]]:
-    """Each network of a cross-validated bundle, with the samples of the fold that it did not see.
+    """Each fold's ensemble, often one network, of a cross-validated bundle, with the samples that it did not see.
 
     Args:
         predictor: of a bundle that was trained with `folds`.
@@ -38,4 +38,7 @@ def out_of_fold(
         labels=list(folder.info.label_columns),
     )
     for number, fold in enumerate(folds):
-        yield predictor.member(number), fold.loc[fold["split"] == "val", "sample_id"].tolist()
+        yield (
+            predictor.members(slice(number, None, trained.folds)),
+            fold.loc[fold["split"] == "val", "sample_id"].tolist(),
+        )

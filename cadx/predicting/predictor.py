@@ -124,11 +124,11 @@ class Predictor:
         self._ranges = _ranges(self.bundle.reference())
         self._prevalence = self.bundle.shares_at(prevalence or {})
 
-    def member(self, number: int) -> "Predictor":
-        """This predictor with one network of its ensemble alone, 0-based; the rest of the bundle stays."""
-        alone = copy.copy(self)
-        alone._networks = [self._networks[number]]
-        return alone
+    def members(self, numbers: slice) -> "Predictor":
+        """This predictor with some of its networks alone, 0-based; the rest of the bundle stays."""
+        some = copy.copy(self)
+        some._networks = self._networks[numbers]
+        return some
 
     def predict(self, sample: Sample, *, attention: bool = False) -> Prediction:
         """The answer for one sample.

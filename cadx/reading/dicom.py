@@ -68,6 +68,7 @@ left behind as well; only their person names are reported.
 Source: DICOM PS3.15 Annex E, table E.1-1.
 """
 _STORED = ("InstitutionName", "Manufacturer", "ManufacturerModelName", "ViewPosition")
+_LONGEST_TEXT = 64  # of a Long String (LO), PS3.5 6.2
 _NAMING = (
     "OtherPatientNames",
     "PatientBirthName",
@@ -416,6 +417,9 @@ def header_attributes(header: Dataset, assumptions: list[str]) -> dict[str, Any]
         if _names_someone(text, words):
             stored[keyword] = ""
             assumptions.append(f"{keyword} was left out: it names somebody")
+        elif len(text) > _LONGEST_TEXT:
+            stored[keyword] = text[:_LONGEST_TEXT]
+            assumptions.append(f"{keyword} was cut to {_LONGEST_TEXT} characters, all that DICOM allows")
     attributes: dict[str, Any] = {
         "site": stored["InstitutionName"],
         "scanner": " ".join(filter(None, (stored["Manufacturer"], stored["ManufacturerModelName"]))),

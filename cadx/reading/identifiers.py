@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from cadx.reading.dicom import dicom_identifiers, discreet
-from cadx.reading.source import HEAD_BYTES, read_bytes, sniff
+from cadx.reading.source import HEAD_BYTES, MAX_FILE_BYTES, read_bytes, sniff
 
 if TYPE_CHECKING:
     import tifffile
@@ -26,7 +26,6 @@ LABEL_IMAGES = ("label image", "macro image")
 
 _MAX_MEMBERS = 1 << 13
 _MAX_UNPACKED_BYTES = 1 << 31  # of a zip: what its headers claim is checked before anything is unpacked
-_MAX_SLICE_BYTES = 1 << 26
 _MAX_HEADER_BYTES = 1 << 16  # of a NIfTI header with its extensions
 
 # Signatures of programs, and settings of a scanner, as they stand in comments of JPEG, NIfTI and TIFF files.
@@ -323,7 +322,7 @@ def _of_zip(path: Path) -> set[str]:
         for member in members:
             with archive.open(member) as stream:
                 is_dicom = sniff(stream.read(HEAD_BYTES)) == "DICOM"
-            if is_dicom and member.file_size > _MAX_SLICE_BYTES:
+            if is_dicom and member.file_size > MAX_FILE_BYTES:
                 raise ValueError(f"a zip with a DICOM file of {member.file_size} bytes; unpack it first")
             if is_dicom:
                 found.update(dicom_identifiers(archive.read(member)))

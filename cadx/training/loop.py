@@ -134,16 +134,26 @@ def fit(
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
-            kind = "GPU memory" if isinstance(error, torch.cuda.OutOfMemoryError) else "memory"
-            raise ValueError(
-                f"out of {kind}: set train.checkpointing: true, raise"
-                f" train.accumulation (now {config.accumulation}), lower train.batch_size (now {config.batch_size})"
-                f" or the input's size (now {input_text(config.preprocessing)}), or set train.precision: bf16"
-            ) from None
+            raise ValueError(_out_of_memory(config, isinstance(error, torch.cuda.OutOfMemoryError))) from None
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+
+
+def _out_of_memory(config: TrainingConfig, of_gpu: bool) -> str:
+    """What to change, of that which the recipe leaves to be changed."""
+    ways = [] if config.checkpointing else ["set train.checkpointing: true"]
+    if config.accumulation < config.batch_size:
+        ways.append(f"raise train.accumulation (now {config.accumulation})")
+    if config.batch_size > 1:
+        ways.append(f"lower train.batch_size (now {config.batch_size})")
+    ways.append(f"make the input smaller (now {input_text(config.preprocessing)})")
+    if _resolve_precision(config.precision, of_gpu) == "fp32":
+        ways.append("set train.precision: bf16")
+    if not of_gpu:
+        ways.append(f"lower train.cache_mb (now {config.cache_mb:g})")
+    return f"out of {'GPU ' if of_gpu else ''}memory: {', or '.join(ways)}"
 
 
 def discard_checkpoint(checkpoints: Path) -> None:

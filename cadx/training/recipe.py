@@ -52,7 +52,7 @@ class Recipe(Config):
             of checkpoints, "mlflow" sends them to the server that MLFLOW_TRACKING_URI names.
         ensemble: networks whose probabilities are averaged; `fit` trains one of them.
         folds: null, or K for cross-validation: train and val are joined and parted by patient into K folds, and
-            the ensemble has one network for each, which that fold validates.
+            there is one ensemble for each, which that fold validates.
     """
 
     model: ModelConfig
@@ -104,12 +104,6 @@ class Recipe(Config):
     def _slices_are_turned_of_volumes(self) -> Self:
         if self.augmentation.depth_flip and not isinstance(self.preprocessing, VolumePreprocessing):
             raise ValueError("augmentation.depth_flip: is for volumes; leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _one_way_to_several_networks(self) -> Self:
-        if self.folds is not None and self.ensemble > 1:
-            raise ValueError(f"folds {self.folds} give as many networks; leave ensemble at 1")
         return self
 
 
