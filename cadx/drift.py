@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import scipy
 from numpy.typing import NDArray
-from scipy import stats
 
 from cadx.metrics.multiplicity import holm
 
@@ -127,7 +127,7 @@ def compare_numbers(reference: np.ndarray, current: np.ndarray) -> Difference:
     >>> compare_numbers(np.arange(100), np.arange(100) + 50).effect
     0.5
     """
-    result = stats.ks_2samp(reference, current)
+    result = scipy.stats.ks_2samp(reference, current)
     return Difference(float(result.pvalue), float(result.statistic))
 
 
@@ -140,7 +140,7 @@ def compare_shares(reference: np.ndarray, current: np.ndarray) -> Difference:
     yes, later_yes = int(np.count_nonzero(reference)), int(np.count_nonzero(current))
     table = [[yes, len(reference) - yes], [later_yes, len(current) - later_yes]]
     return Difference(
-        float(stats.fisher_exact(table).pvalue), abs(yes / len(reference) - later_yes / len(current))
+        float(scipy.stats.fisher_exact(table).pvalue), abs(yes / len(reference) - later_yes / len(current))
     )
 
 

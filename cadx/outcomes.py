@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import special, stats
+import scipy
 
 from cadx.drift import called
 from cadx.metrics import LEVEL, score, share_of
@@ -84,7 +84,7 @@ def live_outcomes(
     if answers["prediction_set"].notna().any():
         found += [(COVERAGE, name, _coverage(answers, name)) for name in classes]
     declared = sum((name in at_least) + (name in at_most) for name, _, _ in found)
-    widening = special.ndtri(1 - alpha / max(declared, 1)) / special.ndtri(0.5 + LEVEL / 2)
+    widening = scipy.special.ndtri(1 - alpha / max(declared, 1)) / scipy.special.ndtri(0.5 + LEVEL / 2)
     return [
         Outcome(
             name,
@@ -110,7 +110,7 @@ def _is_share_broken(estimate: Estimate, at_least: float | None, level: float) -
     # Exactly: of ten positives, Wilson's interval excludes .95 at eight hits, which chance gives once in twelve.
     if at_least is None or estimate.value is None:
         return False
-    return bool(stats.binom.cdf(round(estimate.value * estimate.n), estimate.n, at_least) < level)
+    return bool(scipy.stats.binom.cdf(round(estimate.value * estimate.n), estimate.n, at_least) < level)
 
 
 def _is_broken(estimate: Estimate, at_least: float | None, at_most: float | None, widening: float) -> bool:

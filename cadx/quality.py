@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import scipy
 from PIL import Image
-from scipy import fft, ndimage
 
 from cadx.datasets import DatasetFolder
 
@@ -79,10 +79,10 @@ def blur_effect(gray: np.ndarray) -> float:
 
     Source: Crété-Roffet, Dolmiere, Ladret and Nicolas 2007, SPIE 6492:64920I, section 3, with a filter of 7.
     """
-    small = ndimage.gaussian_filter(_reduced(gray, _BLUR_PX), 1.0, mode="nearest")
+    small = scipy.ndimage.gaussian_filter(_reduced(gray, _BLUR_PX), 1.0, mode="nearest")
     values = []
     for axis in (0, 1):
-        blurred = ndimage.uniform_filter1d(small, 7, axis=axis, mode="nearest")
+        blurred = scipy.ndimage.uniform_filter1d(small, 7, axis=axis, mode="nearest")
         sharp = np.abs(np.diff(small, axis=axis))
         if not sharp.any():
             continue
@@ -102,9 +102,9 @@ def _clipped_fraction(gray: np.ndarray) -> float:
     num_clipped = 0
     for level in (low, high):
         # An extreme level is met by chance too; only an area of it is clipped.
-        flat = ndimage.binary_opening(gray == level, np.ones((3, 3), bool))
+        flat = scipy.ndimage.binary_opening(gray == level, np.ones((3, 3), bool))
         if level == background and flat.any():
-            areas, _ = ndimage.label(flat)
+            areas, _ = scipy.ndimage.label(flat)
             outer = np.unique(np.concatenate([areas[0], areas[-1], areas[:, 0], areas[:, -1]]))
             flat &= ~np.isin(areas, outer[outer > 0])
         num_clipped += int(flat.sum())
@@ -125,7 +125,7 @@ def text_score(gray: np.ndarray) -> float:
     if min(gray.shape) < _MIN_TEXT_SIDE_PX:
         return 0.0
     small = _reduced(gray, _TEXT_PX)
-    surroundings = ndimage.uniform_filter(small, 31, mode="nearest")
+    surroundings = scipy.ndimage.uniform_filter(small, 31, mode="nearest")
     num_letters = max(
         _letters_in_lines(small - surroundings, small, bright=True),
         _letters_in_lines(surroundings - small, small, bright=False),
@@ -138,10 +138,10 @@ def _letters_in_lines(deviation: np.ndarray, gray: np.ndarray, bright: bool) -> 
     used = float(gray.max() - gray.min())
     if used == 0:
         return 0
-    labels, _ = ndimage.label(deviation > _LETTER_CONTRAST * used, np.ones((3, 3)))
+    labels, _ = scipy.ndimage.label(deviation > _LETTER_CONTRAST * used, np.ones((3, 3)))
     areas = np.bincount(labels.ravel())
     letters = []
-    for number, box in enumerate(ndimage.find_objects(labels), start=1):
+    for number, box in enumerate(scipy.ndimage.find_objects(labels), start=1):
         top, bottom, left, right = box[0].start, box[0].stop, box[1].start, box[1].stop
         height, width = bottom - top, right - left
         filled = areas[number] / (height * width)
@@ -265,7 +265,7 @@ def perceptual_hash(pixels: np.ndarray) -> str:
     gray = _gray(pixels)
     if gray.std() < _MIN_HASHED_STD:
         return ""
-    low = fft.dctn(_resized(gray, _HASH_PX), norm="ortho")[1:9, 1:9]
+    low = scipy.fft.dctn(_resized(gray, _HASH_PX), norm="ortho")[1:9, 1:9]
     return np.packbits(low > np.median(low)).tobytes().hex()
 
 
@@ -322,7 +322,7 @@ def likeness(one: np.ndarray, other: np.ndarray) -> float:
 def _details(pixels: np.ndarray) -> np.ndarray:
     """What `likeness` compares: 4096 values of length 1 and mean 0; all 0 where there is nothing but shape."""
     small = _resized(_gray(pixels), _COMPARED_PX)
-    rest = small - ndimage.gaussian_filter(small, 4.0, mode="nearest")
+    rest = small - scipy.ndimage.gaussian_filter(small, 4.0, mode="nearest")
     rest = (rest - rest.mean()).ravel()
     norm = float(np.linalg.norm(rest))
     return rest / np.float32(norm) if norm > 0 else rest

@@ -26,9 +26,9 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 import torch
 from numpy.typing import NDArray
-from scipy import ndimage, stats
 from torch import Tensor, nn
 
 from cadx import calibration
@@ -242,7 +242,9 @@ class _Places(_Probe):
             for side, cell in zip(self.inputs.shape[1:], self.cells, strict=True)
         ]
         places = np.meshgrid(*axes, indexing="ij")
-        spread: np.ndarray = ndimage.map_coordinates(grid.astype(np.float64), places, order=1, mode="nearest")
+        spread: np.ndarray = scipy.ndimage.map_coordinates(
+            grid.astype(np.float64), places, order=1, mode="nearest"
+        )
         return spread
 
     def logits(self, network: nn.Module, shown: np.ndarray) -> Tensor:
@@ -416,7 +418,7 @@ def _rank_correlation(one: np.ndarray, other: np.ndarray) -> float | None:
     """Spearman's, None where one of the maps is level."""
     if np.ptp(one) == 0 or np.ptp(other) == 0:
         return None
-    return float(stats.spearmanr(one.ravel(), other.ravel()).statistic)
+    return float(scipy.stats.spearmanr(one.ravel(), other.ravel()).statistic)
 
 
 def cases_of(

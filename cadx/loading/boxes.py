@@ -13,10 +13,9 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import pandas as pd
+import scipy
 import torch
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import connected_components
 
 from cadx import transforms
 from cadx.datasets import DatasetFolder
@@ -628,6 +627,10 @@ def _joined(
                 still_cut[first, axis + 2] = still_cut[second, axis] = False
                 pairs.append((first, second))
     ends = np.array(pairs, np.intp).reshape(-1, 2)
-    graph = csr_matrix((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), shape=(len(boxes), len(boxes)))
-    groups: NDArray[np.intp] = connected_components(graph, directed=False)[1].astype(np.intp)
+    graph = scipy.sparse.csr_matrix(
+        (np.ones(len(ends)), (ends[:, 0], ends[:, 1])), shape=(len(boxes), len(boxes))
+    )
+    groups: NDArray[np.intp] = scipy.sparse.csgraph.connected_components(graph, directed=False)[1].astype(
+        np.intp
+    )
     return groups, still_cut

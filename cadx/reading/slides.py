@@ -24,9 +24,9 @@ from typing import Any, Literal, NamedTuple, Self
 import imagecodecs
 import numpy as np
 import openslide
+import scipy
 import tifffile
 from PIL import Image
-from scipy import ndimage
 
 from cadx.reading.source import MAX_PIXELS, Refusal
 from cadx.types import Micrometres, MicrometresPerPixel, Millimetres
@@ -815,9 +815,9 @@ def tissue_mask(
     black = (value < 0.35) & (saturation < 0.4)
     blue_or_green = (light[..., 0] < light[..., 1:].min(2)) & (saturation > 0.4)
     green = (light[..., 1] > np.maximum(light[..., 0], light[..., 2])) & (saturation > 0.25)
-    ink = ndimage.binary_opening(black | blue_or_green | green, np.ones((2, 2), bool))
+    ink = scipy.ndimage.binary_opening(black | blue_or_green | green, np.ones((2, 2), bool))
     if ink.any():
-        ink = ndimage.binary_dilation(ink, np.ones((3, 3), bool), iterations=2)
+        ink = scipy.ndimage.binary_dilation(ink, np.ones((3, 3), bool), iterations=2)
     mask = (saturation >= threshold) & (density >= minimum_density) & ~ink
     # Ink that crosses tissue leaves a hole which is no hole.
     mask = _without_small(mask, minimum_area_um2 / mpp**2)
@@ -843,7 +843,7 @@ def _otsu(values: np.ndarray) -> float:
 
 def _without_small(mask: np.ndarray, minimum_px: float) -> np.ndarray:
     """`mask` without its connected parts (by edges) of fewer pixels."""
-    parts, _ = ndimage.label(mask)
+    parts, _ = scipy.ndimage.label(mask)
     sizes = np.bincount(parts.ravel())
     keep = sizes >= minimum_px
     keep[0] = False
