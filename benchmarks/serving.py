@@ -58,18 +58,35 @@ def claims() -> Iterator[dict[str, Any]]:
             yield from _measured(predictor, clients, server, pngs)
 
 
+class _Arm:
+    """One way to ask: what it has measured in all rounds.
+
+    Args:
+        crowd: asks for so many seconds from all sides; gives the images per second.
+        lone: asks for one image, by its number.
+    """
+
+    def __init__(self, crowd: Callable[[float], float], lone: Callable[[int], None]) -> None:
+        self.crowd, self.lone = crowd, lone
+        self.rates: list[float] = []
+        self.lone_ms: list[float] = []
+
+
 def _measured(
     predictor: Predictor, clients: Sequence[Client], server: TorchServe, pngs: list[bytes]
 ) -> Iterator[dict[str, Any]]:
     batch = DeployParams().batch_size
+    answers: list[Answer] = []
 
-    def in_process(number: int) -> None:
+    def batch_in_process(number: int) -> None:
         predictor.predict_many([read_image(pngs[(number + k) % NUM_IMAGES]) for k in range(batch)])
+
+    def crowd_in_process(seconds: float) -> float:
+        times = _loop(batch_in_process, seconds)
+        return batch * len(times) / sum(times)
 
     def lone_in_process(number: int) -> None:
         predictor.predict(read_image(pngs[number % NUM_IMAGES]))
-
-    answers: list[Answer] = []
 
     def served(client: Client, number: int) -> None:
         answers.append(client.predict(pngs[number % NUM_IMAGES]))
@@ -80,48 +97,38 @@ def _measured(
             loops = pool.map(lambda _: _loop(partial(served, client), seconds), range(NUM_CLIENTS))
             return sum(len(times) for times in loops) / (time.perf_counter() - started)
 
-    for warm in (in_process, lone_in_process):
-        _loop(warm, WARM_UP_S)
-    for client in clients:
-        crowd(client, WARM_UP_S)
-    one, two = clients
-    rates: dict[str, list[float]] = {"one worker": [], "two workers": [], "in process": []}
-    lone_ms: dict[str, list[float]] = {"one worker": [], "two workers": [], "in process": []}
+    peer = _Arm(crowd_in_process, lone_in_process)
+    one, two = (_Arm(partial(crowd, client), partial(served, client)) for client in clients)
+    arms = (peer, one, two)
+    _loop(lone_in_process, WARM_UP_S)
+    for arm in arms:
+        arm.crowd(WARM_UP_S)
     crowded: list[Answer] = []
     queue_ms = num_queued = 0.0
     for _ in range(NUM_ROUNDS):
-        times = _loop(in_process, ROUND_S)
-        rates["in process"].append(batch * len(times) / sum(times))
-        answers.clear()
-        queued_before = _queued(server)
-        rates["one worker"].append(crowd(one, ROUND_S))
-        queued = _queued(server)
-        queue_ms, num_queued = (
-            queue_ms + queued[0] - queued_before[0],
-            num_queued + queued[1] - queued_before[1],
-        )
-        crowded += answers
-        rates["two workers"].append(crowd(two, ROUND_S))
-        for arm, lone in (
-            ("in process", lone_in_process),
-            ("one worker", partial(served, one)),
-            ("two workers", partial(served, two)),
-        ):
-            lone_ms[arm] += [1000 * s for s in _loop(lone, ROUND_S / 2)]
-    for arm in ("one worker", "two workers"):
-        name = arm.replace(" ", "_")
-        ours, peer = (float(np.mean(rates[each])) for each in (arm, "in process"))
-        yield claim(f"serving.throughput_16_clients_{name}", ours, peer, "images/s", goal=0.95)
-        ours, peer = (float(np.median(lone_ms[each])) for each in (arm, "in process"))
-        yield claim(f"serving.lone_client_p50_{name}", ours, peer, "ms", ratio=peer / ours, goal=1 / 1.15)
+        for arm in arms:
+            answers.clear()
+            waited_before, number_before = _queued(server)
+            arm.rates.append(arm.crowd(ROUND_S))
+            if arm is one:
+                waited, number = _queued(server)
+                queue_ms, num_queued = queue_ms + waited - waited_before, num_queued + number - number_before
+                crowded += answers
+        for arm in arms:
+            arm.lone_ms += [1000 * s for s in _loop(arm.lone, ROUND_S / 2)]
+    for name, arm in (("one_worker", one), ("two_workers", two)):
+        ours, theirs = float(np.mean(arm.rates)), float(np.mean(peer.rates))
+        yield claim(f"serving.throughput_16_clients_{name}", ours, theirs, "images/s", goal=0.95)
+        ours, theirs = float(np.median(arm.lone_ms)), float(np.median(peer.lone_ms))
+        yield claim(f"serving.lone_client_p50_{name}", ours, theirs, "ms", ratio=theirs / ours, goal=1 / 1.15)
     # Where it goes with one worker: each part beside the whole. No goals, hence 0.
     parts: dict[str, float] = {
-        "decode": float(np.mean([one.timing_ms.decode for one in crowded])),
+        "decode": float(np.mean([answer.timing_ms.decode for answer in crowded])),
         "queue": queue_ms / num_queued,
-        "preprocess": float(np.mean([one.timing_ms.preprocess for one in crowded])),
-        "infer": float(np.mean([one.timing_ms.infer for one in crowded])),
+        "preprocess": float(np.mean([answer.timing_ms.preprocess for answer in crowded])),
+        "infer": float(np.mean([answer.timing_ms.infer for answer in crowded])),
     }
-    total = float(np.mean([one.timing_ms.total for one in crowded]) + parts["queue"])
+    total = float(np.mean([answer.timing_ms.total for answer in crowded]) + parts["queue"])
     for name, part in parts.items():
         yield claim(f"serving.{name}_of_a_request", part, total, "ms", ratio=total / max(part, 1e-3), goal=0)
 

@@ -323,7 +323,6 @@ def write_inbox(home: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_fetch_that_is_killed_half_way_leaves_nothing_and_runs_again(
     asked: dict[str, Any],  # noqa: F811
     pushed: Checkout,  # noqa: F811
@@ -340,7 +339,6 @@ def test_a_fetch_that_is_killed_half_way_leaves_nothing_and_runs_again(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_deployment_that_is_killed_before_the_switch_answers_nobody_and_runs_again(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -137,7 +137,6 @@ def test_what_is_not_promoted_or_does_not_belong_together_never_arrives(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_a_pods_own_commands_serve_what_was_delivered(
     first: Packaged,  # noqa: F811
     tmp_path: Path,

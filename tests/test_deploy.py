@@ -126,7 +126,6 @@ def test_a_new_version_takes_over_and_the_old_one_is_one_command_away(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_no_request_is_lost_while_versions_change_under_load(
     server: TorchServe, first: Packaged, second: Packaged, tmp_path: Path
 ) -> None:
@@ -321,7 +320,6 @@ def test_golden_samples_span_the_scores_from_end_to_end(first: Packaged) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_every_test_image_of_pneumoniamnist_comes_back_through_the_endpoint_as_it_was_evaluated(
     server: TorchServe, root: Path, mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

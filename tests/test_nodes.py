@@ -303,7 +303,6 @@ def assert_same_weights(one: Path, two: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_two_nodes_of_which_one_is_lost_train_what_one_process_trains(
     cluster: Cluster,
     inputs: Path,  # noqa: F811

@@ -894,7 +894,6 @@ def test_the_whole_pipeline_ends_in_a_served_model(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_folder_is_answered_by_the_whole_pipeline(
     here: Path,
     ready: Run,  # noqa: F811

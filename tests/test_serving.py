@@ -821,7 +821,6 @@ def test_the_pages_examples_work(server: TorchServe, tmp_path: Path, name: str) 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_the_pages_way_to_a_first_answer_works(tmp_path: Path) -> None:
     """From the line that starts the server to curl's answer; `make setup` before it is what these tests run in."""
     if shutil.which("curl") is None:
@@ -1109,7 +1108,6 @@ def test_failures_of_the_management_are_one_line_with_the_servers_reason(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_client_outlives_the_servers_tokens(tmp_path: Path) -> None:
     """Tokens of two minutes, renewed at half of that by `serve`; those of an hour differ in the number alone."""
     ports = free_ports()

@@ -781,7 +781,6 @@ def stained_slide() -> bytes:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_broken_files_through_every_endpoint_leave_its_worker_alive_and_its_memory_flat(
     server: TorchServe, slides: Path, tmp_path: Path
 ) -> None:
