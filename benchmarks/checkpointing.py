@@ -5,7 +5,6 @@ above the weights and their gradients, which both arms hold. Time is the process
 runs would count in the clock's, and the clock's on a GPU.
 """
 
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks._claim import claim
+from cadx.benchmarking import counting_tensors
 from cadx.models.checkpointing import enable_checkpointing
 from cadx.models.volume import ResNet3DConfig
 
@@ -75,19 +75,9 @@ def _peak_mb(network: nn.Module, volumes: Tensor) -> float:
         torch.cuda.reset_peak_memory_stats()
         _step(network, volumes)
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    # On a CPU torch tells nothing but its profiler's trace: each allocation and release, in order.
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+    with tempfile.TemporaryDirectory() as folder, counting_tensors(Path(folder)) as peak_mb:
         _step(network, volumes)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_bytes())["traceEvents"]
-    held = peak = 0
-    for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"]):
-        held += event["args"]["Bytes"]
-        peak = max(peak, held)
-    return peak / 1e6
+    return peak_mb[0]
 
 
 def _seconds(network: nn.Module, volumes: Tensor) -> float:

@@ -942,12 +942,12 @@ def recommend(
                 params=IngestParams(source=dataset),
             )
             facts = facts_of(DatasetFolder(made))
-    free_mb, whose = memory_at_hand()
+    free_mb, is_gpu = memory_at_hand()
     advice = advise(
         facts,
         free_mb if memory_gb is None else memory_gb * 1000,
         measured,
-        gpu=whose != "free main memory",
+        gpu=is_gpu,
     )
     show_advice(facts, advice, {step.name: advice.sections.get(step.name, {}) for step in STEPS})
 

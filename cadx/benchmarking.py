@@ -393,6 +393,11 @@ def measure(
     Raises:
         ValueError: one line, if the parameters or the catalogue cannot be read, or a measurement broke off.
     """
+    machine = _machine()
+    if before and not (runs and steps) and before.machine != machine:
+        raise ValueError(
+            "docs/benchmark.json: was measured on another machine or with other versions; measure all of it anew"
+        )
     sections = yaml.safe_load(params.read_text(encoding="utf-8"))
     entries = load_catalog(catalog)
     found_runs, missing = (before.runs, before.missing) if before and not runs else ((), ())
@@ -422,7 +427,7 @@ def measure(
     return Benchmark(
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
         commit=_commit(),
-        machine=_machine(),
+        machine=machine,
         runs=found_runs,
         steps=found_steps,
         missing=missing,
@@ -646,7 +651,7 @@ def _train_on_noise(place: Path, spec: StepSpec, checkpointing: bool) -> Step:
     names = folder.samples["sample_id"].tolist()
     splits = pd.DataFrame({"sample_id": names, "split": ["train"] * (len(names) - 2) + ["val"] * 2})
     started = time.perf_counter()
-    with _counting(place) as tensors_mb, TemporaryDirectory() as fresh:
+    with counting_tensors(place) as tensors_mb, TemporaryDirectory() as fresh:
         # Each in a folder of its own: with equal weights in prospect, one run would take up where the other ended.
         fitted = fit(config, folder, splits, seed=0, checkpoints=Path(fresh))
     cuda = torch.cuda.is_available()
@@ -668,7 +673,7 @@ def _train_on_noise(place: Path, spec: StepSpec, checkpointing: bool) -> Step:
 
 
 @contextlib.contextmanager
-def _counting(place: Path) -> Iterator[list[float]]:
+def counting_tensors(place: Path) -> Iterator[list[float]]:
     """After the block the list holds how many MB of tensors there were in it at most, on the CPU."""
     import torch
 

@@ -138,6 +138,7 @@ def _results(page: Page, summary: dict[str, Any], reports: Path, seeds: Sequence
     page.section("Results")
     read = [read_predictions(reports / str(seed) / "predictions.parquet") for seed in seeds]
     (frame, info), *others = read
+    cases = "patients" if summary["clustered"] else "samples"
     meanings = meanings_of(info.task)
     page.table(
         [
@@ -149,12 +150,12 @@ def _results(page: Page, summary: dict[str, Any], reports: Path, seeds: Sequence
             }
             for name, estimate in _estimates(summary).items()
         ],
-        "Mean over seeds; the interval is over patients.",
+        f"Mean over seeds; the interval is over {cases}.",
     )
     drawing, axes = figure(4.4, 3.8)
     settings = Settings(resamples=0, subgroups=(), minimum_n=1)
     if evaluation_of(info.task)(frame, info, settings, others).draw_curve(axes):
-        page.figure(drawing, "The mean over seeds, with pointwise 95 % limits from a bootstrap of patients.")
+        page.figure(drawing, f"The mean over seeds, with pointwise 95 % limits from a bootstrap of {cases}.")
 
 
 def _cases(page: Page, folder: DatasetFolder, bundle: Path, predictions: Path) -> None:

@@ -7,7 +7,8 @@ less, as long as nothing measured speaks for more.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,17 +118,17 @@ def facts_of(folder: DatasetFolder) -> Facts:
     )
 
 
-def memory_at_hand() -> tuple[float, str]:
-    """MB of memory that training can have here, and whose they are: the GPU's, else what is free of the machine's."""
+def memory_at_hand() -> tuple[float, bool]:
+    """MB of memory that training can have here, and whether they are a GPU's: else what is free of the machine's."""
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
-        return free / 1e6, torch.cuda.get_device_name()
+        return free / 1e6, True
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     free_kb = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     limit = Path("/sys/fs/cgroup/memory.max")  # of a container
     text = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
     free = free_kb * 1024
-    return min(free, free if text == "max" else int(text)) / 1e6, "free main memory"
+    return min(free, free if text == "max" else int(text)) / 1e6, False
 
 
 def image_recipe(side_px: int, model: dict[str, Any]) -> dict[str, Any]:
@@ -181,24 +182,21 @@ def advise(facts: Facts, memory_mb: float, benchmark: Benchmark, *, gpu: bool = 
     chosen, train, needs_mb, how = fitting[0]
     reasons = [*_about_data(facts)]
     for candidate, *_ in fitting[1:]:
-        ours, theirs = (
-            _same_data(benchmark, pair, facts) for pair in ((chosen, candidate), (candidate, chosen))
-        )
         name = network_text(candidate.train["model"])
-        if ours and theirs and _worse(ours, theirs):
+        pair = _same_data(benchmark, chosen, candidate, facts)
+        if pair is None:
+            others[name] = "more to train, and no figure on common data says that it is better"
+            continue
+        ours, theirs = pair
+        if _worse(ours, theirs):
             others[network_text(chosen.train["model"])] = _beaten(ours, theirs)
             chosen, train, needs_mb, how = next(item for item in fitting if item[0] is candidate)
-        elif ours and theirs:
-            others[name] = (
-                _beaten(theirs, ours)
-                if _worse(theirs, ours)
-                else (
-                    f"no better on {ours.data}: {_quality(theirs)} against {_quality(ours)}"
-                    " (runs of docs/benchmark.json)"
-                )
-            )
+        elif _worse(theirs, ours):
+            others[name] = _beaten(theirs, ours)
         else:
-            others[name] = "more to train, and no figure on common data says that it is better"
+            others[name] = (
+                f"no better on {ours.data}: {_quality(theirs)} against {_quality(ours)} (runs of docs/benchmark.json)"
+            )
     reasons.append(
         f"memory: {needs_mb / 1000:.1f} GB of {memory_mb / 1000:.1f} GB at hand ({how}, from {_figure(chosen)})"
     )
@@ -417,18 +415,22 @@ def _about_data(facts: Facts) -> Iterator[str]:
         yield "one row a sample: a table and no bag; the network is then a plain classifier"
 
 
-def _same_data(benchmark: Benchmark, pair: tuple[Candidate, Candidate], facts: Facts) -> Run | None:
-    """The run of the first candidate's family on data on which the second's has been run too."""
-    mine, other = (candidate.train["model"]["family"] for candidate in pair)
-    fitting: Sequence[Run] = [
-        run for run in benchmark.runs if (run.kind, run.task) == (facts.kind, facts.task)
-    ]
-    common = {run.source for run in fitting if run.family == mine} & {
-        run.source for run in fitting if run.family == other
-    }
-    if mine == other:
+def _same_data(
+    benchmark: Benchmark, chosen: Candidate, candidate: Candidate, facts: Facts
+) -> tuple[Run, Run] | None:
+    """A run of either's family on the same data; None where there are no such two."""
+    ours, theirs = (one.train["model"]["family"] for one in (chosen, candidate))
+    fitting = [run for run in benchmark.runs if (run.kind, run.task) == (facts.kind, facts.task)]
+    if ours == theirs:
         return None
-    return next((run for run in fitting if run.family == mine and run.source in common), None)
+    return next(
+        (
+            (one, other)
+            for one, other in product(fitting, fitting)
+            if (one.family, other.family) == (ours, theirs) and one.source == other.source
+        ),
+        None,
+    )
 
 
 def _worse(one: Run, other: Run) -> bool:

@@ -114,6 +114,15 @@ def read_requests(
     return requests if last is None else requests.tail(last).reset_index(drop=True)
 
 
+def answered(tables: Path, prediction_ids: Iterable[str]) -> int:
+    """How many of these requests are in the tables, whichever bundle answered."""
+    known = set(prediction_ids)
+    files = sorted(tables.glob("*/*.parquet"))
+    return sum(
+        len(known.intersection(pd.read_parquet(f, columns=["prediction_id"])["prediction_id"])) for f in files
+    )
+
+
 def read_labels(path: Path, classes: Iterable[str]) -> pd.DataFrame:
     """Labels that came after the answers: `prediction_id` and `label_<class>` (0, 1 or NaN = unknown), a row each.
 

@@ -37,7 +37,7 @@ _GAP_PX = 14
 _TEXT_PX = 17  # height of a line
 _CROP = 4  # a mistaken box is shown in a window of at least so many of its sides
 _WEBP_QUALITY = 80
-_FREE_LICENCES = re.compile(r"the project's own|CC0|CC BY(-SA)?( \d\.\d)?$|MIT|Apache-2\.0")
+_FREE_LICENCES = re.compile(r"the project's own|CC0(-1\.0)?|CC BY(-SA)?( \d\.\d)?|MIT|Apache-2\.0")
 """Under these a picture may be passed on with its source."""
 
 
@@ -266,7 +266,7 @@ def _dataset(one: _Experiment, path: Path) -> DatasetFolder | None:
 
 
 def _may_be_shown(entry: Entry) -> bool:
-    return _FREE_LICENCES.match(entry.licence) is not None
+    return _FREE_LICENCES.fullmatch(entry.licence) is not None
 
 
 def _strip(scored: Evaluation, folder: DatasetFolder) -> bytes | None:

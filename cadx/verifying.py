@@ -181,9 +181,11 @@ def bundle_links(bundle: Path, digest: Digest, witnesses: Mapping[Path, Digest])
     if not witnesses:
         yield Link("bundle", "not at hand", manifest, "nobody names it here", found=digest)
         return
-    (believed, votes), *_ = Counter(witnesses.values()).most_common()
+    votes = Counter(witnesses.values())
+    # Of as many on either side, those that name what lies here; one witness against another accuses neither.
+    believed = max(votes, key=lambda named: (votes[named], named == digest))
     agreed = ", ".join(file.name for file, named in witnesses.items() if named == believed)
-    if digest == believed or votes == 1 < len(witnesses):
+    if digest == believed or votes[believed] == 1 < len(witnesses):
         believed = digest
         yield Link("bundle", "ok", manifest, f"named by {agreed}", digest, digest)
     else:

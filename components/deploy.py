@@ -2,8 +2,8 @@
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,6 +25,7 @@ from serving.kinds import encode_nifti
 from serving.management import (
     Deployed,
     Management,
+    Version,
     changing,
     read_deployed,
     write_deployed,
@@ -32,7 +33,7 @@ from serving.management import (
 from serving.promotion import read_promoted
 
 TRIAL = "-trial"
-"""Ends the name under which a model's first version is compared."""
+"""Ends the name under which an archive is compared while no other version can answer."""
 STORE_DIGITS = 12
 GOLDEN_FOLDER = "golden"
 """In the model store: where the server finds the slides of a comparison."""
@@ -82,10 +83,11 @@ def deploy(
 ) -> None:
     """Register an archive at TorchServe, compare its answers with the evaluation, then make it the default.
 
-    A model that has no version in service yet is compared under another name, so that nobody is answered by
-    it before. The version that was the default stays loaded, and `cadx rollback` goes back to it; older ones are
-    taken out. If the answers differ, or anything else fails, what was registered is taken away and the old version
-    goes on.
+    Where nothing else could answer meanwhile, it is compared under another name, so that nobody is answered by
+    it before: a model's first version, or another archive of the bundle that is live. Such an archive then takes that
+    one's place; for as long as a worker takes to start, the version before answers, or none if there is none. The
+    version that was the default stays loaded, and `cadx rollback` goes back to it; older ones are taken out. If the
+    answers differ, or anything else fails, what was registered is taken away and the old version goes on.
 
     Raises:
         NotPromoted: if the gate refused this bundle.
@@ -113,17 +115,20 @@ def deploy(
         previous = server.default_version(release.name)
         versions = {one.version: one for one in server.versions(release.name)}
         loaded = versions.get(release.version)
+        live = read_deployed(model_store, release.name)
 
         def register(name: str) -> None:
             server.register(name=name, **entry.model_dump(exclude={"version"}))
 
         def compare(name: str) -> float:
-            client = Client(inference, name, key_file=key_file)
+            client = Client(inference, name, key_file=key_file, response_timeout_s=entry.response_timeout_s)
             with asking(client, folder, model_store, release.version) as ask:
                 answers = [ask(sample_id) for sample_id in golden["sample_id"]]
             return _largest_difference(golden, info, answers, params.tolerance)
 
-        if previous is None:
+        if loaded and loaded.archive == entry.archive and loaded.ready_workers:
+            difference = compare(release.name)
+        elif previous in (None, release.version):
             trial = f"{release.name}{TRIAL}"
             for left in server.versions(trial):  # by a deployment that was killed
                 server.unregister(trial, left.version)
@@ -131,21 +136,19 @@ def deploy(
                 register(trial)
                 difference = compare(trial)
             server.unregister(trial, release.version)
-            with server.taken_away_on_failure(release.name, release.version):
+            with (
+                _in_place_of(loaded, server, release.name, versions.values(), live),
+                server.taken_away_on_failure(release.name, release.version),
+            ):
                 register(release.name)
-        elif loaded and loaded.archive == entry.archive and loaded.ready_workers:
-            difference = compare(release.name)
         else:
             if loaded:  # from other bytes, or without a worker that answers
-                others = [one.version for one in versions.values() if one is not loaded and one.ready_workers]
-                if others and previous == release.version:  # TorchServe lets the default go only as the last
-                    server.set_default(release.name, others[-1])
                 server.unregister(release.name, release.version)
             with server.taken_away_on_failure(release.name, release.version):
                 register(release.name)
                 difference = compare(release.name)
         server.set_default(release.name, release.version)
-        earlier = [one for one in read_deployed(model_store, release.name) if one.version != release.version]
+        earlier = [one for one in live if one.version != release.version]
         write_deployed(model_store, release.name, [*earlier, entry])
         kept = {release.version, previous, *(one.version for one in earlier[-1:])}
         for version in versions.keys() - kept:
@@ -165,6 +168,45 @@ def deploy(
                 "tolerance": params.tolerance,
             },
         )
+
+
+@contextmanager
+def _in_place_of(
+    loaded: Version | None,
+    server: Management,
+    name: str,
+    versions: Iterable[Version],
+    live: Sequence[Deployed],
+) -> Iterator[None]:
+    """Take the default version out, since TorchServe knows each version once; put it back if the block fails.
+
+    Args:
+        loaded: the default version; None if there is none.
+        server: where.
+        name: of the model.
+        versions: all that are loaded.
+        live: those that went live, the latest last.
+    """
+    if loaded is None:
+        yield
+        return
+    latest = {one.version: number for number, one in enumerate(live)}
+    others = [one for one in versions if one is not loaded]
+    if others:  # the default goes only as the last
+        stand_in = max(others, key=lambda one: (one.ready_workers > 0, latest.get(one.version, -1)))
+        server.set_default(name, stand_in.version)
+    server.unregister(name, loaded.version)
+    try:
+        yield
+    except BaseException:
+        former = next(
+            (one for one in live if (one.version, one.archive) == (loaded.version, loaded.archive)), None
+        )
+        with suppress(ValueError, ConnectionError):  # the block's own error is what the user must see
+            if former:
+                server.register(name=name, **former.model_dump(exclude={"version"}))
+                server.set_default(name, former.version)
+        raise
 
 
 @contextmanager

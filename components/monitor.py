@@ -73,7 +73,7 @@ from cadx.files import write_json
 from cadx.outcomes import COVERAGE, Outcome, live_outcomes
 from cadx.prevalence import Prevalence, compare_prevalence
 from cadx.reporting import PALETTE, Page, panels
-from cadx.request_log import compact, read_labels, read_requests, short
+from cadx.request_log import answered, compact, read_labels, read_requests, short
 from cadx.webhook import check_webhook, post
 from components.contract import Alarm, In, Keep, MaybeIn, Out, Params, step
 
@@ -275,10 +275,14 @@ def _labelled(tables: Path, labels: Path | None, bundle: Bundle, last: int | Non
     if labels is None:
         return pd.DataFrame()
     known = read_labels(labels, bundle.manifest.classes)
-    joined = read_requests(tables, bundle.digest, embeddings=False).merge(known, on="prediction_id")
-    if joined.empty:
+    requests = read_requests(tables, bundle.digest, embeddings=False)
+    if requests.empty:
+        return requests
+    joined = requests.merge(known, on="prediction_id")
+    # Labels come late: after a new version has gone live the first are all of the one before.
+    if joined.empty and not answered(tables, known["prediction_id"]):
         raise ValueError(
-            f"{labels}: none of its {len(known)} prediction_ids is of a request that this bundle answered; "
+            f"{labels}: none of its {len(known)} prediction_ids is of a request in the log; "
             "take them from the answers"
         )
     return joined if last is None else joined.tail(last)

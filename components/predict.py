@@ -59,7 +59,7 @@ def predict(*, bundle: In, images: In, predictions: Out, unreadable: Out, params
     """Answer every file of a folder with a bundle; list the files that cannot be read, without their names.
 
     Raises:
-        ValueError: if the folder holds no file, or more are unreadable than may be.
+        ValueError: if the folder holds no file, one may not be opened, or more are unreadable than may be.
     """
     predictor = Predictor(bundle)
     files = _files(images, predictor.subject.kind)
@@ -88,9 +88,19 @@ def predict(*, bundle: In, images: In, predictions: Out, unreadable: Out, params
 
 def _files(folder: Path, kind: str) -> list[File]:
     """The samples in order of their digests, each once; of volumes, a folder beside the files is one series."""
-    found = folder.iterdir() if kind == "volume" else (path for path in folder.rglob("*") if path.is_file())
+    found = folder.iterdir() if kind == "volume" else (path for path in folder.rglob("*") if _is_file(path))
     named = [path for path in found if not path.name.startswith(".")]
-    return sorted({(digest := _sha256(path)): File(digest, path) for path in named}.values())
+    try:
+        return sorted({(digest := _sha256(path)): File(digest, path) for path in named}.values())
+    except OSError as error:  # whose own text has the name
+        raise ValueError(
+            f"{folder}: a file in it cannot be opened ({error.strerror}); give the right to read all of them"
+        ) from None
+
+
+def _is_file(path: Path) -> bool:
+    """Also a link that leads nowhere: it stands for a file that somebody misses."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def _sha256(path: Path) -> str:
@@ -100,7 +110,7 @@ def _sha256(path: Path) -> str:
 def _answers(
     predictor: Predictor, files: Sequence[File], refused: list[dict[str, str]]
 ) -> Iterator[list[dict[str, Any]]]:
-    """Rows by group of files; what cannot be read goes to `refused`."""
+    """Rows by group of files; what cannot be read, or answered, goes to `refused`."""
     remaining = iter(files)
     while group := list(islice(remaining, predictor.subject.batch_size)):
         read: list[tuple[File, Any]] = []
@@ -109,16 +119,30 @@ def _answers(
                 raw = predictor.subject.read(_READERS.get(predictor.subject.kind, Path)(file.path))
                 predictor.subject.require_spacing(raw)
             except ValueError as error:
-                refused.append(
-                    {"sha256": file.sha256, "reason": str(error).replace(str(file.path), "the file")}
-                )
+                refused.append(_refusal(file, error))
             else:
                 read.append((file, raw))
+        yield _answered(predictor, read, refused)
+
+
+def _answered(
+    predictor: Predictor, read: Sequence[tuple[File, Any]], refused: list[dict[str, str]]
+) -> list[dict[str, Any]]:
+    """Rows of what has been read so far: the tiles of a slide are read only now, and each may be damaged."""
+    try:
         if predictor.bundle.manifest.task == "detection":
-            yield from _boxes(predictor, read)
-        else:
-            answers = predictor.predict_many([raw for _, raw in read])
-            yield [_row(file, answer, predictor) for (file, _), answer in zip(read, answers, strict=True)]
+            return [row for rows in _boxes(predictor, read) for row in rows]
+        answers = predictor.predict_many([raw for _, raw in read])
+        return [_row(file, answer, predictor) for (file, _), answer in zip(read, answers, strict=True)]
+    except ValueError as error:
+        if len(read) == 1:
+            refused.append(_refusal(read[0][0], error))
+            return []
+        return [row for one in read for row in _answered(predictor, [one], refused)]
+
+
+def _refusal(file: File, error: ValueError) -> dict[str, str]:
+    return {"sha256": file.sha256, "reason": str(error).replace(str(file.path), "the file")}
 
 
 def _columns(manifest: Manifest) -> list[str]:

@@ -9,6 +9,7 @@ import json
 import math
 import textwrap
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -221,7 +222,7 @@ def _draw(page: Page, found: Found, params: SearchParams, monitor: str) -> None:
     _points(axes, found, monitor, lambda trial: trial.number + 1)
     better = min if monitor == "loss" else max
     complete = [trial for trial in found.trials if trial.state.name == "COMPLETE"]
-    heights = [better(final_value(one) for one in complete[: n + 1]) for n in range(len(complete))]
+    heights = list(accumulate(map(final_value, complete), better))
     steps = [trial.number + 1 for trial in complete]
     axes.step(
         [*steps, len(found.trials)],

@@ -308,10 +308,11 @@ def status(
     while True:
         with _one_line(connection.host):
             run = connection.client().get_run(run_id)
-        for task, state in sorted(_states(run)):
-            if known.get(task) != state:
-                known[task] = state
-                say(f"{task}: {state.lower()}")
+        for task in _tasks(run):
+            state = str(task.state or "PENDING")
+            if known.get(task.task_id) != state:
+                known[task.task_id] = state
+                say(f"{task.display_name}: {state.lower()}")
         state = str(run.state or "PENDING")
         if state in ENDED or not follow:
             say(f"run {run_id}: {state.lower()}")
@@ -327,11 +328,6 @@ def _tasks(run: Any) -> list[Any]:
     details = (run.run_details.task_details if run.run_details else None) or []
     tasks = [task for task in details if task.display_name and not task.display_name.endswith("-driver")]
     return sorted(tasks, key=lambda task: str(task.start_time or datetime.max))
-
-
-def _states(run: Any) -> Iterator[tuple[str, str]]:
-    for task in _tasks(run):
-        yield str(task.display_name), str(task.state or "PENDING")
 
 
 def logs(connection: Connection, run_id: str, *, task: str = "") -> Iterator[str]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import quote
 
 import urllib3
@@ -29,16 +29,27 @@ MAX_REQUEST_BYTES = 256 << 20
 """A CT series, zipped, or a packed NIfTI volume: the server takes no more."""
 CONNECT_TIMEOUT_S = 5.0
 RESPONSE_TIMEOUTS_S = {"image": 60, "volume": 300, "slide": 1800}
-"""Kind of sample -> how long the server waits for an answer before it starts the worker anew. We wait a bit longer."""
-READ_TIMEOUT_S = RESPONSE_TIMEOUTS_S["image"] + 30.0
-VOLUME_TIMEOUT_S = RESPONSE_TIMEOUTS_S["volume"] + 30.0
-SLIDE_TIMEOUT_S = RESPONSE_TIMEOUTS_S["slide"] + 30.0
+"""Kind of sample -> how long the server waits for an answer before it starts the worker anew."""
+_LONGER_S = 30.0
+"""Than the server, a client waits."""
+READ_TIMEOUT_S = RESPONSE_TIMEOUTS_S["image"] + _LONGER_S
 MAX_CONNECTIONS = 32
+
+
+class _Retry(urllib3.Retry):
+    """Tries again, but not what no answer came to in time: it would take as long again."""
+
+    def increment(self, *args: Any, **kwargs: Any) -> "_Retry":
+        if isinstance(error := kwargs.get("error"), urllib3.exceptions.ReadTimeoutError):
+            raise error
+        return super().increment(*args, **kwargs)
+
+
 _RETRIES = {
     # An image may be asked about twice without harm. 503 is a full queue, 507 a worker that is starting anew,
     # which takes it some seconds: we wait about 0, 1, 2 and 4. Proxies say 429 of too many requests, and 502 of a
     # server that is starting anew; not 504, since what has taken too long would take as long again.
-    "inference": urllib3.Retry(
+    "inference": _Retry(
         total=5,
         connect=2,
         read=1,
@@ -246,6 +257,8 @@ class Client:
         token: the inference token, or a function that fetches the present one; or else
         key_file: where the server keeps its tokens. It is read again whenever a token has ended.
         ca_file: certificates that are trusted at an https address; None for those of this machine.
+        response_timeout_s: how long the server waits for an answer, if that was declared (`deploy.response_timeout_s`);
+            None: RESPONSE_TIMEOUTS_S.
     """
 
     def __init__(
@@ -256,9 +269,11 @@ class Client:
         token: Token | None = None,
         key_file: Path | None = None,
         ca_file: Path | None = None,
+        response_timeout_s: float | None = None,
     ) -> None:
         self._endpoint = Endpoint(address, "inference", token=token, key_file=key_file, ca_file=ca_file)
         self._model = model
+        self._response_timeout_s = response_timeout_s
 
     def predict(
         self,
@@ -277,7 +292,7 @@ class Client:
             ConnectionError: if the server cannot be reached.
             OSError: if the file cannot be read.
         """
-        return self._ask(Answer, _content(image), attention, version, golden, READ_TIMEOUT_S)
+        return self._ask(Answer, _content(image), attention, version, golden, "image")
 
     def predict_volume(
         self,
@@ -293,7 +308,7 @@ class Client:
             Refused, ConnectionError, OSError: as `predict`.
         """
         data = _zipped(volume) if isinstance(volume, Path) and volume.is_dir() else _content(volume)
-        return self._ask(VolumeAnswer, data, attention, version, golden, VOLUME_TIMEOUT_S)
+        return self._ask(VolumeAnswer, data, attention, version, golden, "volume")
 
     def predict_slide(
         self, path: str, *, attention: bool = False, version: str | None = None, golden: bool = False
@@ -304,7 +319,7 @@ class Client:
             Refused, ConnectionError: as `predict`.
         """
         asked = json.dumps({"path": path}).encode()
-        return self._ask(SlideAnswer, asked, attention, version, golden, SLIDE_TIMEOUT_S)
+        return self._ask(SlideAnswer, asked, attention, version, golden, "slide")
 
     def detect(
         self, image: bytes | Path, *, version: str | None = None, golden: bool = False
@@ -314,7 +329,7 @@ class Client:
         Raises:
             Refused, ConnectionError, OSError: as `predict`.
         """
-        return self._ask(DetectionAnswer, _content(image), False, version, golden, READ_TIMEOUT_S)
+        return self._ask(DetectionAnswer, _content(image), False, version, golden, "image")
 
     def predict_many(
         self,
@@ -347,7 +362,7 @@ class Client:
         attention: bool,
         version: str | None,
         golden: bool,
-        timeout_s: float,
+        kind: Literal["image", "volume", "slide"],
     ) -> _AnswerT:
         path = f"/predictions/{quote(self._model, safe='')}"
         if version is not None:
@@ -357,7 +372,10 @@ class Client:
             headers["Attention"] = "true"
         if golden:
             headers["Golden"] = "true"
-        content = self._endpoint.request("POST", path, body=body, headers=headers, read_timeout_s=timeout_s)
+        patience_s = self._response_timeout_s or RESPONSE_TIMEOUTS_S[kind]
+        content = self._endpoint.request(
+            "POST", path, body=body, headers=headers, read_timeout_s=patience_s + _LONGER_S
+        )
         try:
             return form.model_validate_json(content)
         except ValidationError:

@@ -41,6 +41,7 @@ STOP_TIMEOUT_S = 15.0
 TOKEN_MINUTES = 60
 """How long a token lasts; it is renewed at half of that."""
 
+_EVERYWHERE = "0.0.0.0"  # noqa: S104 - what `--host` may say
 _REPOSITORY = Path(__file__).resolve().parent.parent
 # What the address of a Unix socket can hold; TorchServe's workers listen in its temporary folder.
 _MAX_SOCKET_BYTES = 107
@@ -93,9 +94,8 @@ class TorchServe:
     Args:
         folder: made if it is not there; model store, logs and request log outlive the server.
         ports: where it listens.
-        workers: processes for a model that is registered without a number; they share the cores.
         console: write TorchServe's lines, one for each request among them, to this process's stdout.
-        host: the address where inference listens.
+        host: the address where inference listens; 0.0.0.0 for all of this machine's.
         tls: for inference; None serves plain http.
         behind_proxy: TLS ends before the server, so that it may listen beyond loopback without.
         token_minutes: how long a token lasts.
@@ -109,13 +109,13 @@ class TorchServe:
         folder: Path,
         ports: Ports | None = None,
         *,
-        workers: int = 1,
         console: bool = False,
         host: str = HOST,
         tls: Tls | None = None,
         behind_proxy: bool = False,
         token_minutes: int = TOKEN_MINUTES,
     ) -> None:
+        host = HOST if host == "localhost" else host
         if host != HOST and tls is None and not behind_proxy:
             raise ValueError(
                 f"host {host}: images and tokens would travel unencrypted; give --certificate and --private-key, "
@@ -127,11 +127,11 @@ class TorchServe:
             raise ValueError(f"tokens of {token_minutes} minutes: give at least 2")
         self.folder = folder.resolve()
         self.ports = ports or Ports()
-        self.workers = workers
         self.host = host
         self.tls = tls and Tls(*(file.resolve() for file in tls))
         self.token_minutes = token_minutes
-        self.inference = f"{'https' if tls else 'http'}://{HOST}:{self.ports.inference}"
+        self._scheme = "https" if tls else "http"
+        self.inference = f"{self._scheme}://{HOST if host == _EVERYWHERE else host}:{self.ports.inference}"
         self.management = f"http://{HOST}:{self.ports.management}"
         self.metrics = f"http://{HOST}:{self.ports.metrics}"
         self.key_file = self.folder / "key_file.json"
@@ -200,6 +200,11 @@ class TorchServe:
         self.stop()
 
     @property
+    def inference_listener(self) -> str:
+        """Where inference listens: `inference`, or all addresses of this machine."""
+        return f"{self._scheme}://{self.host}:{self.ports.inference}"
+
+    @property
     def has_ended(self) -> bool:
         """Whether the front end is gone, by itself or by `stop`."""
         # Without reaping it: as long as it is not, its process group's number belongs to nobody else.
@@ -217,9 +222,14 @@ class TorchServe:
         """Put new tokens, for another `token_minutes`, into the key file; the old ones end at once.
 
         Raises:
-            ValueError: if the server does not give them.
+            ValueError: if the server does not give them, or its key file is gone or damaged.
         """
-        key = json.loads(self.key_file.read_text(encoding="utf-8"))["API"]["key"]
+        try:
+            key = json.loads(self.key_file.read_text(encoding="utf-8"))["API"]["key"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{self.key_file}: cannot be read, so no new tokens; start the server anew"
+            ) from None
         for kind in ("inference", "management"):
             try:
                 status = _get(f"{self.management}/token?type={kind}", key)
@@ -271,7 +281,7 @@ class TorchServe:
     def _properties(self) -> str:
         ports = self.ports
         properties = {
-            "inference_address": self.inference.replace(HOST, self.host),
+            "inference_address": self.inference_listener,
             **(
                 {"certificate_file": self.tls.certificate, "private_key_file": self.tls.private_key}
                 if self.tls
@@ -288,7 +298,7 @@ class TorchServe:
             "enable_model_api": "true",
             # Matches no address at all: a model is registered by its file name in the model store.
             "allowed_urls": "none",
-            "default_workers_per_model": self.workers,
+            "default_workers_per_model": 1,
             "default_response_timeout": RESPONSE_TIMEOUTS_S["image"],
             "default_startup_timeout": STARTUP_TIMEOUT_S,
             "max_request_size": MAX_REQUEST_BYTES,
@@ -305,10 +315,9 @@ class TorchServe:
         # TorchServe's own variables would overrule the configuration.
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("TS_")}
         python_path = [str(_REPOSITORY), *filter(None, inherited.get("PYTHONPATH", "").split(os.pathsep))]
-        threads = max(1, len(os.sched_getaffinity(0)) // self.workers)
         return {
-            # Of each worker's torch, unless they are set already.
-            "OMP_NUM_THREADS": str(threads),
+            # Of each worker's torch, unless they are set already: workers wait for each other's threads asleep.
+            "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
             **SPINS,
             "CADX_SLIDE_CACHE": str(self.folder / "slide_cache"),  # likewise
             **inherited,
@@ -347,7 +356,7 @@ def serve(server: TorchServe, prepare: Callable[[TorchServe], None] | None = Non
             server.start()
             if prepare:
                 prepare(server)
-            print(f"inference   {server.inference.replace(HOST, server.host)}/predictions/MODEL")
+            print(f"inference   {server.inference_listener}/predictions/MODEL")
             print(f"management  {server.management}/models")
             print(f"metrics     {server.metrics}/metrics")
             print(f"tokens      {server.key_file}, new ones every {server.token_minutes // 2} minutes")

@@ -121,7 +121,8 @@ class Stub:
         faults: what did not conform.
         runs: bodies of the runs that were started, by id.
         schedules: bodies of the recurring runs, by id.
-        courses: for the next looks at a run, the state of each of its tasks, by name.
+        courses: for the next looks at a run, the state of each of its tasks, by name; what follows a # tells two
+            of one name apart.
         log: pod -> what it has printed.
     """
 
@@ -181,8 +182,8 @@ class Stub:
         tasks = [
             api.V2beta1PipelineTaskDetail(
                 run_id=run_id,
-                task_id=str(uuid.uuid4()),
-                display_name=name,
+                task_id=str(uuid.uuid5(uuid.NAMESPACE_OID, run_id + name)),
+                display_name=name.partition("#")[0],
                 state=task,
                 start_time=START + timedelta(minutes=number),
                 pod_name=f"pod-{name}",

@@ -90,6 +90,17 @@ def server(tmp_path: Path) -> Iterator[TorchServe]:
         yield running
 
 
+BROKEN = b"class H:\n    def initialize(self, context):\n        raise OSError\n"
+
+
+def with_handler(packaged: Packaged, archive: Path, handler: bytes) -> Path:
+    """The archive with another handler: other bytes, the same release."""
+    with zipfile.ZipFile(packaged.folder / "model.mar") as whole, zipfile.ZipFile(archive, "w") as other:
+        for name in whole.namelist():
+            other.writestr(name, handler if name == "radiograph_handler.py" else whole.read(name))
+    return archive
+
+
 def served_bundle(server: TorchServe, packaged: Packaged) -> str:
     """The bundle that answers where a caller names no version."""
     folder = DatasetFolder(packaged.dataset)
@@ -245,15 +256,46 @@ def test_a_first_version_that_fails_leaves_nothing_behind(
 
 
 @pytest.mark.slow
+def test_another_archive_of_the_bundle_that_is_live_takes_its_place_once_it_has_been_compared(
+    server: TorchServe, first: Packaged, second: Packaged, tmp_path: Path
+) -> None:
+    """Its version is the bundle's, so that it cannot stand beside the one that answers."""
+    first.deploy(server, tmp_path)
+    management = Management(server.management, key_file=server.key_file)
+    [live] = management.versions("chest")
+    with zipfile.ZipFile(first.folder / "model.mar") as archive:
+        handler = archive.read("radiograph_handler.py")
+    again = with_handler(first, tmp_path / "again.mar", handler + b"# a later release\n")
+    frame, info = read_predictions(first.folder / "predictions.parquet")
+    frame["prob_opacity"] *= 0.999
+    write_predictions(tmp_path / "forged.parquet", frame, info)
+    with pytest.raises(ValueError, match="not put into service"):
+        first.deploy(server, tmp_path, archive=again, predictions=tmp_path / "forged.parquet")
+    with pytest.raises(ValueError, match=r"model_log\.log"):
+        first.deploy(server, tmp_path, archive=with_handler(first, tmp_path / "broken.mar", BROKEN))
+    assert management.versions("chest") == (live,)
+    assert management.versions("chest-trial") == ()
+
+    first.deploy(server, tmp_path, archive=again)
+    [taken_over] = management.versions("chest")
+    assert taken_over.version == live.version
+    assert taken_over.archive != live.archive
+    assert served_bundle(server, first) == Bundle(first.bundle).digest
+
+    second.deploy(server, tmp_path)
+    first.deploy(server, tmp_path)  # not the default now: registered and compared beside it
+    first.deploy(server, tmp_path, archive=again)  # the default: the other one stands in meanwhile
+    assert management.default_version("chest") == live.version
+    assert {one.archive for one in management.versions("chest")} >= {taken_over.archive}
+    assert len(management.versions("chest")) == 2
+
+
+@pytest.mark.slow
 def test_an_archive_whose_worker_does_not_start_does_not_jam_its_version(
     server: TorchServe, first: Packaged, second: Packaged, tmp_path: Path
 ) -> None:
     first.deploy(server, tmp_path)
-    broken = tmp_path / "broken.mar"
-    with zipfile.ZipFile(second.folder / "model.mar") as whole, zipfile.ZipFile(broken, "w") as other:
-        for name in whole.namelist():
-            content = b"class H:\n    def initialize(self, context):\n        raise OSError\n"
-            other.writestr(name, content if name == "radiograph_handler.py" else whole.read(name))
+    broken = with_handler(second, tmp_path / "broken.mar", BROKEN)
     with pytest.raises(ValueError, match=r"model_log\.log"):
         second.deploy(server, tmp_path, archive=broken)
     assert served_bundle(server, first) == Bundle(first.bundle).digest

@@ -538,6 +538,18 @@ def test_labels_of_other_requests_are_refused(served: Served, tmp_path: Path) ->
     assert not (tmp_path / "drift.json").exists()
 
 
+def test_labels_of_the_version_before_leave_the_watch_on(served: Served, tmp_path: Path) -> None:
+    before = [
+        line | {"bundle": "sha256:" + "0" * 64, "prediction_id": f"{number:032x}"}
+        for number, line in enumerate(served.usual[:5])
+    ]
+    log = write_lines(tmp_path / "log", [*served.usual, *before])
+    seen = watch(
+        log, served.bundle, tmp_path, labels=write_labels(tmp_path / "l.csv", before, lambda _: True)
+    )
+    assert (seen.record["n"], seen.record["n_labelled"]) == (NUM_REQUESTS, 0)
+
+
 # --- What machines take from it -------------------------------------------------------------------------
 
 

@@ -2,16 +2,22 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+import tifffile
 from test_evaluate import Run, prepare
+from test_loading_slides import damage, section, slide_dataset
+from test_serving_kinds import MODELS
 
 from cadx.datasets import DatasetFolder
 from cadx.predicting.predictor import Predictor
 from cadx.reading.images import encode_png, read_image
 from components.predict import PredictParams, predict
+from serving.demo import write_demo_bundle
 
 NAME = "DOE^JANE"
 
@@ -72,6 +78,56 @@ def test_what_cannot_be_read_costs_a_line_and_no_name_is_told(
     assert "5 files answered, 2 unreadable" in capsys.readouterr().out
     for file in ("predictions.parquet", "unreadable.jsonl"):
         assert b"DOE" not in (tmp_path / file).read_bytes()
+
+
+def test_a_slide_whose_tiles_are_all_damaged_costs_its_own_line(tmp_path: Path) -> None:
+    whole = section(640, 700, np.s_[192:512, 64:384])
+    levels = [np.repeat(np.repeat(whole, 4, axis=0), 4, axis=1), whole]  # the picture of it is of the second
+    for number, name in enumerate(("well", "spoilt")):
+        with tifffile.TiffWriter(tmp_path / f"{name}.tiff") as tiff:
+            for mpp, pixels in zip((0.5, 2.0), levels, strict=True):
+                tiff.write(
+                    pixels + np.uint8(number),
+                    tile=(128, 128),
+                    subfiletype=int(mpp > 0.5),
+                    photometric="rgb",
+                    compression="deflate",
+                    resolution=(1e4 / mpp, 1e4 / mpp),
+                    resolutionunit="CENTIMETER",
+                    metadata=None,
+                )
+    slides = slide_dataset(
+        tmp_path / "dataset", {name: tmp_path / f"{name}.tiff" for name in ("well", "spoilt")}
+    )
+    damage(slides, "spoilt", range)
+    (tmp_path / "inbox").mkdir()
+    for name in ("well", "spoilt"):
+        shutil.copy(slides.slide_path(name), tmp_path / "inbox" / f"{name}.tiff")
+    write_demo_bundle(tmp_path / "bundle", "slide", **MODELS["slide"])
+    predict(
+        bundle=tmp_path / "bundle",
+        images=tmp_path / "inbox",
+        predictions=tmp_path / "predictions.parquet",
+        unreadable=tmp_path / "unreadable.jsonl",
+        params=PredictParams(),
+    )
+    well, spoilt = (
+        hashlib.sha256((tmp_path / "inbox" / f"{name}.tiff").read_bytes()).hexdigest()
+        for name in ("well", "spoilt")
+    )
+    assert pd.read_parquet(tmp_path / "predictions.parquet")["sha256"].tolist() == [well]
+    [line] = map(json.loads, (tmp_path / "unreadable.jsonl").read_text().splitlines())
+    assert line["sha256"] == spoilt
+    assert "none of its tiles can be read" in line["reason"]
+
+
+def test_a_file_that_may_not_be_opened_is_told_without_its_name(
+    ready: Run, inbox: Path, tmp_path: Path
+) -> None:
+    (inbox / f"{NAME}.png").symlink_to(inbox / f"{NAME}.png")  # root may open all but a loop
+    with pytest.raises(ValueError, match=r"inbox: a file in it cannot be opened") as refusal:
+        run(ready, inbox, tmp_path)
+    assert NAME not in str(refusal.value)
 
 
 def test_the_same_folder_gives_the_same_bytes(ready: Run, inbox: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from test_benchmarking import benchmark, estimate, run, step
 
@@ -177,6 +178,6 @@ def test_the_screen_holds_reasons_and_a_section_to_paste() -> None:
 
 
 def test_there_is_memory_at_hand() -> None:
-    free_mb, whose = memory_at_hand()
+    free_mb, is_gpu = memory_at_hand()
     assert free_mb > 0
-    assert whose
+    assert is_gpu == torch.cuda.is_available()
