@@ -8,6 +8,8 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -183,7 +185,8 @@ def results(
 def new(folder: Path, /, *, name: str = "", positive: str = "") -> None:
     """Turn a folder of your own images into a catalogue entry and an experiment.
 
-    The folder holds one folder per class, or a CSV file with a row per image. Nothing is copied.
+    The folder holds one folder per class (also within train, val and test), or a CSV file with a row per image:
+    columns file and label, or label_<class>; also patient, site, scanner, age, sex, view and split. Nothing is copied.
 
     Example: `cadx new ~/images/chest --positive pneumonia`, then `make reproduce EXPERIMENT=chest`.
 
@@ -194,12 +197,12 @@ def new(folder: Path, /, *, name: str = "", positive: str = "") -> None:
     name
         The experiment's name; the folder's by default.
     positive
-        The class to be found; the rarest by default.
+        The class to be found; by default the one that does not say that nothing was found, else the rarest.
     """
     import yaml
     from ruamel.yaml import YAML
 
-    from cadx.catalog import describe_folder
+    from cadx.describing import describe_folder
     from cadx.files import replacing
     from components.contract import ROOT
     from serving.archive import NAME_PATTERN
@@ -210,14 +213,19 @@ def new(folder: Path, /, *, name: str = "", positive: str = "") -> None:
             f"name {name!r}: give one of a-z, 0-9, '.', '_' and '-' with --name, a letter or digit first"
         )
     catalog, params, stages = ROOT / "data/catalog.yaml", ROOT / "params.yaml", ROOT / "dvc.yaml"
-    _read_mapping(stages)
-    for file in (catalog, params):
-        if name in _read_mapping(file):
+    try:
+        planned = _read_mapping(stages)["vars"][0]["experiments"]
+    except (KeyError, IndexError, TypeError):
+        raise ValueError(
+            f"{stages.name}: no list of experiments under vars; take it from version control again"
+        ) from None
+    for file, held in ((catalog, _read_mapping(catalog)), (params, _read_mapping(params)), (stages, planned)):
+        if name in held:
             raise ValueError(f"{file.name} already holds {name!r}; choose another name with --name")
-    entry, notes = describe_folder(folder, positive=positive)
+    described = describe_folder(folder, positive=positive)
     chosen = {
         "ingest": {"source": name},
-        "split": {"strategy": "patient"},
+        "split": {"strategy": "given" if described.has_splits else "patient"},
         "train": {
             "model": {"family": "resnet", "depth": 18},
             "preprocessing": {"height_px": 224, "width_px": 224, "intensity": "image"},
@@ -244,7 +252,9 @@ def new(folder: Path, /, *, name: str = "", positive: str = "") -> None:
         new_catalog.write_text(
             catalog.read_text(encoding="utf-8")
             + "\n"
-            + yaml.safe_dump({name: entry.model_dump(mode="json", exclude_defaults=True)}, sort_keys=False),
+            + yaml.safe_dump(
+                {name: described.entry.model_dump(mode="json", exclude_defaults=True)}, sort_keys=False
+            ),
             encoding="utf-8",
         )
         new_params.write_text(
@@ -253,7 +263,7 @@ def new(folder: Path, /, *, name: str = "", positive: str = "") -> None:
         )
         with new_stages.open("w", encoding="utf-8") as stream:
             yaml_editor.dump(pipeline, stream)
-    for note in notes:
+    for note in described.notes:
         print(f"note: {note}")
     print(f"added {name!r} to data/catalog.yaml, params.yaml and dvc.yaml; look them over, then type")
     print(f"    make reproduce EXPERIMENT={name}")
@@ -999,6 +1009,7 @@ def main(arguments: Annotated[Sequence[str] | None, Parameter(parse=False)] = No
         os.environ.setdefault(name, value)
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        _refuse_unknown_sections(tokens)
         command_line(tokens)(tokens)
     except (ValueError, OSError) as error:
         _fail(tokens, error)
@@ -1008,6 +1019,23 @@ def main(arguments: Annotated[Sequence[str] | None, Parameter(parse=False)] = No
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
+
+
+def _refuse_unknown_sections(tokens: Sequence[str]) -> None:
+    """A step reads its own section alone: one whose name is misspelt would leave it its defaults, in silence."""
+    for flag, value in pairwise(tokens):
+        file, _, experiment = value.rpartition(":")
+        if flag != "--params" or not Path(file).is_file():
+            continue
+        held = _read_mapping(Path(file)).get(experiment)
+        known = [step.name for step in STEPS]
+        for name in held if isinstance(held, dict) else ():
+            if name not in known:
+                near = get_close_matches(str(name), known, n=1)
+                raise ValueError(
+                    f"{file}: {experiment}.{name}: no such step"
+                    + (f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(known)}")
+                )
 
 
 def _fail(tokens: list[str], error: Exception) -> NoReturn:
@@ -1028,7 +1056,7 @@ def _read_mapping(file: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        held = yaml.safe_load(file.read_text(encoding="utf-8"))
+        held = yaml.load(file.read_bytes(), yaml.CSafeLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"{file.name}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(held, dict):

@@ -15,8 +15,7 @@ import re
 import secrets
 import urllib.error
 import urllib.request
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
@@ -26,9 +25,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from cadx.files import digest_path, replacing
-from cadx.reading.dicom import Photometric, dicom_identifiers
+from cadx.reading.dicom import Photometric
 from cadx.reading.folders import is_hidden
-from cadx.reading.images import read_image
 from cadx.types import Config, Kind, Task
 
 GivenSplit = Literal["train", "val", "calibration", "test"]
@@ -437,8 +435,8 @@ def _verified(path: Path, entry: StoredEntry, what: str) -> Path:
         found = digest_as(path, entry.digest)
         if found != entry.digest:
             raise ValueError(
-                f"{what} has digest {found}, its entry says {entry.digest}; "
-                "remove it or fetch it again, or correct the entry if the data were meant to change"
+                f"{what} has digest {found}, its entry says {entry.digest}; fetch it again, "
+                "or write the digest found into the entry if the data were meant to change"
             )
     return path
 
@@ -506,8 +504,16 @@ def pseudonym(key: bytes, kind: Literal["patient", "sample"], text: str) -> str:
 # --- Folders and tables of images ---------------------------------------------------------------------
 
 
-def read_rows(path: Path, *, header: bool = True, may_be_empty: bool = False) -> list[dict[str, str]]:
-    """A CSV's rows as texts by column, stripped; comma, semicolon or tabulator, as its first line shows.
+class Row(dict[str, str]):
+    """A table's row: a text by column, and its number in a spreadsheet, from 1."""
+
+    def __init__(self, cells: Iterable[tuple[str, str]], number: int) -> None:
+        super().__init__(cells)
+        self.number = number
+
+
+def read_rows(path: Path, *, header: bool = True, may_be_empty: bool = False) -> list[Row]:
+    """A CSV's rows, stripped; comma, semicolon or tabulator, as its first line shows. Empty ones are left out.
 
     Without a header, columns are called by their number, from 0. Excel's line `sep=;` above the header is no row,
     and columns at the end that are empty from the header down are none.
@@ -528,199 +534,59 @@ def read_rows(path: Path, *, header: bool = True, may_be_empty: bool = False) ->
         delimiter = max(",;\t", key=text.partition("\n")[0].count)
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-        lines = [[cell.strip() for cell in line] for line in reader if any(line)]
+        numbered = [
+            (n, [cell.strip() for cell in line]) for n, line in enumerate(reader, start=1) if any(line)
+        ]
     except csv.Error:
         raise ValueError(f"{path.name}: no CSV: a quote is not closed, or a cell is too long") from None
-    if len(lines) < header + (not may_be_empty):
+    if len(numbered) < header + (not may_be_empty):
         raise ValueError(f"{path.name}: no rows")
-    width = len(lines[0])
-    while header and not any("".join(line[width - 1 :]) for line in lines):
+    _, first = numbered[0]
+    width = len(first)
+    while header and not any("".join(line[width - 1 :]) for _, line in numbered):
         width -= 1
-    for number, line in enumerate(lines[header:], start=1 + header):
+    for number, line in numbered[header:]:
         if len(line) < width or any(line[width:]):
             raise ValueError(f"{path.name} row {number}: {len(line)} cells, but {width} columns")
-    names = lines[0][:width] if header else [str(number) for number in range(width)]
+    names = first[:width] if header else [str(number) for number in range(width)]
     if len(set(names)) != len(names):
         raise ValueError(f"{path.name}: a column name stands twice")
-    return [dict(zip(names, line[:width], strict=True)) for line in lines[header:]]
+    return [Row(zip(names, line[:width], strict=True), number) for number, line in numbered[header:]]
 
 
 def candidate_files(folder: Path, *, recursive: bool = True) -> list[Path]:
     """The files in `folder` that are meant to be images, sorted: all but hidden ones and system litter.
 
     Raises:
-        ValueError: if it holds a link to a folder, which is not followed, or to nothing.
+        ValueError: if it holds a link to a folder, which is not followed, or to nothing; a folder that may not be
+            opened; or a name that is no text.
     """
-    found = list(folder.rglob("*") if recursive else folder.iterdir())
+    found: list[Path] = []
+    for place, folders, files in os.walk(folder, onerror=_refuse_closed):
+        found += (Path(place, name) for name in (*folders, *files))
+        if not recursive:
+            break
     if links := sum(path.is_symlink() and not path.is_file() for path in found):
         raise ValueError(f"{links} links in the source lead to folders or to nothing; put the files there")
-    return sorted(
-        path for path in found if path.is_file() and not any(map(is_hidden, path.relative_to(folder).parts))
-    )
+    files_found = [path for path in found if path.is_file()]
+    candidates = [p for p in files_found if not any(map(is_hidden, p.relative_to(folder).parts))]
+    if torn := sum(not _is_text(path.name) for path in candidates):
+        raise ValueError(f"{torn} files in the source have names that are not UTF-8; rename them")
+    return sorted(candidates)
 
 
-# --- Describing a hospital's own folder ---------------------------------------------------------------
-
-_USUAL_NAMES = {
-    "file": ("file", "filename", "file_name", "path", "image", "image_path", "image_index", "dicom"),
-    "label": ("label", "class", "target", "diagnosis", "finding", "category", "truth"),
-    "patient": ("patient", "patient_id", "patientid", "subject", "subject_id", "case_id"),
-    "site": ("site", "hospital", "centre", "center", "institution"),
-    "scanner": ("scanner", "device", "machine", "manufacturer"),
-    "age": ("age", "patient_age", "age_years"),
-    "sex": ("sex", "gender", "patient_sex", "patient_gender"),
-    "view": ("view", "view_position", "projection"),
-    "split": ("split", "set", "subset", "partition"),
-}
-_SAMPLED_FILES = 24
-_MOST_CLASSES = 50
+def _refuse_closed(error: OSError) -> None:
+    """A folder that is not read would be a lost part of the data; its name may tell of a patient."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return  # nothing is there, which callers judge
+    raise ValueError(
+        f"a folder in the source cannot be opened ({error.strerror}); give the right to read it"
+    ) from None
 
 
-def describe_folder(folder: Path, *, positive: str = "") -> tuple[FolderEntry | TableEntry, tuple[str, ...]]:
-    """An entry for a folder of one's own images, and notes on what was assumed and should be looked over.
-
-    Recognised are a CSV with a row per image, else a folder per class (also within train, val, test). The
-    positive class is `positive`, or the rarest.
-
-    Raises:
-        ValueError: one line, if neither is there, or `positive` is no class.
-    """
-    folder = folder.resolve()
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    notes = [
-        "modality, licence and title are yours to fill in",
-        "deidentify is on: nothing in the data set repeats a file name or an identifier; "
-        "turn it off if sample ids should be the file names and the files hold no identifiers",
-    ]
-    tables = [path for path in sorted(folder.glob("*.csv")) if path.name != "boxes.csv"]
-    found = next(filter(None, (_describe_table(folder, table) for table in tables)), None)
-    if found is None and tables and not any(path.is_dir() for path in folder.iterdir()):
-        wanted = f"{', '.join(_USUAL_NAMES['file'])} and {', '.join(_USUAL_NAMES['label'])} or label_<class>"
-        raise ValueError(f"{tables[0].name}: no columns for file and label; name them {wanted}")
-    layout, counts, files = found or _describe_class_folders(folder)
-    common = _describe_files(folder, files, layout, notes)
-    classes, task = tuple(counts), "multilabel" if "label_columns" in layout else "multiclass"
-    if task == "multiclass" and len(classes) == 2:
-        task = "binary"
-    if positive and positive not in classes:
-        raise ValueError(f"positive {positive!r} is not among the classes {', '.join(classes)}")
-    if positive and task != "binary":
-        raise ValueError(f"positive is for two classes, and {folder.name} is {task} ({', '.join(classes)})")
-    rarest = min(classes, key=lambda name: counts[name])
-    if task == "binary":
-        common["positive"] = positive or rarest
-        if not positive:
-            notes.append(f"positive is {rarest!r}, the rarest class: correct it if another one is looked for")
-    if counts[rarest] < 50:
-        notes.append(f"class {rarest!r} has {counts[rarest]} images: intervals will be wide")
-    content = {
-        "title": folder.name,
-        "task": task,
-        "classes": classes,
-        "modality": "medical image",
-        "licence": "private: not for distribution",
-        "citation": "none",
-        "file": str(folder),
-        "digest": digest_path(folder),
-        "deidentify": True,
-        **layout,
-        **common,
-    }
-    cls = TableEntry if layout["format"] == "table" else FolderEntry
+def _is_text(name: str) -> bool:
     try:
-        return cls.model_validate(content), tuple(notes)
-    except ValidationError as error:
-        raise ValueError(f"{folder.name}: {error.errors(include_input=False)[0]['msg']}") from None
-
-
-_Layout = tuple[dict[str, Any], dict[str, int], list[Path]]
-"""Fields of the entry, images per class in the order of the classes, and the image files."""
-
-
-def _describe_class_folders(folder: Path) -> _Layout:
-    inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    splits = {path.name: SPLIT_WORDS[path.name.lower()] for path in inner if path.name.lower() in SPLIT_WORDS}
-    by_split = bool(splits) and len(splits) == len(inner)
-    counts: Counter[str] = Counter()
-    files: list[Path] = []
-    for parent in inner if by_split else [folder]:
-        for path in sorted(p for p in parent.iterdir() if p.is_dir() and not p.name.startswith(".")):
-            images = candidate_files(path)
-            counts[path.name] += len(images)
-            files.extend(images)
-    classes = {name: counts[name] for name in sorted(counts) if counts[name]}
-    if not 2 <= len(classes) <= _MOST_CLASSES:
-        raise ValueError(
-            f"{folder.name}: {len(classes)} folders with files where a folder per class was expected; "
-            "make one for each class, or add a CSV with the columns file and label"
-        )
-    return {"format": "folder"} | ({"split_folders": splits} if by_split else {}), classes, files
-
-
-def _describe_table(folder: Path, table: Path) -> _Layout | None:
-    rows = read_rows(table)
-    columns = {re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_"): name for name in rows[0]}
-    known = {
-        meaning: next((columns[name] for name in names if name in columns), None)
-        for meaning, names in _USUAL_NAMES.items()
-    }
-    file_column, label_column = known.pop("file"), known.pop("label")
-    flags = {name[len("label_") :]: name for name in rows[0] if name.startswith("label_")}
-    if file_column is None or not (label_column or flags):
-        return None
-    roots = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
-    root = next((path for path in roots if (path / rows[0][file_column]).is_file()), None)
-    if root is None:
-        raise ValueError(f"{table.name} row 2: its file is neither in {folder.name} nor one folder below")
-    layout: dict[str, Any] = {"format": "table", "table": table.name, "file_column": file_column}
-    if root != folder:
-        layout["images"] = root.name
-    if known["split"] and any(row[known["split"]].lower() not in SPLIT_WORDS for row in rows):
-        known["split"] = None
-    if optional := {meaning: name for meaning, name in known.items() if name}:
-        layout["columns"] = optional
-    if label_column is None and len(flags) == 1:
-        (name, label_column), *_ = flags.items()
-        layout["values"] = {"0": f"no_{name}", "1": name}
-    if label_column is not None:
-        values = layout.get("values", {})
-        layout["label_column"] = label_column
-        cells = Counter(values.get(row[label_column], row[label_column]) for row in rows if row[label_column])
-        counts = {name: cells[name] for name in (values.values() or sorted(cells))}
-    else:
-        layout["label_columns"] = flags
-        counts = {name: sum(row[flag] == "1" for row in rows) for name, flag in flags.items()}
-    if len(counts) > _MOST_CLASSES or ("label_columns" not in layout and len(counts) < 2):
-        raise ValueError(f"{table.name}: column {label_column} holds {len(counts)} classes; is it the label?")
-    box_table = folder / "boxes.csv"
-    boxes = read_rows(box_table, may_be_empty=True) if box_table.is_file() else []
-    if boxes and {"file", "class", "x0", "y0", "x1", "y1"} <= set(boxes[0]):
-        layout["boxes"] = {"table": box_table.name, "x1": "x1", "y1": "y1"}
-    return layout, counts, [root / row[file_column] for row in rows]
-
-
-def _describe_files(
-    folder: Path, files: Sequence[Path], layout: dict[str, Any], notes: list[str]
-) -> dict[str, Any]:
-    """Patient policy, from a sample of the files and the table's columns."""
-    sample = files[:: max(1, len(files) // _SAMPLED_FILES)]
-    identifiers: set[str] = set()
-    with_patient = unreadable = 0
-    for path in sample:
-        try:
-            identifiers.update(dicom_identifiers(path))
-            with_patient += read_image(path).patient is not None
-        except ValueError:
-            unreadable += 1
-    if unreadable:
-        notes.append(f"{unreadable} of {len(sample)} sampled files cannot be read: ingest will list them")
-    if identifiers:
-        notes.append(f"the files carry identifiers ({', '.join(sorted(identifiers))}): they will be dropped")
-    if "patient" in layout.get("columns", {}) or with_patient == len(sample) - unreadable > 0:
-        return {"patient": "hmac"}
-    notes.append(
-        "no patients were found, so every image counts as one: if patients have several images, add a CSV "
-        "with a patient column, or images of one patient will stand in train and test"
-    )
-    return {"patient": "per-image"}
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

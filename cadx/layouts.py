@@ -24,6 +24,7 @@ from cadx.catalog import (
     FilesEntry,
     FolderEntry,
     PairsEntry,
+    Row,
     TableEntry,
     VocEntry,
     candidate_files,
@@ -67,7 +68,7 @@ OrphanRule = Literal["image_without_label", "label_without_image"]
 TAKE_ORPHANS = "set ingest.orphans to leave_out"
 FileEntry = FolderEntry | TableEntry | FilesEntry | PairsEntry | VocEntry | CocoEntry
 _LARGEST = float(np.finfo(np.float32).max)
-_UNKNOWN = {"", "unknown", "unk", "u", "na", "n/a", "nan", "none", "null", "?", "-"}
+UNKNOWN = {"", "unknown", "unk", "u", "na", "n/a", "nan", "none", "null", "?", "-"}
 """Cells, in lower case, by which people say that they do not know."""
 _AGE = re.compile(
     r"(\d{1,3}(?:[.,]\d+)?)\s*(?:(y|yrs?|years?|j|jahre?)|(m|months?)|(w|weeks?)|(d|days?))?", re.IGNORECASE
@@ -232,8 +233,8 @@ def _table_items(entry: TableEntry, root: Path, orphans: list[Orphan] | None) ->
     boxed = set(boxes)
     items: dict[str, Item] = {}
     masks_alone: set[Path] = set()  # their rows are orphans already
-    for number, row in enumerate(rows, start=2):
-        place = f"{entry.table} row {number}"
+    for row in rows:
+        place = f"{entry.table} row {row.number}"
         relative = _within(row[entry.file_column], f"{place}: column {entry.file_column}")
         path = root / entry.images / relative
         if not (path.is_file() or (entry.kind == "volume" and path.is_dir())):
@@ -273,7 +274,7 @@ def _table_items(entry: TableEntry, root: Path, orphans: list[Orphan] | None) ->
             if entry.task == "detection"
             else _row_labels(entry, row, place),
             attributes={key: value for key, value in attributes.items() if value == value and value != ""},
-            patient=row[columns.patient] if columns.patient else "",
+            patient=_known(row[columns.patient]) if columns.patient else "",
             given_split=SPLIT_WORDS[split] if split else "",
             boxes=item_boxes,
             mask=mask,
@@ -400,20 +401,19 @@ def _boxes(entry: TableEntry, root: Path) -> dict[str, list[Box]]:
     if rows:
         _require_columns(table.table, rows, [table.file, table.class_name, *corners, *table.where])
     found: dict[str, list[Box]] = {}
-    for number, row in enumerate(rows, start=2):
+    for row in rows:
+        place = f"{table.table} row {row.number}"
         if any(row[column] != value for column, value in table.where.items()):
             continue
         label = table.values.get(row[table.class_name], row[table.class_name])
-        file = PurePosixPath(row[table.file]).as_posix()
+        file = as_posix(row[table.file]).as_posix()
         if label not in entry.classes and not any(row[column] for column in corners if column):
             found.setdefault(file, [])
             continue
         if label not in entry.classes:
             known = ", ".join(table.values or entry.classes)
-            raise ValueError(f"{table.table} row {number}: a box of a class that is none of {known}")
-        x0, y0, x1, y1 = _corners(
-            (row[column] for column in corners if column), f"{table.table} row {number}"
-        )
+            raise ValueError(f"{place}: a box of a class that is none of {known}")
+        x0, y0, x1, y1 = _corners((row[column] for column in corners if column), place)
         if table.width:
             x1, y1 = x0 + x1, y0 + y1
         found.setdefault(file, []).append((label, x0, y0, x1, y1))
@@ -672,13 +672,12 @@ def read_bags(entry: BagsEntry, root: Path, *, oldest_years: float = math.inf) -
                 f"{table}: other columns than the first table has; name them alike, or ignore them"
             )
         bags: dict[str, list[tuple[str, dict[str, str]]]] = {}
-        for number, row in enumerate(rows, start=1 + entry.header):
-            key = row[entry.bag_column] if entry.bag_column else str(number)
+        for row in rows:
+            place = f"{table} row {row.number}"
+            key = row[entry.bag_column] if entry.bag_column else str(row.number)
             if not key:
-                raise ValueError(
-                    f"{table} row {number}: column {entry.bag_column} is empty, so it has no bag"
-                )
-            bags.setdefault(key, []).append((f"{table} row {number}", row))
+                raise ValueError(f"{place}: column {entry.bag_column} is empty, so it has no bag")
+            bags.setdefault(key, []).append((place, row))
         for members in bags.values():
             place, first = members[0]
             for name in filter(None, (entry.label_column, entry.patient_column)):
@@ -718,8 +717,17 @@ def _present(classes: Iterable[str], boxes: Iterable[Box]) -> dict[str, float]:
     return {name: float(name in found) for name in classes}
 
 
+def as_posix(text: str) -> PurePosixPath:
+    r"""A path as a table has it, which Windows may have written.
+
+    >>> as_posix("ill\\1.png")
+    PurePosixPath('ill/1.png')
+    """
+    return PurePosixPath(text.replace("\\", "/"))
+
+
 def _within(text: str, what: str) -> PurePosixPath:
-    relative = PurePosixPath(text)
+    relative = as_posix(text)
     if not relative.name or relative.is_absolute() or ".." in relative.parts:
         raise ValueError(f"{what} must be a path within the source")
     return relative
@@ -732,9 +740,14 @@ def _frame(cell: str, where: str) -> int | None:
     return int(cell) if cell else None
 
 
+def _known(cell: str) -> str:
+    """A cell, or nothing where it says that nobody knows."""
+    return "" if cell.lower() in UNKNOWN else cell
+
+
 def _age(cell: str, where: str) -> float:
     """The age in a cell, in years, of a form that people write; NaN where it is unknown."""
-    if cell.lower() in _UNKNOWN:
+    if cell.lower() in UNKNOWN:
         return math.nan
     match = _AGE.fullmatch(cell)
     if match is None:
@@ -749,7 +762,7 @@ def _age(cell: str, where: str) -> float:
 
 def _sex(cell: str, where: str) -> str:
     """F, M or O, empty where it is unknown."""
-    if cell.lower() in _UNKNOWN:
+    if cell.lower() in UNKNOWN:
         return ""
     sex = _GERMAN_SEX.get(cell.lower()) or parse_sex(cell)
     if not sex:
@@ -775,7 +788,7 @@ def _corners(cells: Iterable[str], where: str) -> tuple[float, float, float, flo
     return x0, y0, x1, y1
 
 
-def _require_columns(table: str, rows: list[dict[str, str]], names: Iterable[str | None]) -> None:
+def _require_columns(table: str, rows: Sequence[Row], names: Iterable[str | None]) -> None:
     if missing := [name for name in names if name and name not in rows[0]]:
         # Not the columns that there are: without a header, the first row's cells stand there.
         raise ValueError(f"{table}: its first line names no column {missing[0]!r}; correct it, or the entry")

@@ -176,6 +176,11 @@ def test_an_unknown_parameter_is_named_with_its_file_and_section(
     file.write_text(yaml.safe_dump({"own": {"split": {"strategyy": "patient"}}}))
     said = asked.refused(*split(f"{file}:own"))
     assert said == f"cadx split: {file}: own.split.strategyy: unknown parameter; did you mean 'strategy'?"
+    file.write_text(yaml.safe_dump({"own": {"splitt": {"strategy": "patient"}}}))
+    assert (
+        asked.refused(*split(f"{file}:own"))
+        == f"cadx split: {file}: own.splitt: no such step; did you mean 'split'?"
+    )
 
 
 def test_a_port_in_use_is_named_before_anything_is_written(asked: Asked, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The catalogue: entries that are checked, bytes that are checked, pseudonyms, and folders described."""
+"""The catalogue: entries that are checked, bytes that are checked, and pseudonyms."""
 
 import hashlib
 import http.server
@@ -20,7 +20,6 @@ from cadx.catalog import (
     NpzEntry,
     PairsEntry,
     TableEntry,
-    describe_folder,
     fetch,
     load_catalog,
     pseudonym,
@@ -28,8 +27,6 @@ from cadx.catalog import (
     site_key,
 )
 from cadx.files import digest_path
-from cadx.phantom.cohort import Faults
-from cadx.phantom.xray import XrayPhantom, write_xray_cohort
 
 COMMON = {
     "title": "T", "task": "binary", "classes": ["a", "b"], "positive": "b", "modality": "chest X-ray",
@@ -340,89 +337,3 @@ def test_broken_tables(tmp_path, data, reason):
     with pytest.raises(ValueError, match=rf"^t\.csv.*{reason}") as caught:
         read_rows(tmp_path / "t.csv")
     assert "Ignatowska" not in str(caught.value)
-
-
-# --- Describing folders -------------------------------------------------------------------------------
-
-
-def test_a_folder_per_class(tmp_path):
-    for name, count in (("healthy", 5), ("ill", 2)):
-        for index in range(count):
-            write_png(tmp_path / f"own set/{name}/{index}.png", index)
-    described, notes = describe_folder(tmp_path / "own set")
-    assert isinstance(described, FolderEntry)
-    assert (described.task, described.classes, described.positive) == ("binary", ("healthy", "ill"), "ill")
-    assert described.patient == "per-image"
-    assert described.digest == digest_path(tmp_path / "own set")
-    assert Path(described.file).is_absolute()
-    assert any("rarest" in note for note in notes)
-    assert any("images of one patient will stand in train and test" in note for note in notes)
-    assert describe_folder(tmp_path / "own set", positive="healthy")[0].positive == "healthy"
-    with pytest.raises(ValueError, match="healthy, ill"):
-        describe_folder(tmp_path / "own set", positive="sick")
-
-
-def test_what_is_described_survives_the_catalogue_file(tmp_path):
-    for index in range(4):
-        write_png(tmp_path / f"own/{'ab'[index % 2]}/{index}.png", index)
-    described, _ = describe_folder(tmp_path / "own")
-    path = write_catalog(tmp_path / "c.yaml", own=described.model_dump(mode="json", exclude_defaults=True))
-    assert load_catalog(path) == {"own": described}
-
-
-def test_class_folders_within_split_folders(tmp_path):
-    for split in ("train", "val", "test"):
-        for name in ("NORMAL", "PNEUMONIA", "TB"):
-            write_png(tmp_path / f"own/{split}/{name}/1.png")
-    described, _ = describe_folder(tmp_path / "own")
-    assert isinstance(described, FolderEntry)
-    assert described.classes == ("NORMAL", "PNEUMONIA", "TB")
-    assert (described.task, described.positive) == ("multiclass", None)
-    assert described.split_folders == {"train": "train", "val": "val", "test": "test"}
-
-
-def test_a_table_with_usual_column_names(tmp_path):
-    lines = ["Image Index;Diagnosis;Patient ID;Gender;Split"]
-    for index in range(6):
-        write_png(tmp_path / f"own/images/{index}.png", index)
-        lines.append(f"{index}.png;{'sick' if index == 0 else 'well'};{index // 2};F;train")
-    (tmp_path / "own/list.csv").write_text("\n".join(lines))
-    described, _ = describe_folder(tmp_path / "own")
-    assert isinstance(described, TableEntry)
-    assert (described.table, described.images, described.file_column) == ("list.csv", "images", "Image Index")
-    assert (described.classes, described.positive, described.patient) == (("sick", "well"), "sick", "hmac")
-    columns = described.columns.model_dump(exclude_none=True)
-    assert columns == {"patient": "Patient ID", "sex": "Gender", "split": "Split"}
-
-
-def test_several_label_columns_are_multilabel(tmp_path):
-    for index in range(3):
-        write_png(tmp_path / f"own/{index}.png")
-    (tmp_path / "own/t.csv").write_text("file,label_mass,label_edema\n0.png,1,0\n1.png,0,\n2.png,1,1\n")
-    described, _ = describe_folder(tmp_path / "own")
-    assert isinstance(described, TableEntry)
-    assert (described.task, described.classes) == ("multilabel", ("mass", "edema"))
-    assert described.label_columns == {"mass": "label_mass", "edema": "label_edema"}
-
-
-def test_dicom_with_identifiers_is_deidentified_and_says_so(tmp_path):
-    config = XrayPhantom(num_patients=8, prevalence=0.3, size_px=48, faults=Faults(identifiers=8))
-    write_xray_cohort(tmp_path / "own", config)
-    described, notes = describe_folder(tmp_path / "own")
-    assert isinstance(described, TableEntry)
-    assert (described.classes, described.positive) == (("no_opacity", "opacity"), "opacity")
-    assert (described.patient, described.deidentify) == ("hmac", True)
-    assert described.boxes is not None
-    assert any("PatientName" in note for note in notes)
-    assert not any("Phantom^" in note for note in notes)
-
-
-def test_folders_that_are_neither(tmp_path):
-    with pytest.raises(ValueError, match="no such folder"):
-        describe_folder(tmp_path / "absent")
-    write_png(tmp_path / "flat/1.png")
-    with pytest.raises(ValueError, match="0 folders with files where a folder per class was expected"):
-        describe_folder(tmp_path / "flat")
-    (tmp_path / "flat/t.csv").write_text("picture,colour\n1.png,red\n")
-    with pytest.raises(ValueError, match="no columns for file and label"):
-        describe_folder(tmp_path / "flat")

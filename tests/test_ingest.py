@@ -15,8 +15,8 @@ from PIL import Image
 from scipy.spatial import cKDTree
 from test_volumes import phantom, write_series
 
-from cadx.catalog import describe_folder
 from cadx.datasets import DatasetFolder
+from cadx.describing import describe_folder
 from cadx.files import digest_path
 from cadx.phantom.cohort import Faults
 from cadx.phantom.xray import XrayPhantom, write_xray_cohort
@@ -349,7 +349,7 @@ def test_multilabel_table(run, tmp_path, table):
 
 def test_what_cadx_new_describes_can_be_ingested(run, tmp_path):
     write_xray_cohort(tmp_path / "own", XrayPhantom(**PHANTOM, faults=Faults(identifiers=2)))
-    described, _ = describe_folder(tmp_path / "own")
+    described = describe_folder(tmp_path / "own").entry
     folder = run(described.model_dump(mode="json", exclude_defaults=True))
     truth = pd.read_csv(tmp_path / "own/labels.csv")
     assert folder.samples["label_opacity"].sum() == truth["label_opacity"].sum()

@@ -1,0 +1,387 @@
+"""A hospital's own folder of images -> an entry of the catalogue, and what should be looked over in it.
+
+Recognised are a table with a row per image, else a folder per class (also within train, val, test). Nothing is
+guessed in silence: what was assumed is a note, and what would be taken amiss later is refused here.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from cadx.catalog import SPLIT_WORDS, FolderEntry, Row, TableEntry, candidate_files, read_rows
+from cadx.files import digest_path
+from cadx.layouts import UNKNOWN, as_posix
+from cadx.reading.dicom import BURNED_IN, dicom_identifiers
+from cadx.reading.folders import is_hidden
+from cadx.reading.images import read_image
+
+_USUAL_NAMES = {
+    "file": ("file", "filename", "file_name", "path", "image", "image_path", "image_index", "dicom", "datei"),
+    "label": ("label", "class", "target", "diagnosis", "finding", "category", "truth", "befund", "diagnose"),
+    "patient": ("patient", "patient_id", "patientid", "subject", "subject_id", "case_id", "patienten_id"),
+    "site": ("site", "hospital", "centre", "center", "institution", "klinik", "standort"),
+    "scanner": ("scanner", "device", "machine", "manufacturer", "hersteller"),
+    "age": ("age", "patient_age", "age_years", "alter"),
+    "sex": ("sex", "gender", "patient_sex", "patient_gender", "geschlecht"),
+    "view": ("view", "view_position", "projection"),
+    "split": ("split", "set", "subset", "partition"),
+}
+"""What a column is for -> how people head it, lower case, other characters than letters and digits as one _."""
+_TRUTH = ({"0": 0, "1": 1}, {"0.0": 0, "1.0": 1}, {"False": 0, "True": 1}, {"false": 0, "true": 1})
+"""How a flag's cells say no and yes."""
+_SAYS_NO = re.compile(
+    r"(no|not|non|kein|keine|ohne)[ _-].*|0|no|none|nein|false|neg|negative|normal|healthy|well|benign|control"
+)
+_PERSON_NAME = re.compile(r"\w\^\w")
+_LITTER = {"@eadir", "__macosx", "lost+found"}
+_SAMPLED_FILES = 24
+_MOST_CLASSES = 50
+_FEW_IMAGES = 50
+
+
+class _Layout(NamedTuple):
+    """What a folder holds.
+
+    Attributes:
+        fields: of the entry.
+        counts: images per class, in the order of the classes.
+        files: the images.
+        given: the official splits that occur.
+        flag: the class of a table's only flag, which is the one that is looked for.
+    """
+
+    fields: dict[str, Any]
+    counts: dict[str, int]
+    files: list[Path]
+    given: set[str]
+    flag: str = ""
+
+
+class Described(NamedTuple):
+    """An entry for a folder of one's own images.
+
+    Attributes:
+        entry: for the catalogue.
+        has_splits: whether it brings its own train, val and test.
+        notes: what was assumed and should be looked over.
+    """
+
+    entry: FolderEntry | TableEntry
+    has_splits: bool
+    notes: tuple[str, ...]
+
+
+def describe_folder(folder: Path, *, positive: str = "") -> Described:
+    """An entry for a folder of one's own images, with what was assumed of it.
+
+    The positive class is `positive`, or the one that does not say that nothing was found, or the rarest.
+
+    Raises:
+        ValueError: one line, if neither a table nor a folder per class is there, `positive` is no class, or something
+            would be lost or mistaken. It repeats no file name and no cell but the classes.
+    """
+    folder = folder.resolve()
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    notes = [
+        "modality, licence and title are yours to fill in",
+        "deidentify is on: nothing in the data set repeats a file name or an identifier; "
+        "turn it off if sample ids should be the file names and the files hold no identifiers",
+    ]
+    candidate_files(folder)  # refuses links, closed folders, and names that are no text
+    layout = _described_table(folder, notes) or _describe_class_folders(folder)
+    _check_classes(folder.name, layout)
+    classes = tuple(layout.counts)
+    task = (
+        "multilabel" if "label_columns" in layout.fields else "binary" if len(classes) == 2 else "multiclass"
+    )
+    if positive and positive not in classes:
+        near = get_close_matches(positive, classes, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"positive {positive!r} is not among the classes {', '.join(classes)}{hint}")
+    if positive and task != "binary":
+        raise ValueError(
+            f"positive is for two classes, and {folder.name} is {task} ({', '.join(classes)}); leave it out"
+        )
+    chosen = {}
+    if task == "binary":
+        chosen["positive"], why = (positive, "") if positive else _positive(layout)
+        if not positive:
+            notes.append(
+                f"positive is {chosen['positive']!r}, {why}: correct it if another one is looked for"
+            )
+    policy = _patient_policy(folder, layout, notes)
+    notes += _about_sizes(layout.counts)
+    splits = {"train", "val", "test"} <= layout.given
+    if layout.given and not splits:
+        notes.append(
+            f"official splits are kept, but only {' and '.join(sorted(layout.given))} are there, so split.strategy is"
+            " patient"
+        )
+    if splits:
+        notes.append("split.strategy is given: train, val and test stay as they are")
+    content = {
+        "title": folder.name,
+        "task": task,
+        "classes": classes,
+        "modality": "medical image",
+        "licence": "private: not for distribution",
+        "citation": "none",
+        "file": str(folder),
+        "digest": digest_path(folder),
+        "deidentify": True,
+        "patient": policy,
+        **layout.fields,
+        **chosen,
+    }
+    cls = TableEntry if layout.fields["format"] == "table" else FolderEntry
+    try:
+        return Described(cls.model_validate(content), splits, tuple(notes))
+    except ValidationError as error:
+        raise ValueError(f"{folder.name}: {error.errors(include_input=False)[0]['msg']}") from None
+
+
+def _check_classes(name: str, layout: _Layout) -> None:
+    """Refuse classes that are none, without repeating what may be a person's name."""
+    classes = list(layout.counts)
+    patients = _patients(layout.files)
+    if persons := sum(one in patients or _PERSON_NAME.search(one) is not None for one in classes):
+        raise ValueError(
+            f"{name}: {persons} of {len(classes)} classes are named like patients; make a folder for each class, or add"
+            " a CSV with the columns file and label"
+        )
+    if unknown := [one for one in classes if one.lower() in UNKNOWN]:
+        raise ValueError(
+            f"{name}: {sum(layout.counts[one] for one in unknown)} images are labelled {', '.join(unknown)};"
+            " give them a class, or take them out"
+        )
+    alike = Counter(one.casefold() for one in classes)
+    if twice := [one for one in classes if alike[one.casefold()] > 1]:
+        raise ValueError(f"{name}: classes {', '.join(twice)} differ in capitals alone; write them alike")
+
+
+def _patients(files: Sequence[Path]) -> set[str]:
+    """The patients whom some of the files name."""
+    named = set()
+    for path in _sample(files):
+        try:
+            named.add(read_image(path).patient)
+        except (ValueError, OSError):
+            continue
+    return {one for one in named if one}
+
+
+def _positive(layout: _Layout) -> tuple[str, str]:
+    """The class that is probably looked for, and why."""
+    if layout.flag:
+        return layout.flag, "which its column names"
+    one, other = layout.counts
+    if bool(_SAYS_NO.fullmatch(one.lower())) != bool(_SAYS_NO.fullmatch(other.lower())):
+        return (other if _SAYS_NO.fullmatch(one.lower()) else one), "as the other says that nothing was found"
+    if layout.counts[one] == layout.counts[other]:
+        return other, "the second of two that are as frequent"
+    return min(layout.counts, key=lambda name: layout.counts[name]), "the rarest class"
+
+
+def _about_sizes(counts: Mapping[str, int]) -> Iterator[str]:
+    rarest = min(counts, key=lambda name: counts[name])
+    if counts[rarest] < _FEW_IMAGES:
+        number = "1 image" if counts[rarest] == 1 else f"{counts[rarest]} images"
+        yield f"class {rarest!r} has {number}: intervals will be wide, and a split needs one in each part"
+
+
+# --- A folder per class -------------------------------------------------------------------------------
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_dir() and not is_hidden(path.name) and path.name.lower() not in _LITTER
+    )
+
+
+def _describe_class_folders(folder: Path) -> _Layout:
+    inner = _folders(folder)
+    splits = {path.name: SPLIT_WORDS[path.name.lower()] for path in inner if path.name.lower() in SPLIT_WORDS}
+    if splits and len(splits) < len(inner) and len(splits) > 1:
+        raise ValueError(
+            f"{folder.name}: {', '.join(splits)} are named like splits, the other {len(inner) - len(splits)} folders"
+            " are not; put class folders into each split, and the rest elsewhere"
+        )
+    by_split = bool(splits) and len(splits) == len(inner)
+    counts: Counter[str] = Counter()
+    files: list[Path] = []
+    for parent in inner if by_split else [folder]:
+        for path in _folders(parent):
+            images = candidate_files(path)
+            if not images:
+                raise ValueError(f"{folder.name}: the folder of class {path.name!r} is empty; remove it")
+            counts[path.name] += len(images)
+            files.extend(images)
+    if not 2 <= len(counts) <= _MOST_CLASSES:
+        raise ValueError(
+            f"{folder.name}: {len(counts)} folders with files where 2 to {_MOST_CLASSES}, one for each class, were"
+            " expected; make one for each class, or add a CSV with the columns file and label"
+        )
+    fields = {"format": "folder"} | ({"split_folders": splits} if by_split else {})
+    return _Layout(
+        fields,
+        {name: counts[name] for name in sorted(counts)},
+        files,
+        set(splits.values()) if by_split else set(),
+    )
+
+
+# --- A table ------------------------------------------------------------------------------------------
+
+
+def _described_table(folder: Path, notes: list[str]) -> _Layout | None:
+    """The first table with a row per image; None where there is no table at all."""
+    tables = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in (".csv", ".tsv") and path.name != "boxes.csv" and not is_hidden(path.name)
+    )
+    found = [(table, layout) for table in tables if (layout := _describe_table(folder, table, notes))]
+    if len(found) > 1:
+        raise ValueError(
+            f"{', '.join(table.name for table, _ in found)}: each has a row per image; keep one of them there"
+        )
+    if tables and not found:
+        wanted = f"{', '.join(_USUAL_NAMES['file'])} and {', '.join(_USUAL_NAMES['label'])} or label_<class>"
+        raise ValueError(
+            f"{tables[0].name}: no columns for file and label; name them {wanted}, or move the table away where"
+            " folders are the classes"
+        )
+    return found[0][1] if found else None
+
+
+def _describe_table(folder: Path, table: Path, notes: list[str]) -> _Layout | None:
+    rows = read_rows(table)
+    columns = {re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_"): name for name in rows[0]}
+    known = {
+        meaning: next((columns[name] for name in names if name in columns), None)
+        for meaning, names in _USUAL_NAMES.items()
+    }
+    file_column, label_column = known.pop("file"), known.pop("label")
+    flags = {name[len("label_") :]: name for name in rows[0] if name.startswith("label_")}
+    if file_column is None or not (label_column or flags):
+        return None
+    root, files = _files_of(folder, table.name, rows, file_column)
+    fields: dict[str, Any] = {"format": "table", "table": table.name, "file_column": file_column}
+    if root != folder:
+        fields["images"] = root.name
+    given: set[str] = set()
+    if column := known["split"]:
+        words = {row[column].lower() for row in rows}
+        given = {SPLIT_WORDS[word] for word in words & SPLIT_WORDS.keys()}
+        if not words <= SPLIT_WORDS.keys():
+            known["split"], given = None, set()
+            notes.append(
+                f"column {column} is passed over: some of its cells are not train, val, calibration or test"
+            )
+    if optional := {meaning: name for meaning, name in known.items() if name}:
+        fields["columns"] = optional
+    taken = {file_column, label_column, *flags.values(), *known.values()}
+    if others := [name for name in rows[0] if name not in taken]:
+        notes.append(f"columns passed over: {', '.join(others)}; name them {', '.join(known)} to be read")
+    flag = ""
+    if label_column is None and len(flags) == 1:
+        (flag, label_column), *_ = flags.items()
+        cells = {row[label_column] for row in rows} - {""}
+        truth = next((words for words in _TRUTH if cells <= words.keys()), None)
+        if truth is None:
+            raise ValueError(
+                f"{table.name}: column {label_column} holds something else than 0, 1 and empty cells"
+            )
+        fields["values"] = {cell: flag if yes else f"no_{flag}" for cell, yes in truth.items()}
+    if label_column is not None:
+        values = fields.get("values", {})
+        fields["label_column"] = label_column
+        cells_by_class = Counter(
+            values.get(row[label_column], row[label_column]) for row in rows if row[label_column]
+        )
+        counts = {name: cells_by_class[name] for name in (values.values() or sorted(cells_by_class))}
+        unlabelled = sum(not row[label_column] for row in rows)
+    else:
+        fields["label_columns"] = flags
+        counts = {name: sum(row[column] in ("1", "1.0") for row in rows) for name, column in flags.items()}
+        unlabelled = 0
+    if unlabelled:
+        notes.append(f"{unlabelled} of {len(rows)} rows have no label: their images teach nothing")
+    if len(counts) > _MOST_CLASSES or ("label_columns" not in fields and len(counts) < 2):
+        raise ValueError(f"{table.name}: column {label_column} holds {len(counts)} classes; is it the label?")
+    box_table = folder / "boxes.csv"
+    boxes = read_rows(box_table, may_be_empty=True) if box_table.is_file() else []
+    if boxes and {"file", "class", "x0", "y0", "x1", "y1"} <= set(boxes[0]):
+        fields["boxes"] = {"table": box_table.name, "x1": "x1", "y1": "y1"}
+    return _Layout(fields, counts, files, given, flag)
+
+
+def _files_of(folder: Path, table: str, rows: Sequence[Row], column: str) -> tuple[Path, list[Path]]:
+    """The folder that a table's paths start from, and its files."""
+    paths = [as_posix(row[column]) for row in rows]
+    for row, path in zip(rows, paths, strict=True):
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError(
+                f"{table} row {row.number}: its path leads out of {folder.name}; write it from there, or from a folder"
+                " in it"
+            )
+    roots = [folder, *_folders(folder)]
+    root = max(roots, key=lambda one: sum((one / path).is_file() for path in paths))
+    files = [root / path for path in paths]
+    missing = [row.number for row, path in zip(rows, files, strict=True) if not path.is_file()]
+    if missing:
+        raise ValueError(
+            f"{table} row {missing[0]}: its file is neither in {folder.name} nor one folder below; so it is in"
+            f" {len(missing)} of {len(rows)} rows: add the files, or remove the rows"
+        )
+    return root, files
+
+
+# --- Patients -----------------------------------------------------------------------------------------
+
+
+def _sample(files: Sequence[Path]) -> Sequence[Path]:
+    return files[:: max(1, len(files) // _SAMPLED_FILES)]
+
+
+def _patient_policy(folder: Path, layout: _Layout, notes: list[str]) -> str:
+    """Whether patients are known, from a sample of the files and the table's columns."""
+    sample = _sample(layout.files)
+    identifiers: set[str] = set()
+    with_patient = unreadable = 0
+    for path in sample:
+        try:
+            identifiers.update(dicom_identifiers(path))
+            with_patient += read_image(path).patient is not None
+        except (ValueError, OSError):
+            unreadable += 1
+    if unreadable:
+        notes.append(f"{unreadable} of {len(sample)} sampled files cannot be read: ingest will list them")
+    if BURNED_IN in identifiers:
+        notes.append(
+            f"{BURNED_IN} is YES: ingest refuses such files; mask the pixels at the source and set it to NO"
+        )
+    if dropped := identifiers - {BURNED_IN}:
+        notes.append(f"the files carry identifiers ({', '.join(sorted(dropped))}): they will be dropped")
+    if "patient" in layout.fields.get("columns", {}):
+        return "hmac"
+    if with_patient:
+        if lacking := len(sample) - unreadable - with_patient:
+            notes.append(
+                f"{lacking} of {len(sample)} sampled files name no patient: ingest refuses those; a CSV with the"
+                " columns file, label and patient can name them"
+            )
+        return "hmac"
+    notes.append(
+        "no patients were found, so every image counts as one: if patients have several images, give a CSV with the"
+        " columns file, label and patient, or images of one patient will stand in train and test"
+    )
+    return "per-image"

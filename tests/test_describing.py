@@ -1,0 +1,248 @@
+"""A hospital's own folder as an entry: what is recognised, what is said, and what is refused."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_catalog import write_catalog
+from test_dicom import dicom, encode
+
+from cadx.catalog import FolderEntry, TableEntry, load_catalog
+from cadx.describing import describe_folder
+from cadx.files import digest_path
+from cadx.phantom.cohort import Faults
+from cadx.phantom.xray import XrayPhantom, write_xray_cohort
+
+
+def write_png(path: Path, value: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((8, 8), value, np.uint8)).save(path)
+
+
+def classes(folder: Path, **counts: int) -> Path:
+    """A folder per class with so many images, no two alike."""
+    for offset, (name, count) in enumerate(counts.items()):
+        for number in range(count):
+            write_png(folder / name / f"{number}.png", (40 * offset + number) % 256)
+    return folder
+
+
+def table(folder: Path, *lines: str, name: str = "labels.csv") -> Path:
+    """A table and the images that its first column names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for number, line in enumerate(lines[1:]):
+        write_png(folder / line.split(",")[0].replace("\\", "/"), number)
+    return folder
+
+
+def test_a_folder_per_class(tmp_path):
+    classes(tmp_path / "own set", healthy=5, ill=2)
+    described, _, notes = describe_folder(tmp_path / "own set")
+    assert isinstance(described, FolderEntry)
+    assert (described.task, described.classes, described.positive) == ("binary", ("healthy", "ill"), "ill")
+    assert described.patient == "per-image"
+    assert described.digest == digest_path(tmp_path / "own set")
+    assert Path(described.file).is_absolute()
+    assert any("positive is 'ill'" in note for note in notes)
+    assert any("images of one patient will stand in train and test" in note for note in notes)
+    assert describe_folder(tmp_path / "own set", positive="healthy").entry.positive == "healthy"
+    with pytest.raises(ValueError, match="healthy, ill"):
+        describe_folder(tmp_path / "own set", positive="sick")
+
+
+def test_what_is_described_survives_the_catalogue_file(tmp_path):
+    for index in range(4):
+        write_png(tmp_path / f"own/{'ab'[index % 2]}/{index}.png", index)
+    described = describe_folder(tmp_path / "own").entry
+    path = write_catalog(tmp_path / "c.yaml", own=described.model_dump(mode="json", exclude_defaults=True))
+    assert load_catalog(path) == {"own": described}
+
+
+def test_class_folders_within_split_folders(tmp_path):
+    for split in ("train", "val", "test"):
+        for name in ("NORMAL", "PNEUMONIA", "TB"):
+            write_png(tmp_path / f"own/{split}/{name}/1.png")
+    described = describe_folder(tmp_path / "own").entry
+    assert isinstance(described, FolderEntry)
+    assert described.classes == ("NORMAL", "PNEUMONIA", "TB")
+    assert (described.task, described.positive) == ("multiclass", None)
+    assert described.split_folders == {"train": "train", "val": "val", "test": "test"}
+
+
+def test_a_table_with_usual_column_names(tmp_path):
+    lines = ["Image Index;Diagnosis;Patient ID;Gender;Split"]
+    for index in range(6):
+        write_png(tmp_path / f"own/images/{index}.png", index)
+        lines.append(f"{index}.png;{'sick' if index == 0 else 'well'};{index // 2};F;train")
+    (tmp_path / "own/list.csv").write_text("\n".join(lines))
+    described = describe_folder(tmp_path / "own").entry
+    assert isinstance(described, TableEntry)
+    assert (described.table, described.images, described.file_column) == ("list.csv", "images", "Image Index")
+    assert (described.classes, described.positive, described.patient) == (("sick", "well"), "sick", "hmac")
+    columns = described.columns.model_dump(exclude_none=True)
+    assert columns == {"patient": "Patient ID", "sex": "Gender", "split": "Split"}
+
+
+def test_several_label_columns_are_multilabel(tmp_path):
+    for index in range(3):
+        write_png(tmp_path / f"own/{index}.png")
+    (tmp_path / "own/t.csv").write_text("file,label_mass,label_edema\n0.png,1,0\n1.png,0,\n2.png,1,1\n")
+    described = describe_folder(tmp_path / "own").entry
+    assert isinstance(described, TableEntry)
+    assert (described.task, described.classes) == ("multilabel", ("mass", "edema"))
+    assert described.label_columns == {"mass": "label_mass", "edema": "label_edema"}
+
+
+def test_dicom_with_identifiers_is_deidentified_and_says_so(tmp_path):
+    config = XrayPhantom(num_patients=8, prevalence=0.3, size_px=48, faults=Faults(identifiers=8))
+    write_xray_cohort(tmp_path / "own", config)
+    described, _, notes = describe_folder(tmp_path / "own")
+    assert isinstance(described, TableEntry)
+    assert (described.classes, described.positive) == (("no_opacity", "opacity"), "opacity")
+    assert (described.patient, described.deidentify) == ("hmac", True)
+    assert described.boxes is not None
+    assert any("PatientName" in note for note in notes)
+    assert not any("Phantom^" in note for note in notes)
+
+
+def test_folders_that_are_neither(tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        describe_folder(tmp_path / "absent")
+    write_png(tmp_path / "flat/1.png")
+    with pytest.raises(ValueError, match="0 folders with files where 2 to 50"):
+        describe_folder(tmp_path / "flat")
+    (tmp_path / "flat/t.csv").write_text("picture,colour\n1.png,red\n")
+    with pytest.raises(ValueError, match="no columns for file and label"):
+        describe_folder(tmp_path / "flat")
+
+
+@pytest.mark.parametrize(
+    ("counts", "positive", "why"),
+    [
+        ({"normal": 2, "pneumonia": 5}, "pneumonia", "the other says that nothing was found"),
+        ({"no_nodule": 3, "nodule": 3}, "nodule", "the other says that nothing was found"),
+        ({"mass": 4, "cyst": 2}, "cyst", "the rarest class"),
+        ({"mass": 2, "cyst": 2}, "mass", "the second of two that are as frequent"),
+    ],
+    ids=str,
+)
+def test_the_positive_class_is_the_one_that_people_look_for(tmp_path, counts, positive, why):
+    described, _, notes = describe_folder(classes(tmp_path / "own", **counts))
+    assert described.positive == positive
+    assert any(f"positive is {positive!r}" in note and why in note for note in notes)
+
+
+@pytest.mark.parametrize("cells", [("1", "0"), ("1.0", "0.0"), ("True", "False")])
+def test_a_flags_own_class_is_looked_for_however_it_says_yes(tmp_path, cells):
+    rows = [f"{number}.png,{cells[number % 3 == 0]}" for number in range(6)]
+    described = describe_folder(table(tmp_path / "own", "file,label_ill", *rows)).entry
+    assert (described.classes, described.positive) == (("no_ill", "ill"), "ill")
+    assert described.values[cells[0]] == "ill"
+
+
+def test_official_splits_are_kept_where_they_are_whole(tmp_path):
+    for split in ("train", "val", "test"):
+        classes(tmp_path / "whole" / split, normal=1, ill=1)
+    assert describe_folder(tmp_path / "whole").has_splits
+    for split in ("train", "test"):
+        classes(tmp_path / "part" / split, normal=1, ill=1)
+    described, has_splits, notes = describe_folder(tmp_path / "part")
+    assert not has_splits
+    assert described.split_folders == {"train": "train", "test": "test"}
+    assert any("only test and train are there" in note for note in notes)
+    rows = [f"{n}.png,{'ab'[n % 2]},{word}" for n, word in enumerate(("train", "val", "test", "later"))]
+    _, has_splits, notes = describe_folder(table(tmp_path / "table", "file,label,split", *rows))
+    assert not has_splits
+    assert any("column split is passed over" in note for note in notes)
+
+
+def test_one_file_without_a_patient_does_not_make_every_image_a_patient(tmp_path):
+    for number in range(12):
+        path = tmp_path / "own" / "ab"[number % 2] / f"{number}.dcm"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(dicom(PatientID="" if number == 5 else f"P{number // 2}")))
+    described, _, notes = describe_folder(tmp_path / "own")
+    assert described.patient == "hmac"
+    assert any("1 of 12 sampled files name no patient" in note for note in notes)
+
+
+def test_columns_that_are_not_read_are_said(tmp_path):
+    rows = ["a.png,x,1", "b.png,y,2"]
+    _, _, notes = describe_folder(table(tmp_path / "own", "file,label,Fallnummer", *rows))
+    assert any("columns passed over: Fallnummer; name them patient" in note for note in notes)
+    described = describe_folder(table(tmp_path / "de", "Datei,Befund,Patienten-ID", *rows)).entry
+    assert described.columns.patient == "Patienten-ID"
+
+
+def test_paths_that_windows_wrote_are_read(tmp_path):
+    described = describe_folder(table(tmp_path / "own", "file,label", "in\\a.png,x", "in\\b.png,y")).entry
+    assert described.classes == ("x", "y")
+
+
+def named_like_patients(own: Path) -> None:
+    for number, name in enumerate(("Meier^Hans", "Roth^Eva")):
+        write_png(own / name / "1.png", number)
+
+
+def named_like_their_files_patients(own: Path) -> None:
+    for name in ("MEIER-0012", "ROTH-0044"):
+        (own / name).mkdir(parents=True)
+        (own / name / "1.dcm").write_bytes(encode(dicom(PatientID=name)))
+
+
+def with_a_name_that_is_no_text(own: Path) -> None:
+    classes(own, ill=2, well=2)
+    Path(os.fsdecode(os.fsencode(own / "ill") + b"/m\xe4.png")).write_bytes(b"")
+
+
+REFUSED = {
+    "2 of 2 classes are named like patients; make a folder for each class": named_like_patients,
+    "2 of 2 classes are named like patients": named_like_their_files_patients,
+    "3 images are labelled NaN, nan; give them": lambda own: table(
+        own, "file,label", "a.png,ill", "b.png,nan", "c.png,NaN", "d.png,well", "e.png,nan"
+    ),
+    "classes Ill, ill differ in capitals alone": lambda own: classes(own, Ill=1, ill=2),
+    "labels.csv: no columns for file and label; name them .*, or move the table away": lambda own: table(
+        classes(own, ill=2, well=2), "Bild,Art", "x.png,1"
+    ),
+    "labels.csv, old.csv: each has a row per image": lambda own: table(
+        table(own, "file,label", "a.png,x", "b.png,y"), "file,label", "a.png,y", "b.png,x", name="old.csv"
+    ),
+    "test, train are named like splits, the other 1 folders are not": lambda own: [
+        classes(own / name, a=1, b=1) for name in ("train", "test", "extra")
+    ],
+    "the folder of class 'ill' is empty": lambda own: (classes(own, well=2, sick=2) / "ill").mkdir(),
+    "row 3: its path leads out of own": lambda own: table(own, "file,label", "a.png,x", "../b.png,y"),
+    "row 3: its file is neither in own nor one folder below; so it is in 1 of 2 rows": lambda own: (
+        table(own, "file,label", "a.png,x", "b.png,y") / "b.png"
+    ).unlink(),
+    "links in the source": lambda own: (classes(own, a=1, b=1) / "c").symlink_to(own / "a"),
+    "holds something else than 0, 1": lambda own: table(own, "file,label_ill", "a.png,1", "b.png,maybe"),
+    "names that are not UTF-8": with_a_name_that_is_no_text,
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_would_be_taken_amiss_is_refused_in_one_line(tmp_path, reason):
+    (tmp_path / "own").mkdir()
+    REFUSED[reason](tmp_path / "own")
+    with pytest.raises(ValueError, match=reason) as refusal:
+        describe_folder(tmp_path / "own")
+    assert "\n" not in str(refusal.value)
+    assert not any(name in str(refusal.value).upper() for name in ("MEIER", "ROTH"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may open every folder")
+def test_a_folder_that_may_not_be_opened_is_not_left_out(tmp_path):
+    closed = classes(tmp_path / "own", ill=2, well=2) / "ill" / "more"
+    closed.mkdir(mode=0)
+    with pytest.raises(ValueError, match="a folder in the source cannot be opened"):
+        describe_folder(tmp_path / "own")
+
+
+def test_a_misspelt_positive_class_is_guessed(tmp_path):
+    with pytest.raises(ValueError, match="did you mean 'pneumonia'"):
+        describe_folder(classes(tmp_path / "own", normal=1, pneumonia=1), positive="pneumonai")
