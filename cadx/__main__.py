@@ -540,6 +540,7 @@ def schedule(
     from pipelines import cluster
 
     arguments = cluster.checked_arguments(pipeline, settings)
+    times = cluster.checked_times(cron, interval_s)
     connection = cluster.connect(endpoint, namespace)
     identity = cluster.schedule(
         connection,
@@ -547,8 +548,7 @@ def schedule(
         name=name or pipeline.stem,
         experiment=experiment,
         arguments=arguments,
-        cron=cron,
-        interval_s=interval_s,
+        times=times,
     )
     print(f"schedule {identity}: {connection.host}/#/recurringrun/details/{identity}")
 
@@ -578,14 +578,14 @@ def status(
 def logs(run_id: str, /, *, task: str = "", endpoint: _Endpoint = "", namespace: _Namespace = "") -> None:
     """Print what the tasks of a run have said.
 
-    Example: `cadx logs 0b3c... --task "train (seed 0)"`.
+    Example: `cadx logs 0b3c... --task train-0`.
 
     Parameters
     ----------
     run_id
         What `cadx submit` printed.
     task
-        One task, by its name on Kubeflow's pages; all of them otherwise.
+        One task, by the name that `cadx status` says; all of them otherwise.
     """
     from pipelines import require_kfp
 

@@ -8,7 +8,8 @@ Who asks is told by the surroundings, never by an argument, which other users of
     in a pod of the cluster               the service account's projected token
     none of them                          nobody: `kubectl port-forward` to the API server
 
-No real cluster has seen this module yet: tests hold it against a stub that checks every request by KFP's v2beta1 API.
+No real cluster has seen this module yet: tests hold it against a stub that checks every request by KFP's v2beta1 API,
+and answers as the source of KFP's API server says that it does.
 """
 
 import json
@@ -19,7 +20,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from datetime import datetime
 from difflib import get_close_matches
 from io import StringIO
 from pathlib import Path
@@ -31,10 +31,13 @@ import kfp_server_api
 import requests
 import urllib3
 import yaml
+from kfp_server_api import rest
+from pydantic import ValidationError
 
 from components import STEPS
-from components.contract import read_params
+from components.contract import explain
 from pipelines.compiled import read_pipeline
+from serving.archive import NAME_PATTERN
 
 ENDPOINT = "KF_PIPELINES_ENDPOINT"
 IN_CLUSTER = "http://ml-pipeline.kubeflow.svc.cluster.local:8888"
@@ -45,6 +48,26 @@ POLL_S = 10.0
 TIMEOUT_S = 60.0
 ENDED = frozenset({"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"})
 _MINIMUM_INTERVAL_S = 60
+_CREDENTIALS = "set CADX_KFP_TOKEN, CADX_KFP_COOKIE, or CADX_DEX_USER and CADX_DEX_PASSWORD"
+_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+_WEEKDAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
+_CRON: tuple[tuple[str, int, int, tuple[str, ...]], ...] = (
+    ("second", 0, 59, ()),
+    ("minute", 0, 59, ()),
+    ("hour", 0, 23, ()),
+    ("day", 1, 31, ()),
+    ("month", 1, 12, _MONTHS),
+    ("weekday", 0, 6, _WEEKDAYS),
+)
+"""What the fields of Kubeflow's cron lines hold: name, least, most, and the words for them."""
+
+
+class Refused(ValueError):
+    """The endpoint says no; `code` is its status."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -72,32 +95,96 @@ class Connection:
         }
 
     def client(self) -> kfp.Client:
-        """KFP's own client."""
+        """KFP's own client, which waits for no answer longer than TIMEOUT_S."""
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore", FutureWarning
             )  # it needs version 2 of the server, and always says so
-            return kfp.Client(
+            client = _Client(
                 host=self.host,
                 namespace=self.namespace or "kubeflow",
                 existing_token=self.token or None,
                 cookies=self.cookie or None,
             )
+        sender = client._run_api.api_client  # one for all of its APIs
+        # A redirect leads to a page for people; what was sent once is not sent again.
+        sender.configuration.retries = urllib3.Retry(0, raise_on_redirect=False)
+        sender.rest_client = _Sender(sender.configuration)
+        return client
 
     def get(self, path: str) -> requests.Response:
         """A GET outside of what KFP's client knows, refused as that refuses."""
-        with _one_line(self.host):
+        with _one_line(self):
             answer = requests.get(
                 f"{self.host}{path}", headers=self.headers, timeout=TIMEOUT_S, allow_redirects=False
             )
-        if answer.is_redirect:
-            raise ValueError(
-                f"{self.host}: asks for a log-in; set CADX_KFP_TOKEN, CADX_KFP_COOKIE, or CADX_DEX_USER and "
-                "CADX_DEX_PASSWORD"
-            )
-        if answer.status_code >= 400:
-            raise ValueError(_refusal(self.host, answer.status_code, answer.text))
+        if answer.status_code >= 300:
+            raise self.refused(answer.status_code, answer.text)
+        if "html" in answer.headers.get("Content-Type", ""):
+            raise ValueError(_stranger(self.host))
         return answer
+
+    def refused(self, code: int, body: Any) -> Refused:
+        """What an answer that is no success means, in one line."""
+        text = body.decode(errors="replace") if isinstance(body, bytes) else str(body)
+        try:
+            told = json.loads(text)
+            text = told.get("message") or told.get("error") or text
+        except (ValueError, AttributeError):
+            pass
+        text = "" if text.lstrip().startswith("<") else " ".join(str(text).split())[:300]
+        said = f" ({text})" if text else ""
+        known = bool(self.token or self.cookie)
+        remedy = "get a new token or cookie" if known else _CREDENTIALS
+        if 300 <= code < 400:
+            ended = ": the session has ended" if known else ""
+            return Refused(code, f"{self.host}: asks for a log-in{ended}; {remedy}")
+        if code == 401:
+            what = "the token or cookie is not accepted" if known else "asks who you are"
+            return Refused(code, f"{self.host}: 401: {what}{said}; {remedy}")
+        if code == 403:
+            what = "the account has no right to this" if known else "nobody has no right to this"
+            remedy = "see to its role in the namespace" if known else _CREDENTIALS
+            return Refused(code, f"{self.host}: 403: {what}{said}; {remedy}")
+        return Refused(code, f"{self.host}: {code}: {text}")
+
+
+class _Client(kfp.Client):
+    """KFP's client of a server that `connect` has tried."""
+
+    def get_kfp_healthz(self, sleep_duration: int = 5) -> Any:
+        """Nothing new: it would ask again whenever it is made, and wait as long as the server likes."""
+        return kfp_server_api.V2beta1GetHealthzResponse()
+
+
+class _Sender(rest.RESTClientObject):
+    """Sends as KFP's client does; waits for TIMEOUT_S, and takes nothing but a JSON object for an answer."""
+
+    def __init__(self, configuration: Any) -> None:
+        super().__init__(configuration)
+        self._host = configuration.host
+
+    def request(self, method: str, url: str, **options: Any) -> Any:
+        """The answer to one request.
+
+        Raises:
+            ValueError: if something else than KFP's API has answered.
+        """
+        answer = super().request(method, url, **options | {"_request_timeout": (TIMEOUT_S, TIMEOUT_S)})
+        try:
+            content = json.loads(answer.data)
+        except ValueError:
+            content = None
+        if not isinstance(content, dict):
+            raise ValueError(_stranger(self._host))
+        return answer
+
+
+def _stranger(host: str) -> str:
+    return (
+        f"{host}: something answers there that is not Kubeflow Pipelines' API; if it is the page of a log-in, get a "
+        "new token or cookie; with the central dashboard the address ends in /pipeline"
+    )
 
 
 def connect(endpoint: str = "", namespace: str = "") -> Connection:
@@ -111,11 +198,11 @@ def connect(endpoint: str = "", namespace: str = "") -> Connection:
         ValueError: if no endpoint is known, or it lets nobody in like this.
         ConnectionError: if it cannot be reached.
     """
-    token, cookie = os.environ.get("CADX_KFP_TOKEN", ""), os.environ.get("CADX_KFP_COOKIE", "")
+    token, cookie = _credential("CADX_KFP_TOKEN"), _credential("CADX_KFP_COOKIE")
     host = endpoint or os.environ.get(ENDPOINT, "")
     if not host and TOKEN_FILE.is_file():
         host, token = IN_CLUSTER, token or TOKEN_FILE.read_text(encoding="utf-8").strip()
-    if urlsplit(host).scheme not in {"http", "https"}:
+    if not _is_address(host):
         raise ValueError(
             f"endpoint {host!r}: give --endpoint or {ENDPOINT}, such as http://localhost:8888 after "
             "`kubectl port-forward -n kubeflow svc/ml-pipeline 8888`"
@@ -128,13 +215,32 @@ def connect(endpoint: str = "", namespace: str = "") -> Connection:
     try:
         multi_user = answer.json().get("multi_user", False)
     except (ValueError, AttributeError):
-        raise ValueError(
-            f"{host}: something answers there that is not Kubeflow Pipelines' API; with the central dashboard the "
-            "address ends in /pipeline"
-        ) from None
+        raise ValueError(_stranger(host)) from None
     if multi_user and not namespace:
         raise ValueError(f"{host}: serves several users; name your profile's with --namespace")
     return connection
+
+
+def _credential(name: str) -> str:
+    """What a variable of the environment holds for a header.
+
+    Raises:
+        ValueError: if no header can hold it; what it is stays unsaid.
+    """
+    value = os.environ.get(name, "")
+    if not re.fullmatch(r"[\x20-\x7e]*", value):
+        raise ValueError(
+            f"{name}: holds a line break or another character that no header takes; set it again"
+        )
+    return value
+
+
+def _is_address(host: str) -> bool:
+    try:
+        parts = urlsplit(host)
+        return parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, or half an IPv6 address
+        return False
 
 
 def dex_cookie(host: str, user: str, password: str) -> str:
@@ -144,7 +250,7 @@ def dex_cookie(host: str, user: str, password: str) -> str:
         ValueError: if the gateway shows no form, or does not accept user and password.
         ConnectionError: if it cannot be reached.
     """
-    with _one_line(host), requests.Session() as session:
+    with _one_line(Connection(host)), requests.Session() as session:
         root = f"{urlsplit(host).scheme}://{urlsplit(host).netloc}"
         form = session.get(host, timeout=TIMEOUT_S)
         if form.status_code in {401, 403}:  # oauth2-proxy, which shows its own page first
@@ -223,24 +329,83 @@ def _check(name: str, kind: str, value: Any) -> None:
     }
     if not isinstance(value, types[kind]) or (kind.startswith("NUMBER") and isinstance(value, bool)):
         raise ValueError(f"--set {name}={value}: this parameter is of type {kind}")
+    if name == "experiment" and not re.fullmatch(NAME_PATTERN, str(value)):
+        raise ValueError(
+            f"--set {name}={value}: the served model bears this name; give a-z, 0-9, '.', '_' and '-', a letter or "
+            "digit first"
+        )
     step = next((step for step in STEPS if step.name == name), None)
     if step is not None and kind == "STRUCT":
         cls = step.declaration().params
         assert cls is not None
-        read_params(json.dumps(value, default=str), name, cls)
+        try:
+            cls.model_validate(json.loads(json.dumps(value, default=str)))
+        except ValidationError as error:
+            raise ValueError(explain(error, f"--set {name}")) from None
 
 
 def submit(
     connection: Connection, pipeline: Path, *, name: str, experiment: str, arguments: Mapping[str, Any]
 ) -> str:
-    """Start a run of a compiled pipeline; its id."""
-    with _one_line(connection.host):
+    """Start a run of a compiled pipeline; its id.
+
+    Raises:
+        ValueError: if the endpoint refuses, or what answers is not KFP.
+        ConnectionError: if there is no answer.
+    """
+    with _one_line(connection):
         client = connection.client()
         home = client.create_experiment(experiment, namespace=connection.namespace or None)
         run = client.run_pipeline(
-            home.experiment_id, name, pipeline_package_path=str(pipeline), params=dict(arguments)
+            _known(connection, home.experiment_id),
+            name,
+            pipeline_package_path=str(pipeline),
+            params=dict(arguments),
         )
-        return str(run.run_id)
+    return _known(connection, run.run_id)
+
+
+def _known(connection: Connection, said: str | None) -> str:
+    """An id or a state, which every answer of KFP's API has."""
+    if not said:
+        raise ValueError(_stranger(connection.host))
+    return str(said)
+
+
+def checked_times(cron: str, interval_s: int) -> dict[str, Any]:
+    """When a schedule starts runs, as KFP's client takes it.
+
+    Raises:
+        ValueError: if not exactly one of both is given, or it is none.
+    """
+    if bool(cron) == bool(interval_s):
+        raise ValueError("give either --cron, such as '0 6 * * *', or --interval-s")
+    if interval_s and interval_s < _MINIMUM_INTERVAL_S:
+        raise ValueError(f"--interval-s {interval_s}: at least {_MINIMUM_INTERVAL_S}")
+    return {"cron_expression": _checked_cron(cron)} if cron else {"interval_second": interval_s}
+
+
+def _checked_cron(cron: str) -> str:
+    """A cron line as Kubeflow takes it: beginning with the second."""
+    fields = cron.split()
+    fields = ["0", *fields] if len(fields) == 5 else fields
+    if len(fields) != len(_CRON):
+        raise ValueError(f"--cron {cron!r}: give minute, hour, day, month and weekday, such as '0 6 * * *'")
+    for (name, least, most, words), field in zip(_CRON, fields, strict=True):
+        for part in field.lower().split(","):
+            if not _is_cron_part(part, least, most, words):
+                raise ValueError(f"--cron {cron!r}: {name} {part!r}: give {least} to {most}, *, a-b or */n")
+    return " ".join(fields)
+
+
+def _is_cron_part(part: str, least: int, most: int, words: Sequence[str]) -> bool:
+    match = re.fullmatch(r"(?:[*?]|([a-z]+|[0-9]+)(?:-([a-z]+|[0-9]+))?)(?:/([0-9]+))?", part)
+    if match is None or (match[3] and not int(match[3])):
+        return False
+    ends = [least + words.index(end) if end in words else end for end in match.groups()[:2] if end]
+    return all(str(end).isdigit() and least <= int(end) <= most for end in ends) and (
+        len(ends) < 2 or int(ends[0]) <= int(ends[1])
+    )
 
 
 def schedule(
@@ -250,40 +415,37 @@ def schedule(
     name: str,
     experiment: str,
     arguments: Mapping[str, Any],
-    cron: str = "",
-    interval_s: int = 0,
+    times: Mapping[str, Any],
 ) -> str:
-    """Start a run again and again, by a cron line or every so many seconds; the schedule's id.
+    """Start a run again and again; the schedule's id.
 
     A run that is late is not caught up with, and none starts while the one before it is running.
 
+    Args:
+        connection: where.
+        pipeline: a compiled one.
+        name: the schedule's.
+        experiment: under which Kubeflow lists its runs.
+        arguments: of the runs.
+        times: what `checked_times` gives.
+
     Raises:
-        ValueError: if not exactly one of both is given, or it is none.
+        ValueError: if the endpoint refuses, or what answers is not KFP.
+        ConnectionError: if there is no answer.
     """
-    if bool(cron) == bool(interval_s):
-        raise ValueError("give either --cron, such as '0 6 * * *', or --interval-s")
-    if interval_s and interval_s < _MINIMUM_INTERVAL_S:
-        raise ValueError(f"--interval-s {interval_s}: at least {_MINIMUM_INTERVAL_S}")
-    fields = cron.split()
-    if cron and (
-        len(fields) not in {5, 6} or not all(re.fullmatch(r"[\w*/,?#-]+", field) for field in fields)
-    ):
-        raise ValueError(f"--cron {cron!r}: give minute, hour, day, month and weekday, such as '0 6 * * *'")
-    with _one_line(connection.host):
+    with _one_line(connection):
         client = connection.client()
         home = client.create_experiment(experiment, namespace=connection.namespace or None)
         recurring = client.create_recurring_run(
-            home.experiment_id,
+            _known(connection, home.experiment_id),
             name,
-            # Kubeflow's cron lines begin with the second.
-            cron_expression=" ".join(["0", *fields] if len(fields) == 5 else fields) or None,
-            interval_second=interval_s or None,
             max_concurrency=1,
             no_catchup=True,
             pipeline_package_path=str(pipeline),
             params=dict(arguments),
+            **times,
         )
-        return str(recurring.recurring_run_id)
+    return _known(connection, recurring.recurring_run_id)
 
 
 def status(
@@ -306,14 +468,13 @@ def status(
     """
     known: dict[str, str] = {}
     while True:
-        with _one_line(connection.host):
-            run = connection.client().get_run(run_id)
+        run = _run(connection, run_id)
         for task in _tasks(run):
-            state = str(task.state or "PENDING")
+            state = _state(task)
             if known.get(task.task_id) != state:
                 known[task.task_id] = state
                 say(f"{task.display_name}: {state.lower()}")
-        state = str(run.state or "PENDING")
+        state = _known(connection, run.state)
         if state in ENDED or not follow:
             say(f"run {run_id}: {state.lower()}")
             if state in {"FAILED", "CANCELED"}:
@@ -323,41 +484,112 @@ def status(
         time.sleep(POLL_S)
 
 
+def _run(connection: Connection, run_id: str) -> Any:
+    with _one_line(connection):
+        run = connection.client().get_run(run_id)
+    _known(connection, run.run_id)
+    return run
+
+
+def _state(task: Any) -> str:
+    """How a task stands; KFP knows no state of what has not begun."""
+    state = str(task.state or "PENDING")
+    return "PENDING" if state == "RUNTIME_STATE_UNSPECIFIED" else state
+
+
 def _tasks(run: Any) -> list[Any]:
-    """The tasks that run a step, in the order in which they started."""
+    """The tasks of the pipeline, in the order in which they started.
+
+    KFP lists every node of Argo's workflow. A task's own bears its name; with it come that of its driver, which asks
+    the cache, and `executor`, which is the pod; where it may be tried again, attempts are `executor(0)` and so on.
+    """
     details = (run.run_details.task_details if run.run_details else None) or []
-    tasks = [task for task in details if task.display_name and not task.display_name.endswith("-driver")]
-    return sorted(tasks, key=lambda task: str(task.start_time or datetime.max))
+    workflows = {child.rpartition("-")[0] for task in details for child in _children(task)}
+    tasks = [
+        task
+        for task in details
+        if task.display_name
+        and task.display_name not in workflows
+        and not re.fullmatch(r"root|executor(\(\d+\))?|.*-driver", task.display_name)
+    ]
+    return sorted(tasks, key=lambda task: (_state(task) == "PENDING", str(task.start_time or "")))
+
+
+def _children(task: Any) -> list[str]:
+    return [str(child.pod_name) for child in task.child_tasks or () if child.pod_name]
 
 
 def logs(connection: Connection, run_id: str, *, task: str = "") -> Iterator[str]:
     """What the tasks of a run have printed, line by line, each after its task's name.
 
+    A task without a log, because it was answered from the cache or its pod is gone, is said to have none.
+
     Args:
         connection: where.
         run_id: the run's.
-        task: one task's display name; all of them otherwise.
+        task: one task's name, as `status` says it; all of them otherwise.
 
     Raises:
-        ValueError: if there is no such run or task, or its pod is gone and was not archived.
+        ValueError: if there is no such run or task.
     """
-    with _one_line(connection.host):
-        tasks = _tasks(connection.client().get_run(run_id))
+    run = _run(connection, run_id)
+    tasks = _tasks(run)
+    if not tasks:
+        raise ValueError(f"run {run_id} has no task yet; `cadx status {run_id}` tells how it stands")
     named = [one for one in tasks if task in ("", one.display_name)]
     if not named:
-        known = ", ".join(str(one.display_name) for one in tasks) or "none yet"
+        known = ", ".join(dict.fromkeys(str(one.display_name) for one in tasks))
         raise ValueError(f"run {run_id} has no task {task!r}; it has: {known}")
+    nodes = {str(one.display_name) for one in run.run_details.task_details}
+    attempts = sum(re.fullmatch(r"executor\(\d+\)", node) is not None for node in nodes)
     for one in named:
-        pods = [child.pod_name for child in one.child_tasks or () if child.pod_name] or [one.pod_name]
-        for pod in filter(None, pods):
-            # The one address of the API server that its published schema leaves out.
-            answer = connection.get(f"/apis/v1alpha1/runs/{run_id}/nodes/{pod}/log")
-            for line in answer.text.splitlines():
-                yield f"{one.display_name} | {line}"
+        texts = [_log(connection, run_id, pod) for pod in _pods(one, attempts)]
+        lines = [line for text in texts if text is not None for line in text.splitlines()]
+        if all(text is None for text in texts):
+            why = "it has not begun" if _state(one) == "PENDING" else "from the cache, or its pod is gone"
+            lines = [f"(no log: {why})"]
+        for line in lines:
+            yield f"{one.display_name} | {line}"
+
+
+def _pods(task: Any, attempts: int) -> Iterator[str]:
+    """The names that a task's pods may have.
+
+    KFP gives no pod's name but the id of the node `executor`: WORKFLOW-NUMBER, the number being the hash of the node's
+    name. Argo calls the pod WORKFLOW-TEMPLATE-NUMBER; attempts are nodes of their own, of the name with (0), (1), ...
+    """
+    if task.pod_name:
+        yield str(task.pod_name)
+    for child in _children(task):
+        workflow, _, number = child.rpartition("-")
+        yield child
+        if number.isdigit():
+            yield f"{workflow}-system-container-impl-{number}"
+            for attempt in range(attempts):
+                longer = _hash_of_longer(int(number), f"({attempt})")
+                yield f"{workflow}-retry-system-container-impl-{longer}"
+
+
+def _hash_of_longer(number: int, more: str) -> int:
+    """FNV-1a, 32 bits, of a name that goes on with `more`, from that of its beginning."""
+    for byte in more.encode():
+        number = (number ^ byte) * 0x01000193 % 2**32
+    return number
+
+
+def _log(connection: Connection, run_id: str, pod: str) -> str | None:
+    """What a pod has printed; None if it is not there, which the server tells by an error of its own."""
+    try:
+        # The one address of the API server that its published schema leaves out.
+        return connection.get(f"/apis/v1alpha1/runs/{run_id}/nodes/{pod}/log").text
+    except Refused as refusal:
+        if refusal.code in {400, 404, 500}:
+            return None
+        raise
 
 
 @contextmanager
-def _one_line(host: str) -> Iterator[None]:
+def _one_line(connection: Connection) -> Iterator[None]:
     """Turn what KFP's client raises into one line; what it prints is left out.
 
     Raises:
@@ -368,18 +600,11 @@ def _one_line(host: str) -> Iterator[None]:
         with redirect_stdout(StringIO()):
             yield
     except kfp_server_api.ApiException as error:
-        raise ValueError(_refusal(host, error.status, error.body or error.reason)) from None
+        raise connection.refused(error.status, error.body or error.reason) from None
     except (urllib3.exceptions.HTTPError, requests.RequestException) as error:
-        raise ConnectionError(f"{host}: no answer ({type(error).__name__}); is the port forwarded?") from None
-
-
-def _refusal(host: str, code: int, body: Any) -> str:
-    if code in {401, 403}:
-        return f"{host}: {code}: the token or cookie is not accepted; get a new one"
-    text = body.decode(errors="replace") if isinstance(body, bytes) else str(body)
-    try:
-        told = json.loads(text)
-        text = told.get("message") or told.get("error") or text
-    except (ValueError, AttributeError):
-        pass
-    return f"{host}: {code}: {' '.join(text.split())[:300]}"
+        cause = getattr(error, "reason", None)
+        what = type(cause if isinstance(cause, Exception) else error).__name__
+        waited = f" within {TIMEOUT_S:g} s" if "ReadTimeout" in what else ""
+        raise ConnectionError(
+            f"{connection.host}: no answer{waited} ({what}); is the port forwarded?"
+        ) from None

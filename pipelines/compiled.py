@@ -17,9 +17,16 @@ def read_pipeline(path: Path) -> dict[str, Any]:
     try:
         spec: dict[str, Any] = next(yaml.safe_load_all(path.read_text(encoding="utf-8")))
         parsed = json_format.ParseDict(spec, pipeline_spec_pb2.PipelineSpec())
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise ValueError(f"{path}: no such file; write one with `cadx compile`") from None
-    except (yaml.YAMLError, json_format.ParseError, TypeError, AttributeError, StopIteration):
+    except (
+        UnicodeDecodeError,
+        yaml.YAMLError,
+        json_format.ParseError,
+        TypeError,
+        AttributeError,
+        StopIteration,
+    ):
         parsed = None
     if parsed is None or not parsed.root.dag.tasks:
         raise ValueError(f"{path}: no compiled pipeline; write one with `cadx compile`")

@@ -47,6 +47,8 @@ def compile_experiment(
     """Write an experiment's pipeline, whole or not at all: see `pipelines.compile_experiment`."""
     if output.suffix not in {".yaml", ".yml"}:
         raise ValueError(f"{output}: Kubeflow takes pipelines as .yaml files; name the output so")
+    if output.is_dir():
+        raise ValueError(f"{output}: is a folder; name a file")
     if not re.fullmatch(IMAGE_PATTERN, image):
         raise ValueError(f"image {image!r}: not the name of an image; give NAME:TAG or NAME@sha256:DIGEST")
     if against and pipeline != "families":

@@ -3,11 +3,15 @@
 Every request is held against KFP's published v2beta1 API as `kfp_server_api` was generated from it (paths, query
 parameters, fields and their types, enumerations), pipelines against the schema of the pipeline spec. What does not
 conform gets 400, as from the real server, and stands in `faults`. Answers are made of the same models.
+
+What the schema leaves open is done as the source of KFP 2's API server and of its compiler for Argo does it: a run's
+tasks are the nodes of Argo's workflow, without the names of their pods; a log that is not there is error 500.
 """
 
 import json
 import re
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +29,7 @@ LOGIN_PAGE = (
     b'<form method="post" action="/dex/auth/local/login?state=1&amp;back="><input name="password"></form>'
 )
 START = datetime(2026, 11, 28, 6, tzinfo=UTC)
+WORKFLOW = "run-x7k2p"
 INTEGERS = {"max_concurrency", "interval_second"}
 _CLIENT = api.ApiClient()
 _SCALARS: dict[str, tuple[type, ...]] = {
@@ -37,8 +42,37 @@ _SCALARS: dict[str, tuple[type, ...]] = {
 }
 
 
+CRON_FIELDS = ((0, 59), (0, 59), (0, 23), (1, 31), (1, 12), (0, 6))
+"""Second to weekday, by github.com/robfig/cron, which the API server parses with."""
+
+
 class Refusal(Exception):
     """What is asked does not conform."""
+
+
+class NoLog(Exception):
+    """Neither a pod of that name nor an archive of its log."""
+
+
+def conform_cron(line: str) -> None:
+    """Hold a cron line of numbers against its fields."""
+    fields = line.split()
+    if len(fields) != len(CRON_FIELDS):
+        raise Refusal(f"cron {line!r}: {len(CRON_FIELDS)} fields asked for")
+    for field, (least, most) in zip(fields, CRON_FIELDS, strict=True):
+        for number in re.findall(r"\d+", re.sub(r"/\d+", "", field)):
+            if not least <= int(number) <= most:
+                raise Refusal(f"cron {line!r}: {number} is not within {least} to {most}")
+        if not re.fullmatch(r"[\d*?,/-]+", field):
+            raise Refusal(f"cron {line!r}: {field!r}")
+
+
+def node_hash(name: str) -> int:
+    """FNV-1a of a node's name, which numbers it and its pod in Argo."""
+    number = 0x811C9DC5
+    for byte in name.encode():
+        number = ((number ^ byte) * 16777619) & 0xFFFFFFFF
+    return number
 
 
 def conform(value: Any, kind: str, where: str = "body") -> None:
@@ -123,7 +157,9 @@ class Stub:
         schedules: bodies of the recurring runs, by id.
         courses: for the next looks at a run, the state of each of its tasks, by name; what follows a # tells two
             of one name apart.
-        log: pod -> what it has printed.
+        log: task -> what its pod has printed; `train(0)`, `train(1)` for attempts; none of a cached task.
+        instead: end of a path -> status, content, its type, and where it redirects to, in the place of an answer.
+        stalls_s: for how long every answer but that to healthz is kept back.
     """
 
     def __init__(self, multi_user: bool = False, wants: str = "") -> None:
@@ -134,6 +170,8 @@ class Stub:
         self.schedules: dict[str, Any] = {}
         self.courses: list[dict[str, str]] = []
         self.log: dict[str, str] = {}
+        self.instead: dict[str, tuple[int, bytes, str, str]] = {}
+        self.stalls_s = 0.0
 
     def answer(self, method: str, path: str, query: dict[str, str], body: Any) -> Any:
         """The answer to one request."""
@@ -158,12 +196,15 @@ class Stub:
                 return self._started(body, self.runs, "run_id", api.V2beta1Run)
             case "POST", ["recurringruns"]:
                 conform(body, "V2beta1RecurringRun")
+                if cron := (body["trigger"].get("cron_schedule") or {}).get("cron"):
+                    conform_cron(cron)
                 return self._started(body, self.schedules, "recurring_run_id", api.V2beta1RecurringRun)
             case "GET", ["runs", run_id] if run_id in self.runs:
                 return self._look(run_id)
             case "GET", ["apis", "v1alpha1", "runs", run_id, "nodes", pod, "log"] if run_id in self.runs:
-                if pod in self.log:
-                    return self.log[pod]
+                if pod in (pods := self._pods()):
+                    return pods[pod]
+                raise NoLog(f"failed to get the log of {pod}")
         raise LookupError(f"{method} {path}: not found")
 
     def _started(self, body: Any, kept: dict[str, Any], key: str, model: Any) -> Any:
@@ -183,16 +224,44 @@ class Stub:
             api.V2beta1PipelineTaskDetail(
                 run_id=run_id,
                 task_id=str(uuid.uuid5(uuid.NAMESPACE_OID, run_id + name)),
-                display_name=name.partition("#")[0],
+                display_name=re.sub(r"#\d+", "", name.rpartition(".")[2]) or WORKFLOW,
                 state=task,
                 start_time=START + timedelta(minutes=number),
-                pod_name=f"pod-{name}",
+                child_tasks=[
+                    api.PipelineTaskDetailChildTask(pod_name=f"{WORKFLOW}-{node_hash(WORKFLOW + child)}")
+                    for child in children
+                ],
             )
-            for number, (name, task) in enumerate(course.items())
+            for number, (name, task, children) in enumerate(self._nodes(course))
         ]
         return api.V2beta1Run(
             run_id=run_id, state=state, run_details=api.V2beta1RunDetails(task_details=tasks)
         )
+
+    def _nodes(self, course: dict[str, str]) -> Iterator[tuple[str, str, list[str]]]:
+        """Names of Argo's nodes below the workflow's, their states, and the names below them."""
+        yield "", "RUNNING", [".root-driver"]
+        yield ".root-driver", "SUCCEEDED", [".root"]
+        yield ".root", "RUNNING", [f".root.{task}-driver" for task in course]
+        for task, state in course.items():
+            own = f".root.{task}"
+            yield f"{own}-driver", "SUCCEEDED", [own]
+            yield own, state, [f"{own}.executor"]
+            attempts = [
+                f"{own}.executor{log.removeprefix(task)}" for log in self.log if log.startswith(f"{task}(")
+            ]
+            yield f"{own}.executor", state, attempts
+            for attempt in attempts:
+                yield attempt, "FAILED", []
+
+    def _pods(self) -> dict[str, str]:
+        found = {}
+        for log, text in self.log.items():
+            task, bracket, attempt = log.partition("(")
+            number = node_hash(f"{WORKFLOW}.root.{task}.executor{bracket}{attempt}")
+            template = "retry-system-container-impl" if bracket else "system-container-impl"
+            found[f"{WORKFLOW}-{template}-{number}"] = text
+        return found
 
 
 @contextmanager
@@ -241,6 +310,12 @@ def kfp_stub(*, multi_user: bool = False, wants: str = "") -> Iterator[Stub]:
             if path == "/":
                 self._send(200, b"<html>dashboard</html>", "text/html")
                 return
+            if not path.endswith("/healthz"):
+                time.sleep(stub.stalls_s)
+            for end, (code, content, kind, place) in stub.instead.items():
+                if path.endswith(end):
+                    self._send(code, content, kind, **({"Location": place} if place else {}))
+                    return
             try:
                 answer = stub.answer(self.command, path, query, json.loads(raw) if raw else None)
             except Refusal as refusal:
@@ -248,6 +323,8 @@ def kfp_stub(*, multi_user: bool = False, wants: str = "") -> Iterator[Stub]:
                 self._send(
                     400, json.dumps({"code": 3, "message": f"Invalid input error: {refusal}"}).encode()
                 )
+            except NoLog as error:
+                self._send(500, json.dumps({"error_message": str(error)}).encode())
             except LookupError as error:
                 self._send(404, json.dumps({"code": 5, "message": str(error)}).encode())
             else:

@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 import yaml
-from kfp_stub import PASSWORD, TOKEN, USER, Refusal, Stub, conform, conform_pipeline, kfp_stub
+from kfp_stub import (
+    PASSWORD,
+    TOKEN,
+    USER,
+    Refusal,
+    Stub,
+    conform,
+    conform_cron,
+    conform_pipeline,
+    kfp_stub,
+)
 
 from cadx.__main__ import main
 from pipelines import cluster, compile_experiment
@@ -82,6 +92,7 @@ def test_a_run_is_started_with_what_is_set(
         (["bundle_uri.a=3"], "holds a single value, it has no field 'a'"),
         (["bundle_uri"], "give parameter=value"),
         (SET[1:2], "parameter 'images_uri' has no default; give --set images_uri=..."),
+        (["predict.unreadable_at_most=2", *SET[1::2]], "--set predict.unreadable_at_most: input should be"),
     ],
 )  # fmt: skip
 def test_a_wrong_parameter_is_refused_before_anything_is_sent(
@@ -107,11 +118,44 @@ def test_a_schedule_is_made_by_a_cron_line_or_an_interval(stub: Stub, compiled: 
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["--cron", "0 6 * * *", "--interval-s", "60"], ["--cron", "daily"], ["--interval-s", "5"]]
+    ("words", "message"),
+    [
+        ([], "give either --cron"),
+        (["--cron", "0 6 * * *", "--interval-s", "60"], "give either --cron"),
+        (["--interval-s", "5"], "at least 60"),
+        (["--cron", "daily"], "give minute, hour, day, month and weekday"),
+        (["--cron", "60 6 * * *"], "minute '60': give 0 to 59"),
+        (["--cron", "0 24 * * *"], "hour '24': give 0 to 23"),
+        (["--cron", "0 6 0 * *"], "day '0': give 1 to 31"),
+        (["--cron", "0 6 * 13 *"], "month '13': give 1 to 12"),
+        (["--cron", "0 6 * * 7"], "weekday '7': give 0 to 6"),
+        (["--cron", "0 6 * * fri-mon"], "weekday 'fri-mon'"),
+        (["--cron", "*/0 6 * * *"], "minute '*/0'"),
+        (["--cron", "0 6 L * *"], "day 'l'"),
+    ],
 )
-def test_no_schedule_without_a_time(words: list[str], stub: Stub, compiled: Path) -> None:
-    assert cadx("schedule", str(compiled), "--endpoint", stub.url, *words, *SET) == 1
-    assert not stub.schedules
+def test_no_schedule_without_a_time_and_nobody_is_asked(
+    words: list[str], message: str, compiled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cadx("schedule", str(compiled), "--endpoint", "http://127.0.0.1:1", *words, *SET) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "line", ["*/5 8-18 * jan,mar mon-fri", "30 0 6 1,15 * ?", "0 0 31 DEC *", "0-30/10 * * * 0"]
+)
+def test_the_cron_lines_of_kubeflow_are_taken(line: str) -> None:
+    taken = cluster.checked_times(line, 0)["cron_expression"]
+    assert taken == (line if line.count(" ") == 5 else f"0 {line}")
+
+
+def test_the_stub_refuses_a_cron_line_as_kubeflow_does() -> None:
+    conform_cron("0 0 6 * * *")
+    for line in ("0 6 * * *", "0 60 6 * * *", "0 0 6 * * 7", "0 0 6 L * *"):
+        with pytest.raises(Refusal, match="cron"):
+            conform_cron(line)
 
 
 @pytest.fixture
@@ -153,16 +197,138 @@ def test_a_failed_run_ends_in_status_1_and_says_where_to_look(
 
 
 def test_logs_are_read_by_task(stub: Stub, run_id: str, capsys: pytest.CaptureFixture[str]) -> None:
-    stub.courses = [{"bundle": "SUCCEEDED", "predict": "FAILED"}]
-    stub.log = {"pod-bundle": "ready\n", "pod-predict": "reading\ncadx predict: --images: no file in it\n"}
+    stub.courses = [{"ingest": "SUCCEEDED", "bundle": "SUCCEEDED", "predict": "FAILED", "gate": "PENDING"}]
+    stub.log = {
+        "bundle": "ready\n",
+        "predict(0)": "lost\n",
+        "predict(1)": "reading\ncadx predict: --images: no file in it\n",
+    }
     assert cadx("logs", run_id, "--endpoint", stub.url) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "bundle | ready"
-    assert lines[-1] == "predict | cadx predict: --images: no file in it"
+    assert capsys.readouterr().out.splitlines() == [
+        "ingest | (no log: from the cache, or its pod is gone)",
+        "bundle | ready",
+        *("predict | lost", "predict | reading", "predict | cadx predict: --images: no file in it"),
+        "gate | (no log: it has not begun)",
+    ]
     assert cadx("logs", run_id, "--task", "predict", "--endpoint", stub.url) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert len(capsys.readouterr().out.splitlines()) == 3
     assert cadx("logs", run_id, "--task", "train", "--endpoint", stub.url) == 1
-    assert "has no task 'train'; it has: bundle, predict" in capsys.readouterr().err
+    assert "has no task 'train'; it has: ingest, bundle, predict" in capsys.readouterr().err
+    stub.courses = [{}]
+    assert cadx("logs", run_id, "--endpoint", stub.url) == 1
+    assert f"has no task yet; `cadx status {run_id}` tells" in capsys.readouterr().err
+
+
+LOG_IN = (302, b"", "text/html", "/dex/auth?client_id=kubeflow")
+PAGES = [
+    (200, b"<html>Log in</html>", "text/html", ""),
+    *((200, text, "application/json", "") for text in (b"null", b"[1]")),
+]
+
+
+@pytest.mark.parametrize("said", [*PAGES, LOG_IN, (200, b"{}", "application/json", "")])
+def test_what_is_no_answer_of_kubeflow_is_no_success(
+    said: tuple[int, bytes, str, str],
+    stub: Stub,
+    compiled: Path,
+    run_id: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stub.instead = dict.fromkeys(("/runs", "/recurringruns", f"/runs/{run_id}"), said)
+    for words in (
+        ["submit", str(compiled), *SET],
+        ["schedule", str(compiled), "--interval-s", "60", *SET],
+        ["status", run_id, "--follow"],
+        ["logs", run_id],
+    ):
+        assert cadx(*words, "--endpoint", stub.url) == 1
+        shown = capsys.readouterr()
+        assert not shown.out
+        assert shown.err.count("\n") == 1
+        expected = (
+            "asks for a log-in; set CADX_KFP_TOKEN" if said is LOG_IN else "is not Kubeflow Pipelines' API"
+        )
+        assert expected in shown.err
+    stub.instead = {"/experiments": said}
+    assert cadx("submit", str(compiled), *SET, "--endpoint", stub.url) == 1
+    assert len(stub.runs) == 1, "that of the fixture"
+
+
+def test_a_run_without_a_state_and_the_page_of_a_log_in_are_told_of(
+    stub: Stub, run_id: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub.instead = {f"/runs/{run_id}": (200, b'{"run_id": "x"}', "application/json", "")}
+    assert cadx("status", run_id, "--follow", "--endpoint", stub.url) == 1
+    assert "is not Kubeflow Pipelines' API" in capsys.readouterr().err
+    stub.courses, stub.instead = [{"predict": "FAILED"}], {"/log": PAGES[0]}
+    assert cadx("logs", run_id, "--endpoint", stub.url) == 1
+    assert "if it is the page of a log-in, get a new token" in capsys.readouterr().err
+    stub.instead = {"/log": LOG_IN}
+    monkeypatch.setenv("CADX_KFP_COOKIE", "authservice_session=old")
+    assert cadx("logs", run_id, "--endpoint", stub.url) == 1
+    assert "asks for a log-in: the session has ended; get a new token or cookie" in capsys.readouterr().err
+
+
+def test_an_endpoint_that_stalls_is_not_waited_for(
+    stub: Stub, compiled: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "TIMEOUT_S", 0.2)
+    stub.stalls_s = 1.0
+    assert cadx("submit", str(compiled), "--endpoint", stub.url, *SET) == 1
+    error = capsys.readouterr().err
+    assert "no answer within 0.2 s" in error
+    assert error.count("\n") == 1
+
+
+def test_missing_rights_are_told_with_what_the_server_says(
+    stub: Stub, compiled: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = b'{"message": "User x is not authorized to create runs"}'
+    stub.instead = {"/runs": (403, body, "application/json", "")}
+    for token, message in (
+        (
+            "",
+            "403: nobody has no right to this (User x is not authorized to create runs); set CADX_KFP_TOKEN",
+        ),
+        (
+            "t",
+            "403: the account has no right to this (User x is not authorized to create runs); see to its role",
+        ),
+    ):
+        monkeypatch.setenv("CADX_KFP_TOKEN", token)
+        assert cadx("submit", str(compiled), "--endpoint", stub.url, *SET) == 1
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("token", ["secret-1\n", "gr\u00fcn"])
+def test_a_token_that_no_header_takes_is_refused_and_not_shown(
+    token: str,
+    stub: Stub,
+    compiled: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CADX_KFP_TOKEN", token)
+    assert cadx("submit", str(compiled), "--endpoint", stub.url, *SET) == 1
+    error = capsys.readouterr().err
+    assert "CADX_KFP_TOKEN: holds a line break or another character that no header takes" in error
+    assert token.strip() not in error
+
+
+@pytest.mark.parametrize("endpoint", ["http://", "localhost:8888", "http://localhost:abc", "ftp://localhost"])
+def test_what_is_no_address_is_refused(
+    endpoint: str, compiled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cadx("submit", str(compiled), "--endpoint", endpoint, *SET) == 1
+    assert f"endpoint {endpoint!r}: give --endpoint" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_pipeline_is_named(
+    stub: Stub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photo.yaml").write_bytes(b"\xff\xd8\xff\xe0")
+    assert cadx("submit", str(tmp_path / "photo.yaml"), "--endpoint", stub.url) == 1
+    assert "photo.yaml: no compiled pipeline; write one with `cadx compile`" in capsys.readouterr().err
 
 
 def test_a_bearer_token_comes_from_the_environment(
@@ -170,7 +336,13 @@ def test_a_bearer_token_comes_from_the_environment(
 ) -> None:
     with kfp_stub(wants="bearer") as stub:
         assert cadx("submit", str(compiled), "--endpoint", stub.url, *SET) == 1
-        assert "401: the token or cookie is not accepted" in capsys.readouterr().err
+        assert "401: asks who you are (no); set CADX_KFP_TOKEN" in capsys.readouterr().err
+        monkeypatch.setenv("CADX_KFP_TOKEN", "another")
+        assert cadx("submit", str(compiled), "--endpoint", stub.url, *SET) == 1
+        assert (
+            "401: the token or cookie is not accepted (no); get a new token or cookie"
+            in capsys.readouterr().err
+        )
         monkeypatch.setenv("CADX_KFP_TOKEN", TOKEN)
         assert cadx("submit", str(compiled), "--endpoint", stub.url, *SET) == 0
         assert len(stub.runs) == 1
@@ -232,6 +404,18 @@ def test_who_does_not_answer_is_named(compiled: Path, capsys: pytest.CaptureFixt
 def test_the_stub_refuses_what_the_api_does_not_know(body: dict[str, Any]) -> None:
     with pytest.raises(Refusal):
         conform(body, "V2beta1Run")
+
+
+@pytest.mark.parametrize("name", ["Phantom X-Ray", "../../etc", ""])
+def test_a_name_that_no_model_can_bear_is_refused_before_anything_is_trained(
+    name: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "training.yaml"
+    compile_experiment("phantom-xray", path, params=ROOT / "params.yaml", image=IMAGE)
+    assert cluster.checked_arguments(path, ["experiment=other-1"]) == {"experiment": "other-1"}
+    with pytest.raises(ValueError, match="experiment") as caught:
+        cluster.checked_arguments(path, [f"experiment={name}"])
+    assert "\n" not in str(caught.value)
 
 
 def test_a_broken_pipeline_is_refused_here_and_by_the_stub(compiled: Path) -> None:
