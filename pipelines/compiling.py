@@ -1,6 +1,5 @@
 """Pipelines as the YAML that Kubeflow takes; equal inputs give equal bytes."""
 
-import re
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from pipelines.evaluation import evaluation
 from pipelines.families import families
 from pipelines.inference import inference
 from pipelines.monitoring import monitoring
-from pipelines.placement import IMAGE_PATTERN, Setting, read_placements
+from pipelines.placement import IMAGE_FORM, Setting, is_image, read_placements
 from pipelines.training import training
 
 PIPELINES: Mapping[str, Callable[..., Any]] = {
@@ -49,8 +48,8 @@ def compile_experiment(
         raise ValueError(f"{output}: Kubeflow takes pipelines as .yaml files; name the output so")
     if output.is_dir():
         raise ValueError(f"{output}: is a folder; name a file")
-    if not re.fullmatch(IMAGE_PATTERN, image):
-        raise ValueError(f"image {image!r}: not the name of an image; give NAME:TAG or NAME@sha256:DIGEST")
+    if not is_image(image):
+        raise ValueError(f"image {image!r}: {IMAGE_FORM}")
     if against and pipeline != "families":
         raise ValueError(
             f"--against {' '.join(against)}: only the pipeline families compares; add --pipeline families"

@@ -18,9 +18,10 @@ task again: the job that it starts goes on from the last checkpoint.
 
 import json
 import shutil
+import signal
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -29,7 +30,7 @@ from kubeflow_trainer_api import models
 
 from cadx.files import digest_bytes, digest_path, replacing
 from components.contract import Step, report_outputs, source_digests
-from pipelines.placement import SHARED_MEMORY_PATH, VOLUME_PATH, Placement
+from pipelines.placement import SHARED_MEMORY_PATH, THREADS, VOLUME_PATH, Placement
 
 POLL_S = 5
 OWN = "cadx train: "
@@ -50,8 +51,9 @@ def train_job(
         name: of the job: lower-case letters, digits and hyphens.
         arguments: of `cadx train`, its paths under `volume`.
         image: the training image.
-        placement: where the step runs, with `nodes`; all else that it asks for holds for each node. An accelerator
-            is a process each; without any, a node is one process on its CPU.
+        placement: where the step runs, with `nodes`; all else that it asks for holds for each node, but for retries
+            and the time limit, which are the waiting task's. An accelerator is a process each; without any, a node is
+            one process on its CPU.
         volume: where the nodes mount the claim.
 
     Raises:
@@ -80,6 +82,7 @@ def train_job(
                 "numProcPerNode": placement.accelerator.count if placement.accelerator else 1,
                 "command": ["torchrun", "-m", "--", "cadx", "train"],
                 "args": list(arguments),
+                "env": _environment(placement),
                 "resourcesPerNode": {"requests": asked, "limits": asked},
             },
             "runtimePatches": [_patch(placement.nodes.claim, placement, volume)],
@@ -88,6 +91,19 @@ def train_job(
     made = models.TrainerV1alpha1TrainJob.from_dict(job)
     assert made is not None
     return made
+
+
+def _environment(placement: Placement) -> list[dict[str, Any]]:
+    """What the section's secrets and config maps hold, and how many threads a process may start."""
+    processes = placement.accelerator.count if placement.accelerator else 1
+    threads = placement.threads(processes)
+    return [
+        *(
+            {"name": variable, "valueFrom": {f"{kind}KeyRef": {"name": name, "key": key}}}
+            for variable, (kind, name, key) in placement.variables.items()
+        ),
+        *([{"name": THREADS, "value": str(threads)}] if threads is not None else []),
+    ]
 
 
 def _patch(claim: str, placement: Placement, volume: PurePosixPath) -> dict[str, Any]:
@@ -117,12 +133,14 @@ def _patch(claim: str, placement: Placement, volume: PurePosixPath) -> dict[str,
 
 
 def launch(job: models.TrainerV1alpha1TrainJob, *, timeout_s: int = 7 * 86400) -> None:
-    """Create a job in the cluster, or find it there, and wait until it is complete; then it is deleted.
+    """Create a job in the cluster, or find it there, and wait until it has ended; then it is deleted.
 
-    What its first node has printed is printed here. No cluster has seen this function yet.
+    It is deleted as well if nobody waits for it any longer. What its first node has printed is printed here. No cluster
+    has seen this function yet.
 
     Raises:
-        ValueError: if it failed: with what the step said on its first node, or else the last line there.
+        ValueError: if it failed: with what the step said on its first node, or else the last line there; or if the
+            cluster does not tell how it stands.
         TimeoutError: if it did not end in time.
     """
     from kubeflow.common.types import KubernetesBackendConfig
@@ -140,21 +158,39 @@ def launch(job: models.TrainerV1alpha1TrainJob, *, timeout_s: int = 7 * 86400) -
     except client.ApiException as error:
         if error.status != 409:  # of a task that was lost while it waited: the job is the same by its name
             raise ValueError(f"TrainJob {name}: refused: {error.status} {error.reason}") from None
-    ended = trainer.wait_for_job_status(
-        name,
-        {constants.TRAINJOB_COMPLETE, constants.TRAINJOB_FAILED},
-        timeout=timeout_s,
-        polling_interval=POLL_S,
-    )
     said = ""
-    for line in trainer.get_job_logs(name):
-        # The step's own word stands before that of `torchrun`, which tells where it failed and not why.
-        if line.startswith(OWN) or (line.strip() and not said.startswith(OWN)):
-            said = line.strip()
-        print(line, flush=True)
-    trainer.delete_job(name)
+    with _deleted_afterwards(trainer, name):
+        ended = trainer.wait_for_job_status(
+            name,
+            {constants.TRAINJOB_COMPLETE, constants.TRAINJOB_FAILED},
+            timeout=timeout_s,
+            polling_interval=POLL_S,
+        )
+        for line in trainer.get_job_logs(name):
+            # The step's own word stands before that of `torchrun`, which tells where it failed and not why.
+            if line.startswith(OWN) or (line.strip() and not said.startswith(OWN)):
+                said = line.strip()
+            print(line, flush=True)
     if ended.status == constants.TRAINJOB_FAILED:
         raise ValueError(said or f"TrainJob {name}: failed, and its first node has said nothing")
+
+
+@contextmanager
+def _deleted_afterwards(trainer: Any, name: str) -> Iterator[None]:
+    """However the block ends, no job goes on that nobody waits for.
+
+    Raises:
+        ValueError: if the cluster does not tell how the job stands.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # the SDK's, of whatever the cluster has answered
+        raise ValueError(f"TrainJob {name}: {' '.join(str(error).split())}; it is deleted") from None
+    finally:
+        try:
+            trainer.delete_job(name)
+        except (RuntimeError, TimeoutError):
+            print(f"TrainJob {name}: not deleted; `kubectl delete trainjob {name}`", file=sys.stderr)
 
 
 def train_on_nodes(image: str, placement: Placement, words: Sequence[str], *, volume: Path) -> None:
@@ -201,6 +237,8 @@ def train_on_nodes(image: str, placement: Placement, words: Sequence[str], *, vo
 
 def main(words: Sequence[str]) -> None:
     """IMAGE PLACEMENT COMMAND ...; ends the process with the error's line and status 1."""
+    # So that what a cancelled task has started ends with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     image, placement, *command = words
     try:
         train_on_nodes(image, Placement.model_validate_json(placement), command, volume=Path(VOLUME_PATH))

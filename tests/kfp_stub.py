@@ -11,7 +11,6 @@ tasks are the nodes of Argo's workflow, without the names of their pods; a log t
 import json
 import re
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -159,7 +158,8 @@ class Stub:
             of one name apart.
         log: task -> what its pod has printed; `train(0)`, `train(1)` for attempts; none of a cached task.
         instead: end of a path -> status, content, its type, and where it redirects to, in the place of an answer.
-        stalls_s: for how long every answer but that to healthz is kept back.
+        stalls: whether nothing but healthz is answered, ever.
+        ended: when the stub has ended.
     """
 
     def __init__(self, multi_user: bool = False, wants: str = "") -> None:
@@ -171,7 +171,7 @@ class Stub:
         self.courses: list[dict[str, str]] = []
         self.log: dict[str, str] = {}
         self.instead: dict[str, tuple[int, bytes, str, str]] = {}
-        self.stalls_s = 0.0
+        self.stalls, self.ended = False, threading.Event()
 
     def answer(self, method: str, path: str, query: dict[str, str], body: Any) -> Any:
         """The answer to one request."""
@@ -310,8 +310,10 @@ def kfp_stub(*, multi_user: bool = False, wants: str = "") -> Iterator[Stub]:
             if path == "/":
                 self._send(200, b"<html>dashboard</html>", "text/html")
                 return
-            if not path.endswith("/healthz"):
-                time.sleep(stub.stalls_s)
+            if stub.stalls and not path.endswith("/healthz"):
+                stub.ended.wait()
+                self.close_connection = True
+                return
             for end, (code, content, kind, place) in stub.instead.items():
                 if path.endswith(end):
                     self._send(code, content, kind, **({"Location": place} if place else {}))
@@ -345,6 +347,7 @@ def kfp_stub(*, multi_user: bool = False, wants: str = "") -> Iterator[Stub]:
     try:
         yield stub
     finally:
+        stub.ended.set()
         server.shutdown()
         server.server_close()
         thread.join()

@@ -273,7 +273,7 @@ def test_an_endpoint_that_stalls_is_not_waited_for(
     stub: Stub, compiled: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster, "TIMEOUT_S", 0.2)
-    stub.stalls_s = 1.0
+    stub.stalls = True
     assert cadx("submit", str(compiled), "--endpoint", stub.url, *SET) == 1
     error = capsys.readouterr().err
     assert "no answer within 0.2 s" in error

@@ -29,7 +29,7 @@ from cadx.__main__ import command_line
 from cadx.bundle import Bundle
 from components.contract import ROOT
 from components.train import train
-from pipelines import compile_experiment
+from pipelines import compile_experiment, nodes
 from pipelines.nodes import train_job
 from pipelines.placement import Accelerator, Nodes, Placement, Toleration, read_placements
 
@@ -52,7 +52,10 @@ def job(**asked: Any) -> dict[str, Any]:
 
 def test_a_train_job_says_what_the_sdks_models_know() -> None:
     made = job(
+        cpu=16,
         memory="32Gi",
+        secrets={"s3": {"key": "AWS_SECRET_ACCESS_KEY"}},
+        config_maps={"proxy": {"address": "HTTPS_PROXY"}},
         accelerator=Accelerator(count=4),
         shared_memory="8Gi",
         node_selector={"pool": "gpu"},
@@ -60,7 +63,16 @@ def test_a_train_job_says_what_the_sdks_models_know() -> None:
     )
     trainer = made["spec"]["trainer"]
     assert (trainer["numNodes"], trainer["numProcPerNode"]) == (2, 4)
-    assert trainer["resourcesPerNode"]["limits"] == {"memory": "32Gi", "nvidia.com/gpu": "4"}
+    assert trainer["resourcesPerNode"]["limits"] == {
+        "cpu": "16",
+        "memory": "32Gi",
+        "nvidia.com/gpu": "4",
+    }
+    assert trainer["env"] == [
+        {"name": "AWS_SECRET_ACCESS_KEY", "valueFrom": {"secretKeyRef": {"name": "s3", "key": "key"}}},
+        {"name": "HTTPS_PROXY", "valueFrom": {"configMapKeyRef": {"name": "proxy", "key": "address"}}},
+        {"name": "OMP_NUM_THREADS", "value": "4"},
+    ]
     [patch] = made["spec"]["runtimePatches"]
     [node] = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
     pod = node["template"]["spec"]["template"]["spec"]
@@ -89,6 +101,7 @@ def test_what_not_all_nodes_see_is_refused() -> None:
 def test_resources_turn_the_task_of_train_into_a_launcher(tmp_path: Path) -> None:
     resources = tmp_path / "resources.yaml"
     section = {"accelerator": {"count": 4}, "nodes": {"count": 2, "claim": "runs"}, "retries": 2}
+    section |= {"cpu": 8, "secrets": {"s3": {"key": "AWS_SECRET_ACCESS_KEY"}}}
     resources.write_text(yaml.safe_dump({"train": section}))
     path = tmp_path / "p.yaml"
     compile_experiment("phantom-xray", path, params=ROOT / "params.yaml", image=IMAGE, resources=resources)
@@ -97,9 +110,14 @@ def test_resources_turn_the_task_of_train_into_a_launcher(tmp_path: Path) -> Non
     assert container["command"][:4] == ["python", "-m", "pipelines.nodes", IMAGE]
     assert Placement.model_validate_json(container["command"][4]) == read_placements(resources)["train"]
     assert container["command"][5:] == ["cadx", "train"]
-    assert "accelerator" not in container.get("resources", {}), "the task waits, the nodes compute"
+    assert container["resources"] == {
+        **{"cpuLimit": 0.5, "cpuRequest": 0.5, "memoryLimit": 1.073741824, "memoryRequest": 1.073741824},
+        **{f"resourceCpu{kind}": "500m" for kind in ("Limit", "Request")},
+        **{f"resourceMemory{kind}": "1Gi" for kind in ("Limit", "Request")},
+    }, "the task waits, the nodes compute"
     executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     assert executors["exec-train-0"]["pvcMount"][0]["mountPath"] == "/data"
+    assert "secretAsEnv" not in executors["exec-train-0"], "the nodes have it"
     resources.write_text(yaml.safe_dump({"evaluate": {"nodes": section["nodes"]}}))
     with pytest.raises(ValueError, match=r"evaluate\.nodes: only train runs on several machines"):
         read_placements(resources)
@@ -130,18 +148,22 @@ class Cluster:
 
     Attributes:
         lose: kills the second node of the next job as soon as this file is there.
+        runs: whether jobs are run at all.
+        told: what is answered to who asks how a job stands: an HTTP status.
     """
 
     def __init__(self) -> None:
         self.jobs: dict[str, dict[str, Any]] = {}
         self.said: dict[str, str] = {}
         self.lose = ""
+        self.runs, self.told = True, 200
 
     def create(self, body: dict[str, Any]) -> dict[str, Any]:
         assert models.TrainerV1alpha1TrainJob.from_dict(body) is not None
         body["metadata"] |= {"namespace": "default", "creationTimestamp": "2026-01-01T00:00:00Z"}
         self.jobs[body["metadata"]["name"]] = body
-        Thread(target=self._run, args=(body,), daemon=True).start()
+        if self.runs:
+            Thread(target=self._run, args=(body,), daemon=True).start()
         return body
 
     def _run(self, body: dict[str, Any]) -> None:
@@ -227,7 +249,8 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
             body = json.loads(self.rfile.read(length) or b"{}")
             found = stub.answer(self.command, self.path.partition("?")[0].strip("/").split("/"), body)
             data = found.encode() if isinstance(found, str) else json.dumps(found or {"code": 404}).encode()
-            self.send_response(200 if found is not None else 404)
+            status = stub.told if self.command == "GET" and "/trainjobs/" in self.path else 200
+            self.send_response(status if found is not None else 404)
             self.send_header("Content-Type", "text/plain" if isinstance(found, str) else "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
@@ -250,7 +273,49 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         listening.shutdown()
 
 
+def test_a_job_that_nobody_waits_for_is_deleted(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.runs = False
+    place = "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION"  # read when it is imported
+    monkeypatch.setattr(place, str(tmp_path / "kubeconfig"))
+    monkeypatch.setattr(nodes, "POLL_S", 0.05)
+    waited = train_job("phantom", TRAIN, image=IMAGE, placement=Placement(nodes=NODES))
+    with pytest.raises(TimeoutError, match="phantom"):
+        nodes.launch(waited, timeout_s=1)
+    assert not cluster.jobs
+    cluster.told = 500
+    with pytest.raises(ValueError, match=r"TrainJob phantom: .*; it is deleted") as caught:
+        nodes.launch(waited, timeout_s=60)
+    assert "\n" not in str(caught.value)
+    assert not cluster.jobs
+
+
+def test_a_cancelled_task_takes_its_job_with_it(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.runs = False
+    (tmp_path / "dataset").mkdir()
+    for name in ("dataset/dataset.json", "splits.parquet", "imbalance.json"):
+        (tmp_path / name).write_text("{}")
+    with launching(tmp_path, tmp_path, {}) as task:
+        deadline = time.monotonic() + 300
+        while not cluster.jobs:
+            assert task.poll() is None, task.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        task.terminate()
+        task.communicate()
+    assert task.returncode == 128 + signal.SIGTERM
+    assert not cluster.jobs
+
+
 def launch(inputs: Path, work: Path, params: dict[str, Any]) -> subprocess.CompletedProcess[str]:  # noqa: F811
+    """The launching task, to its end."""
+    with launching(inputs, work, params) as task:
+        said, errors = task.communicate()
+    return subprocess.CompletedProcess(task.args, task.returncode, said, errors)
+
+
+def launching(inputs: Path, work: Path, params: dict[str, Any]) -> subprocess.Popen[str]:  # noqa: F811
     """The launching task's command, with the test's folder in the place of the volume."""
     options = {
         "dataset": inputs / "dataset",
@@ -274,13 +339,13 @@ def launch(inputs: Path, work: Path, params: dict[str, Any]) -> subprocess.Compl
         "nodes.VOLUME_PATH = sys.argv.pop(1); nodes.main(sys.argv[1:])"
     )
     placement = Placement(nodes=NODES).model_dump_json()
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-c", program, str(work / "volume"), IMAGE, placement, *words],
         cwd=ROOT,
         env={**os.environ, "KUBECONFIG": str(work / "kubeconfig")},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
     )
 
 

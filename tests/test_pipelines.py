@@ -531,8 +531,42 @@ def test_folders_that_need_not_be_named_lie_on_a_volume_of_the_step(file: str) -
     [
         ("trane: {cpu: 1}", "unknown section 'trane'; give every or a step: ingest"),
         ("train: {cpus: 1}", "train.cpus: unknown parameter; did you mean 'cpu'?"),
-        ("train: {image: Not An Image}", "train.image: string should match pattern"),
-        ("train: {memory: lots}", "train.memory: string should match pattern"),
+        ("train: {image: Not An Image}", "train.image: 'Not An Image': no image's name; give NAME:TAG or"),
+        ("train: {memory: lots}", "train.memory: 'lots': give a whole number and its unit, as in 4Gi"),
+        ("train: {memory: 4}", "train.memory: '4': give a whole number and its unit"),
+        ("train: {memory: 4gi}", "train.memory: '4gi'"),
+        ("train: {memory: 4k}", "train.memory: '4k'"),
+        ("train: {memory: 500m}", "train.memory: '500m'"),
+        ("train: {shared_memory: 1.5Gi}", "train.shared_memory: '1.5Gi'"),
+        ("train: {cpu: 0}", "train.cpu: '0': give cores above 0"),
+        ("train: {cpu: 4Gi}", "train.cpu: '4Gi'"),
+        ("train: {accelerator: {kind: ''}}", "train.accelerator.kind: '': give the nodes' name of it"),
+        ("train: {accelerator: {kind: nvidia.com/big gpu}}", "train.accelerator.kind: 'nvidia.com/big gpu'"),
+        (
+            "train: {tolerations: [{key: a, operator: Exists, value: b}]}",
+            "operator Exists: give a value with Equal",
+        ),
+        ("train: {tolerations: [{key: a, operator: Equal}]}", "operator Equal: give a value with Equal"),
+        ("train: {tolerations: [{key: a b}]}", "train.tolerations.0.key: 'a b': give a key such as pool"),
+        ("train: {node_selector: {-pool: gpu}}", "'-pool': give a key such as pool"),
+        ("train: {node_selector: {pool: a/b}}", "train.node_selector.pool: 'a/b': give up to 63 letters"),
+        ("train: {secrets: {S3_keys: {key: KEY}}}", "'S3_keys': give a name of a-z, 0-9, '-' and '.'"),
+        ("train: {secrets: {s3: {a b: KEY}}}", "'a b': give a key of letters, digits"),
+        ("train: {secrets: {s3: {key: 1KEY}}}", "train.secrets.s3.key: '1KEY': give a variable's name"),
+        ("train: {config_maps: {s3: {key: A-B}}}", "train.config_maps.s3.key: 'A-B': give a variable's name"),
+        (
+            "deliver: {volumes: [{claim: My_Claim, path: /a}]}",
+            "deliver.volumes.0.claim: 'My_Claim': give a name",
+        ),
+        (
+            "deliver: {volumes: [{claim: a, path: /}]}",
+            "deliver.volumes.0.path: '/': give an absolute path below /",
+        ),
+        ("deliver: {volumes: [{claim: a, path: /a/../b}]}", "'/a/../b': give an absolute path below /"),
+        (
+            "deliver: {volumes: [{claim: a, path: /m}, {claim: b, path: /m/}]}",
+            "two of them are mounted on /m",
+        ),
         ("train: {volumes: [{claim: data, path: /data}]}", "train.volumes: Kubeflow's cache does not see"),
         ("fetch: {volumes: [{claim: data, path: /data}]}", "fetch.volumes: Kubeflow's cache does not see"),
         ("- cpu", "no sections; give every or a step"),
@@ -545,6 +579,37 @@ def test_a_wrong_resource_is_refused_in_a_line(text: str, message: str, tmp_path
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         read_placements(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "photo.yaml").write_bytes(b"\xff\xd8\xff\xe0")
+    with pytest.raises(ValueError, match=r"photo\.yaml: not YAML, not even text"):
+        read_placements(tmp_path / "photo.yaml")
+
+
+@pytest.mark.parametrize(
+    ("cpu", "threads"), [("4", "4"), ("2.5", "2"), ("500m", "1"), ("3500m", "3"), (None, None)]
+)
+def test_threads_keep_within_the_limit(
+    cpu: str | None, threads: str | None, placed: Callable[..., tuple[dict[str, Any], dict[str, Any]]]
+) -> None:
+    executors, _ = placed(f"train: {{cpu: {cpu or 'null'}, memory: 4096Ki, shared_memory: 1Ei}}")
+    told = {one["name"]: one["value"] for one in executors["exec-train-0"]["container"].get("env", [])}
+    assert told.get("OMP_NUM_THREADS") == threads
+
+
+def test_a_variable_of_the_section_says_how_many_threads(
+    placed: Callable[..., tuple[dict[str, Any], dict[str, Any]]],
+) -> None:
+    executors, kubernetes = placed("train: {cpu: 4, config_maps: {tuning: {threads: OMP_NUM_THREADS}}}")
+    assert "env" not in executors["exec-train-0"]["container"]
+    assert kubernetes["exec-train-0"]["configMapAsEnv"][0]["keyToEnv"][0]["envVar"] == "OMP_NUM_THREADS"
+
+
+def test_a_toleration_of_a_value_is_of_that_value_alone(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("train: {tolerations: [{key: pool, value: gpu}, {key: pool}]}")
+    one, other = read_placements(tmp_path / "r.yaml")["train"].tolerations
+    assert (one.operator, one.value, other.operator) == ("Equal", "gpu", "Exists")
 
 
 def test_a_watch_over_requests_is_no_part_of_training(pipeline: ir.PipelineSpec) -> None:
@@ -614,8 +679,11 @@ def test_nothing_of_this_machine_is_compiled_in(compiled: Compiled) -> None:
     [
         ("phantom-xay", "p.yaml", "cadx:latest", "no experiment 'phantom-xay' under vars; it holds: phantom-xray"),
         (EXPERIMENTS[0], "p.json", "cadx:latest", "p.json: Kubeflow takes pipelines as .yaml files"),
-        (EXPERIMENTS[0], "p.yaml", "", "image '': not the name of an image"),
-        (EXPERIMENTS[0], "p.yaml", "cadx latest", "image 'cadx latest': not the name of an image"),
+        (EXPERIMENTS[0], "p.yaml", "", "image '': no image's name"),
+        (EXPERIMENTS[0], "p.yaml", "cadx latest", "image 'cadx latest': no image's name"),
+        (EXPERIMENTS[0], "p.yaml", "cadx@sha256:...", "give NAME:TAG or NAME@sha256: and 64 hex digits"),
+        (EXPERIMENTS[0], "p.yaml", "Cadx:latest", "the name in lower case"),
+        (EXPERIMENTS[0], "p.yaml", "cadx:one:two", "image 'cadx:one:two': no image's name"),
     ],
 )  # fmt: skip
 def test_a_mistake_gets_one_line_and_leaves_nothing(
