@@ -88,7 +88,13 @@ def _open(remote: str) -> tuple[Any, str]:
     from pyarrow.fs import S3FileSystem
 
     address = urlsplit(remote)
-    endpoint = urlsplit(os.environ.get(_ENDPOINT, ""))
+    named = os.environ.get(_ENDPOINT, "")
+    endpoint = urlsplit(named)
+    # Else Amazon would be asked in its place.
+    if named and not (endpoint.scheme in {"http", "https"} and endpoint.netloc):
+        raise ValueError(
+            f"{_ENDPOINT}={named}: give it with http:// or https://, as in https://s3.hospital.example"
+        )
     store = S3FileSystem(endpoint_override=endpoint.netloc or None, scheme=endpoint.scheme or None)
     return store, f"{address.netloc}{address.path}".rstrip("/") + "/files/md5"
 

@@ -4,11 +4,10 @@ model_store/<name>.deployed.json    the versions that went live, the latest last
 model_store/.<name>.lock            held by whoever changes them
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
 from pydantic import TypeAdapter, ValidationError
@@ -200,19 +199,26 @@ class Management:
 
     def _describe(self, path: str) -> tuple[Version, ...]:
         try:
-            described = json.loads(self._endpoint.request("GET", f"/models/{path}"))
+            body = self._endpoint.request("GET", f"/models/{path}")
         except Refused as refusal:
             if refusal.status == 404:
                 return ()
             raise
-        return tuple(
-            Version(
-                item["modelVersion"],
-                item["modelUrl"],
-                sum(worker["status"] == "READY" for worker in item["workers"]),
+        try:
+            described = TypeAdapter(list[dict[str, Any]]).validate_json(body)
+            return tuple(
+                Version(
+                    item["modelVersion"],
+                    item["modelUrl"],
+                    sum(worker["status"] == "READY" for worker in item["workers"]),
+                )
+                for item in described
             )
-            for item in described
-        )
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(
+                f"{self._endpoint.address}: something answers there that is not TorchServe's management; see to the "
+                "management address"
+            ) from None
 
 
 def _part(name: str) -> str:

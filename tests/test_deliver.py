@@ -9,7 +9,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from cadx.reading.images import encode_png
 from components.contract import ROOT
 from components.deliver import DeliverParams, deliver
 from serving.client import Client
+from serving.management import Management
 from serving.server import Ports
 
 PARTS = {"model.mar", "decision.json", "predictions.parquet", "dataset", "bundle"}
@@ -134,6 +137,26 @@ def test_what_is_not_promoted_or_does_not_belong_together_never_arrives(
     assert not models.exists()
     with locked(models / ".lock", ""), pytest.raises(ValueError, match="another model is being delivered"):
         bring(first, models)
+
+
+@pytest.mark.parametrize("body", [b"[1]", b"null", b"{}", b"<html>Log in</html>", b'[{"modelVersion": "1"}]'])
+def test_who_is_not_the_management_is_told_in_a_line(body: bytes, tmp_path: Path) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        Thread(target=listening.serve_forever, daemon=True).start()
+        management = Management(f"http://127.0.0.1:{listening.server_port}")
+        with pytest.raises(ValueError, match="not TorchServe's management; see to the management") as caught:
+            management.roll_back("chest", tmp_path)
+        assert "\n" not in str(caught.value)
+        listening.shutdown()
 
 
 @pytest.mark.slow

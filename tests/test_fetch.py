@@ -11,8 +11,6 @@ from test_dvc import KEYS, SHARD, Checkout, S3Remote, Server, damaged, pushed, s
 from cadx.files import digest_path
 from components.fetch import fetch
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def remote(server: Server, tmp_path: Path) -> S3Remote:  # noqa: F811
@@ -30,6 +28,7 @@ def asked(pushed: Checkout, remote: S3Remote, monkeypatch: pytest.MonkeyPatch) -
     return {"remote": remote.url, "md5": "".join(listing.split("/")[-2:]), "digest": digest}
 
 
+@pytest.mark.slow
 def test_what_was_pushed_arrives_byte_by_byte(
     asked: dict[str, Any],
     pushed: Checkout,  # noqa: F811
@@ -57,6 +56,19 @@ HARMS: list[tuple[Callable[[S3Remote, str, dict[str, Any]], Any], str]] = [
 ]
 
 
+@pytest.mark.parametrize(
+    "endpoint", ["s3.hospital.example", "s3.hospital.example:9000", "https://", "s3://there"]
+)
+def test_nobody_is_asked_where_the_address_of_the_server_is_none(
+    endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    section = {"remote": "s3://cadx/datasets", "md5": "0" * 32 + ".dir", "digest": "sha256:" + "0" * 64}
+    with pytest.raises(ValueError, match=f"AWS_ENDPOINT_URL={endpoint}: give it with http:// or https://"):
+        fetch(dataset=tmp_path / "dataset", params=json.dumps(section))
+
+
+@pytest.mark.slow
 def test_anything_else_is_refused_in_a_line_and_leaves_nothing(
     asked: dict[str, Any],
     pushed: Checkout,  # noqa: F811
