@@ -73,11 +73,12 @@ def pod(models: Path, home: Path) -> Iterator[tuple[Path, str]]:
         ("/var/lib/cadx", str(served)),
         ("--token-minutes", f"--port {ports.inference} --token-minutes"),
         ("/models", str(models)),
+        ("/token/", f"{home}/token/"),
         ("/tmp/ready", str(ready)),
     ):
         assert here in script
         script = script.replace(here, there)
-    home.mkdir()
+    (home / "token").mkdir(parents=True)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     with (home / "said").open("w") as said:
         process = subprocess.Popen(
@@ -179,6 +180,9 @@ def test_a_pods_own_commands_serve_what_was_delivered(
             answer = Client(address, "chest", key_file=served / "key_file.json").predict(png)
             assert answer.model.bundle == Bundle(first.bundle).digest
             assert late.wait(60) == 0, "it was refused until all was there"
+            keys = json.loads((served / "key_file.json").read_text())
+            handed_on = json.loads((home / "token" / "key_file.json").read_text())
+            assert handed_on == {"inference": {"key": keys["inference"]["key"]}}, "the gateway sees no other"
     finally:
         late.kill()
         late.wait()

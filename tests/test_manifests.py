@@ -20,7 +20,7 @@ from serving.archive import BUNDLE
 from serving.server import Ports
 
 MANIFESTS = Path(__file__).resolve().parent.parent / "manifests"
-BUILT = ["serving/overlays/cpu", "serving/overlays/cuda", "monitoring"]
+BUILT = ["serving/overlays/cpu", "serving/overlays/cuda", "serving/overlays/slides", "monitoring"]
 VERSIONS = ["1.29", "1.33", kubernetes_validate.latest_version()]
 
 Document = dict[str, Any]
@@ -88,13 +88,20 @@ def label(document: Document, pairs: dict[str, str]) -> None:
 
 
 def change(document: Document, operation: Document) -> None:
-    """One operation of a JSON patch (RFC 6902): add and replace, on objects and by position."""
+    """One operation of a JSON patch (RFC 6902): add and replace, on objects, by position and at a list's end."""
     assert operation["op"] in {"add", "replace"}
     *parents, last = [part.replace("~1", "/").replace("~0", "~") for part in operation["path"].split("/")[1:]]
     place: Any = document
     for part in parents:
         place = place[int(part)] if isinstance(place, list) else place[part]
-    place[last] = copy.deepcopy(operation["value"])
+    if not isinstance(place, list):
+        assert operation["op"] == "add" or last in place, f"nothing to be replaced at {operation['path']}"
+        place[last] = copy.deepcopy(operation["value"])
+    elif last == "-":
+        place.append(copy.deepcopy(operation["value"]))
+    else:
+        assert operation["op"] == "replace"
+        place[int(last)] = copy.deepcopy(operation["value"])
 
 
 def pods(document: Document) -> list[Document]:
@@ -199,6 +206,41 @@ def test_management_is_reachable_from_nowhere(documents: list[Document]) -> None
             for rule in document["spec"]["ingress"]:
                 assert rule["from"]
                 assert {port["port"] for port in rule["ports"]} <= {"inference", "metrics"}
+
+
+def serving(documents: list[Document]) -> tuple[Document, Document, Document]:
+    """The pod that serves, its container with TorchServe, and the gateway's."""
+    [pod] = [pod for document in documents if document["kind"] == "Deployment" for pod in pods(document)]
+    server, gateway = pod["containers"]
+    return pod, server, gateway
+
+
+def environment(container: Document) -> dict[str, str]:
+    return {one["name"]: one["value"] for one in container["env"] if "value" in one}
+
+
+@pytest.mark.parametrize("name", [name for name in BUILT if "serving" in name])
+def test_the_gateway_sees_no_token_that_changes_models(name: str) -> None:
+    _, server, gateway = serving(build(MANIFESTS / name))
+    mounted = {one["mountPath"]: one["name"] for one in server["volumeMounts"]}
+    seen = {one["name"] for one in gateway["volumeMounts"]}
+    assert mounted["/var/lib/cadx"] not in seen, "the server's key file lies there"
+    assert mounted["/token"] in seen
+    assert environment(server)["OMP_NUM_THREADS"] == server["resources"]["limits"]["cpu"]
+
+
+def test_slides_are_read_where_they_lie_and_have_time() -> None:
+    pod, server, _ = serving(build(MANIFESTS / "serving/overlays/slides"))
+    volumes = {one["name"]: one for one in pod["volumes"]}
+    [mount] = [
+        one for one in server["volumeMounts"] if one["mountPath"] == environment(server)["CADX_SLIDE_ROOT"]
+    ]
+    assert mount["readOnly"]
+    assert volumes[mount["name"]]["persistentVolumeClaim"]["readOnly"]
+    assert volumes["server"]["emptyDir"]["sizeLimit"] == "24Gi"
+    probe = server["startupProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] >= 3600
+    assert pod["terminationGracePeriodSeconds"] > int(server["lifecycle"]["preStop"]["exec"]["command"][1])
 
 
 def commands(documents: list[Document]) -> Iterator[list[str]]:
