@@ -36,6 +36,9 @@ _CPU_IMAGE = re.compile(r"(^|[/-])steps(:[\w.-]+)?(@.*)?$")
 THREADS = "OMP_NUM_THREADS"
 """The variable that tells torch and OpenBLAS how many threads to start: they do not see a container's limit."""
 
+MOST_LETTERS = 253
+"""Of any name in Kubernetes."""
+
 
 def is_image(name: str) -> bool:
     """Whether a container engine takes it for the name of an image."""
@@ -48,11 +51,11 @@ def _checked_image(name: str) -> str:
     return name
 
 
-def _like(pattern: str, form: str, limit: int = 253) -> AfterValidator:
+def _like(pattern: str, form: str) -> AfterValidator:
     """Texts of a form that Kubernetes takes; any other is refused with what the form is."""
 
     def checked(text: str) -> str:
-        if not re.fullmatch(pattern, text) or len(text) > limit:
+        if not re.fullmatch(pattern, text) or len(text) > MOST_LETTERS:
             raise ValueError(f"{text!r}: give {form}")
         return text
 
@@ -66,8 +69,8 @@ def _checked_path(text: str) -> str:
     return str(path)
 
 
-_WORD = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?"
-_DOMAIN = r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?"
+_WORD = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+_DOMAIN = r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*"
 Cores = Annotated[
     str,
     Field(coerce_numbers_to_str=True),
@@ -92,7 +95,7 @@ LabelKey = Annotated[
 LabelValue = Annotated[
     str,
     Field(coerce_numbers_to_str=True),
-    _like(rf"(?:{_WORD})?", "up to 63 letters, digits, '-', '_' and '.', a letter or digit at both ends", 63),
+    _like(rf"(?:{_WORD})?", "up to 63 letters, digits, '-', '_' and '.', a letter or digit at both ends"),
 ]
 ResourceName = Annotated[str, _like(rf"{_DOMAIN}/{_WORD}", "the nodes' name of it, such as nvidia.com/gpu")]
 MountPath = Annotated[str, AfterValidator(_checked_path)]

@@ -550,6 +550,7 @@ def test_folders_that_need_not_be_named_lie_on_a_volume_of_the_step(file: str) -
         ("train: {tolerations: [{key: a b}]}", "train.tolerations.0.key: 'a b': give a key such as pool"),
         ("train: {node_selector: {-pool: gpu}}", "'-pool': give a key such as pool"),
         ("train: {node_selector: {pool: a/b}}", "train.node_selector.pool: 'a/b': give up to 63 letters"),
+        ("train: {secrets: {a..b: {key: KEY}}}", "'a..b': give a name of a-z, 0-9, '-' and '.'"),
         ("train: {secrets: {S3_keys: {key: KEY}}}", "'S3_keys': give a name of a-z, 0-9, '-' and '.'"),
         ("train: {secrets: {s3: {a b: KEY}}}", "'a b': give a key of letters, digits"),
         ("train: {secrets: {s3: {key: 1KEY}}}", "train.secrets.s3.key: '1KEY': give a variable's name"),
