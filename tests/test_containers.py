@@ -486,7 +486,11 @@ def test_the_serving_image_serves_what_was_delivered_as_the_manifest_runs_it(
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
     closed = ["--read-only", "--network=none", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
     # World-writable, as an emptyDir is for the pod's own group.
-    written = ["--tmpfs=/tmp:mode=1777,exec", "--tmpfs=/var/lib/cadx:mode=1777,exec"]
+    written = [
+        "--tmpfs=/tmp:mode=1777,exec",
+        "--tmpfs=/var/lib/cadx:mode=1777,exec",
+        "--tmpfs=/token:mode=1777",
+    ]
     name = docker(
         "run", "--detach", *closed, *written, f"--volume={models}:/models:ro", serving_image,
         "sh", "-c", serving_script(),
@@ -504,6 +508,8 @@ def test_the_serving_image_serves_what_was_delivered_as_the_manifest_runs_it(
         assert sum(probabilities.values()) == pytest.approx(1)
         assert number == int(user.partition(":")[0])
         assert docker("exec", name, "touch", "/opt/cadx/x", check=False).returncode != 0
+        shown = json.loads(docker("exec", name, "cat", "/token/key_file.json").stdout)
+        assert shown.keys() == {"inference"}, "what the gateway is handed"
     finally:
         docker("rm", "--force", name)
 
