@@ -1025,7 +1025,7 @@ def _refuse_unknown_sections(tokens: Sequence[str]) -> None:
     """A step reads its own section alone: one whose name is misspelt would leave it its defaults, in silence."""
     for flag, value in pairwise(tokens):
         file, _, experiment = value.rpartition(":")
-        if flag != "--params" or not Path(file).is_file():
+        if flag != "--params" or value.lstrip().startswith("{") or not Path(file).is_file():
             continue
         held = _read_mapping(Path(file)).get(experiment)
         known = [step.name for step in STEPS]

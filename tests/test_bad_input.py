@@ -1,5 +1,6 @@
 """What a user gets wrong, from the command line: one line that says what and where, a status, nothing half-written."""
 
+import json
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -176,6 +177,8 @@ def test_an_unknown_parameter_is_named_with_its_file_and_section(
     file.write_text(yaml.safe_dump({"own": {"split": {"strategyy": "patient"}}}))
     said = asked.refused(*split(f"{file}:own"))
     assert said == f"cadx split: {file}: own.split.strategyy: unknown parameter; did you mean 'strategy'?"
+    # A section as JSON, longer than any file's name, is no file.
+    assert "did you mean 'site'" in asked.refused(*split(json.dumps({"sitte": "x" * 5000})))
     file.write_text(yaml.safe_dump({"own": {"splitt": {"strategy": "patient"}}}))
     assert (
         asked.refused(*split(f"{file}:own"))
