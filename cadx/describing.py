@@ -62,6 +62,22 @@ class _Layout(NamedTuple):
     flag: str = ""
 
 
+class _Seen(NamedTuple):
+    """What a sample of the files holds.
+
+    Attributes:
+        files: how many were looked into.
+        unreadable: how many of them cannot be read.
+        patients: whom the others name, once for each file that names somebody.
+        identifiers: the elements that name a patient.
+    """
+
+    files: int
+    unreadable: int
+    patients: list[str]
+    identifiers: set[str]
+
+
 class Described(NamedTuple):
     """An entry for a folder of one's own images.
 
@@ -95,7 +111,8 @@ def describe_folder(folder: Path, *, positive: str = "") -> Described:
     ]
     candidate_files(folder)  # refuses links, closed folders, and names that are no text
     layout = _described_table(folder, notes) or _describe_class_folders(folder)
-    _check_classes(folder.name, layout)
+    seen = _looked_into(layout.files)
+    _check_classes(folder.name, layout, seen)
     classes = tuple(layout.counts)
     task = (
         "multilabel" if "label_columns" in layout.fields else "binary" if len(classes) == 2 else "multiclass"
@@ -115,7 +132,7 @@ def describe_folder(folder: Path, *, positive: str = "") -> Described:
             notes.append(
                 f"positive is {chosen['positive']!r}, {why}: correct it if another one is looked for"
             )
-    policy = _patient_policy(folder, layout, notes)
+    policy = _patient_policy(layout, seen, notes)
     notes += _about_sizes(layout.counts)
     splits = {"train", "val", "test"} <= layout.given
     if layout.given and not splits:
@@ -146,11 +163,10 @@ def describe_folder(folder: Path, *, positive: str = "") -> Described:
         raise ValueError(f"{folder.name}: {error.errors(include_input=False)[0]['msg']}") from None
 
 
-def _check_classes(name: str, layout: _Layout) -> None:
+def _check_classes(name: str, layout: _Layout, seen: _Seen) -> None:
     """Refuse classes that are none, without repeating what may be a person's name."""
     classes = list(layout.counts)
-    patients = _patients(layout.files)
-    if persons := sum(one in patients or _PERSON_NAME.search(one) is not None for one in classes):
+    if persons := sum(one in seen.patients or _PERSON_NAME.search(one) is not None for one in classes):
         raise ValueError(
             f"{name}: {persons} of {len(classes)} classes are named like patients; make a folder for each class, or add"
             " a CSV with the columns file and label"
@@ -163,17 +179,6 @@ def _check_classes(name: str, layout: _Layout) -> None:
     alike = Counter(one.casefold() for one in classes)
     if twice := [one for one in classes if alike[one.casefold()] > 1]:
         raise ValueError(f"{name}: classes {', '.join(twice)} differ in capitals alone; write them alike")
-
-
-def _patients(files: Sequence[Path]) -> set[str]:
-    """The patients whom some of the files name."""
-    named = set()
-    for path in _sample(files):
-        try:
-            named.add(read_image(path).patient)
-        except (ValueError, OSError):
-            continue
-    return {one for one in named if one}
 
 
 def _positive(layout: _Layout) -> tuple[str, str]:
@@ -348,35 +353,40 @@ def _files_of(folder: Path, table: str, rows: Sequence[Row], column: str) -> tup
 # --- Patients -----------------------------------------------------------------------------------------
 
 
-def _sample(files: Sequence[Path]) -> Sequence[Path]:
-    return files[:: max(1, len(files) // _SAMPLED_FILES)]
-
-
-def _patient_policy(folder: Path, layout: _Layout, notes: list[str]) -> str:
-    """Whether patients are known, from a sample of the files and the table's columns."""
-    sample = _sample(layout.files)
+def _looked_into(files: Sequence[Path]) -> _Seen:
+    """What a sample of the files holds, spread over all of them."""
+    sample = files[:: max(1, len(files) // _SAMPLED_FILES)]
+    patients: list[str] = []
     identifiers: set[str] = set()
-    with_patient = unreadable = 0
+    unreadable = 0
     for path in sample:
         try:
             identifiers.update(dicom_identifiers(path))
-            with_patient += read_image(path).patient is not None
+            patient = read_image(path).patient
         except (ValueError, OSError):
             unreadable += 1
-    if unreadable:
-        notes.append(f"{unreadable} of {len(sample)} sampled files cannot be read: ingest will list them")
-    if BURNED_IN in identifiers:
+            continue
+        if patient is not None:
+            patients.append(patient)
+    return _Seen(len(sample), unreadable, patients, identifiers)
+
+
+def _patient_policy(layout: _Layout, seen: _Seen, notes: list[str]) -> str:
+    """Whether patients are known, from a sample of the files and the table's columns."""
+    if seen.unreadable:
+        notes.append(f"{seen.unreadable} of {seen.files} sampled files cannot be read: ingest will list them")
+    if BURNED_IN in seen.identifiers:
         notes.append(
             f"{BURNED_IN} is YES: ingest refuses such files; mask the pixels at the source and set it to NO"
         )
-    if dropped := identifiers - {BURNED_IN}:
+    if dropped := seen.identifiers - {BURNED_IN}:
         notes.append(f"the files carry identifiers ({', '.join(sorted(dropped))}): they will be dropped")
     if "patient" in layout.fields.get("columns", {}):
         return "hmac"
-    if with_patient:
-        if lacking := len(sample) - unreadable - with_patient:
+    if seen.patients:
+        if lacking := seen.files - seen.unreadable - len(seen.patients):
             notes.append(
-                f"{lacking} of {len(sample)} sampled files name no patient: ingest refuses those; a CSV with the"
+                f"{lacking} of {seen.files} sampled files name no patient: ingest refuses those; a CSV with the"
                 " columns file, label and patient can name them"
             )
         return "hmac"
