@@ -8,8 +8,6 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -1009,7 +1007,6 @@ def main(arguments: Annotated[Sequence[str] | None, Parameter(parse=False)] = No
         os.environ.setdefault(name, value)
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        _refuse_unknown_sections(tokens)
         command_line(tokens)(tokens)
     except (ValueError, OSError) as error:
         _fail(tokens, error)
@@ -1019,23 +1016,6 @@ def main(arguments: Annotated[Sequence[str] | None, Parameter(parse=False)] = No
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
-
-
-def _refuse_unknown_sections(tokens: Sequence[str]) -> None:
-    """A step reads its own section alone: one whose name is misspelt would leave it its defaults, in silence."""
-    for flag, value in pairwise(tokens):
-        file, _, experiment = value.rpartition(":")
-        if flag != "--params" or value.lstrip().startswith("{") or not Path(file).is_file():
-            continue
-        held = _read_mapping(Path(file)).get(experiment)
-        known = [step.name for step in STEPS]
-        for name in held if isinstance(held, dict) else ():
-            if name not in known:
-                near = get_close_matches(str(name), known, n=1)
-                raise ValueError(
-                    f"{file}: {experiment}.{name}: no such step"
-                    + (f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(known)}")
-                )
 
 
 def _fail(tokens: list[str], error: Exception) -> NoReturn:
@@ -1053,12 +1033,9 @@ def _fail(tokens: list[str], error: Exception) -> NoReturn:
 
 def _read_mapping(file: Path) -> dict[str, Any]:
     """What a YAML file of the project holds."""
-    import yaml
+    from cadx.settings import read_yaml
 
-    try:
-        held = yaml.load(file.read_bytes(), yaml.CSafeLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file.name}: not YAML: {' '.join(str(error).split())}") from None
+    held = read_yaml(file)
     if not isinstance(held, dict):
         raise ValueError(f"{file.name}: holds no entry; take it from version control again")
     return held

@@ -25,7 +25,6 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
-import yaml
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import Progress
@@ -39,6 +38,7 @@ from cadx.files import peak_memory_bytes, replacing, write_json
 from cadx.loading import input_text
 from cadx.reporting import INK, LEGEND, MARK, MISSING, MUTED, PALETTE, estimate_text, panels
 from cadx.results import read_numbers
+from cadx.settings import read_yaml
 from cadx.training import TrainingConfig, fit
 from cadx.types import Config, Digest, Estimate, Kind, Task
 
@@ -398,7 +398,7 @@ def measure(
         raise ValueError(
             "docs/benchmark.json: was measured on another machine or with other versions; measure all of it anew"
         )
-    sections = yaml.safe_load(params.read_text(encoding="utf-8"))
+    sections = read_yaml(params)
     entries = load_catalog(catalog)
     found_runs, missing = (before.runs, before.missing) if before and not runs else ((), ())
     found_steps = before.steps if before and not steps else ()

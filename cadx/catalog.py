@@ -19,7 +19,6 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 from rich.console import Console
 from rich.progress import Progress
@@ -27,6 +26,7 @@ from rich.progress import Progress
 from cadx.files import digest_path, replacing
 from cadx.reading.dicom import Photometric
 from cadx.reading.folders import is_hidden
+from cadx.settings import read_yaml
 from cadx.types import Config, Kind, Task
 
 GivenSplit = Literal["train", "val", "calibration", "test"]
@@ -367,11 +367,9 @@ def load_catalog(path: Path) -> dict[str, Entry]:
         ValueError: one line that names file, entry and field.
     """
     try:
-        return _CATALOG.validate_python(yaml.load(path.read_bytes(), yaml.CSafeLoader) or {})
+        return _CATALOG.validate_python(read_yaml(path) or {})
     except FileNotFoundError:
         raise ValueError(f"{path}: no such catalogue") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         problems = (
             f"{'.'.join(str(part) for part in item['loc'])}: {item['msg'].removeprefix('Value error, ')}"

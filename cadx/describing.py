@@ -7,7 +7,6 @@ guessed in silence: what was assumed is a note, and what would be taken amiss la
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from cadx.layouts import UNKNOWN, as_posix
 from cadx.reading.dicom import BURNED_IN, dicom_identifiers
 from cadx.reading.folders import is_hidden
 from cadx.reading.images import read_image
+from cadx.settings import did_you_mean
 
 _USUAL_NAMES = {
     "file": ("file", "filename", "file_name", "path", "image", "image_path", "image_index", "dicom", "datei"),
@@ -38,7 +38,6 @@ _SAYS_NO = re.compile(
     r"(no|not|non|kein|keine|ohne)[ _-].*|0|no|none|nein|false|neg|negative|normal|healthy|well|benign|control"
 )
 _PERSON_NAME = re.compile(r"\w\^\w")
-_LITTER = {"@eadir", "__macosx", "lost+found"}
 _SAMPLED_FILES = 24
 _MOST_CLASSES = 50
 _FEW_IMAGES = 50
@@ -118,8 +117,7 @@ def describe_folder(folder: Path, *, positive: str = "") -> Described:
         "multilabel" if "label_columns" in layout.fields else "binary" if len(classes) == 2 else "multiclass"
     )
     if positive and positive not in classes:
-        near = get_close_matches(positive, classes, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(positive, classes)
         raise ValueError(f"positive {positive!r} is not among the classes {', '.join(classes)}{hint}")
     if positive and task != "binary":
         raise ValueError(
@@ -204,11 +202,7 @@ def _about_sizes(counts: Mapping[str, int]) -> Iterator[str]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.is_dir() and not is_hidden(path.name) and path.name.lower() not in _LITTER
-    )
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
 
 
 def _describe_class_folders(folder: Path) -> _Layout:

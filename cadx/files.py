@@ -80,6 +80,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises:
         AssertionError: if the block wrote nothing.
+        ValueError: if it wrote a file, and a folder stands at `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Also what was being put into such a partial file in its turn: its name begins with one dot more.
@@ -91,6 +92,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         assert partial.exists(), f"nothing was written for {path}"
         if path.is_dir():
+            if not partial.is_dir():
+                raise ValueError(f"{path}: a folder stands there; name a file")
             _remove(path)
         partial.replace(path)
     finally:

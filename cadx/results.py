@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import yaml
 from PIL import Image, ImageDraw, ImageFont
 
 from cadx.catalog import Entry, Published, load_catalog
@@ -28,6 +27,7 @@ from cadx.files import digest_bytes, digest_path, replacing
 from cadx.gating import Decision, read_decision
 from cadx.predicting.table import PredictionsInfo, read_predictions
 from cadx.reporting import INK, LEGEND, MARK, MISSING, MUTED, estimate_text, panels, svg_file, thumbnail_png
+from cadx.settings import read_yaml
 from cadx.types import Estimate, Task
 
 PER_ROW = 5
@@ -113,7 +113,7 @@ def write_results(
         ValueError: if no experiment has run.
     """
     entries = load_catalog(catalog)
-    sections = yaml.safe_load(params.read_text(encoding="utf-8"))
+    sections = read_yaml(params)
     found, unrun = [], []
     for name, section in sections.items():
         one = _read(name, section, entries[section["ingest"]["source"]], reports / name, tuple(seeds))

@@ -20,17 +20,16 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_origin
 
-import yaml
 from cyclopts import Parameter
 from pydantic import ValidationError
 
 from cadx.files import digest_bytes, digest_path, plain, replacing, write_json
+from cadx.settings import did_you_mean, explain, parse_yaml
 from cadx.types import Config, Digest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -159,6 +158,8 @@ def step(function: Callable[P, None]) -> Callable[P, None]:
                 function(*bound.args, **bound.kwargs)
             except Alarm as error:
                 alarm = error
+            for name, target in made.items():
+                _refuse_foreign(target, Path(arguments[name]))
         if asked:
             report_outputs(asked, made)
         if alarm:
@@ -200,57 +201,38 @@ def read_params(source: str | Params, step_name: str, cls: type[Section]) -> Sec
     try:
         return cls.model_validate(section)
     except ValidationError as error:
-        raise ValueError(explain(error, where)) from None
+        raise ValueError(explain(error, where, section)) from None
 
 
 def read_experiment(file: Path, experiment: str) -> dict[str, Any]:
     """One experiment's sections of a parameter file, by step.
 
     Raises:
-        ValueError: if the file is missing, is no YAML, or does not hold the experiment.
+        ValueError: if the file is missing, is no YAML, or does not hold the experiment; or if a section bears no
+            step's name, since the step that was meant would take its defaults in silence.
     """
     try:
-        experiments = _parsed(file.read_text(encoding="utf-8"))
+        experiments = _parsed(file.read_bytes(), str(file))
     except FileNotFoundError:
         raise ValueError(f"{file}: no such parameter file; give FILE:experiment") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(experiments, dict) or not isinstance(experiments.get(experiment), dict):
         known = ", ".join(experiments) if isinstance(experiments, dict) else "none"
         raise ValueError(f"{file}: no experiment {experiment!r}; it holds: {known}")
-    section: dict[str, Any] = copy.deepcopy(experiments[experiment])
-    return section
+    sections: dict[str, Any] = copy.deepcopy(experiments[experiment])
+    for name in sections:
+        if not (ROOT / "components" / f"{name}.py").is_file():
+            steps = sorted(
+                {path.stem for path in (ROOT / "components").glob("*.py")} - {"__init__", "contract"}
+            )
+            hint = did_you_mean(str(name), steps) or f"; there are: {', '.join(steps)}"
+            raise ValueError(f"{file}: {experiment}.{name}: no such step{hint}")
+    return sections
 
 
 @functools.lru_cache(maxsize=4)
-def _parsed(text: str) -> Any:
+def _parsed(text: bytes, where: str) -> Any:
     """What a parameter file says: it is the same for every step and experiment, and takes long to parse."""
-    return yaml.load(text, yaml.CSafeLoader)
-
-
-def explain(error: ValidationError, where: str) -> str:
-    """One line for a failed validation: the field, what is wrong, and the nearest known name."""
-    problems = []
-    for item in error.errors(include_url=False, include_input=False):
-        place = ".".join([where, *(str(part) for part in item["loc"])]) if item["loc"] else where
-        if item["type"] == "extra_forbidden":
-            near = get_close_matches(str(item["loc"][-1]), _field_names(error, item["loc"]), n=1)
-            problems.append(f"{place}: unknown parameter" + (f"; did you mean {near[0]!r}?" if near else ""))
-        else:
-            problems.append(f"{place}: {item['msg'][:1].lower()}{item['msg'][1:]}")
-    return "; ".join(problems)
-
-
-def _field_names(error: ValidationError, loc: tuple[int | str, ...]) -> list[str]:
-    # pydantic's error does not carry the class, only its title; every Config knows its subclasses.
-    names: set[str] = set()
-    pending: list[type[Config]] = [Config]
-    while pending:
-        cls = pending.pop()
-        pending.extend(cls.__subclasses__())
-        if cls.__name__ == error.title or len(loc) > 1:
-            names.update(cls.model_fields)
-    return sorted(names)
+    return parse_yaml(text, where)
 
 
 def _role(annotation: Any) -> Role | None:
@@ -265,6 +247,14 @@ def _require(value: Path | tuple[Path, ...] | None, name: str) -> None:
             raise ValueError(
                 f"--{name.replace('_', '-')} {path}: no such file or folder; run the step that makes it first"
             )
+
+
+def _refuse_foreign(target: Path, made: Path) -> None:
+    """A folder that a step made before gives way to what it made now; another one, named by mistake, does not."""
+    if target.is_dir() and made.is_dir():
+        held = {path.name for path in target.iterdir()}
+        if held and held.isdisjoint(path.name for path in made.iterdir()):
+            raise ValueError(f"{target}: holds other things than what belongs there; name a new folder")
 
 
 def _command_signature(signature: inspect.Signature) -> inspect.Signature:

@@ -73,13 +73,17 @@ def fetch(*, dataset: Out, params: FetchParams) -> None:
         with (dataset / name).open("wb") as stream:
             _copy(store, root, files[name], stream)
 
+    described = PurePosixPath("dataset.json")
+    if described not in files:
+        raise ValueError(f"{params.remote}: {params.md5} is no dataset folder; push one, or mend fetch.md5")
+    take(described)  # before the rest: it decides whether this is what was asked for
+    if (found := digest_path(dataset / described)) != params.digest:
+        raise ValueError(
+            f"{params.remote}: {params.md5} has digest {found}; fetch.digest asks for {params.digest}"
+        )
     with ThreadPoolExecutor(params.connections) as pool:
-        for _ in pool.map(take, files):  # raises what the first of them raised
+        for _ in pool.map(take, files.keys() - {described}):  # raises what the first of them raised
             pass
-    described = dataset / "dataset.json"
-    if not described.is_file() or (found := digest_path(described)) != params.digest:
-        has = f"has digest {found}" if described.is_file() else "is no dataset folder"
-        raise ValueError(f"{params.remote}: {params.md5} {has}; fetch.digest asks for {params.digest}")
     DatasetFolder(dataset).verify()
 
 

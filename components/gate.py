@@ -70,6 +70,8 @@ class GateParams(Params):
                 raise ValueError(f"{name}: {worse} is better there; set the bound in the other direction")
             if not math.isfinite(bound):
                 raise ValueError(f"{name}: {bound} is no bound")
+            if METRICS[name].better == "higher" and not 0 <= bound <= 1:
+                raise ValueError(f"{name}: {bound:g} is no share of 1; give a bound such as 0.9")
         # In one order: Kubeflow hands mappings on sorted, and equal inputs give equal bytes.
         return {name: bounds[name] for name in METRICS if name in bounds}
 

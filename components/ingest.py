@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, TypeVar
@@ -45,8 +44,9 @@ from cadx.quality import image_checks, perceptual_hash
 from cadx.reading.dicom import BURNED_IN
 from cadx.reading.identifiers import LABEL_IMAGES, file_identifiers
 from cadx.reading.images import read_arrays, read_image, read_png_indices
+from cadx.settings import did_you_mean, explain
 from cadx.types import Digest, Kind
-from components.contract import In, Keep, Out, Params, explain, step
+from components.contract import In, Keep, Out, Params, step
 
 _LISTED = 5
 _CLEAN_LABELS = ("the label and macro images of the slides were looked over and name nobody",)
@@ -125,9 +125,8 @@ def _digest(name: str, root: Path) -> Digest:
 
 def _find(entries: dict[str, Entry], name: str, catalog: Path) -> Entry:
     if name not in entries:
-        near = get_close_matches(name, entries, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it holds: {', '.join(entries)}"
-        raise ValueError(f"{catalog}: no data set {name!r}; {hint}")
+        hint = did_you_mean(name, entries) or f"; it holds: {', '.join(entries)}"
+        raise ValueError(f"{catalog}: no data set {name!r}{hint}")
     return entries[name]
 
 
@@ -154,7 +153,7 @@ def _phantom(name: str, entry: PhantomEntry) -> Any:
     try:
         return PHANTOM.validate_python(entry.parameters)
     except ValidationError as error:
-        raise ValueError(explain(error, f"{name}.parameters")) from None
+        raise ValueError(explain(error, f"{name}.parameters", entry.parameters)) from None
 
 
 def _phantom_layout(name: str, entry: PhantomEntry) -> StoredEntry:

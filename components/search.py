@@ -32,6 +32,7 @@ from cadx.searching import (
     number_text,
 )
 from cadx.searching import search as search_recipes
+from cadx.settings import explain
 from cadx.training import Fitted, TrainingConfig, fit, monitored
 from components.contract import (
     In,
@@ -39,7 +40,6 @@ from components.contract import (
     Out,
     Params,
     code_digest,
-    explain,
     read_params,
     source_digests,
     step,
@@ -93,7 +93,7 @@ def search(
         try:
             return TrainParams.model_validate(kept).resolve(imbalance)
         except ValidationError as error:
-            raise ValueError(explain(error, "train")) from None
+            raise ValueError(explain(error, "train", kept)) from None
 
     def train(config: TrainingConfig, checkpoints: Path, on_epoch: OnEpoch) -> Fitted:
         return fit(config, folder, frame, seed=seed, checkpoints=checkpoints, code=code, on_epoch=on_epoch)

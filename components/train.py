@@ -24,6 +24,7 @@ from cadx.bundle import Manifest, Provenance, parameters_digest, versions, write
 from cadx.datasets import DatasetFolder, read_splits
 from cadx.files import digest_path, plain
 from cadx.models import pretrained_origin
+from cadx.settings import explain
 from cadx.splitting import cross_validation
 from cadx.training import Fitted, Recipe, SamplerName, TrainingConfig, discard_checkpoint, fit
 from cadx.types import Config
@@ -34,7 +35,6 @@ from components.contract import (
     Out,
     Params,
     code_digest,
-    explain,
     is_first_process,
     source_digests,
     step,
@@ -81,13 +81,15 @@ class _Recommended(Config):
     def read(cls, imbalance: Path) -> "_Recommended":
         try:
             recommendation = json.loads(imbalance.read_text(encoding="utf-8"))["recommendation"]
-            return cls.model_validate({name: recommendation.get(name) for name in cls.model_fields})
-        except ValidationError as error:
-            raise ValueError(explain(error, f"{imbalance}: recommendation")) from None
+            given = {name: recommendation.get(name) for name in cls.model_fields}
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
             raise ValueError(
                 f"{imbalance}: no recommendation there; run `cadx imbalance`, or set loss and sampler"
             ) from None
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            raise ValueError(explain(error, f"{imbalance}: recommendation", given)) from None
 
 
 @step

@@ -20,7 +20,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from difflib import get_close_matches
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -30,12 +29,11 @@ import kfp
 import kfp_server_api
 import requests
 import urllib3
-import yaml
 from kfp_server_api import rest
 from pydantic import ValidationError
 
+from cadx.settings import did_you_mean, explain, parse_yaml
 from components import STEPS
-from components.contract import explain
 from pipelines.compiled import read_pipeline
 from serving.archive import NAME_PATTERN
 
@@ -286,15 +284,11 @@ def checked_arguments(pipeline: Path, settings: Sequence[str]) -> dict[str, Any]
         if not equals:
             raise ValueError(f"--set {setting}: give parameter=value, as in train.epochs=3")
         if name not in asked:
-            near = get_close_matches(name, asked, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(asked)}"
-            raise ValueError(f"--set {setting}: {pipeline} has no parameter {name!r}; {hint}")
+            hint = did_you_mean(name, asked) or f"; it has: {', '.join(asked)}"
+            raise ValueError(f"--set {setting}: {pipeline} has no parameter {name!r}{hint}")
         if fields and asked[name]["parameterType"] != "STRUCT":
             raise ValueError(f"--set {setting}: {name} holds a single value, it has no field {fields[0]!r}")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ValueError(f"--set {setting}: the value is not YAML; put quotes around it") from None
+        value = parse_yaml(text, f"--set {setting}, put quotes around the value")
         default = given.get(name, asked[name].get("defaultValue"))
         given[name] = _changed(default, fields, value)
     for name, declared in asked.items():
@@ -341,7 +335,7 @@ def _check(name: str, kind: str, value: Any) -> None:
         try:
             cls.model_validate(json.loads(json.dumps(value, default=str)))
         except ValidationError as error:
-            raise ValueError(explain(error, f"--set {name}")) from None
+            raise ValueError(explain(error, f"--set {name}", value)) from None
 
 
 def submit(

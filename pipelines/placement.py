@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from cadx.settings import explain, read_yaml
 from cadx.types import Config
 from components import STEPS
-from components.contract import Step, explain
+from components.contract import Step
 from pipelines import Deploy
 
 EVERY = "every"
@@ -302,13 +302,9 @@ def read_placements(path: Path) -> dict[str, Placement]:
         ValueError: one line: if the file cannot be read, or names a step or a field that there is not.
     """
     try:
-        sections = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        sections = read_yaml(path) or {}
     except (FileNotFoundError, IsADirectoryError):
         raise ValueError(f"{path}: no such file of resources; give one with --resources") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not YAML, not even text; give a file of resources") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     names = [step.name for step in STEPS]
     if not isinstance(sections, Mapping) or (unknown := [*sections.keys() - {EVERY, *names}]):
         what = f"unknown section {unknown[0]!r}" if isinstance(sections, Mapping) else "no sections"
@@ -333,4 +329,4 @@ def _placement(section: Any, where: str) -> Placement:
     try:
         return Placement.model_validate(section or {})
     except ValidationError as error:
-        raise ValueError(explain(error, where).replace("value error, ", "")) from None
+        raise ValueError(explain(error, where, section)) from None

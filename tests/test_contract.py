@@ -218,6 +218,23 @@ def test_what_a_killed_run_left_is_cleared(toy_paths: dict[str, Path], tmp_path:
     assert not list(tmp_path.glob(".*partial"))
 
 
+def test_a_folder_that_the_step_did_not_make_keeps_its_place(
+    toy_paths: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made/holiday.jpg").write_text("kept")
+    with pytest.raises(
+        ValueError, match="made: holds other things than what belongs there; name a new folder"
+    ):
+        toy(**toy_paths, params=ToyParams())
+    assert (tmp_path / "made/holiday.jpg").read_text() == "kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "made", "notes"]
+    (tmp_path / "made/holiday.jpg").unlink()
+    toy(**toy_paths, params=ToyParams())
+    toy(**toy_paths, params=ToyParams(size_px=9))
+    assert (toy_paths["made"] / "a").read_text() == "x" * 9
+
+
 def test_missing_input_is_named(toy_paths: dict[str, Path]) -> None:
     toy_paths["source"].unlink()
     with pytest.raises(ValueError, match=r"--source .*in: no such file or folder"):

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from cadx.files import replacing
 
 
@@ -36,3 +38,13 @@ def test_what_a_killed_process_left_is_cleared_also_where_it_was_put_into_place_
     with replacing(tmp_path / "a.json") as partial:
         partial.write_text("whole")
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_file_takes_no_folders_place(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/1.png").write_bytes(b"kept")
+    said = "images: a folder stands there; name a file"
+    with pytest.raises(ValueError, match=said), replacing(tmp_path / "images") as partial:
+        partial.write_text("numbers")
+    assert (tmp_path / "images/1.png").read_bytes() == b"kept"
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]

@@ -449,6 +449,8 @@ def test_metrics_of_boxes_can_be_bounded() -> None:
         ({"at_most": {"brier": float("inf")}}, "no bound"),
         ({"at_least": {}}, "a gate that asks nothing"),
         ({"margins": {"auc": -0.02}}, "is no margin"),
+        ({"at_least": {"auc": 95}}, "auc: 95 is no share of 1"),
+        ({"subgroup_at_least": {"sensitivity": -1}}, "sensitivity: -1 is no share of 1"),
     ],
 )
 def test_bounds_that_could_not_stop_anything_are_refused(bounds: dict[str, Any], message: str) -> None:

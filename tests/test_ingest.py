@@ -705,9 +705,7 @@ def test_bad_arrays(run, tmp_path, changes, reason):
 
 
 def test_unknown_source_parameter_and_phantom_parameter(run, tmp_path, root):
-    with pytest.raises(
-        ValueError, match=r"mine\.parameters\.xray\.num_patient: unknown parameter.*'num_patients'"
-    ):
+    with pytest.raises(ValueError, match=r"mine\.parameters\.num_patient: unknown parameter.*'num_patients'"):
         run(
             COMMON
             | {"format": "phantom", "patient": "public", "parameters": {"modality": "xray", "num_patient": 3}}

@@ -240,7 +240,7 @@ def test_a_search_killed_in_mid_trial_gives_the_same_file(
             {"space": {"model.dropuot": {"low": 0, "high": 1}}},
             r"space\.model\.dropuot: .*did you mean 'dropout'",
         ),
-        ({"space": {"batch_size": {"low": 4}}}, r"space\.batch_size\.range\.high: field required"),
+        ({"space": {"batch_size": {"low": 4}}}, r"space\.batch_size\.high: field required"),
         ({"trials": 3}, r"trials: unknown parameter"),
     ],
 )
