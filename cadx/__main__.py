@@ -856,6 +856,7 @@ def _champion(group: Group) -> App:
 def benchmark(
     *,
     measure: Literal["all", "runs", "steps", "nothing"] = "all",
+    experiment: tuple[str, ...] = (),
     work: Path = Path("data/work"),
     reports: Path = Path("data/reports"),
     docs: Path = Path("docs"),
@@ -866,13 +867,16 @@ def benchmark(
     Writes docs/benchmark.json, a figure beside it, and the table in README.md. Experiments are measured where they
     have been run; a training step at the handbook's sizes needs no data.
 
-    Example: `cadx benchmark`; `cadx benchmark --measure nothing` shows the figures that are there.
+    Example: `cadx benchmark`; `cadx benchmark --experiment phantom-volume` measures that one alone; `cadx benchmark
+    --measure nothing` shows the figures that are there.
 
     Parameters
     ----------
     measure
         Runs: what finished experiments reached, and the time and memory of an answer. Steps: the memory of a training
         step. What is not measured again stays.
+    experiment
+        The only experiments that are measured, and no step; those of the others stay.
     work
         Where the steps keep data sets and bundles.
     reports
@@ -888,7 +892,8 @@ def benchmark(
     if measure == "nothing":
         found = benchmarking.read_benchmark(file)
     else:
-        before = benchmarking.read_benchmark(file) if file.is_file() and measure != "all" else None
+        is_part = measure != "all" or bool(experiment)
+        before = benchmarking.read_benchmark(file) if file.is_file() and is_part else None
         found = benchmarking.measure(
             Path("params.yaml"),
             Path("data/catalog.yaml"),
@@ -896,7 +901,8 @@ def benchmark(
             reports,
             before=before,
             runs=measure != "steps",
-            steps=measure != "runs",
+            steps=measure != "runs" and not experiment,
+            experiments=experiment,
         )
         benchmarking.write(found, docs, readme)
     benchmarking.show(found)
@@ -1037,7 +1043,7 @@ def _read_mapping(file: Path) -> dict[str, Any]:
 
     held = read_yaml(file)
     if not isinstance(held, dict):
-        raise ValueError(f"{file.name}: holds no entry; take it from version control again")
+        raise ValueError(f"{file}: holds no entry; take it from version control again")
     return held
 
 

@@ -38,7 +38,7 @@ from cadx.files import peak_memory_bytes, replacing, write_json
 from cadx.loading import input_text
 from cadx.reporting import INK, LEGEND, MARK, MISSING, MUTED, PALETTE, estimate_text, panels
 from cadx.results import read_numbers
-from cadx.settings import read_yaml
+from cadx.settings import did_you_mean, read_yaml
 from cadx.training import TrainingConfig, fit
 from cadx.types import Config, Digest, Estimate, Kind, Task
 
@@ -387,20 +387,39 @@ def measure(
     before: Benchmark | None = None,
     runs: bool = True,
     steps: bool = True,
+    experiments: Sequence[str] = (),
 ) -> Benchmark:
     """Measure every finished experiment and every step; what is not measured anew is taken from `before`.
 
+    Args:
+        params: the experiments' parameters.
+        catalog: their data sets.
+        work: the folder of data sets and bundles.
+        reports: the folder of reports.
+        before: what was measured before.
+        runs: measure experiments.
+        steps: measure training steps.
+        experiments: the only ones that are measured; none for all.
+
     Raises:
-        ValueError: one line, if the parameters or the catalogue cannot be read, or a measurement broke off.
+        ValueError: one line, if the parameters or the catalogue cannot be read, an experiment is not among them, or a
+            measurement broke off.
     """
     machine = _machine()
-    if before and not (runs and steps) and before.machine != machine:
+    if before and not (runs and steps and not experiments) and before.machine != machine:
         raise ValueError(
             "docs/benchmark.json: was measured on another machine or with other versions; measure all of it anew"
         )
     sections = read_yaml(params)
+    for name in experiments:
+        if name not in sections:
+            raise ValueError(f"{params}: no experiment {name!r}{did_you_mean(name, sections)}")
     entries = load_catalog(catalog)
     found_runs, missing = (before.runs, before.missing) if before and not runs else ((), ())
+    kept: dict[str, Run | Missing] = {}
+    if before and experiments:
+        kept = {found.experiment: found for found in before.runs}
+        kept |= {found.experiment: found for found in before.missing}
     found_steps = before.steps if before and not steps else ()
     with Progress(console=Console(stderr=True), transient=True) as progress:
         if runs:
@@ -409,9 +428,11 @@ def measure(
             without: list[Missing] = []
             for name, section in sections.items():
                 progress.update(bar, description=f"{name}: its numbers, and an answer's time and memory")
-                result = measure_run(
-                    name, section, entries[section["ingest"]["source"]], work / name, reports / name
-                )
+                entry = entries[section["ingest"]["source"]]
+                if name in kept and name not in experiments:
+                    result = kept[name]
+                else:
+                    result = measure_run(name, section, entry, work / name, reports / name)
                 (made if isinstance(result, Run) else without).append(result)  # type: ignore[arg-type]
                 progress.advance(bar)
             found_runs, missing = tuple(made), tuple(without)

@@ -20,6 +20,7 @@ from cadx.benchmarking import (
     draw,
     embed,
     markdown,
+    measure,
     measure_run,
     measure_step,
     read_benchmark,
@@ -190,6 +191,25 @@ def test_an_experiment_that_was_not_run_says_how_to(root: Path, tmp_path: Path) 
     found = measure_run("phantom-xray", section, entry, tmp_path, tmp_path)
     assert isinstance(found, Missing)
     assert found.reason == "not run here: make reproduce EXPERIMENT=phantom-xray"
+
+
+def test_one_experiment_is_measured_and_the_rows_of_the_others_stay(root: Path, tmp_path: Path) -> None:
+    files = (root / "params.yaml", root / "data/catalog.yaml", tmp_path, tmp_path)
+    nothing_ran = measure(*files, steps=False)
+    assert not nothing_ran.runs
+    others = tuple(
+        missing.model_copy(update={"reason": "too dear"})
+        for missing in nothing_ran.missing
+        if missing.experiment != "phantom-xray"
+    )
+    before = nothing_ran.model_copy(update={"runs": (run(),), "missing": others})
+    found = measure(*files, before=before, steps=False, experiments=["phantom-volume"])
+    assert found.runs == before.runs
+    reasons = {missing.experiment: missing.reason for missing in found.missing}
+    assert reasons.pop("phantom-volume") == "not run here: make reproduce EXPERIMENT=phantom-volume"
+    assert set(reasons.values()) == {"too dear"}
+    with pytest.raises(ValueError, match="no experiment 'phantom-volum'; did you mean 'phantom-volume'"):
+        measure(*files, experiments=["phantom-volum"])
 
 
 def test_numbers_without_weights_are_taken_as_they_are(root: Path, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_a_broken_file_of_the_project_is_named_in_one_line(
         for path, former in zip(files, before, strict=True):
             path.write_text(former)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"cadx new: {Path(file).name}: ")
+    assert done.stderr.startswith(f"cadx new: {checkout / file}: ")
     assert done.stderr.count("\n") == 1
 
 
