@@ -46,8 +46,6 @@ def compile_experiment(
     """Write an experiment's pipeline, whole or not at all: see `pipelines.compile_experiment`."""
     if output.suffix not in {".yaml", ".yml"}:
         raise ValueError(f"{output}: Kubeflow takes pipelines as .yaml files; name the output so")
-    if output.is_dir():
-        raise ValueError(f"{output}: is a folder; name a file")
     if not is_image(image):
         raise ValueError(f"image {image!r}: {IMAGE_FORM}")
     if against and pipeline != "families":

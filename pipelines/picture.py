@@ -27,8 +27,6 @@ def draw(pipeline: Path, picture: Path) -> None:
     """
     if picture.suffix != ".svg":
         raise ValueError(f"{picture}: pictures are SVG; name it so")
-    if picture.is_dir():
-        raise ValueError(f"{picture}: is a folder; name a file")
     spec = read_pipeline(pipeline)
     tasks: dict[str, Any] = spec["root"]["dag"]["tasks"]
     needed = _needed(tasks)

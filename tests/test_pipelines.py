@@ -34,7 +34,7 @@ from cadx.bundle import Bundle
 from cadx.files import digest_path, write_json
 from components import STEPS
 from components.contract import Alarm, In, Out, Params, read_params, step
-from pipelines import Deploy, compile_experiment, draw_pipeline, tasks
+from pipelines import Deploy, compile_experiment, tasks
 from pipelines.inference import inference
 from pipelines.monitoring import monitoring
 from pipelines.placement import Setting, read_placements
@@ -694,17 +694,6 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(
         compile_experiment(experiment, tmp_path / output, params=PARAMS, image=image)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_is_not_replaced_by_a_pipeline_or_its_picture(tmp_path: Path) -> None:
-    for name in ("d.yaml", "d.svg"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "kept").touch()
-    with pytest.raises(ValueError, match=r"d\.yaml: is a folder; name a file"):
-        compile_experiment(EXPERIMENTS[0], tmp_path / "d.yaml", params=PARAMS, image=IMAGE)
-    with pytest.raises(ValueError, match=r"d\.svg: is a folder; name a file"):
-        draw_pipeline(tmp_path / "p.yaml", tmp_path / "d.svg")
-    assert len(list(tmp_path.glob("d.*/kept"))) == 2
 
 
 def test_without_kfp_one_line_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
