@@ -80,8 +80,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises:
         AssertionError: if the block wrote nothing.
-        ValueError: if it wrote a file, and a folder stands at `path`.
+        ValueError: if a folder stands at `path` and the block wrote a file; or, before it, if something stands there
+            that is neither, such as a device.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path}: neither a file nor a folder stands there; name another place")
     path.parent.mkdir(parents=True, exist_ok=True)
     # Also what was being put into such a partial file in its turn: its name begins with one dot more.
     for stale in path.parent.glob(f"*.{path.name}.*.partial"):

@@ -1,5 +1,6 @@
 """What people write, read strictly: YAML in which nothing stands twice, and one line for what is wrong in a record."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -50,11 +51,38 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
     """
     try:
         return yaml.load(text, _Loader)  # noqa: S506 (it is a safe loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        AttributeError,
+    ) as error:  # the latter of dates and numbers that are none
         said = " ".join(str(error).split())
         for stream in ('in "<byte string>", ', 'in "<unicode string>", '):
             said = said.replace(stream, "")
         raise ValueError(f"{where}: not YAML: {said}") from None
+
+
+def parse_json(text: str, where: str) -> Any:
+    """What a JSON text holds.
+
+    Args:
+        text: one value.
+        where: what the text is called in an error.
+
+    Raises:
+        ValueError: one line: if it is no JSON, or names a key twice.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON ({error})") from None
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    for number, (name, _) in enumerate(pairs):
+        if name in (other for other, _ in pairs[:number]):
+            raise ValueError(f"{name!r} stands twice")
+    return dict(pairs)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -79,8 +107,8 @@ def explain(error: ValidationError, where: str, given: Any) -> str:
     problems: dict[tuple[int | str, ...], list[str]] = {}
     items = error.errors(include_url=False, include_input=False)
     missing = [item["loc"] for item in items if item["type"] == "missing"]
-    for item in items:
-        place, held = _place(item["loc"], item["type"], given)
+    places = [_place(item["loc"], item["type"], given) for item in items]
+    for item, (place, held) in zip(items, places, strict=True):
         if item["type"] == "union_tag_not_found":
             place, said = (*place, item["ctx"]["discriminator"].strip("'")), "field required"
         elif item["type"] == "union_tag_invalid":
@@ -95,7 +123,11 @@ def explain(error: ValidationError, where: str, given: Any) -> str:
             said = f"unknown parameter{near}"
         elif item["type"] in ("model_type", "model_attributes_type"):
             said = "input should be a mapping"
-        elif item["type"] == "literal_error" and isinstance(held, Mapping):
+        elif (
+            item["type"] == "literal_error"
+            and isinstance(held, Mapping)
+            and any(len(other) > len(place) and other[: len(place)] == place for other, _ in places)
+        ):
             continue  # the other branch of the union, a record, says what is wrong in it
         else:
             message = item["msg"].removeprefix("Value error, ")
