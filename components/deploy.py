@@ -49,7 +49,7 @@ class DeployParams(Params):
         description="evaluated samples sent through the endpoint before it goes live; at most 16 volumes, 4 slides",
     )
     tolerance: float = Field(
-        default=1e-5, gt=0, description="largest difference of a probability or a box's score"
+        default=1e-5, gt=0, lt=1, description="largest difference of a probability or a box's score"
     )
     workers: int = Field(default=1, ge=1, description="processes that answer")
     batch_size: int = Field(

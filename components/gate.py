@@ -26,6 +26,8 @@ from cadx.types import Digest, Estimate
 from components.contract import In, MaybeIn, Out, Params, step
 
 _UNKNOWN = Estimate(value=None, low=None, high=None, n=0, method="not among the subgroup's metrics")
+_CEILINGS_BELOW_1 = ("brier", "expected_calibration_error")
+"""Errors of probabilities: whoever knows nothing, and says so, stays below 1."""
 _LEAKS = ("duplicate_across_splits", "near_duplicate_across_splits")
 
 
@@ -72,6 +74,10 @@ class GateParams(Params):
                 raise ValueError(f"{name}: {bound} is no bound")
             if METRICS[name].better == "higher" and not 0 <= bound <= 1:
                 raise ValueError(f"{name}: {bound:g} is no share of 1; give a bound such as 0.9")
+            if METRICS[name].better == "lower" and bound < 0:
+                raise ValueError(f"{name}: {bound:g} is below 0, which nothing reaches; give a bound above 0")
+            if name in _CEILINGS_BELOW_1 and bound >= 1:
+                raise ValueError(f"{name}: {bound:g} asks nothing; give a bound such as 0.1")
         # In one order: Kubeflow hands mappings on sorted, and equal inputs give equal bytes.
         return {name: bounds[name] for name in METRICS if name in bounds}
 

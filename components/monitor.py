@@ -61,11 +61,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import pandas as pd
-from pydantic import Field
+from pydantic import Field, FiniteFloat, model_validator
 
 from cadx.bundle import EMBEDDING_DECIMALS, REFERENCE_DECIMALS, Bundle, Manifest
 from cadx.drift import Finding, called, compare_requests, unknown_places
@@ -103,6 +103,9 @@ STATISTICS_IN_WORDS = {
 }
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
 class MonitorParams(Params):
     """When to alarm: at what is no chance, and large enough to matter."""
 
@@ -131,14 +134,23 @@ class MonitorParams(Params):
     labelled_window: int | None = Field(
         default=1000, ge=2, description="of the requests with labels, the latest so many; null: all"
     )
-    at_least: dict[Literal["sensitivity", "specificity", "ppv", "npv", "auc", "coverage"], float] = Field(
+    at_least: dict[Literal["sensitivity", "specificity", "ppv", "npv", "auc", "coverage"], Share] = Field(
         default_factory=dict,
         description="declared values that labels are held against, beside the operating point's target and the "
         "conformal sets' nominal coverage",
     )
-    at_most: dict[Literal["calibration_intercept", "calibration_slope"], float] = Field(
+    at_most: dict[Literal["calibration_intercept", "calibration_slope"], FiniteFloat] = Field(
         default_factory=dict, description="likewise, from above"
     )
+
+    @model_validator(mode="after")
+    def _can_judge(self) -> Self:
+        if self.window is not None and self.window < self.minimum_n:
+            raise ValueError(
+                f"window {self.window} never holds the minimum_n of {self.minimum_n} requests that a verdict needs; "
+                "widen the window, or lower minimum_n"
+            )
+        return self
 
 
 @step

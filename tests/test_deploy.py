@@ -306,7 +306,7 @@ def test_an_archive_whose_worker_does_not_start_does_not_jam_its_version(
 def test_the_archives_own_verdict_counts_too(first: Packaged, tmp_path: Path) -> None:
     refused = tmp_path / "refused.json"
     shared = {"metrics": first.folder / "metrics.json", "bundle": first.bundle}
-    gate(**shared, decision=refused, params=GateParams(at_least={"auc": 1.1}))
+    gate(**shared, decision=refused, params=GateParams(at_least={"auc": 1.0}))
     package(
         **shared,
         decision=refused,
@@ -315,8 +315,14 @@ def test_the_archives_own_verdict_counts_too(first: Packaged, tmp_path: Path) ->
         params=PackageParams(name="chest"),
     )
     never = TorchServe(tmp_path / "never", free_ports())
-    with pytest.raises(NotPromoted, match=r"beyond the floor of 1\.1"):
+    with pytest.raises(NotPromoted, match=r"beyond the floor of 1\b"):
         first.deploy(never, tmp_path, archive=tmp_path / "model.mar")
+
+
+@pytest.mark.parametrize("tolerance", [float("inf"), 1.0])
+def test_a_tolerance_that_every_answer_keeps_is_refused(tolerance: float) -> None:
+    with pytest.raises(ValueError, match="less than 1"):
+        DeployParams(tolerance=tolerance)
 
 
 def test_a_refused_model_is_not_even_shown_to_the_server(first: Packaged, tmp_path: Path) -> None:

@@ -516,6 +516,20 @@ def test_missed_patients_are_an_alarm_though_nothing_has_drifted(served: Served,
     assert "sensitivity of opacity is 0.000, declared at least 0.95" in seen.alarm
 
 
+@pytest.mark.parametrize(
+    ("declared", "message"),
+    [
+        ({"at_least": {"sensitivity": 95}}, "less than or equal to 1"),
+        ({"at_least": {"auc": float("nan")}}, "less than or equal to 1"),
+        ({"at_most": {"calibration_slope": float("nan")}}, "finite number"),
+        ({"window": 20, "minimum_n": 30}, "window 20 never holds the minimum_n of 30 requests"),
+    ],
+)
+def test_a_watch_that_could_never_alarm_is_refused(declared: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MonitorParams.model_validate(declared)
+
+
 def test_the_coverage_of_prediction_sets_is_held_to_what_they_promise(served: Served, tmp_path: Path) -> None:
     lines = [line | {"prediction_set": ["normal"], "refer": True} for line in served.usual]
     log = write_lines(tmp_path / "log", lines)
