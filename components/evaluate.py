@@ -66,9 +66,10 @@ def evaluate(
     Scoring the test split appends a line to `test_uses`, before any number of it can be seen.
 
     Raises:
-        ValueError: if the split has no labelled sample, the dataset has other classes than the bundle, or images
-            cannot be aggregated like this.
+        ValueError: if the split has no labelled sample, the dataset has other classes than the bundle, images
+            cannot be aggregated like this, or `test_uses` is another file.
     """
+    _read_test_uses(test_uses)
     folder = DatasetFolder(dataset)
     predictor = Predictor(bundle)
     manifest = predictor.bundle.manifest
@@ -177,6 +178,27 @@ def _record_test_use(path: Path, bundle: Bundle, dataset: Digest) -> None:
         os.close(descriptor)
 
 
+def _read_test_uses(path: Path) -> list[dict[str, str]]:
+    """A row for each scoring of the test split so far; a line is appended, so any other file would be spoilt."""
+    try:
+        uses = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [
+            {
+                "time (UTC)": use["time"][:19].replace("T", " "),
+                "seed": str(use["seed"]),
+                "bundle": use["bundle"][7:19],
+                "dataset": use["dataset"][7:19],
+            }
+            for use in uses
+        ]
+    except FileNotFoundError:
+        return []
+    except (IsADirectoryError, ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"--test-uses {path}: holds other things than uses of the test split; name another file"
+        ) from None
+
+
 def _provenance_warnings(manifest: Manifest, dataset: Digest, splits: Digest, split: str) -> Iterator[str]:
     if manifest.provenance.dataset != dataset:
         yield "The bundle was trained on another dataset, or another version of this one."
@@ -254,21 +276,11 @@ def _model(page: Page, bundle: Bundle, dataset: Digest, splits: Digest, folder: 
 
 def _test_uses(page: Page, path: Path) -> None:
     page.section("Uses of the test split")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     page.text(
         "Each scoring of the test split is written down. The more often it has been looked at, the less its "
         "numbers say about new patients."
     )
-    uses = [json.loads(line) for line in lines]
     page.table(
-        [
-            {
-                "time (UTC)": use["time"][:19].replace("T", " "),
-                "seed": str(use["seed"]),
-                "bundle": use["bundle"][7:19],
-                "dataset": use["dataset"][7:19],
-            }
-            for use in uses
-        ],
+        _read_test_uses(path),
         empty="The test split has never been scored.",
     )

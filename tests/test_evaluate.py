@@ -140,6 +140,21 @@ def test_each_scoring_of_test_is_one_line_and_of_val_none(ready: Run, tmp_path: 
     )
 
 
+@pytest.mark.parametrize(
+    "held", ['{\n  "schema": 1\n}\n', "[]\n", '{"time": "2026-01-01"}\n', b"PAR1\xff\n", None]
+)
+def test_no_line_is_added_to_a_file_that_holds_something_else(
+    ready: Run, tmp_path: Path, held: str | bytes | None
+) -> None:
+    file = tmp_path / "test_uses.jsonl"
+    before = held.encode() if isinstance(held, str) else held
+    file.mkdir() if before is None else file.write_bytes(before)
+    with pytest.raises(ValueError, match=r"test_uses.jsonl: holds other things than uses of the test split"):
+        ready.evaluate(tmp_path, split="test")
+    assert [path.name for path in tmp_path.iterdir()] == ["test_uses.jsonl"]
+    assert before is None or file.read_bytes() == before
+
+
 def test_a_scoring_of_test_that_fails_afterwards_is_still_written_down(
     ready: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
