@@ -73,12 +73,15 @@ def read_scored(path: Path) -> Scored:
     """A predictions file, or the one in a folder of reports.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or it holds no row.
     """
     file = path / "predictions.parquet" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"{file}: no predictions there; write them with `cadx evaluate`")
-    return Scored(*read_predictions(file), file)
+    scored = Scored(*read_predictions(file), file)
+    if scored.frame.empty:
+        raise ValueError(f"{file}: holds no row; write it again with `cadx evaluate`")
+    return scored
 
 
 def paired(a: Scored, b: Scored) -> Scored:

@@ -12,7 +12,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from cadx.comparing import agreement, compare_files, compare_metrics, difference_text, paired, read_scored
 from cadx.evaluating.glossary import WORDS
 from cadx.files import digest_bytes
-from cadx.predicting.table import PredictionsInfo, answer_table, decide, write_predictions
+from cadx.predicting.table import PredictionsInfo, answer_table, decide, read_predictions, write_predictions
 from cadx.reporting import LEGEND, MARK
 
 
@@ -198,6 +198,8 @@ def test_detectors_of_other_lesions_are_not_compared(tmp_path: Path) -> None:
 
 def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path: Path) -> None:
     a = scored(tmp_path / "a.parquet", skill=2, seed=1)
+    frame, info = read_predictions(a)
+    write_predictions(tmp_path / "empty.parquet", frame.head(0), info)
     for other, message in (
         (scored(tmp_path / "b.parquet", skill=2, seed=1, start=10), "of which they share 290"),
         (scored(tmp_path / "c.parquet", skill=2, seed=1, task="multilabel"), "other classes"),
@@ -207,6 +209,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path: Path) -> None:
             "evaluate.aggregate none, the second max",
         ),
         (tmp_path / "none.parquet", "no predictions there"),
+        (tmp_path / "empty.parquet", "holds no row"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
             compare_files(a, other, tmp_path / "page.html")
