@@ -17,7 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 from rich.console import Console
@@ -26,7 +26,7 @@ from rich.progress import Progress
 from cadx.files import digest_path, replacing
 from cadx.reading.dicom import Photometric
 from cadx.reading.folders import is_hidden
-from cadx.settings import read_yaml
+from cadx.settings import explain, read_yaml
 from cadx.types import Config, Kind, Task
 
 GivenSplit = Literal["train", "val", "calibration", "test"]
@@ -357,7 +357,9 @@ class PhantomEntry(_Described):
 StoredEntry = NpzEntry | FolderEntry | TableEntry | FilesEntry | PairsEntry | VocEntry | CocoEntry | BagsEntry
 Entry = Annotated[StoredEntry | PhantomEntry, Field(discriminator="format")]
 ENTRY: TypeAdapter[Entry] = TypeAdapter(Entry)
-_CATALOG: TypeAdapter[dict[str, Entry]] = TypeAdapter(dict[str, Entry])
+_BY_FORMAT: dict[str, type[StoredEntry | PhantomEntry]] = {
+    get_args(cls.model_fields["format"].annotation)[0]: cls for cls in (*get_args(StoredEntry), PhantomEntry)
+}
 
 
 def load_catalog(path: Path) -> dict[str, Entry]:
@@ -367,15 +369,24 @@ def load_catalog(path: Path) -> dict[str, Entry]:
         ValueError: one line that names file, entry and field.
     """
     try:
-        return _CATALOG.validate_python(read_yaml(path) or {})
+        held = read_yaml(path)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such catalogue") from None
+    if not isinstance(held, dict | None):
+        raise ValueError(f"{path}: no catalogue: give entries by name, as in `chest: {{format: folder, ...}}`")
+    return {name: _entry(path, name, given) for name, given in (held or {}).items()}
+
+
+def _entry(path: Path, name: Any, given: Any) -> Entry:
+    if not isinstance(name, str):
+        raise ValueError(f"{path}: {name}: a name must be text; put it in quotes")
+    form = given.get("format") if isinstance(given, dict) else None
+    try:
+        # By its own class where it is known: a union's error names the format among the fields.
+        cls = _BY_FORMAT.get(form) if isinstance(form, str) else None
+        return cls.model_validate(given) if cls else ENTRY.validate_python(given)
     except ValidationError as error:
-        problems = (
-            f"{'.'.join(str(part) for part in item['loc'])}: {item['msg'].removeprefix('Value error, ')}"
-            for item in error.errors(include_url=False, include_input=False)
-        )
-        raise ValueError(f"{path}: {'; '.join(problems)}") from None
+        raise ValueError(explain(error, f"{path}: {name}", given)) from None
 
 
 # --- Finding the bytes --------------------------------------------------------------------------------

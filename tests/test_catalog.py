@@ -101,13 +101,14 @@ def test_our_own_catalogue_agrees_with_the_mirror(root, mirror, monkeypatch, tmp
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"patientt": "public"}, r"mine\.npz\.patientt: Extra inputs"),
-        ({"format": "nifti"}, "'npz', 'folder', 'table', .*'phantom'"),
-        ({"digest": "sha256:12"}, r"mine\.npz\.digest"),
+        ({"patientt": "public"}, r"mine\.patientt: unknown parameter; did you mean 'patient'"),
+        ({"format": "nifti"}, r"mine\.format: input should be one of 'npz', 'folder', 'table', .*'phantom'"),
+        ({"format": ["npz"]}, r"mine\.format: input should be one of"),
+        ({"digest": "sha256:12"}, r"mine\.digest"),
         ({"file": "../../etc/passwd"}, r"must not climb out"),
         ({"address": "https://example.org/x"}, "an address needs a digest"),
-        ({"address": "file:///etc/passwd", "digest": "md5:" + 32 * "0"}, r"mine\.npz\.address"),
-        ({"patient": "ask"}, r"mine\.npz\.patient"),
+        ({"address": "file:///etc/passwd", "digest": "md5:" + 32 * "0"}, r"mine\.address"),
+        ({"patient": "ask"}, r"mine\.patient"),
     ],
 )
 def test_wrong_entries_are_one_line_with_file_entry_and_field(tmp_path, fields, reason):
@@ -170,7 +171,7 @@ def test_patches_are_of_volumes_and_name_the_class_between_the_marked(fields, re
         PairsEntry.model_validate(pairs | fields)
 
 
-@pytest.mark.parametrize("text", ["a: [", "- 1", "\xff"])
+@pytest.mark.parametrize("text", ["a: [", "- 1", "[]", "a: 1", "a:", "1: {}", "a: {title: x}", "\xff"])
 def test_a_file_that_is_no_catalogue(tmp_path, text):
     path = tmp_path / "catalog.yaml"
     path.write_bytes(text.encode("latin-1"))
