@@ -8,13 +8,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import yaml
-
 from cadx.bundle import Manifest, parameters_digest, read_manifest
 from cadx.catalog import digest_as
 from cadx.datasets import DatasetFolder
 from cadx.files import digest_bytes, digest_path
 from cadx.gating import Decision, read_decision
+from cadx.settings import read_yaml
 from cadx.signing import REVIEW, objection, read_review, signature_of
 from cadx.types import Digest
 from cadx.verifying import (
@@ -205,10 +204,14 @@ def _stages(at: Evidence, manifest: Manifest) -> Iterator[Link]:
     if at.lock is None:
         yield Link("stages", "not at hand", said="no dvc.lock given")
         return
-    recorded = yaml.load(at.lock.read_bytes(), yaml.CSafeLoader)["stages"]
+    recorded = _yaml(at.lock)
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("stages"), dict):
+        said = "no lock of DVC's; take it from version control again, or let `dvc repro` write it"
+        yield Link("stages", "broken", str(at.lock), said)
+        return
     ran = {
         stage: record
-        for stage, record in recorded.items()
+        for stage, record in recorded["stages"].items()
         if stage.partition("@")[2] in (name, f"{name}-{manifest.provenance.seed}")
     }
     # Stages share files, and may have seen different ones; each file is read once.
@@ -255,7 +258,11 @@ def _md5(path: Path) -> str | None:
 
 
 def _yaml(path: Path) -> Any:
-    return yaml.load(path.read_bytes(), yaml.CSafeLoader) if path.is_file() else None
+    """What a YAML file holds; nothing where there is none, or it can no longer be read as one."""
+    try:
+        return read_yaml(path) if path.is_file() else None
+    except ValueError:
+        return None
 
 
 def _at(content: Any, key: str) -> Any:

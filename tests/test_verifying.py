@@ -284,6 +284,17 @@ def test_what_a_stage_read_and_wrote_is_held_against_the_lock(
     assert "changed since gate@squares-0 ran" in second
 
 
+@pytest.mark.parametrize("text", ["<<<<<<< HEAD\nstages: {\n=======\n", "[]\n", "schema: '2.0'\n"])
+def test_a_lock_that_cannot_be_read_is_a_broken_link(
+    chain: Chain, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    lock = chain.folder / "dvc.lock"
+    lock.write_text(text)
+    assert not chain.verify(lock=lock)
+    (line,) = broken(capsys.readouterr().out)
+    assert "no lock of DVC's" in line
+
+
 def test_code_that_was_edited_since_a_stage_ran_is_named_by_its_step(
     chain: Chain, capsys: pytest.CaptureFixture[str]
 ) -> None:
