@@ -373,7 +373,9 @@ def load_catalog(path: Path) -> dict[str, Entry]:
     except FileNotFoundError:
         raise ValueError(f"{path}: no such catalogue") from None
     if not isinstance(held, dict | None):
-        raise ValueError(f"{path}: no catalogue: give entries by name, as in `chest: {{format: folder, ...}}`")
+        raise ValueError(
+            f"{path}: no catalogue: give entries by name, as in `chest: {{format: folder, ...}}`"
+        )
     return {name: _entry(path, name, given) for name, given in (held or {}).items()}
 
 

@@ -26,10 +26,10 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_origin
 
 from cyclopts import Parameter
-from pydantic import ValidationError
+from pydantic import ConfigDict, ValidationError
 
 from cadx.files import digest_bytes, digest_path, plain, replacing, write_json
-from cadx.settings import did_you_mean, explain, parse_yaml
+from cadx.settings import did_you_mean, explain, parse_json, parse_yaml
 from cadx.types import Config, Digest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,7 +59,9 @@ class Alarm(Exception):
 
 
 class Params(Config):
-    """Base of a step's parameters: a section of params.yaml, closed and frozen."""
+    """Base of a step's parameters: a section of params.yaml, closed, frozen and without infinities."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
 
 P = ParamSpec("P")
@@ -146,6 +148,7 @@ def step(function: Callable[P, None]) -> Callable[P, None]:
         for name in declared.inputs:
             _require(arguments[name], name)
         made = {name: Path(arguments[name]) for name in declared.outputs}
+        _require_apart(made, {name: arguments[name] for name in declared.inputs})
         alarm: Alarm | None = None
         with ExitStack() as stack:
             # Of the processes that `torchrun` starts, the first one's outputs are the step's.
@@ -159,7 +162,7 @@ def step(function: Callable[P, None]) -> Callable[P, None]:
             except Alarm as error:
                 alarm = error
             for name, target in made.items():
-                _refuse_foreign(target, Path(arguments[name]))
+                _require_replaceable(target, Path(arguments[name]))
         if asked:
             report_outputs(asked, made)
         if alarm:
@@ -186,20 +189,15 @@ def read_params(source: str | Params, step_name: str, cls: type[Section]) -> Sec
     assert isinstance(source, str), f"params of {step_name} must be {cls.__name__} or text"
     if source.lstrip().startswith("{"):
         where = f"--params of {step_name}"
-        try:
-            section = json.loads(source)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{where}: not JSON ({error}); give FILE:experiment or one JSON object"
-            ) from None
+        section = parse_json(source, where)
     else:
         file, _, experiment = source.rpartition(":")
         if not file:
             raise ValueError(f"--params {source}: give FILE:experiment, as in params.yaml:phantom-xray")
-        section = read_experiment(Path(file), experiment).get(step_name) or {}
+        section = read_experiment(Path(file), experiment).get(step_name)
         where = f"{file}: {experiment}.{step_name}"
     try:
-        return cls.model_validate(section)
+        return cls.model_validate({} if section is None else section)
     except ValidationError as error:
         raise ValueError(explain(error, where, section)) from None
 
@@ -215,15 +213,15 @@ def read_experiment(file: Path, experiment: str) -> dict[str, Any]:
         experiments = _parsed(file.read_bytes(), str(file))
     except FileNotFoundError:
         raise ValueError(f"{file}: no such parameter file; give FILE:experiment") from None
-    if not isinstance(experiments, dict) or not isinstance(experiments.get(experiment), dict):
-        known = ", ".join(experiments) if isinstance(experiments, dict) else "none"
+    if not isinstance(experiments, dict) or experiment not in experiments:
+        known = ", ".join(map(str, experiments)) if isinstance(experiments, dict) else "none"
         raise ValueError(f"{file}: no experiment {experiment!r}; it holds: {known}")
+    if not isinstance(experiments[experiment], dict):
+        raise ValueError(f"{file}: {experiment}: holds no sections; give one for each step")
     sections: dict[str, Any] = copy.deepcopy(experiments[experiment])
+    steps = sorted({path.stem for path in (ROOT / "components").glob("*.py")} - {"__init__", "contract"})
     for name in sections:
-        if not (ROOT / "components" / f"{name}.py").is_file():
-            steps = sorted(
-                {path.stem for path in (ROOT / "components").glob("*.py")} - {"__init__", "contract"}
-            )
+        if name not in steps:
             hint = did_you_mean(str(name), steps) or f"; there are: {', '.join(steps)}"
             raise ValueError(f"{file}: {experiment}.{name}: no such step{hint}")
     return sections
@@ -249,12 +247,35 @@ def _require(value: Path | tuple[Path, ...] | None, name: str) -> None:
             )
 
 
-def _refuse_foreign(target: Path, made: Path) -> None:
-    """A folder that a step made before gives way to what it made now; another one, named by mistake, does not."""
-    if target.is_dir() and made.is_dir():
-        held = {path.name for path in target.iterdir()}
-        if held and held.isdisjoint(path.name for path in made.iterdir()):
-            raise ValueError(f"{target}: holds other things than what belongs there; name a new folder")
+def _require_apart(made: Mapping[str, Path], given: Mapping[str, Path | tuple[Path, ...] | None]) -> None:
+    """No output is, holds or lies within another one or an input: one would be lost, or the input changed."""
+    others: list[tuple[str, Path]] = []
+    for name, value in given.items():
+        paths = value if isinstance(value, tuple) else (value,)
+        others += [(name, Path(path).resolve()) for path in paths if path is not None]
+    for name, path in made.items():
+        target = path.resolve()
+        for other, there in others:
+            if target == there or target in there.parents or there in target.parents:
+                flags = [f"--{word.replace('_', '-')}" for word in (name, other)]
+                raise ValueError(
+                    f"{flags[0]} {path}: is, holds or lies within {flags[1]}; name another place"
+                )
+        others.append((name, target))
+
+
+def _require_replaceable(target: Path, made: Path) -> None:
+    """What a step made before gives way to what it made now; a folder of other things, named by mistake, does not.
+
+    Asked of all outputs before the first is put into place.
+    """
+    if not target.is_dir():
+        return
+    if not made.is_dir():
+        raise ValueError(f"{target}: a folder stands there; name a file")
+    held = {path.name for path in target.iterdir()}
+    if held and held.isdisjoint(path.name for path in made.iterdir()):
+        raise ValueError(f"{target}: holds other things than what belongs there; name a new folder")
 
 
 def _command_signature(signature: inspect.Signature) -> inspect.Signature:

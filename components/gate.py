@@ -5,7 +5,6 @@ itself: what was seen in a few patients is no promise for the next ones.
 """
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Self
@@ -70,8 +69,6 @@ class GateParams(Params):
                 raise ValueError(f"unknown metric {name}; known: {', '.join(METRICS)}")
             if METRICS[name].better == worse:
                 raise ValueError(f"{name}: {worse} is better there; set the bound in the other direction")
-            if not math.isfinite(bound):
-                raise ValueError(f"{name}: {bound} is no bound")
             if METRICS[name].better == "higher" and not 0 <= bound <= 1:
                 raise ValueError(f"{name}: {bound:g} is no share of 1; give a bound such as 0.9")
             if METRICS[name].better == "lower" and bound < 0:

@@ -65,7 +65,7 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import pandas as pd
-from pydantic import Field, FiniteFloat, model_validator
+from pydantic import Field, model_validator
 
 from cadx.bundle import EMBEDDING_DECIMALS, REFERENCE_DECIMALS, Bundle, Manifest
 from cadx.drift import Finding, called, compare_requests, unknown_places
@@ -139,7 +139,7 @@ class MonitorParams(Params):
         description="declared values that labels are held against, beside the operating point's target and the "
         "conformal sets' nominal coverage",
     )
-    at_most: dict[Literal["calibration_intercept", "calibration_slope"], FiniteFloat] = Field(
+    at_most: dict[Literal["calibration_intercept", "calibration_slope"], float] = Field(
         default_factory=dict, description="likewise, from above"
     )
 

@@ -218,6 +218,30 @@ def test_what_a_killed_run_left_is_cleared(toy_paths: dict[str, Path], tmp_path:
     assert not list(tmp_path.glob(".*partial"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"table": "made"}, "--table .*made: is, holds or lies within --made"),
+        ({"table": "made/t.parquet"}, "--table .*t.parquet: is, holds or lies within --made"),
+        ({"made": "in"}, "--made .*in: is, holds or lies within --source"),
+        ({"made": "."}, "is, holds or lies within --source"),
+    ],
+)
+def test_outputs_lie_apart_from_one_another_and_from_inputs(
+    changes: dict[str, str], message: str, toy_paths: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        toy(**toy_paths | {name: tmp_path / path for name, path in changes.items()}, params=ToyParams())
+    assert [path.name for path in tmp_path.iterdir()] == ["in"], "before any work"
+
+
+def test_no_output_is_put_in_place_where_one_cannot_be(toy_paths: dict[str, Path]) -> None:
+    toy_paths["table"].mkdir()
+    with pytest.raises(ValueError, match=r"t\.parquet: a folder stands there; name a file"):
+        toy(**toy_paths, params=ToyParams())
+    assert not toy_paths["made"].exists()
+
+
 def test_a_folder_that_the_step_did_not_make_keeps_its_place(
     toy_paths: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -247,6 +271,7 @@ def test_missing_input_is_named(toy_paths: dict[str, Path]) -> None:
         ('{"size_pxx": 1}', "toy.size_pxx: unknown parameter; did you mean 'size_px'?"),
         ('{"size_px": "big"}', "toy.size_px: input should be a valid integer"),
         ('{"size_px": 1', "not JSON"),
+        ('{"size_px": 1, "size_px": 2}', "--params of toy: not JSON ('size_px' stands twice)"),
         ("params.yaml", "give FILE:experiment"),
         ("nowhere.yaml:x", "nowhere.yaml: no such parameter file"),
         ("params.yaml:phantom-xay", "no experiment 'phantom-xay'; it holds: phantom-xray"),

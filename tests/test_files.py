@@ -1,5 +1,6 @@
 """Writes that appear whole or not at all, also beside each other."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,14 @@ def test_what_a_killed_process_left_is_cleared_also_where_it_was_put_into_place_
     with replacing(tmp_path / "a.json") as partial:
         partial.write_text("whole")
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    said = "pipe: neither a file nor a folder stands there"
+    with pytest.raises(ValueError, match=said), replacing(tmp_path / "pipe") as partial:
+        partial.write_text("numbers")
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_a_file_takes_no_folders_place(tmp_path: Path) -> None:

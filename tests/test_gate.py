@@ -446,7 +446,7 @@ def test_metrics_of_boxes_can_be_bounded() -> None:
     [
         ({"at_least": {"brier": 0.08}}, "brier: lower is better there"),
         ({"at_most": {"auc": 0.9}}, "auc: higher is better there"),
-        ({"at_most": {"brier": float("inf")}}, "no bound"),
+        ({"at_most": {"brier": float("inf")}}, "finite number"),
         ({"at_most": {"brier": 8}}, "brier: 8 asks nothing"),
         ({"at_most": {"log_loss": -0.1}}, "log_loss: -0.1 is below 0"),
         ({"at_least": {}}, "a gate that asks nothing"),

@@ -1,6 +1,7 @@
 """What people write: YAML and records, and the one line that tells what is wrong in them."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,8 @@ RECIPE = {"model": {"family": "resnet"}, "preprocessing": {"height_px": 56, "wid
             "preprocessing.height_px: field required; "
             "--params of train.preprocessing.height: unknown parameter; did you mean 'height_px'?",
         ),
+        ({"sampler": {}}, "sampler: input should be 'natural' or 'balanced' or 'auto'"),
+        ({"learning_rate": math.inf}, "learning_rate: input should be a finite number"),
         ({"preprocessing": {"patch_px": [28, 28]}}, "preprocessing.patch_px.2: field required"),
     ],
 )
@@ -69,6 +72,24 @@ def test_a_file_that_is_no_yaml_is_named_with_its_line(tmp_path: Path) -> None:
     file.write_bytes(b"\x93NUMPY\xff\xfe")
     with pytest.raises(ValueError, match=r"params\.yaml: not YAML: "):
         read_yaml(file)
+
+
+def test_a_date_that_is_none_is_no_yaml() -> None:
+    for value in ("2001-13-45", "!!int abc", "!!timestamp abc"):
+        with pytest.raises(ValueError, match=r"params\.yaml: not YAML: "):
+            parse_yaml(f"own: {value}\n", "params.yaml")
+
+
+@pytest.mark.parametrize("section", ["false", "[]", "''", "0"])
+def test_a_section_that_is_no_mapping_does_not_stand_for_the_defaults(section: str, tmp_path: Path) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text(f"own:\n  train: {section}\n1: {{}}\nempty:\n")
+    with pytest.raises(ValueError, match=r"own\.train: input should be a mapping"):
+        read_params(f"{file}:own", "train", TrainParams)
+    with pytest.raises(ValueError, match="no experiment 'other'; it holds: own, 1, empty"):
+        read_experiment(file, "other")
+    with pytest.raises(ValueError, match="empty: holds no sections"):
+        read_experiment(file, "empty")
 
 
 def test_a_section_that_is_no_step_is_refused_for_every_reader(tmp_path: Path) -> None:
