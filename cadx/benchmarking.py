@@ -755,10 +755,14 @@ def verdict(estimate: Estimate, told: Told) -> Verdict:
 
 
 def network_text(model: Mapping[str, Any]) -> str:
-    """A network in words.
+    """A network in words; a family that has none goes by its own name.
 
     >>> network_text({"family": "resnet", "depth": 18, "width": 0.5})
     'ResNet-18 x 0.5'
+    >>> network_text({"family": "densenet"}), network_text({"family": "densenet", "block_config": [3, 6, 12, 8]})
+    ('DenseNet-121', 'DenseNet-63')
+    >>> network_text({"family": "swin"})
+    'swin'
     >>> network_text({"family": "mil", "encoder": {"depth": 18, "width": 0.25}})
     'attention MIL on ResNet-18 x 0.25'
     """
@@ -769,16 +773,18 @@ def network_text(model: Mapping[str, Any]) -> str:
         return f"{pooling} MIL" + (f" on {network_text({'family': 'resnet'} | encoder)}" if encoder else "")
     if family == "yolo":
         width = model.get("width", 0.5)
+    # As the paper counts: two convolutions a layer, three transitions, the stem and the classifier.
+    layers = 2 * sum(model.get("block_config", (6, 12, 24, 16))) + 5
     name = {
         "resnet": f"ResNet-{depth}",
-        "densenet": "DenseNet-121",
+        "densenet": f"DenseNet-{layers}",
         "convnext": "ConvNeXt",
         "resnet3d": f"3D ResNet-{depth}",
-        "densenet3d": "3D DenseNet",
+        "densenet3d": f"3D DenseNet-{layers}",
         "faster_rcnn": f"Faster R-CNN, ResNet-{depth}",
         "retinanet": f"RetinaNet, ResNet-{depth}",
         "yolo": "YOLO",
-    }[family]
+    }.get(family, family)
     return name if width == 1 else f"{name} x {width:g}"
 
 
