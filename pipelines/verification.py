@@ -303,7 +303,7 @@ def _archive(
             params = read_params(f"{at.params}:{manifest.experiment}", "package", PackageParams)
             name, prevalence = params.name, params.prevalence
         except ValueError:
-            name, prevalence = None, release.prevalence
+            name, prevalence = release.name, release.prevalence  # params.yaml is not at hand
         verdict = verdict_of(decided, at.decision)
         expected = release_of(
             name or manifest.experiment, manifest, digest, verdict, decided.metrics, prevalence

@@ -369,6 +369,15 @@ def test_an_archive_on_its_own_is_held_against_the_signature_beside_it(
     assert any("model.mar.sig" in line for line in broken(capsys.readouterr().out))
 
 
+def test_an_archive_and_its_decision_hold_without_the_parameters_that_name_the_model(
+    chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = tmp_path / "received" / "model.mar"
+    alone.parent.mkdir()
+    shutil.copy(chain.archive, alone)
+    assert chain.verify(str(alone), decision=chain.decision, params=None), broken(capsys.readouterr().out)
+
+
 def test_a_signature_holds_for_these_bytes_and_this_key_alone(chain: Chain) -> None:
     private, public = make_key(chain.folder)
     _, other = make_key(chain.folder, "other")
