@@ -178,9 +178,9 @@ def monitor(
     opened = Bundle(bundle)
     manifest, heldout, reference = opened.manifest, opened.heldout(), opened.reference()
     compacted = compact(request_log, requests)
-    answered = compacted.requests.get(short(opened.digest), 0)
-    others = sum(compacted.requests.values()) - answered
-    if not answered:
+    ours = compacted.requests.get(short(opened.digest), 0)
+    others = sum(compacted.requests.values()) - ours
+    if not ours:
         raise ValueError(
             f"{request_log}: no request that {opened.digest} answered ({others} lines of other bundles, "
             f"{compacted.torn} cut short); give the folder that CADX_REQUEST_LOG names, and the bundle that is served"
@@ -217,7 +217,7 @@ def monitor(
         "torn": compacted.torn,
         "other_bundles": others,
         "duplicates": compacted.duplicates,
-        "older": answered - len(current),
+        "older": ours - len(current),
     }
     record: dict[str, Any] = {
         "schema": 2,
