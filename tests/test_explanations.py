@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,7 @@ from cadx.evaluating.explanations import (
     with_random_weights,
 )
 from cadx.files import digest_bytes
+from cadx.models import ModelConfig
 from cadx.models.radiograph import ConvNeXtConfig, DenseNetConfig, ResNetConfig
 from cadx.models.slide import EncoderConfig, MILConfig
 from cadx.models.volume import DenseNet3DConfig, ResNet3DConfig
@@ -141,16 +142,25 @@ def test_random_weights_are_seeded_and_leave_the_network_and_torch_alone() -> No
 ENCODER = EncoderConfig(depth=18, width=0.125, stem="small")
 
 
+WITH_MAPS = [
+    (ResNetConfig(width=0.25), 1),
+    (DenseNetConfig(growth_rate=4, block_config=(1, 1, 1, 1)), 1),
+    (ConvNeXtConfig(width=0.125, depths=(1, 1, 1, 1)), 1),
+    (ResNet3DConfig(depth=10, width=0.125), 1),
+    (DenseNet3DConfig(growth_rate=4, block_config=(1, 1, 1, 1)), 1),
+    *((MILConfig(pooling=pooling, encoder=ENCODER), 3) for pooling in ("gated_attention", "transformer")),
+]
+"""Of each family but the detectors, whose boxes explain themselves: a network, and the channels of what it sees."""
+
+
+def test_every_family_with_a_map_is_tested_here() -> None:
+    with_maps = {config for config in get_args(get_args(ModelConfig)[0]) if config.takes != "boxes"}
+    assert {type(config) for config, _ in WITH_MAPS} == with_maps
+
+
 @pytest.mark.parametrize(
     ("config", "channels"),
-    [
-        (ResNetConfig(width=0.25), 1),
-        (DenseNetConfig(growth_rate=4, block_config=(1, 1, 1, 1)), 1),
-        (ConvNeXtConfig(width=0.125, depths=(1, 1, 1, 1)), 1),
-        (ResNet3DConfig(depth=10, width=0.125), 1),
-        (DenseNet3DConfig(growth_rate=4, block_config=(1, 1, 1, 1)), 1),
-        *((MILConfig(pooling=pooling, encoder=ENCODER), 3) for pooling in ("gated_attention", "transformer")),
-    ],
+    WITH_MAPS,
     ids=lambda value: f"{getattr(value, 'family', '')} {getattr(value, 'pooling', '')}".strip(),
 )
 def test_no_weight_of_any_family_outlives_the_check(config, channels: int) -> None:

@@ -6,7 +6,7 @@ import urllib.request
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import safetensors.torch
@@ -39,6 +39,7 @@ SMALL = [
     ConvNeXtConfig(width=0.25, depths=(1, 1, 2, 1), stem="small", stochastic_depth=0.0),
 ]
 FAMILIES = [SMALL[0], SMALL[3], SMALL[5]]
+"""The first of each family."""
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +56,11 @@ def _with_attention(model: MedicalClassificationModel) -> MedicalClassificationM
     assert model.attention is not None
     nn.init.normal_(model.attention.weight)
     return model.eval()
+
+
+def test_every_family_of_radiographs_is_tested_here() -> None:
+    takes_images = {config for config in get_args(get_args(ModelConfig)[0]) if config.takes == "images"}
+    assert {type(config) for config in FAMILIES} == takes_images
 
 
 @pytest.mark.parametrize("config", SMALL, ids=str)
