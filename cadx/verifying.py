@@ -250,10 +250,8 @@ def show(title: str, links: Iterable[Link]) -> bool:
     counts: Counter[str] = Counter()
     for link in links:
         counts[link.state] += 1
-        short = [
-            digest.removeprefix("sha256:")[:_SHOWN_DIGITS] if link.state == "broken" else ""
-            for digest in (link.expected, link.found)
-        ]
+        digests = (link.expected if link.state == "broken" else "", link.found)
+        short = [digest.removeprefix("sha256:")[:_SHOWN_DIGITS] for digest in digests]
         table.add_row(marks[link.state], link.of, _shown(link.file), link.said, *short)
     console = Console()
     console.print(table)

@@ -2,10 +2,12 @@
 
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 from cadx.bundle import Manifest, parameters_digest, read_manifest
@@ -38,6 +40,9 @@ from components.package import PackageParams, verdict_of
 from components.train import TrainParams
 from serving.archive import BUNDLE, RELEASE, Release, read_release, release_of, write_archive
 from serving.client import Client
+
+DEPLOYMENT = Path("data/serving/deployment.json")
+"""Where the example of `cadx deploy` has its record; a rehearsal's, of the same name, lies among the reports."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +96,20 @@ def verify(target: str, *, work: Path, reports: Path, **given: Any) -> bool:
         raise ValueError(
             f"{target}: no bundle, no archive, and no experiment with bundles in {work}; give one of these"
         )
-    hold = [show(str(bundle), _links(replace(_beside(bundle, reports), **given))) for bundle in bundles]
+    siblings = _digests(bundles)
+    hold = [
+        show(str(bundle), _links(replace(_beside(bundle, reports), **given), siblings)) for bundle in bundles
+    ]
     return all(hold)  # each is shown, broken or not
+
+
+def _digests(bundles: Sequence[Path]) -> dict[Digest, Path]:
+    """The bundles by their digests; those that cannot be read are told of by their own chains."""
+    found = {}
+    for bundle in bundles:
+        with suppress(ValueError):
+            found[read_manifest(bundle)[1]] = bundle
+    return found
 
 
 def _beside(bundle: Path, reports: Path) -> Evidence:
@@ -109,16 +126,18 @@ def _beside(bundle: Path, reports: Path) -> Evidence:
         "review": told / seed.name / "review",
         "decision": told / seed.name / "decision.json",
         "archive": seed / "model.mar",
-        "deployment": told / "serving" / "deployment.json",
         "signature": signature_of(bundle),
         "params": Path("params.yaml"),
         "lock": Path("dvc.lock"),
     }
-    return replace(Evidence(bundle), **{name: path for name, path in places.items() if path.exists()})
+    deployments = [path for path in (told / "serving" / DEPLOYMENT.name, DEPLOYMENT) if path.exists()]
+    latest = max(deployments, key=lambda path: path.stat().st_mtime, default=None)
+    there = {name: path for name, path in places.items() if path.exists()}
+    return replace(Evidence(bundle), deployment=latest, **there)
 
 
-def _links(at: Evidence) -> Iterator[Link]:
-    """The links from the data to the endpoint."""
+def _links(at: Evidence, siblings: Mapping[Digest, Path] = MappingProxyType({})) -> Iterator[Link]:
+    """The links from the data to the endpoint, at which a bundle of `siblings` may answer in this one's place."""
     try:
         manifest, digest = read_manifest(at.bundle)
     except ValueError as error:
@@ -158,10 +177,12 @@ def _links(at: Evidence) -> Iterator[Link]:
     else:
         yield from _archive(at, at.archive, release, decided, manifest, digest)
         if deployment:
-            yield compare("archive", at.archive, deployment.get("archive"), "deployment.json")
+            yield compare("archive", at.archive, deployment.get("archive"), DEPLOYMENT.name)
+        elif at.deployment is not None:
+            yield Link("archive", "not at hand", str(at.deployment), "tells of another bundle's deployment")
     if at.archive is not None and (signed := signature_of(at.archive)).exists():
         yield signature_link(at.archive, signed, at.public_key)
-    yield _endpoint(at, release, digest)
+    yield _endpoint(at, release, digest, siblings)
 
 
 def _decided(decision: Path | None) -> Decision | None:
@@ -373,7 +394,7 @@ def _unpacked(archive: Path, folder: Path) -> Path:
     return folder / BUNDLE
 
 
-def _endpoint(at: Evidence, release: Release | None, digest: Digest) -> Link:
+def _endpoint(at: Evidence, release: Release | None, digest: Digest, siblings: Mapping[Digest, Path]) -> Link:
     """Which bundle a running server answers from, by a golden question about one sample, whatever its kind."""
     if not at.endpoint:
         return Link("endpoint", "not at hand", said="no --endpoint given")
@@ -401,6 +422,10 @@ def _endpoint(at: Evidence, release: Release | None, digest: Digest) -> Link:
     said = f"{release.name} {answer.model.version} answers"
     if answer.model.bundle == digest:
         return Link("endpoint", "ok", at.endpoint, said, digest, digest)
+    if other := siblings.get(Digest(answer.model.bundle)):
+        return Link(
+            "endpoint", "not at hand", at.endpoint, f"{said}, from {other}", found=answer.model.bundle
+        )
     return Link(
         "endpoint", "broken", at.endpoint, f"{said}, from another bundle", digest, answer.model.bundle
     )

@@ -433,5 +433,14 @@ def test_a_server_is_asked_which_bundle_answers(chain: Chain, capsys: pytest.Cap
         given = {"dataset": chain.work / "squares/dataset", "archive": chain.archive}
         assert not chain.verify(str(evidence), **given, **at)
         assert any("from another bundle" in line for line in broken(capsys.readouterr().out))
+        # Of an experiment's seeds one is served.
+        shutil.copytree(evidence, chain.work / "squares/1/bundle")
+        shutil.copy(chain.archive, chain.work / "squares/1/model.mar")
+        chain.verify(**at)
+        said = capsys.readouterr().out
+        assert len(re.findall(r"│ ok +│ endpoint ", said)) == 1
+        assert len(re.findall(r"│ not at hand +│ endpoint ", said)) == 1
+        assert Bundle(chain.bundle).digest.removeprefix("sha256:")[:12] in said
+        shutil.rmtree(chain.work / "squares/1")
     assert not chain.verify(**at)
     assert any("the server has it while it runs" in line for line in broken(capsys.readouterr().out))
