@@ -34,7 +34,7 @@ from cadx.bundle import read_manifest, versions
 from cadx.catalog import PhantomEntry, load_catalog
 from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo, read_splits
 from cadx.explaining import title
-from cadx.files import peak_memory_bytes, replacing, write_json
+from cadx.files import peak_memory_bytes, read_json_lines, replacing, write_json
 from cadx.loading import input_text
 from cadx.reporting import INK, LEGEND, MARK, MISSING, MUTED, PALETTE, estimate_text, panels
 from cadx.results import read_numbers
@@ -567,7 +567,7 @@ def _training(logs: Sequence[Path]) -> tuple[Training | None, int | None]:
         return None, None
     seconds, peaks = [], []
     for log in logs:
-        header, *records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        header, *records = read_json_lines(log)
         epochs = [record for record in records if "seconds" in record]
         seconds.append(sum(epoch["seconds"] for epoch in epochs))
         # The log counts in 2^20 bytes.

@@ -71,6 +71,32 @@ def write_json(path: Path, value: Any) -> None:
         partial.write_text(canonical_json(value), encoding="utf-8")
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: one line that names it, if it is no JSON.
+    """
+    return _parsed(path, path.read_bytes())
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """What each line of a file of JSON lines holds.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_json`.
+    """
+    return [_parsed(path, line) for line in path.read_bytes().splitlines()]
+
+
+def _parsed(path: Path, text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); run the step that makes it again") from None
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; it takes the place of `path` only if the block succeeds.

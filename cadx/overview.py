@@ -3,7 +3,6 @@
 Reads only what the steps left: the dataset, splits and bundles, and the reports' JSON and Parquet files.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from cadx.bundle import Bundle
 from cadx.datasets import DatasetFolder, read_splits
 from cadx.evaluating import HEADLINES, Settings, evaluation_of, judged_on, meanings_of
 from cadx.explaining import overlay, title
-from cadx.files import digest_path
+from cadx.files import digest_path, read_json, read_json_lines
 from cadx.gating import Decision, read_decisions
 from cadx.predicting.predictor import Predictor
 from cadx.predicting.table import read_predictions
@@ -41,7 +40,7 @@ def write_overview(experiment: str, work: Path, reports: Path) -> Path:
     summary_file = reports / "metrics.json"
     if not summary_file.is_file() or not (work / "dataset").is_dir():
         raise ValueError(f"{summary_file}: not there; run `make reproduce EXPERIMENT={experiment}` first")
-    summary = json.loads(summary_file.read_text(encoding="utf-8"))
+    summary = read_json(summary_file)
     folder = DatasetFolder(work / "dataset")
     splits = read_splits(work / "splits.parquet")
     seeds: list[int] = summary["seeds"]
@@ -54,8 +53,8 @@ def write_overview(experiment: str, work: Path, reports: Path) -> Path:
         ("all seeds", "report.html"),
     ])  # fmt: skip
     _answer(page, summary, folder.info.task)
-    _data(page, folder, splits, json.loads((reports / "validation.json").read_text(encoding="utf-8")))
-    _imbalance(page, json.loads((reports / "imbalance.json").read_text(encoding="utf-8")))
+    _data(page, folder, splits, read_json(reports / "validation.json"))
+    _imbalance(page, read_json(reports / "imbalance.json"))
     _training(page, work, seeds, folder.info.task)
     _results(page, summary, reports, seeds)
     _cases(page, folder, work / str(seeds[0]) / "bundle", reports / str(seeds[0]) / "predictions.parquet")
@@ -217,7 +216,7 @@ def _service(page: Page, serving: Path) -> None:
     record_file = serving / "rehearsal.json"
     if not record_file.is_file():
         return
-    record = json.loads(record_file.read_text(encoding="utf-8"))
+    record = read_json(record_file)
     page.section("In service")
     page.facts([
         ("requests answered", record["answered"]),
@@ -259,7 +258,7 @@ def _chain(page: Page, folder: DatasetFolder, work: Path, reports: Path, seeds: 
     )
     uses = reports / "test_uses.jsonl"
     if uses.is_file():
-        lines = [json.loads(line) for line in uses.read_text(encoding="utf-8").splitlines()]
+        lines = read_json_lines(uses)
         page.text(
             f"The test split has been scored {len(lines)} times, for {len({u['bundle'] for u in lines})} bundles."
         )

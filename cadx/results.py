@@ -5,7 +5,6 @@ digest of the numbers that it belongs to: on a machine without predictions it is
 """
 
 import io
-import json
 import math
 import re
 import shutil
@@ -23,7 +22,7 @@ from cadx.catalog import Entry, Published, load_catalog
 from cadx.datasets import DatasetFolder
 from cadx.evaluating import HEADLINES, Evaluation, Mistake, Settings, evaluation_of, judged_on, meanings_of
 from cadx.explaining import title
-from cadx.files import digest_bytes, digest_path, replacing
+from cadx.files import digest_bytes, digest_path, read_json, read_json_lines, replacing
 from cadx.gating import Decision, read_decision
 from cadx.predicting.table import PredictionsInfo, read_predictions
 from cadx.reporting import INK, LEGEND, MARK, MISSING, MUTED, estimate_text, panels, svg_file, thumbnail_png
@@ -164,11 +163,11 @@ def read_numbers(reports: Path, seeds: Iterable[int]) -> Numbers | None:
     for seed in seeds:
         file = reports / str(seed) / "metrics.json"
         if file.is_file():
-            by_seed[seed] = json.loads(file.read_text(encoding="utf-8"))
+            by_seed[seed] = read_json(file)
     if not by_seed:
         return None
     file = reports / "metrics.json"
-    record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    record = read_json(file) if file.is_file() else {}
     if record.get("bundles") != [one["bundle"] for one in by_seed.values()]:
         # Not joined yet, or joined before a seed was trained again.
         first = next(iter(by_seed))
@@ -186,8 +185,7 @@ def _read(
     file, record, each = found
     seeds = tuple(each)
     log = reports / "test_uses.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-    uses = [json.loads(line)["bundle"] for line in lines]
+    uses = [use["bundle"] for use in read_json_lines(log)] if log.is_file() else []
     return _Experiment(
         name=name,
         entry=entry,
@@ -261,7 +259,7 @@ def _dataset(one: _Experiment, path: Path) -> DatasetFolder | None:
     if not (path / "dataset.json").is_file():
         return None
     file = one.file.parent / str(one.seeds[0]) / "metrics.json"
-    scored = json.loads((file if file.is_file() else one.file).read_text(encoding="utf-8"))
+    scored = read_json(file if file.is_file() else one.file)
     return DatasetFolder(path) if scored["dataset"] == digest_path(path / "dataset.json") else None
 
 

@@ -1,7 +1,6 @@
 """A rehearsal of clinical use on this very machine: served, asked, watched, and stopped again."""
 
 import io
-import json
 import time
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.progress import track
 from scipy.ndimage import gaussian_filter
 
 from cadx.datasets import DatasetFolder
-from cadx.files import write_json
+from cadx.files import read_json, write_json
 from cadx.gating import Decision, read_decisions
 from cadx.predicting.table import read_predictions
 from cadx.reading.images import encode_png
@@ -87,7 +86,7 @@ def rehearse(experiment: str, *, work: Path, reports: Path, params: Path, reques
             )
 
         put_into_service(served)
-        deployment = json.loads((home / "deployment.json").read_text(encoding="utf-8"))
+        deployment = read_json(home / "deployment.json")
         say(
             f"[bold]deploy[/]   {experiment}, seed {served.seed}: {deployment['golden_samples']} golden samples agree "
             f"to {deployment['largest_difference']:.1e}; version {deployment['version']} is live"
@@ -184,5 +183,5 @@ def _watch(request_log: Path, bundle: Path, drift: Path, params: MonitorParams) 
             prometheus=drift.with_suffix(".prom"),
             params=params,
         )
-    found = json.loads(record.read_text(encoding="utf-8"))
+    found = read_json(record)
     return {"drifted": found["drifted"], "said": found["message"]}

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from cadx.files import replacing
+from cadx.files import read_json, read_json_lines, replacing
 
 
 def test_two_processes_that_write_one_path_leave_the_later_one_whole(tmp_path: Path) -> None:
     target = tmp_path / "made.json"
     other = (
-        "import sys; from pathlib import Path; from cadx.files import replacing\n"
+        "import sys; from pathlib import Path; from cadx.files import read_json, read_json_lines, replacing\n"
         "with replacing(Path(sys.argv[1])) as partial:\n"
         "    partial.write_text('theirs'); print('writing', flush=True); sys.stdin.readline()\n"
     )
@@ -57,3 +57,11 @@ def test_a_file_takes_no_folders_place(tmp_path: Path) -> None:
         partial.write_text("numbers")
     assert (tmp_path / "images/1.png").read_bytes() == b"kept"
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_a_report_that_was_cut_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text('{"n": 3')
+    with pytest.raises(ValueError, match=r"metrics\.json: not JSON .*; run the step that makes it again"):
+        read_json(tmp_path / "metrics.json")
+    (tmp_path / "uses.jsonl").write_text('{"seed": 0}\n{"seed": 1}\n')
+    assert read_json_lines(tmp_path / "uses.jsonl") == [{"seed": 0}, {"seed": 1}]
