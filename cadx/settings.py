@@ -11,6 +11,9 @@ from pydantic import ValidationError
 
 from cadx.types import Config
 
+_NO_YAML = (yaml.YAMLError, ValueError, AttributeError)
+"""What PyYAML raises: the last two of bytes that are no text, and of dates and numbers that are none."""
+
 
 class _Loader(yaml.CSafeLoader):
     """YAML's own rule, which PyYAML does not keep: the keys of a mapping are unique. Else the later one won, unsaid."""
@@ -51,11 +54,7 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
     """
     try:
         return yaml.load(text, _Loader)  # noqa: S506 (it is a safe loader)
-    except (
-        yaml.YAMLError,
-        ValueError,
-        AttributeError,
-    ) as error:  # the latter of dates and numbers that are none
+    except _NO_YAML as error:
         said = " ".join(str(error).split())
         for stream in ('in "<byte string>", ', 'in "<unicode string>", '):
             said = said.replace(stream, "")
