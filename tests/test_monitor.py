@@ -520,7 +520,7 @@ def test_missed_patients_are_an_alarm_though_nothing_has_drifted(served: Served,
     ("declared", "message"),
     [
         ({"at_least": {"sensitivity": 95}}, "less than or equal to 1"),
-        ({"at_least": {"auc": float("nan")}}, "less than or equal to 1"),
+        ({"at_least": {"auc": float("nan")}}, "finite number"),
         ({"at_most": {"calibration_slope": float("nan")}}, "finite number"),
         ({"window": 20, "minimum_n": 30}, "window 20 never holds the minimum_n of 30 requests"),
     ],

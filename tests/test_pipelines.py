@@ -584,7 +584,7 @@ def test_a_wrong_resource_is_refused_in_a_line(text: str, message: str, tmp_path
 
 def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "photo.yaml").write_bytes(b"\xff\xd8\xff\xe0")
-    with pytest.raises(ValueError, match=r"photo\.yaml: not YAML, not even text"):
+    with pytest.raises(ValueError, match=r"photo\.yaml: not YAML: "):
         read_placements(tmp_path / "photo.yaml")
 
 
