@@ -921,7 +921,8 @@ def markdown(benchmark: Benchmark, figure: str) -> str:
         "machine. Ours are other data, smaller inputs and narrower networks"
         + (f", and the patients of {', '.join(drawn)} are drawn: " if drawn else ": ")
         + "quality beside quality says that a family works, not that one is better. Accuracy counts the likeliest "
-        "class. Memory does not depend on what else runs; times do.",
+        "class. Memory does not depend on what else runs; times do. A dash: not measured on this machine, or nothing "
+        "in the text to stand beside.",
         "",
         *(f"- {one.experiment} ({one.family}): {one.reason}" for one in benchmark.missing),
         *([""] if benchmark.missing else []),
