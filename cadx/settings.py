@@ -1,6 +1,7 @@
 """What people write, read strictly: YAML in which nothing stands twice, and one line for what is wrong in a record."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -78,9 +79,9 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    for number, (name, _) in enumerate(pairs):
-        if name in (other for other, _ in pairs[:number]):
-            raise ValueError(f"{name!r} stands twice")
+    [(name, times)] = Counter(name for name, _ in pairs).most_common(1) or [("", 0)]
+    if times > 1:
+        raise ValueError(f"{name!r} stands twice")
     return dict(pairs)
 
 
