@@ -22,8 +22,8 @@ from cadx.detection import calculate_map
 from cadx.loading import TilePreprocessing
 from cadx.loading.slides import tissue_fractions
 from cadx.predicting.bags import pool_tiles
-from cadx.predicting.boxes import detection_table
 from cadx.predicting.predictor import Predictor
+from cadx.predicting.table import detection_table
 from cadx.splitting import assign_splits
 from components.contract import ROOT, Params, read_params
 from components.ingest import IngestParams, ingest

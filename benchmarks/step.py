@@ -24,7 +24,8 @@ from benchmarks._claim import claim
 from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
 from cadx.files import digest_bytes
 from cadx.models import Output, ResNetConfig
-from cadx.training import TrainingConfig, fit
+from cadx.training import TrainingConfig
+from cadx.training.loop import fit
 from cadx.transforms import Preprocessing
 
 NUM_IMAGES = 1024

@@ -39,7 +39,8 @@ from cadx.loading import input_text
 from cadx.reporting import INK, LEGEND, MARK, MISSING, MUTED, PALETTE, estimate_text, panels
 from cadx.results import read_numbers
 from cadx.settings import did_you_mean, read_yaml
-from cadx.training import TrainingConfig, fit
+from cadx.training import TrainingConfig
+from cadx.training.loop import fit
 from cadx.types import Config, Digest, Estimate, Kind, Task
 
 BENCHMARK = Path("docs/benchmark.json")

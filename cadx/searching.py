@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial, Trial
 
-    from cadx.training import Fitted
+    from cadx.training.loop import Fitted
 
 OnEpoch = Callable[[dict[str, Any]], None]
 """Called with each epoch's history record, those before a resume included; what it raises ends the training."""

@@ -1,7 +1,7 @@
 """Make probabilities honest, choose the operating point and fit prediction sets, on the calibration split alone."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -10,12 +10,12 @@ from cadx import calibration, conformal, detection
 from cadx.bundle import REFERENCE_DECIMALS, Bundle, OperatingPoint
 from cadx.datasets import DatasetFolder, read_splits
 from cadx.metrics import Scores, score
-from cadx.predicting.boxes import detection_table, image_answers
-from cadx.predicting.folds import out_of_fold
-from cadx.predicting.predictor import Predictor
-from cadx.predicting.table import answer_table, decide
+from cadx.predicting.table import answer_table, decide, detection_table, image_answers
 from cadx.types import Estimate, Task
 from components.contract import In, Out, Params, step
+
+if TYPE_CHECKING:
+    from cadx.predicting.predictor import Predictor
 
 
 class CalibrateParams(Params):
@@ -88,6 +88,9 @@ def calibrate(*, dataset: In, splits: In, trained: In, bundle: Out, params: Cali
         raise ValueError(
             f"calibrate.threshold {params.threshold:g}: of several classes the most probable is called; leave it out"
         )
+    from cadx.predicting.folds import out_of_fold  # torch takes seconds: bad input is refused before
+    from cadx.predicting.predictor import Predictor
+
     predictor = Predictor(opened, uncalibrated_ok=True)
     if params.split == "folds":
         answering = list(out_of_fold(predictor, folder, splits))
@@ -182,7 +185,7 @@ def _complete_boxes(
     opened: Bundle,
     bundle: Path,
     folder: DatasetFolder,
-    answering: list[tuple[Predictor, list[str]]],
+    answering: "list[tuple[Predictor, list[str]]]",
     splits: Path,
     params: CalibrateParams,
 ) -> None:

@@ -21,7 +21,6 @@ from cadx.types import Digest
 from components.contract import In, Keep, Out, Params, step
 from serving.archive import Release
 from serving.client import RESPONSE_TIMEOUTS_S, AnyAnswer, Client, DetectionAnswer, SlideAnswer
-from serving.kinds import encode_nifti
 from serving.management import (
     Deployed,
     Management,
@@ -222,6 +221,8 @@ def asking(
         version: of the model; None for the default one.
     """
     if folder.info.kind == "volume":
+        from serving.kinds import encode_nifti  # with torch, which takes seconds
+
         yield lambda sample_id: client.predict_volume(
             encode_nifti(
                 folder.pixels(sample_id), None, VolumeSource.of_folder(folder, sample_id).spacing_mm

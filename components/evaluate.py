@@ -24,8 +24,6 @@ from cadx.evaluating import (
 )
 from cadx.files import digest_path, write_json
 from cadx.loading import input_text
-from cadx.predicting.folds import out_of_fold
-from cadx.predicting.predictor import Predictor
 from cadx.predicting.table import PredictionsInfo, write_predictions
 from cadx.reporting import Page, estimate_text
 from cadx.types import Digest, Judged
@@ -71,13 +69,17 @@ def evaluate(
     """
     _read_test_uses(test_uses)
     folder = DatasetFolder(dataset)
-    predictor = Predictor(bundle)
-    manifest = predictor.bundle.manifest
+    opened = Bundle(bundle)
+    manifest = opened.manifest
     if folder.info.classes != manifest.classes:
         raise ValueError(
             f"{dataset}: classes {folder.info.classes}, but {bundle} was trained on {manifest.classes}; "
             "train again"
         )
+    from cadx.predicting.folds import out_of_fold  # torch takes seconds: bad input is refused before
+    from cadx.predicting.predictor import Predictor
+
+    predictor = Predictor(opened)
     if params.split == "folds":
         answering = list(out_of_fold(predictor, folder, splits))
     else:

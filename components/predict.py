@@ -19,7 +19,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,11 +29,13 @@ from pydantic import Field
 
 from cadx.bundle import Manifest, answer_columns
 from cadx.files import digest_path
-from cadx.predicting.predictor import Predictor
 from cadx.reading.images import read_image
 from cadx.reading.volumes import read_volume
 from cadx.types import Prediction
 from components.contract import In, Out, Params, step
+
+if TYPE_CHECKING:
+    from cadx.predicting.predictor import Predictor
 
 _READERS: dict[str, Callable[[Path], Any]] = {"image": read_image, "volume": read_volume}
 """What is read of a file before the Predictor sees it; a slide is read where it lies."""
@@ -61,6 +63,8 @@ def predict(*, bundle: In, images: In, predictions: Out, unreadable: Out, params
     Raises:
         ValueError: if the folder holds no file, one may not be opened, or more are unreadable than may be.
     """
+    from cadx.predicting.predictor import Predictor  # torch takes seconds: bad input is refused before
+
     predictor = Predictor(bundle)
     files = _files(images, predictor.subject.kind)
     if not files:
@@ -108,7 +112,7 @@ def _sha256(path: Path) -> str:
 
 
 def _answers(
-    predictor: Predictor, files: Sequence[File], refused: list[dict[str, str]]
+    predictor: "Predictor", files: Sequence[File], refused: list[dict[str, str]]
 ) -> Iterator[list[dict[str, Any]]]:
     """Rows by group of files; what cannot be read, or answered, goes to `refused`."""
     remaining = iter(files)
@@ -126,7 +130,7 @@ def _answers(
 
 
 def _answered(
-    predictor: Predictor, read: Sequence[tuple[File, Any]], refused: list[dict[str, str]]
+    predictor: "Predictor", read: Sequence[tuple[File, Any]], refused: list[dict[str, str]]
 ) -> list[dict[str, Any]]:
     """Rows of what has been read so far: the tiles of a slide are read only now, and each may be damaged."""
     try:
@@ -153,7 +157,7 @@ def _columns(manifest: Manifest) -> list[str]:
     return ["sha256", *answer_columns(manifest.task, manifest.classes), *sets, "warnings"]
 
 
-def _row(file: File, answer: Prediction, predictor: Predictor) -> dict[str, Any]:
+def _row(file: File, answer: Prediction, predictor: "Predictor") -> dict[str, Any]:
     row: dict[str, Any] = {"sha256": file.sha256}
     row |= {f"prob_{name}": probability for name, probability in answer.probabilities.items()}
     if isinstance(answer.decision, tuple):
@@ -165,7 +169,7 @@ def _row(file: File, answer: Prediction, predictor: Predictor) -> dict[str, Any]
     return row | {"warnings": "; ".join(answer.warnings)}
 
 
-def _boxes(predictor: Predictor, read: Sequence[tuple[File, Any]]) -> Iterator[list[dict[str, Any]]]:
+def _boxes(predictor: "Predictor", read: Sequence[tuple[File, Any]]) -> Iterator[list[dict[str, Any]]]:
     classes = predictor.bundle.manifest.classes
     found = predictor.detect(raw.pixels for _, raw in read)
     for (file, _), one in zip(read, found, strict=True):

@@ -33,7 +33,7 @@ from cadx.searching import (
 )
 from cadx.searching import search as search_recipes
 from cadx.settings import explain
-from cadx.training import Fitted, TrainingConfig, fit, monitored
+from cadx.training import TrainingConfig, monitored
 from components.contract import (
     In,
     Keep,
@@ -49,6 +49,8 @@ from components.train import TrainParams
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from optuna.trial import FrozenTrial
+
+    from cadx.training.loop import Fitted
 
 NUM_ROWS_SHOWN = 500
 MAX_CURVES = 60  # of the latest trials; more lines hide one another
@@ -86,6 +88,8 @@ def search(
     frame = read_splits(splits)
     frame = frame[frame["split"].isin(["train", "val"])].reset_index(drop=True)
     code = code_digest(source_digests("train"))
+    from cadx.training.loop import fit  # torch takes seconds: bad input is refused before
+
     plain = _plain(base, base.resolve(imbalance), params)
 
     def build(section: Mapping[str, Any]) -> TrainingConfig:
@@ -95,7 +99,7 @@ def search(
         except ValidationError as error:
             raise ValueError(explain(error, "train", kept)) from None
 
-    def train(config: TrainingConfig, checkpoints: Path, on_epoch: OnEpoch) -> Fitted:
+    def train(config: TrainingConfig, checkpoints: Path, on_epoch: OnEpoch) -> "Fitted":
         return fit(config, folder, frame, seed=seed, checkpoints=checkpoints, code=code, on_epoch=on_epoch)
 
     monitor = monitored(base, folder.info.task)

@@ -13,11 +13,10 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
-import torch
 from pydantic import ValidationError
 
 from cadx.bundle import Manifest, Provenance, parameters_digest, versions, write_bundle
@@ -26,7 +25,7 @@ from cadx.files import digest_path, plain
 from cadx.models import pretrained_origin
 from cadx.settings import explain
 from cadx.splitting import cross_validation
-from cadx.training import Fitted, Recipe, SamplerName, TrainingConfig, discard_checkpoint, fit
+from cadx.training import Recipe, SamplerName, TrainingConfig
 from cadx.types import Config
 from cadx.weighting import LossConfig
 from components.contract import (
@@ -39,6 +38,9 @@ from components.contract import (
     source_digests,
     step,
 )
+
+if TYPE_CHECKING:
+    from cadx.training.loop import Fitted
 
 _MEASURED = {"seconds", "peak_memory_mb"}
 _BETWEEN_MEMBERS = 1_000_003  # far more than anybody's seeds: no two members of two runs share one
@@ -118,6 +120,8 @@ def train(
     folder.verify()
     frame = read_splits(splits)
     config = params.resolve(imbalance)
+    from cadx.training.loop import discard_checkpoint, fit  # torch takes seconds: bad input is refused before
+
     sources = source_digests("train")  # before the first epoch: what is edited meanwhile has not run
     code = code_digest(sources)
     folds = _folds(config, folder, frame, seed)
@@ -198,7 +202,7 @@ def _remove_empty(folders: Sequence[Path]) -> None:
             folder.rmdir()
 
 
-def _summary(members: Sequence[Fitted]) -> dict[str, Any]:
+def _summary(members: "Sequence[Fitted]") -> dict[str, Any]:
     """What the networks' best epochs reached on the fold that each did not see: mean, spread, and each."""
     summary: dict[str, Any] = {}
     for name in [key for key in members[0].history[0] if key.startswith("val_")]:
@@ -212,13 +216,13 @@ def _summary(members: Sequence[Fitted]) -> dict[str, Any]:
     return summary
 
 
-def _header(experiment: str, seed: int, config: TrainingConfig, fitted: Fitted) -> dict[str, Any]:
+def _header(experiment: str, seed: int, config: TrainingConfig, fitted: "Fitted") -> dict[str, Any]:
     return {
         "experiment": experiment,
         "seed": seed,
         "device": fitted.device,
         "precision": fitted.precision,
-        "threads": torch.get_num_threads(),
+        "threads": fitted.threads,
         "cores": os.cpu_count(),
         "versions": versions(),
         "num_parameters": fitted.num_parameters,

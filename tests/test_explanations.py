@@ -33,7 +33,8 @@ from cadx.models.slide import EncoderConfig, MILConfig
 from cadx.models.volume import DenseNet3DConfig, ResNet3DConfig
 from cadx.predicting.bags import embed_tiles
 from cadx.predicting.predictor import Predictor
-from cadx.training import TrainingConfig, fit
+from cadx.training import TrainingConfig
+from cadx.training.loop import fit
 from serving.demo import write_demo_bundle
 
 

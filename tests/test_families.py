@@ -21,10 +21,11 @@ from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
 from cadx.detection import calculate_map
 from cadx.files import digest_bytes, digest_path
 from cadx.models import ModelConfig, pretrained_origin
-from cadx.predicting.boxes import detection_table
 from cadx.predicting.predictor import Predictor
+from cadx.predicting.table import detection_table
 from cadx.sampling import EpochSampler
-from cadx.training import TrainingConfig, fit, run_key
+from cadx.training import TrainingConfig
+from cadx.training.loop import fit, run_key
 from cadx.training.volumes import VolumeWorkload
 from cadx.training.workload import Draw, Setting
 from tests.test_predicting_kinds import write_trained

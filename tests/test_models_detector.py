@@ -354,15 +354,23 @@ def test_a_lesion_is_rare_before_training() -> None:
     assert outputs[0]["cls_logits"].sigmoid().mean().item() == pytest.approx(0.01, abs=0.005)
 
 
-def test_proposals_are_pooled_where_they_are() -> None:
+@pytest.mark.parametrize(("resolution", "sampling_ratio"), [(7, 2), (5, 1)])
+def test_proposals_are_pooled_where_they_are(resolution: int, sampling_ratio: int) -> None:
     torch.manual_seed(0)
-    pool = FASTER.build(1, 1).network.roi_heads.box_roi_pool
+    config = FASTER.model_copy(update={"roi_resolution": resolution, "roi_sampling_ratio": sampling_ratio})
+    pool = config.build(1, 1).network.roi_heads.box_roi_pool
     maps = {str(i): torch.randn(1, 2, 64 // 2**i, 64 // 2**i) for i in range(3)}
     # Sides of 8, 40 and 70 px: below 28, from 28 and from 56 px, a quarter of the usual 112 and 224.
     boxes = torch.tensor([[100.0, 60, 108, 68], [30, 40, 70, 80], [10, 20, 80, 90]])
     pooled = pool(maps, [boxes], [(256, 256)])
     for i, box in enumerate(boxes):
-        expected = roi_align(maps[str(i)], [box[None]], 7, spatial_scale=1 / (4 * 2**i), sampling_ratio=2)
+        expected = roi_align(
+            maps[str(i)],
+            [box[None]],
+            resolution,
+            spatial_scale=1 / (4 * 2**i),
+            sampling_ratio=sampling_ratio,
+        )
         torch.testing.assert_close(pooled[i : i + 1], expected)
 
 

@@ -17,7 +17,8 @@ from cadx.predicting.boxes import detect, pool_detections
 from cadx.predicting.predictor import Predictor
 from cadx.predicting.volumes import slide_over
 from cadx.reading.volumes import read_volume
-from cadx.training import TrainingConfig, fit
+from cadx.training import TrainingConfig
+from cadx.training.loop import fit
 from cadx.transforms import Cells, Preprocessing
 from tests.test_loading_slides import section, slide_dataset, write_slide
 

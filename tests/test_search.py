@@ -20,7 +20,7 @@ import yaml
 
 from cadx.datasets import DatasetWriter, SourceInfo, write_splits
 from cadx.files import digest_bytes
-from cadx.training import fit
+from cadx.training.loop import fit
 from components.contract import ROOT, read_params
 from components.search import SearchParams, search
 from components.train import TrainParams
@@ -154,7 +154,7 @@ def test_training_gets_the_train_and_val_splits_alone(
         seen.append(splits)
         return fit(config, folder, splits, **others)
 
-    monkeypatch.setattr("components.search.fit", spy)
+    monkeypatch.setattr("cadx.training.loop.fit", spy)
     search(**_arguments(inputs, tmp_path, num_trials=1))
     (frame,) = seen
     assert frame["split"].value_counts().to_dict() == {"train": 80, "val": 40}

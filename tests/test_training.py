@@ -25,7 +25,9 @@ from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
 from cadx.files import digest_bytes
 from cadx.models import DenseNetConfig, ResNetConfig
 from cadx.sampling import BalancedSampler, EpochSampler
-from cadx.training import Fitted, TrainingConfig, fit, learning_rate_factor, loop, macro_auc
+from cadx.training import TrainingConfig, loop
+from cadx.training.loop import Fitted, fit, learning_rate_factor
+from cadx.training.workload import macro_auc
 from cadx.transforms import Augmentation, Preprocessing
 from cadx.weighting import LossConfig
 
@@ -517,7 +519,8 @@ import json, sys, torch
 from pathlib import Path
 import pandas as pd
 from cadx.datasets import DatasetFolder
-from cadx.training import TrainingConfig, fit
+from cadx.training import TrainingConfig
+from cadx.training.loop import fit
 torch.set_num_threads(1)
 out = Path(sys.argv[1])
 for name, (folder, splits, config) in json.loads((out / "runs.json").read_text()).items():

@@ -12,8 +12,9 @@ import torch
 from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
 from cadx.files import digest_bytes
 from cadx.models import Detections
-from cadx.training import TrainingConfig, fit, train_medical_detector
+from cadx.training import TrainingConfig
 from cadx.training.boxes import BoxWorkload
+from cadx.training.loop import fit, train_medical_detector
 from cadx.training.workload import Forward, Setting
 
 CPU = torch.device("cpu")

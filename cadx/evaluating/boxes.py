@@ -32,7 +32,14 @@ from cadx.evaluating.evaluation import (
 from cadx.evaluating.lesion_sizes import ATTRIBUTE
 from cadx.explaining import Band, draw_band, show_subgroups, square, title
 from cadx.metrics import Difference, Gap, Subgroup, corrected, gap_between, share_of
-from cadx.predicting.table import PredictionsInfo, box_lists, box_table, subgroups
+from cadx.predicting.table import (
+    PredictionsInfo,
+    box_lists,
+    box_table,
+    detection_table,
+    image_answers,
+    subgroups,
+)
 from cadx.reporting import INK, PALETTE, Page, draw_boxes, panels
 from cadx.types import Estimate
 
@@ -127,8 +134,6 @@ class Detection(Evaluation):
     @staticmethod
     def predict(predictor: "Predictor", folder: DatasetFolder, sample_ids: Sequence[str]) -> pd.DataFrame:
         """The rows of the predictions file."""
-        from cadx.predicting.boxes import detection_table, image_answers
-
         classes = predictor.bundle.manifest.classes
         answers = predictor.detect(predictor.stored(folder, sample_ids))
         found = detection_table(dict(zip(sample_ids, answers, strict=True)), classes)

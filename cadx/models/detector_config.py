@@ -85,6 +85,9 @@ class FasterRCNNConfig(DetectorConfig):
             those with the largest loss (`HardNegativeMiner`), in both stages, but for a focal objectness.
         num_proposals: most boxes of an image that reach the second stage.
         rois_per_image: how many of them it learns from where negatives are drawn, at most a quarter positive.
+        roi_resolution: bins a side in which a proposal's features are pooled.
+        roi_sampling_ratio: samples a side of each bin. Of lesions whose bins are smaller than a place of the
+            level, one says what four do, and what is learned from them costs a quarter.
         head_dim: width of the second stage's two layers.
     """
 
@@ -99,6 +102,8 @@ class FasterRCNNConfig(DetectorConfig):
     hard_negatives: Annotated[float, Field(gt=0)] | None = None
     num_proposals: Annotated[int, Field(ge=1)] = 300
     rois_per_image: Annotated[int, Field(ge=4)] = 64
+    roi_resolution: Annotated[int, Field(ge=1)] = 7
+    roi_sampling_ratio: Annotated[int, Field(ge=1)] = 2
     head_dim: Annotated[int, Field(ge=1)] = 256
 
     def build(self, num_classes: int, channels: int) -> "MedicalFasterRCNN":

@@ -264,7 +264,7 @@ class _Heads(RoIHeads):
     """The second stage."""
 
     def __init__(self, num_classes: int, num_levels: int, config: "FasterRCNNConfig") -> None:
-        pool = _RoIAlign(num_levels, finest_anchor_px=config.anchor_sizes_px[0][0])
+        pool = _RoIAlign(num_levels, config)
         super().__init__(
             pool,
             TwoMLPHead(config.fpn_channels * pool.output_size[0] * pool.output_size[1], config.head_dim),
@@ -336,12 +336,14 @@ class _RoIAlign(MultiScaleRoIAlign):
     The compiled one adds up its gradients on a GPU in any order.
     """
 
-    def __init__(self, num_levels: int, finest_anchor_px: float) -> None:
-        super().__init__([str(i) for i in range(num_levels)], output_size=7, sampling_ratio=2)
+    def __init__(self, num_levels: int, config: "FasterRCNNConfig") -> None:
+        super().__init__(
+            [str(i) for i in range(num_levels)], config.roi_resolution, config.roi_sampling_ratio
+        )
         self.scales = [1 / (4 * 2**i) for i in range(num_levels)]
         # As many anchors' sides as torchvision's 224 px are of its 32.
         self.map_levels = LevelMapper(
-            2, num_levels + 1, canonical_scale=7 * finest_anchor_px, canonical_level=4
+            2, num_levels + 1, canonical_scale=7 * config.anchor_sizes_px[0][0], canonical_level=4
         )
 
     def forward(

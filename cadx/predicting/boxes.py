@@ -1,15 +1,13 @@
 """Images before a detector: whole or in tiles, and the boxes brought back to stored pixels."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from cadx.loading.boxes import View, crop_input, image_moments, merge_tiles, tile_grid, to_raw
 from cadx.models.interface import Detections
-from cadx.predicting.table import answer_table
 from cadx.transforms import Preprocessing
 
 TILE_OVERLAP = 0.25
@@ -95,39 +93,6 @@ def pool_detections(members: Sequence[Detections], nms_iou: float = 0.5) -> Dete
         every.labels[index],
         torch.tensor([score for score, _ in ranked], dtype=every.scores.dtype),
     )
-
-
-def detection_table(answers: Mapping[str, Detections], classes: Sequence[str]) -> pd.DataFrame:
-    """A row per box: sample_id, class, x0, y0, x1, y1, score; samples in their order, scores falling."""
-    rows = [
-        (sample_id, classes[label], *box, score)
-        for sample_id, answer in answers.items()
-        for box, label, score in zip(*(field.tolist() for field in answer), strict=True)
-    ]
-    return pd.DataFrame(rows, columns=["sample_id", "class", "x0", "y0", "x1", "y1", "score"])
-
-
-def image_answers(
-    detections: pd.DataFrame,
-    sample_ids: Sequence[str],
-    classes: Sequence[str],
-    thresholds: Mapping[str, float],
-) -> pd.DataFrame:
-    """What boxes say of each image: `answer_columns`, and `num_boxes`, how many are called.
-
-    Args:
-        detections: as from `detection_table`.
-        sample_ids: of the images, those without any box too.
-        classes: all classes.
-        thresholds: class -> the lowest score that is called.
-    """
-    best = detections.groupby(["sample_id", "class"])["score"].max().unstack("class")  # noqa: PD010
-    scores = best.reindex(index=[*sample_ids], columns=[*classes]).fillna(0.0).to_numpy(np.float64)
-    least = detections["class"].map(thresholds).to_numpy(np.float64)
-    called = detections.loc[detections["score"].to_numpy() >= least, "sample_id"].value_counts()
-    calls = scores >= np.array([thresholds[name] for name in classes])
-    answers = answer_table(scores, calls, "detection", classes)
-    return answers.assign(num_boxes=called.reindex([*sample_ids]).fillna(0).to_numpy(np.int64))
 
 
 def detectors_answer(

@@ -1,7 +1,7 @@
-"""Answers as tables: probabilities and calls, predictions.parquet, and what metrics are made from."""
+"""Answers as tables: probabilities, calls and boxes, predictions.parquet, and what metrics are made from."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from pydantic import Field
 
 from cadx.bundle import answer_columns
 from cadx.files import replacing
+from cadx.models import Detections
 from cadx.types import Aggregation, Config, Conformal, Digest, Judged, Task
 
 
@@ -97,6 +98,39 @@ def answer_table(
     several = task in ("multilabel", "detection")
     called = [*calls.T] if several else [np.array(classes, dtype=object)[calls.argmax(1)]]
     return pd.DataFrame(dict(zip(answer_columns(task, classes), [*probabilities.T, *called], strict=True)))
+
+
+def detection_table(answers: Mapping[str, Detections], classes: Sequence[str]) -> pd.DataFrame:
+    """A row per box: sample_id, class, x0, y0, x1, y1, score; samples in their order, scores falling."""
+    rows = [
+        (sample_id, classes[label], *box, score)
+        for sample_id, answer in answers.items()
+        for box, label, score in zip(*(field.tolist() for field in answer), strict=True)
+    ]
+    return pd.DataFrame(rows, columns=["sample_id", "class", "x0", "y0", "x1", "y1", "score"])
+
+
+def image_answers(
+    detections: pd.DataFrame,
+    sample_ids: Sequence[str],
+    classes: Sequence[str],
+    thresholds: Mapping[str, float],
+) -> pd.DataFrame:
+    """What boxes say of each image: `answer_columns`, and `num_boxes`, how many are called.
+
+    Args:
+        detections: as from `detection_table`.
+        sample_ids: of the images, those without any box too.
+        classes: all classes.
+        thresholds: class -> the lowest score that is called.
+    """
+    best = detections.groupby(["sample_id", "class"])["score"].max().unstack("class")  # noqa: PD010
+    scores = best.reindex(index=[*sample_ids], columns=[*classes]).fillna(0.0).to_numpy(np.float64)
+    least = detections["class"].map(thresholds).to_numpy(np.float64)
+    called = detections.loc[detections["score"].to_numpy() >= least, "sample_id"].value_counts()
+    calls = scores >= np.array([thresholds[name] for name in classes])
+    answers = answer_table(scores, calls, "detection", classes)
+    return answers.assign(num_boxes=called.reindex([*sample_ids]).fillna(0).to_numpy(np.int64))
 
 
 def write_predictions(path: Path, frame: pd.DataFrame, info: PredictionsInfo) -> None:

@@ -12,7 +12,8 @@ from cadx.loading.boxes import BoxBatch, BoxDataset, BoxItem, augment_boxes, col
 from cadx.mining import MinedNegatives, mine_false_positives
 from cadx.models.detector_config import FasterRCNNConfig
 from cadx.models.interface import Detections
-from cadx.predicting.boxes import detect, detection_table
+from cadx.predicting.boxes import detect
+from cadx.predicting.table import detection_table
 from cadx.training.workload import Draw, Forward, Setting, Workload
 from cadx.transforms import Preprocessing
 

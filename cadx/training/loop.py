@@ -71,6 +71,7 @@ class Fitted:
         train_counts: class -> how often it is labelled present in train.
         num_parameters: of the network.
         device: what it was trained on, in words.
+        threads: of this process, that compute on a CPU.
         precision: fp32, bf16 or fp16.
     """
 
@@ -81,6 +82,7 @@ class Fitted:
     train_counts: dict[str, int]
     num_parameters: int
     device: str
+    threads: int
     precision: str
 
 
@@ -135,6 +137,10 @@ def fit(
             if not _is_out_of_memory(error):
                 raise
             raise ValueError(_out_of_memory(config, isinstance(error, torch.cuda.OutOfMemoryError))) from None
+
+
+train_medical_detector = fit
+"""The source text's name: a detector has the same trainer as every other family."""
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -375,6 +381,7 @@ class _Run:
             train_counts=self.workload.train_counts,
             num_parameters=sum(parameter.numel() for parameter in self.network.parameters()),
             device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU",
+            threads=torch.get_num_threads(),
             precision=self.precision,
         )
 
