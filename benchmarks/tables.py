@@ -40,7 +40,7 @@ _SCRIPT = """
 import json, sys, time
 from pathlib import Path
 started = time.perf_counter()
-from cadx.files import peak_memory_bytes
+from cadx.memory import peak_memory_bytes
 from components.{step} import {step}
 root = Path(sys.argv[1])
 params = "{{}}"

@@ -38,7 +38,7 @@ _INGEST = """
 import json, sys
 from pathlib import Path
 from cadx.datasets import DatasetFolder
-from cadx.files import peak_memory_bytes
+from cadx.memory import peak_memory_bytes
 from components.ingest import ingest
 root, params = Path(sys.argv[1]), json.dumps({"source": sys.argv[2]})
 ingest(catalog=root / "catalog.yaml", cache=root / "cache", dataset=root / sys.argv[2], params=params)

@@ -34,8 +34,9 @@ from cadx.bundle import read_manifest, versions
 from cadx.catalog import PhantomEntry, load_catalog
 from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo, read_splits
 from cadx.explaining import title
-from cadx.files import peak_memory_bytes, read_json_lines, replacing, write_json
+from cadx.files import read_json_lines, replacing, write_json
 from cadx.loading import input_text
+from cadx.memory import peak_memory_bytes
 from cadx.reporting import INK, LEGEND, MARK, MISSING, MUTED, PALETTE, estimate_text, panels
 from cadx.results import read_numbers
 from cadx.settings import did_you_mean, read_yaml

@@ -1,4 +1,4 @@
-"""Bytes on disk: digests, canonical JSON, locks, writes that appear whole or not at all; and the bytes in memory."""
+"""Bytes on disk: digests, canonical JSON, locks, writes that appear whole or not at all."""
 
 import fcntl
 import hashlib
@@ -145,13 +145,6 @@ def locked(path: Path, busy: str) -> Iterator[int]:
         except BlockingIOError:
             raise ValueError(busy) from None
         yield lock.fileno()
-
-
-def peak_memory_bytes() -> int:
-    """The most memory that this process has held at once so far (VmHWM of Linux)."""
-    # Not getrusage, whose peak a process inherits from the one that started it.
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def _is_alive(process_id: str) -> bool:

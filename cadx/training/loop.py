@@ -34,8 +34,9 @@ from torch.utils.data import DataLoader, Sampler
 
 from cadx.bundle import versions
 from cadx.datasets import DatasetFolder
-from cadx.files import canonical_json, digest_bytes, digest_path, peak_memory_bytes, replacing
+from cadx.files import canonical_json, digest_bytes, digest_path, replacing
 from cadx.loading import FeaturePreprocessing, TilePreprocessing, VolumePreprocessing, input_text
+from cadx.memory import keep_freed_memory, peak_memory_bytes
 from cadx.models import pretrained_origin
 from cadx.models.checkpointing import enable_checkpointing
 from cadx.sampling import BalancedSampler, EpochSampler
@@ -128,6 +129,7 @@ def fit(
     Raises:
         ValueError: if a split cannot serve, the loss is not finite, or the memory does not suffice.
     """
+    keep_freed_memory()
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng())
         stack.enter_context(_deterministic(config.deterministic))
@@ -318,7 +320,8 @@ class _Run:
                 self.network, device_ids=[self.device] if use_cuda else None
             )
         optimizer = torch.optim.AdamW(_parameter_groups(self.network, config.weight_decay), fused=True)
-        self.optimizer = self.accelerator.prepare(optimizer)
+        # Accelerate looks around in each call, a hundredth of a small network's step: for fp16's scaler alone.
+        self.optimizer = self.accelerator.prepare(optimizer) if self.accelerator.scaler else optimizer
         self.best: dict[str, Tensor] = {}
         self.progress = _Progress()
 
@@ -466,7 +469,10 @@ class _Run:
                 if number == 0:
                     # Here and no earlier: gradients freed just before they are made anew reuse their memory.
                     self.optimizer.zero_grad()
-                self.accelerator.backward(total)
+                if self.accelerator.scaler:
+                    self.accelerator.backward(total)
+                else:
+                    total.backward()  # type: ignore[no-untyped-call]
             loss = total.detach() if loss is None else loss + total.detach()
         assert loss is not None
         if divisors:
