@@ -647,8 +647,10 @@ def verify(
     params: Path | None = None,
     endpoint: str = "",
     key_file: Path | None = None,
+    prediction: str = "",
+    request_log: Path | None = None,
 ) -> None:
-    """Follow a model's chain of digests from the data to the endpoint, and name every file that was changed.
+    """Follow a model's chain of digests from the data to an answer, and name every file that was changed.
 
     Files are looked for where the stages leave them; name those that lie elsewhere. Exits with 1 if a link is broken.
 
@@ -692,6 +694,10 @@ def verify(
         The inference address of a running server, such as http://127.0.0.1:8080: which bundle answers there?
     key_file
         The server's tokens.
+    prediction
+        The prediction_id of an answer: which bundle gave it, and what does the request log say of it?
+    request_log
+        The server's folder of answers; `data/serving/request_log` by default.
     """
     from pipelines.verification import verify as follow
 

@@ -10,6 +10,7 @@ table that grows; it can be thrown away and made anew while the lines are there.
 import json
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,20 @@ from cadx.types import Digest
 STATE = "state.json"
 UNWATCHED = "unwatched"
 """Folder of the answers to golden samples, which deployments send."""
+
+
+class Logged(NamedTuple):
+    """One answer in the request log.
+
+    Attributes:
+        file: of lines.
+        number: of its line, from 1.
+        record: what stands there.
+    """
+
+    file: Path
+    number: int
+    record: dict[str, Any]
 
 
 class Compacted(NamedTuple):
@@ -121,6 +136,30 @@ def answered(tables: Path, prediction_ids: Iterable[str]) -> int:
     return sum(
         len(known.intersection(pd.read_parquet(f, columns=["prediction_id"])["prediction_id"])) for f in files
     )
+
+
+def find_answer(log: Path, prediction_id: str) -> Logged | None:
+    """The line of one answer in *.jsonl under `log`, those to golden samples included; None if there is none.
+
+    Raises:
+        ValueError: if this is no prediction_id, or `log` no folder.
+    """
+    if not re.fullmatch("[0-9a-f]{32}", prediction_id):
+        raise ValueError(
+            "prediction: no prediction_id; give the 32 hexadecimal digits that came with the answer"
+        )
+    if not log.is_dir():
+        raise ValueError(f"{log}: no such folder; give the server's request log")
+    for file in sorted(log.rglob("*.jsonl")):
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if prediction_id.encode() not in line:
+                    continue
+                with suppress(ValueError):  # cut short
+                    record = json.loads(line)
+                    if isinstance(record, dict) and record.get("prediction_id") == prediction_id:
+                        return Logged(file, number, record)
+    return None
 
 
 def read_labels(path: Path, classes: Iterable[str]) -> pd.DataFrame:

@@ -7,7 +7,8 @@ Each file's digest stands in a file further down the chain, its witness:
     predictions.parquet         in metrics.json
     metrics, validation         in decision.json
     decision.json, metrics      in the archive
-    bundle.json                 in predictions, metrics, decision, archive, deployment and its signature
+    bundle.json                 in predictions, metrics, decision, archive, deployment and its signature, and in each
+                                answer and its line in the request log
     the archive                 in the deployment
     what each stage read, wrote and was told    in dvc.lock
 

@@ -15,6 +15,7 @@ from cadx.catalog import digest_as
 from cadx.datasets import DatasetFolder
 from cadx.files import digest_bytes, digest_path
 from cadx.gating import Decision, read_decision
+from cadx.request_log import find_answer
 from cadx.settings import read_yaml
 from cadx.signing import REVIEW, objection, read_review, signature_of
 from cadx.types import Digest
@@ -43,6 +44,8 @@ from serving.client import Client
 
 DEPLOYMENT = Path("data/serving/deployment.json")
 """Where the example of `cadx deploy` has its record; a rehearsal's, of the same name, lies among the reports."""
+REQUEST_LOG = DEPLOYMENT.with_name("request_log")
+"""Where the example of `cadx serve` has its own."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class Evidence:
     lock: Path | None = None
     endpoint: str = ""
     key_file: Path | None = None
+    prediction: str = ""
+    request_log: Path = REQUEST_LOG
 
 
 def verify(target: str, *, work: Path, reports: Path, **given: Any) -> bool:
@@ -183,6 +188,8 @@ def _links(at: Evidence, siblings: Mapping[Digest, Path] = MappingProxyType({}))
     if at.archive is not None and (signed := signature_of(at.archive)).exists():
         yield signature_link(at.archive, signed, at.public_key)
     yield _endpoint(at, release, digest, siblings)
+    if at.prediction:
+        yield _prediction(at, digest, siblings)
 
 
 def _decided(decision: Path | None) -> Decision | None:
@@ -420,12 +427,35 @@ def _endpoint(at: Evidence, release: Release | None, digest: Digest, siblings: M
     except OSError as error:
         return Link("endpoint", "not at hand", at.endpoint, f"the sample cannot be sent: {error}")
     said = f"{release.name} {answer.model.version} answers"
-    if answer.model.bundle == digest:
-        return Link("endpoint", "ok", at.endpoint, said, digest, digest)
-    if other := siblings.get(Digest(answer.model.bundle)):
-        return Link(
-            "endpoint", "not at hand", at.endpoint, f"{said}, from {other}", found=answer.model.bundle
-        )
-    return Link(
-        "endpoint", "broken", at.endpoint, f"{said}, from another bundle", digest, answer.model.bundle
-    )
+    return _answered("endpoint", at.endpoint, said, Digest(answer.model.bundle), digest, siblings)
+
+
+def _prediction(at: Evidence, digest: Digest, siblings: Mapping[Digest, Path]) -> Link:
+    """Which bundle gave an answer of the past, by the request log; and what is kept of it there."""
+    logged = find_answer(at.request_log, at.prediction)
+    if logged is None:
+        said = "no line has this prediction_id; an answer that could not be logged has a warning that says so"
+        return Link("prediction", "not at hand", str(at.request_log), said)
+    place, record = f"{logged.file}: line {logged.number}", logged.record
+    try:
+        called = record["decision"]
+        told = [
+            f"{record['time']}, {record['model']} {record['version']}",
+            f"called {called if isinstance(called, str) else ', '.join(called) or 'nothing'}",
+            *(f"{name} {record[name]}" for name in ("site", "scanner") if record[name]),
+            *record["warnings"],
+        ]
+        return _answered("prediction", place, "; ".join(told), Digest(record["bundle"]), digest, siblings)
+    except (KeyError, TypeError):
+        return Link("prediction", "broken", place, "not of the request log's form")
+
+
+def _answered(
+    of: str, where: str, said: str, named: Digest, digest: Digest, siblings: Mapping[Digest, Path]
+) -> Link:
+    """An answer that names a bundle, held against the one that is verified."""
+    if named == digest:
+        return Link(of, "ok", where, said, digest, digest)
+    if other := siblings.get(named):
+        return Link(of, "not at hand", where, f"{said}, from {other}", found=named)
+    return Link(of, "broken", where, f"{said}, from another bundle", digest, named)

@@ -416,6 +416,54 @@ def test_a_review_counts_if_a_known_reviewer_signed_these_very_words(chain: Chai
     assert objection(chain.told / "review", {"Dr. Rey": public.read_text()})
 
 
+def log_answers(folder: Path, *records: dict[str, Any]) -> Path:
+    """A request log of these answers; of what a line holds beside them nothing is needed here."""
+    log = folder / "request_log" / "unwatched" / "20261130T0800-7.jsonl"
+    log.parent.mkdir(parents=True)
+    log.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"prediction_id": "cut')
+    return folder / "request_log"
+
+
+def test_an_answer_of_the_past_is_held_against_the_bundle_that_it_names(
+    chain: Chain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = {
+        "prediction_id": "a" * 32, "time": "2026-11-30T08:00:00.000Z", "model": "squares-model", "version": "1.0",
+        "bundle": Bundle(chain.bundle).digest, "site": "A", "scanner": "", "decision": "square",
+        "warnings": ["assumed spacing"],
+    }  # fmt: skip
+    other = answer | {"prediction_id": "b" * 32, "bundle": f"sha256:{'0' * 64}", "decision": []}
+    torn = {"prediction_id": "c" * 32}
+    log = log_answers(chain.folder, other, answer, torn)
+    assert chain.verify(prediction="a" * 32, request_log=log)
+    said = capsys.readouterr().out
+    assert re.search(r"│ ok +│ prediction +│ \S+7\.jsonl: line 2 ", said)
+    told = "2026-11-30T08:00:00.000Z, squares-model 1.0; called square; site A; assumed spacing"
+    assert told in said
+    assert not chain.verify(prediction="b" * 32, request_log=log)
+    [line] = broken(capsys.readouterr().out)
+    assert "called nothing; site A; assumed spacing, from another bundle" in line
+    assert not chain.verify(prediction="c" * 32, request_log=log)
+    assert "not of the request log's form" in broken(capsys.readouterr().out)[0]
+    assert chain.verify(prediction="d" * 32, request_log=log)
+    assert re.search(r"not at hand +│ prediction .*no line has this prediction_id", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "log", "message"),
+    [
+        ("a patient's name", ".", "prediction: no prediction_id; give the 32 hexadecimal digits"),
+        ("a" * 32, "nowhere", "no such folder; give the server's request log"),
+    ],
+)
+def test_what_is_no_prediction_or_no_log_is_refused(
+    chain: Chain, prediction: str, log: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        chain.verify(prediction=prediction, request_log=chain.folder / log)
+    assert "patient" not in str(caught.value)
+
+
 @pytest.mark.slow
 def test_a_server_is_asked_which_bundle_answers(chain: Chain, capsys: pytest.CaptureFixture[str]) -> None:
     server = TorchServe(chain.folder / "served", free_ports())
