@@ -23,7 +23,7 @@ NAMES = {
     "DeepMIL": "cadx.models.slide",
     "MedicalFasterRCNN": "cadx.models.detector",
     "MedicalYOLO": "cadx.models.yolo",
-    "train_medical_detector": "cadx.training",
+    "train_medical_detector": "cadx.training.loop",
     "FocalLossForDetection": "cadx.losses",
     "HardNegativeMiner": "cadx.mining",
     "calculate_detection_metrics": "cadx.detection",

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from sklearn.metrics import roc_auc_score
 
-from cadx import training
 from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
 from cadx.files import digest_bytes
 from cadx.models import DenseNetConfig, ResNetConfig
@@ -344,7 +343,7 @@ def test_a_finished_run_is_not_trained_again(binary: DatasetFolder, tmp_path: Pa
     first = fit(_config(), binary, _splits(binary), seed=0, checkpoints=tmp_path)
     again = fit(_config(), binary, _splits(binary), seed=0, checkpoints=tmp_path)
     assert again.history == first.history  # clock times included
-    training.discard_checkpoint(tmp_path)
+    loop.discard_checkpoint(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -363,11 +362,11 @@ def test_a_checkpoint_of_another_run_is_ignored(binary: DatasetFolder, tmp_path:
 
 def test_what_does_not_decide_the_weights_does_not_void_a_checkpoint(binary: DatasetFolder) -> None:
     splits = _splits(binary)
-    key = training.run_key(_config(), binary, splits, seed=0)
-    assert key == training.run_key(
+    key = loop.run_key(_config(), binary, splits, seed=0)
+    assert key == loop.run_key(
         _config(num_workers=2, cache_mb=0, checkpoint_steps=7, checkpointing=True), binary, splits, seed=0
     )
-    assert key != training.run_key(_config(weight_decay=0), binary, splits, seed=0)
+    assert key != loop.run_key(_config(weight_decay=0), binary, splits, seed=0)
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_its_batch(binary: DatasetFolder, tmp_path: Path) -> None:
