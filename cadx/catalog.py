@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from cadx.files import digest_path, replacing
-from cadx.reading.dicom import Photometric
 from cadx.reading.folders import is_hidden
+from cadx.reading.vocabulary import Photometric
 from cadx.settings import explain, read_yaml
 from cadx.types import Config, Kind, Task
 

@@ -15,9 +15,10 @@ from pydantic import ValidationError
 from cadx.catalog import SPLIT_WORDS, FolderEntry, Row, TableEntry, candidate_files, read_rows
 from cadx.files import digest_path
 from cadx.layouts import UNKNOWN, as_posix
-from cadx.reading.dicom import BURNED_IN, dicom_identifiers
+from cadx.reading.dicom import dicom_identifiers
 from cadx.reading.folders import is_hidden
 from cadx.reading.images import read_image
+from cadx.reading.vocabulary import BURNED_IN
 from cadx.settings import did_you_mean
 
 _USUAL_NAMES = {

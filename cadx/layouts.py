@@ -30,8 +30,8 @@ from cadx.catalog import (
     candidate_files,
     read_rows,
 )
-from cadx.reading.dicom import parse_age, parse_sex
 from cadx.reading.source import Format, sniff_file
+from cadx.reading.vocabulary import parse_age, parse_sex
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element

@@ -41,9 +41,7 @@ from cadx.drift import image_statistics
 from cadx.files import digest_bytes, digest_path
 from cadx.layouts import FileEntry, Item, Orphan, list_items, read_bags
 from cadx.quality import image_checks, perceptual_hash
-from cadx.reading.dicom import BURNED_IN
-from cadx.reading.identifiers import LABEL_IMAGES, file_identifiers
-from cadx.reading.images import read_arrays, read_image, read_png_indices
+from cadx.reading.vocabulary import BURNED_IN, LABEL_IMAGES
 from cadx.settings import did_you_mean, explain
 from cadx.types import Digest, Kind
 from components.contract import In, Keep, Out, Params, step
@@ -166,6 +164,8 @@ def _phantom_layout(name: str, entry: PhantomEntry) -> StoredEntry:
 
 
 def _add_arrays(writer: DatasetWriter, name: str, entry: NpzEntry, path: Path) -> None:
+    from cadx.reading.images import read_arrays
+
     arrays = read_arrays(path, r".*_(images|labels)")
     splits = [key.removesuffix("_images") for key in arrays if key.endswith("_images")]
     if not splits:
@@ -358,6 +358,8 @@ def _add_files(
 
 
 def _read(item: Item, entry: FileEntry) -> _Read:
+    from cadx.reading.identifiers import file_identifiers
+
     try:
         if entry.kind == "slide":
             from cadx.reading.slides import check_is_one_file
@@ -385,6 +387,8 @@ def _read(item: Item, entry: FileEntry) -> _Read:
 
 
 def _load_image(item: Item, entry: FileEntry) -> _Loaded:
+    from cadx.reading.images import read_image
+
     data = item.path.read_bytes()
     image = read_image(data, item.frame, photometric=entry.photometric_interpretation)
     height_px, width_px = image.pixels.shape[:2]
@@ -465,6 +469,8 @@ def _looked_at(picture: np.ndarray) -> dict[str, Any]:
 
 def _picture_mask(path: Path, shape: tuple[int, ...], *, resize: bool) -> np.ndarray:
     """A mask drawn as a PNG, uint8; with `resize`, brought to `shape` without new values."""
+    from cadx.reading.images import read_png_indices
+
     mask = read_png_indices(path)
     if resize and abs(mask.shape[0] * shape[1] - mask.shape[1] * shape[0]) <= max(*mask.shape, *shape):
         return np.asarray(Image.fromarray(mask).resize((shape[1], shape[0]), Image.Resampling.NEAREST))

@@ -22,8 +22,9 @@ from pydicom.uid import (
 from test_reading import NAME, dicom_dataset, encode
 
 from cadx.reading.dicom import IDENTIFYING_KEYWORDS, dicom_identifiers
-from cadx.reading.identifiers import LABEL_IMAGES, file_identifiers
+from cadx.reading.identifiers import file_identifiers
 from cadx.reading.images import read_image
+from cadx.reading.vocabulary import LABEL_IMAGES
 
 GRAY = np.random.default_rng(0).integers(0, 256, (16, 24), dtype=np.uint8)
 

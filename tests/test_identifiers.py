@@ -11,7 +11,8 @@ from test_slides import texture, whole_slide_dicom, write_vms
 
 from cadx.phantom.cohort import Faults
 from cadx.phantom.slide import SlidePhantom
-from cadx.reading.identifiers import LABEL_IMAGES, file_identifiers
+from cadx.reading.identifiers import file_identifiers
+from cadx.reading.vocabulary import LABEL_IMAGES
 
 NAME = "Doe Jane"
 RNG = np.random.default_rng(0)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pydicom
@@ -21,6 +21,7 @@ from pydicom.uid import UID
 
 from cadx.reading.codecs import check_length, decode_frame
 from cadx.reading.source import HEAD_BYTES, Refusal, check_frame, check_size, gray_if_equal, read_bytes, sniff
+from cadx.reading.vocabulary import BURNED_IN, Photometric, parse_age, parse_sex
 from cadx.types import Millimetres, RawImage
 
 IDENTIFYING_KEYWORDS = frozenset({
@@ -81,18 +82,12 @@ _NAMING_LETTERS = 4  # shorter words of a name stand in ordinary texts too
 _PERSON_NAME = re.compile(
     r"[^\W\d_]\^[^\W\d_]"
 )  # family^given, PS3.5 6.2.1; studies are called Head^Routine as well
-BURNED_IN = "BurnedInAnnotation"
-"""The one identifier that cannot be dropped with the header: it stands in the pixels."""
-
-Photometric = Literal["MONOCHROME1", "MONOCHROME2", "RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"]
-"""The photometric interpretations that are read."""
 _KNOWN_PHOTOMETRICS = (
     *get_args(Photometric), "PALETTE COLOR", "YBR_PARTIAL_420", "YBR_PARTIAL_422", "XYB", "HSV", "ARGB", "CMYK",
 )  # fmt: skip
 """All whose meaning is defined, today or once. Source: DICOM PS3.3 C.7.6.3.1.2."""
 _COLOUR_SPACES = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
-_YEARS_PER = {"Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25, "": 1.0}
 _PARSING = threading.Lock()
 
 
@@ -163,28 +158,6 @@ def _repeats(text: str, words: set[str]) -> bool:
 def _names_someone(text: str, words: set[str]) -> bool:
     """Whether what would be stored is a name: a clinic or a maker may well share one word with a patient."""
     return _PERSON_NAME.search(text) is not None or len(words & _words(text)) > 1
-
-
-def parse_age(text: str) -> float:
-    """Age in years of a DICOM age string or a plain number; NaN where there is none.
-
-    A number without a unit is taken for years, which many exports write against PS3.5.
-
-    >>> parse_age("045Y"), parse_age("006M"), parse_age("62"), parse_age("unknown")
-    (45.0, 0.5, 62.0, nan)
-    """
-    match = re.fullmatch(r"(\d{1,3}(?:\.\d+)?)\s*([YMWD]?)", text.strip().upper())
-    return float(match[1]) * _YEARS_PER[match[2]] if match else float("nan")
-
-
-def parse_sex(text: str) -> str:
-    """F, M or O, from their letters or words in any case; empty where it is none of them.
-
-    >>> parse_sex("Female"), parse_sex("m"), parse_sex("unknown")
-    ('F', 'M', '')
-    """
-    words = {"F": "F", "FEMALE": "F", "M": "M", "MALE": "M", "O": "O", "OTHER": "O"}
-    return words.get(text.strip().upper(), "")
 
 
 @contextmanager

@@ -17,12 +17,10 @@ from PIL import Image
 
 from cadx.reading.dicom import dicom_identifiers, discreet
 from cadx.reading.source import HEAD_BYTES, MAX_FILE_BYTES, read_bytes, sniff
+from cadx.reading.vocabulary import LABEL_IMAGES
 
 if TYPE_CHECKING:
     import tifffile
-
-LABEL_IMAGES = ("label image", "macro image")
-"""Pictures inside a slide's file that show its paper label, on which a name or a number may be read."""
 
 _MAX_MEMBERS = 1 << 13
 _MAX_UNPACKED_BYTES = 1 << 31  # of a zip: what its headers claim is checked before anything is unpacked

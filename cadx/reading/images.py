@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cadx.reading.dicom import Photometric, discreet, read_dicom
+from cadx.reading.dicom import discreet, read_dicom
 from cadx.reading.jpeg import require_whole_jpeg
 from cadx.reading.source import (
     HEAD_BYTES,
@@ -25,6 +25,7 @@ from cadx.reading.source import (
     read_bytes,
     sniff,
 )
+from cadx.reading.vocabulary import Photometric
 from cadx.types import RawImage
 
 MAX_ARRAYS_BYTES = 1 << 32

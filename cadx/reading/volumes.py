@@ -24,7 +24,6 @@ from pydicom.uid import UID, MediaStorageDirectoryStorage
 
 from cadx.reading.codecs import decode_frame
 from cadx.reading.dicom import (
-    Photometric,
     check_pixels,
     discreet,
     header_attributes,
@@ -35,6 +34,7 @@ from cadx.reading.dicom import (
 )
 from cadx.reading.folders import is_hidden
 from cadx.reading.source import HEAD_BYTES, MAX_FILE_BYTES, Refusal, read_bytes, sniff
+from cadx.reading.vocabulary import Photometric
 from cadx.types import Millimetres, RawVolume
 
 MAX_VOXELS = 1 << 29
