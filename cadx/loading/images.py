@@ -65,17 +65,6 @@ class ImageDataset(Dataset[tuple[torch.Tensor, torch.Tensor, int]]):
         """Image, target and index of one sample."""
         return self._image(index), torch.from_numpy(self.labels[index]), index
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A batch, which a DataLoader need not collate: images, targets and indices of these samples."""
-        if self._cache is None:
-            images = torch.stack([self._image(index) for index in indices])
-        else:
-            for index in indices:
-                if not self._cached[index]:
-                    self._image(index)
-            images = self._cache[torch.tensor(indices)]
-        return images, torch.from_numpy(self.labels[indices]), torch.tensor(indices)
-
     def _image(self, index: int) -> torch.Tensor:
         if self._cache is not None and self._cached[index]:
             return self._cache[index]

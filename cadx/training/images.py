@@ -29,10 +29,6 @@ class ImageWorkload(ClassifierWorkload):
             for sample_ids in (setting.train, setting.val)
         )
 
-    def collate(self, items: Any) -> Any:
-        """The batch, which the dataset gives as a whole."""
-        return items
-
     def items(self, batch: Any) -> list[int]:
         """The items of a batch."""
         return batch[2].tolist()
