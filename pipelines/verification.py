@@ -15,7 +15,7 @@ from cadx.catalog import digest_as
 from cadx.datasets import DatasetFolder
 from cadx.files import digest_bytes, digest_path
 from cadx.gating import Decision, read_decision
-from cadx.request_log import find_answer
+from cadx.request_log import Logged, find_answer
 from cadx.settings import read_yaml
 from cadx.signing import REVIEW, objection, read_review, signature_of
 from cadx.types import Digest
@@ -71,6 +71,7 @@ class Evidence:
     key_file: Path | None = None
     prediction: str = ""
     request_log: Path = REQUEST_LOG
+    logged: Logged | None = None
 
 
 def verify(target: str, *, work: Path, reports: Path, **given: Any) -> bool:
@@ -83,9 +84,11 @@ def verify(target: str, *, work: Path, reports: Path, **given: Any) -> bool:
         given: fields of `Evidence` that lie elsewhere than the layout of the stages has them.
 
     Raises:
-        ValueError: if there is no such bundle, archive or experiment, or the key is none.
+        ValueError: if there is no such bundle, archive or experiment, or a key, a log or a prediction_id is none.
     """
     given = {name: path for name, path in given.items() if path}
+    if asked := given.get("prediction"):
+        given["logged"] = find_answer(given.get("request_log", REQUEST_LOG), asked)
     path = Path(target)
     if path.is_file():
         with TemporaryDirectory() as folder:
@@ -432,11 +435,10 @@ def _endpoint(at: Evidence, release: Release | None, digest: Digest, siblings: M
 
 def _prediction(at: Evidence, digest: Digest, siblings: Mapping[Digest, Path]) -> Link:
     """Which bundle gave an answer of the past, by the request log; and what is kept of it there."""
-    logged = find_answer(at.request_log, at.prediction)
-    if logged is None:
+    if at.logged is None:
         said = "no line has this prediction_id; an answer that could not be logged has a warning that says so"
         return Link("prediction", "not at hand", str(at.request_log), said)
-    place, record = f"{logged.file}: line {logged.number}", logged.record
+    place, record = f"{at.logged.file}: line {at.logged.number}", at.logged.record
     try:
         called = record["decision"]
         told = [
