@@ -96,6 +96,9 @@ def _in_turns(arms: Mapping[str, Callable[[], None]]) -> dict[str, np.ndarray]:
         try:
             arms[name]()
         finally:
+            for each, after in following.items():  # out of the ring: who has ended, or failed, takes no turn
+                if after == name:
+                    following[each] = following[name]
             turns[following[name]].release()
 
     hook = register_optimizer_step_post_hook(hand_on)

@@ -88,7 +88,7 @@ def compact(log: Path, tables: Path) -> Compacted:
             except ValueError:  # no JSON, or no UTF-8
                 torn += 1
                 continue
-            row = _checked(line, f"{file}: line {number}")
+            row = check_line(line, f"{file}: line {number}")
             rows.setdefault((short(line["bundle"]), f"{row['time']:%Y-%m-%d}"), []).append(row)
         consumed = start["bytes"] + sum(len(text) + 1 for text in whole)
         state["files"][name] = {"bytes": consumed, "lines": start["lines"] + len(whole)}
@@ -143,6 +143,7 @@ def find_answer(log: Path, prediction_id: str) -> Logged | None:
 
     Raises:
         ValueError: if this is no prediction_id, or `log` no folder.
+        OSError: if a file cannot be read.
     """
     if not re.fullmatch("[0-9a-f]{32}", prediction_id):
         raise ValueError(
@@ -150,12 +151,12 @@ def find_answer(log: Path, prediction_id: str) -> Logged | None:
         )
     if not log.is_dir():
         raise ValueError(f"{log}: no such folder; give the server's request log")
-    for file in sorted(log.rglob("*.jsonl")):
+    for file in sorted(file for file in log.rglob("*.jsonl") if file.is_file()):
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if prediction_id.encode() not in line:
                     continue
-                with suppress(ValueError):  # cut short
+                with suppress(ValueError, RecursionError):  # cut short, or no line of ours
                     record = json.loads(line)
                     if isinstance(record, dict) and record.get("prediction_id") == prediction_id:
                         return Logged(file, number, record)
@@ -238,7 +239,7 @@ def _add(file: Path, rows: list[dict[str, Any]]) -> int:
     return len(table) - len(kept)
 
 
-def _checked(line: Any, where: str) -> dict[str, Any]:
+def check_line(line: Any, where: str) -> dict[str, Any]:
     """A whole line as a row.
 
     Raises:

@@ -1,7 +1,6 @@
-"""What people write, read strictly (nothing twice, no infinities), and one line for what is wrong in a record."""
+"""What people write, read strictly (nothing twice), and one line for what is wrong in a record."""
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -33,25 +32,13 @@ class _Loader(yaml.CSafeLoader):
                 seen.add((key.tag, str(key.value)))
         super().flatten_mapping(node)
 
-    def finite_float(self, node: yaml.ScalarNode) -> float:
-        """A number; nothing that is measured or chosen is infinite, or none."""
-        value: float = self.construct_yaml_float(node)
-        if not math.isfinite(value):
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{node.value} is no finite number", node.start_mark
-            )
-        return value
-
-
-_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.finite_float)
-
 
 def read_yaml(file: Path) -> Any:
     """What a YAML file holds.
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: one line: if it is no YAML, names a key twice, or holds a number that is not finite.
+        ValueError: one line: if it is no YAML, or names a key twice.
     """
     return parse_yaml(file.read_bytes(), str(file))
 
@@ -64,7 +51,7 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
         where: what the text is called in an error.
 
     Raises:
-        ValueError: one line: if it is no YAML, names a key twice, or holds a number that is not finite.
+        ValueError: one line: if it is no YAML, or names a key twice.
     """
     try:
         return yaml.load(text, _Loader)  # noqa: S506 (it is a safe loader)
@@ -83,10 +70,10 @@ def parse_json(text: str, where: str) -> Any:
         where: what the text is called in an error.
 
     Raises:
-        ValueError: one line: if it is no JSON, names a key twice, or holds a number that is not finite.
+        ValueError: one line: if it is no JSON, or names a key twice.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+        return json.loads(text, object_pairs_hook=_unique)
     except ValueError as error:
         raise ValueError(f"{where}: not JSON ({error})") from None
 
@@ -96,10 +83,6 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     if times > 1:
         raise ValueError(f"{name!r} stands twice")
     return dict(pairs)
-
-
-def _refuse(constant: str) -> float:
-    raise ValueError(f"{constant} is no finite number")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

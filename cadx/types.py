@@ -36,12 +36,12 @@ Digest = NewType("Digest", str)  # "sha256:" and 64 hex digits
 
 
 class Config(BaseModel):
-    """A frozen, closed record: an unknown field is an error, never ignored.
+    """A frozen, closed record: an unknown field is an error, never ignored, as is a number that is not finite.
 
     Lax on numbers on purpose: Kubeflow hands 7 over as 7.0.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Estimate(Config):

@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 import pyarrow.parquet as pq
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cadx.bundle import MANIFEST, Manifest
@@ -253,7 +254,8 @@ def show(title: str, links: Iterable[Link]) -> bool:
         counts[link.state] += 1
         digests = (link.expected if link.state == "broken" else "", link.found)
         short = [digest.removeprefix("sha256:")[:_SHOWN_DIGITS] for digest in digests]
-        table.add_row(marks[link.state], link.of, _shown(link.file), link.said, *short)
+        # Escaped: what a header or a log says may hold brackets, which rich would take for its own.
+        table.add_row(marks[link.state], link.of, escape(_shown(link.file)), escape(link.said), *short)
     console = Console()
     console.print(table)
     console.print(

@@ -26,7 +26,7 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_origin
 
 from cyclopts import Parameter
-from pydantic import ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from cadx.files import digest_bytes, digest_path, plain, replacing, write_json
 from cadx.settings import did_you_mean, explain, parse_json, parse_yaml
@@ -59,9 +59,7 @@ class Alarm(Exception):
 
 
 class Params(Config):
-    """Base of a step's parameters: a section of params.yaml, closed, frozen and without infinities."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
+    """Base of a step's parameters: a section of params.yaml, closed and frozen."""
 
 
 P = ParamSpec("P")

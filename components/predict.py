@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from cadx.bundle import Manifest, answer_columns
+from cadx.bundle import Bundle, Manifest, answer_columns
 from cadx.files import digest_path
 from cadx.reading.images import read_image
 from cadx.reading.volumes import read_volume
@@ -63,9 +63,10 @@ def predict(*, bundle: In, images: In, predictions: Out, unreadable: Out, params
     Raises:
         ValueError: if the folder holds no file, one may not be opened, or more are unreadable than may be.
     """
+    opened = Bundle(bundle)
     from cadx.predicting.predictor import Predictor  # torch takes seconds: bad input is refused before
 
-    predictor = Predictor(bundle)
+    predictor = Predictor(opened)
     files = _files(images, predictor.subject.kind)
     if not files:
         raise ValueError(f"{images}: no file in it; give the folder that holds the images")

@@ -88,9 +88,8 @@ def search(
     frame = read_splits(splits)
     frame = frame[frame["split"].isin(["train", "val"])].reset_index(drop=True)
     code = code_digest(source_digests("train"))
-    from cadx.training.loop import fit  # torch takes seconds: bad input is refused before
-
     plain = _plain(base, base.resolve(imbalance), params)
+    from cadx.training.loop import fit  # torch takes seconds: bad input is refused before
 
     def build(section: Mapping[str, Any]) -> TrainingConfig:
         kept = {name: value for name, value in section.items() if name not in LEFT_OUT}

@@ -15,7 +15,7 @@ from cadx.catalog import digest_as
 from cadx.datasets import DatasetFolder
 from cadx.files import digest_bytes, digest_path
 from cadx.gating import Decision, read_decision
-from cadx.request_log import Logged, find_answer
+from cadx.request_log import Logged, check_line, find_answer
 from cadx.settings import read_yaml
 from cadx.signing import REVIEW, objection, read_review, signature_of
 from cadx.types import Digest
@@ -89,6 +89,8 @@ def verify(target: str, *, work: Path, reports: Path, **given: Any) -> bool:
     given = {name: path for name, path in given.items() if path}
     if asked := given.get("prediction"):
         given["logged"] = find_answer(given.get("request_log", REQUEST_LOG), asked)
+    elif "request_log" in given:
+        raise ValueError("request_log: give --prediction too, the answer that is looked for there")
     path = Path(target)
     if path.is_file():
         with TemporaryDirectory() as folder:
@@ -220,7 +222,10 @@ def _parameters(at: Evidence, manifest: Manifest) -> Link:
         return Link("parameters", "not at hand", where, str(error))
     if found == manifest.provenance.parameters:
         return Link("parameters", "ok", where, "as bundle.json says", found, found)
-    said = f"trained with others: {manifest.experiment}.train there, or {at.imbalance}, has changed"
+    said = (
+        f"trained with others: {manifest.experiment}.train there, or {at.imbalance}, has changed, or cadx has"
+        " parameters that it had not then"
+    )
     return Link("parameters", "broken", where, said, manifest.provenance.parameters, found)
 
 
@@ -436,20 +441,26 @@ def _endpoint(at: Evidence, release: Release | None, digest: Digest, siblings: M
 def _prediction(at: Evidence, digest: Digest, siblings: Mapping[Digest, Path]) -> Link:
     """Which bundle gave an answer of the past, by the request log; and what is kept of it there."""
     if at.logged is None:
-        said = "no line has this prediction_id; an answer that could not be logged has a warning that says so"
+        said = (
+            "no line of its *.jsonl has this prediction_id; an answer that could not be logged has a warning that"
+            " says so"
+        )
         return Link("prediction", "not at hand", str(at.request_log), said)
     place, record = f"{at.logged.file}: line {at.logged.number}", at.logged.record
     try:
-        called = record["decision"]
-        told = [
-            f"{record['time']}, {record['model']} {record['version']}",
-            f"called {called if isinstance(called, str) else ', '.join(called) or 'nothing'}",
-            *(f"{name} {record[name]}" for name in ("site", "scanner") if record[name]),
-            *record["warnings"],
-        ]
-        return _answered("prediction", place, "; ".join(told), Digest(record["bundle"]), digest, siblings)
-    except (KeyError, TypeError):
-        return Link("prediction", "broken", place, "not of the request log's form")
+        check_line(record, place)
+    except ValueError as error:
+        return Link("prediction", "broken", place, str(error))
+    called, named = record["decision"], Digest(record["bundle"])
+    told = [
+        f"{record['time']}, {record['model']} {record['version']}",
+        f"called {called if isinstance(called, str) else ', '.join(called) or 'nothing'}",
+        *(f"{name} {record[name]}" for name in ("site", "scanner") if record[name]),
+        *record["warnings"],
+    ]
+    link = _answered("prediction", place, "; ".join(map(str, told)), named, digest, siblings)
+    # An answer of before a training gave other bytes than these: that breaks nothing here.
+    return link._replace(state="not at hand", expected="") if link.state == "broken" else link
 
 
 def _answered(

@@ -15,6 +15,7 @@ from test_bundle import write_dataset
 
 from cadx.bundle import Bundle
 from cadx.datasets import read_splits, write_splits
+from cadx.drift import STATISTICS
 from cadx.files import digest_path
 from cadx.signing import Review, check_signature, objection, sign, signature_of, write_review
 from components import CODE, code_digests
@@ -417,7 +418,7 @@ def test_a_review_counts_if_a_known_reviewer_signed_these_very_words(chain: Chai
 
 
 def log_answers(folder: Path, *records: dict[str, Any]) -> Path:
-    """A request log of these answers; of what a line holds beside them nothing is needed here."""
+    """A request log of these answers, and a line that was cut short."""
     log = folder / "request_log" / "unwatched" / "20261130T0800-7.jsonl"
     log.parent.mkdir(parents=True)
     log.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"prediction_id": "cut')
@@ -428,25 +429,33 @@ def test_an_answer_of_the_past_is_held_against_the_bundle_that_it_names(
     chain: Chain, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answer = {
-        "prediction_id": "a" * 32, "time": "2026-11-30T08:00:00.000Z", "model": "squares-model", "version": "1.0",
-        "bundle": Bundle(chain.bundle).digest, "site": "A", "scanner": "", "decision": "square",
-        "warnings": ["assumed spacing"],
+        "schema_version": 1, "prediction_id": "a" * 32, "time": "2026-11-30T08:00:00.000Z", "model": "squares-model",
+        "version": "1.0", "bundle": Bundle(chain.bundle).digest, "site": "Clinic [/North]", "scanner": "",
+        "statistics": dict.fromkeys(STATISTICS, 0.5), "embedding": [], "probabilities": {"square": 0.9},
+        "decision": "square", "warnings": ["assumed spacing"],
     }  # fmt: skip
     other = answer | {"prediction_id": "b" * 32, "bundle": f"sha256:{'0' * 64}", "decision": []}
-    torn = {"prediction_id": "c" * 32}
-    log = log_answers(chain.folder, other, answer, torn)
+    foreign = answer | {"prediction_id": "c" * 32, "bundle": None}
+    log = log_answers(chain.folder, other, answer, foreign)
     assert chain.verify(prediction="a" * 32, request_log=log)
     said = capsys.readouterr().out
     assert re.search(r"│ ok +│ prediction +│ \S+7\.jsonl: line 2 ", said)
-    told = "2026-11-30T08:00:00.000Z, squares-model 1.0; called square; site A; assumed spacing"
-    assert told in said
-    assert not chain.verify(prediction="b" * 32, request_log=log)
-    [line] = broken(capsys.readouterr().out)
-    assert "called nothing; site A; assumed spacing, from another bundle" in line
+    assert (
+        "2026-11-30T08:00:00.000Z, squares-model 1.0; called square; site Clinic [/North]; assumed spacing"
+        in said
+    )
+    assert chain.verify(prediction="b" * 32, request_log=log)
+    said = capsys.readouterr().out
+    assert re.search(
+        r"not at hand +│ prediction .*called nothing; site Clinic \[/North\]; assumed spacing, from another bundle",
+        said,
+    )
     assert not chain.verify(prediction="c" * 32, request_log=log)
-    assert "not of the request log's form" in broken(capsys.readouterr().out)[0]
+    assert "line 3 is not of the log's form" in broken(capsys.readouterr().out)[0]
     assert chain.verify(prediction="d" * 32, request_log=log)
-    assert re.search(r"not at hand +│ prediction .*no line has this prediction_id", capsys.readouterr().out)
+    assert re.search(r"not at hand +│ prediction .*has this prediction_id", capsys.readouterr().out)
+    with pytest.raises(ValueError, match="request_log: give --prediction too"):
+        chain.verify(request_log=log)
 
 
 @pytest.mark.parametrize(
