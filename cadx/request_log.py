@@ -151,10 +151,11 @@ def find_answer(log: Path, prediction_id: str) -> Logged | None:
         )
     if not log.is_dir():
         raise ValueError(f"{log}: no such folder; give the server's request log")
+    asked = prediction_id.encode()
     for file in sorted(file for file in log.rglob("*.jsonl") if file.is_file()):
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
-                if prediction_id.encode() not in line:
+                if asked not in line:
                     continue
                 with suppress(ValueError, RecursionError):  # cut short, or no line of ours
                     record = json.loads(line)

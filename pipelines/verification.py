@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from cadx.bundle import Manifest, parameters_digest, read_manifest
 from cadx.catalog import digest_as
@@ -458,17 +458,24 @@ def _prediction(at: Evidence, digest: Digest, siblings: Mapping[Digest, Path]) -
         *(f"{name} {record[name]}" for name in ("site", "scanner") if record[name]),
         *record["warnings"],
     ]
-    link = _answered("prediction", place, "; ".join(map(str, told)), named, digest, siblings)
+    said = "; ".join(map(str, told))
     # An answer of before a training gave other bytes than these: that breaks nothing here.
-    return link._replace(state="not at hand", expected="") if link.state == "broken" else link
+    return _answered("prediction", place, said, named, digest, siblings, else_state="not at hand")
 
 
 def _answered(
-    of: str, where: str, said: str, named: Digest, digest: Digest, siblings: Mapping[Digest, Path]
+    of: str,
+    where: str,
+    said: str,
+    named: Digest,
+    digest: Digest,
+    siblings: Mapping[Digest, Path],
+    *,
+    else_state: Literal["broken", "not at hand"] = "broken",
 ) -> Link:
-    """An answer that names a bundle, held against the one that is verified."""
+    """An answer that names a bundle, held against this one; `else_state` where no bundle here gave it."""
     if named == digest:
         return Link(of, "ok", where, said, digest, digest)
     if other := siblings.get(named):
         return Link(of, "not at hand", where, f"{said}, from {other}", found=named)
-    return Link(of, "broken", where, f"{said}, from another bundle", digest, named)
+    return Link(of, else_state, where, f"{said}, from another bundle", digest, named)
