@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._claim import claim
-from benchmarks.step import epoch_seconds, write_noise
+from benchmarks.step import epoch_seconds, noise_splits, write_noise
 from cadx.models import ResNetConfig
 from cadx.training import TrainingConfig
 from cadx.transforms import Preprocessing
@@ -39,7 +39,8 @@ def claims() -> Iterator[dict[str, Any]]:
     }
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
     with tempfile.TemporaryDirectory() as folder:
-        dataset, splits = write_noise(Path(folder) / "dataset", NUM_IMAGES, RAW_PX)
+        dataset = write_noise(Path(folder) / "dataset", NUM_IMAGES, RAW_PX)
+        splits = noise_splits(dataset)
         for number in range(ROUNDS):
             for arm, config in arms.items():
                 checkpoints = Path(folder) / f"checkpoints-{arm}-{number}"

@@ -3,14 +3,15 @@
 import ctypes
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-PROBE = """
+FREED = """
 import ctypes
 import sys
 import numpy as np
-from cadx.memory import keep_freed_memory
+from cadx.memory import tune_allocator
 
 class Mallinfo(ctypes.Structure):
     names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"  # of malloc.h
@@ -19,19 +20,57 @@ class Mallinfo(ctypes.Structure):
 mallinfo2 = ctypes.CDLL(None).mallinfo2
 mallinfo2.restype = Mallinfo
 if sys.argv[1] == "True":
-    keep_freed_memory()
+    tune_allocator()
+before = mallinfo2().fordblks
 arrays = [np.ones(24 << 17) for _ in range(4)]  # 24 MiB each: together more than glibc keeps by itself
+taken = mallinfo2().fordblks
 del arrays
-print(mallinfo2().fordblks)
+print(mallinfo2().fordblks - min(before, taken))
 """
+
+PAGES = """
+import sys
+import numpy as np
+from cadx.memory import tune_allocator
+
+if sys.argv[1] == "True":
+    tune_allocator()
+    tune_allocator()
+array = np.ones(24 << 17)  # 24 MiB
+heap = open("/proc/self/smaps").read().split("[heap]")[1:]
+print(sum(int(part.split("AnonHugePages:")[1].split()[0]) for part in heap))
+print(sum(int(part.split("Rss:")[1].split()[0]) for part in heap))
+"""
+
+
+def _said(probe: str, tuned: bool) -> list[int]:
+    # In a process of its own: in this one other tests' networks have asked for it already.
+    command = [sys.executable, "-c", probe, str(tuned)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [int(line) for line in said.stdout.split()]
 
 
 @pytest.mark.skipif(
     not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc 2.33 or later tells what it keeps"
 )
-@pytest.mark.parametrize("kept", [True, False])
-def test_what_is_freed_stays_with_the_process_that_asks_for_it(kept: bool) -> None:
-    # In a process of its own: in this one other tests' networks have asked for it already.
-    command = [sys.executable, "-c", PROBE, str(kept)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert (int(said.stdout) >= 96 << 20) is kept
+@pytest.mark.parametrize("tuned", [True, False])
+def test_what_is_freed_stays_with_the_process_that_asks_for_it(tuned: bool) -> None:
+    assert (_said(FREED, tuned)[0] >= 96 << 20) is tuned
+
+
+def _large_pages_can_be_asked_for() -> bool:
+    try:
+        said = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="ascii")
+    except OSError:
+        return False
+    return "[madvise]" in said
+
+
+@pytest.mark.skipif(
+    not _large_pages_can_be_asked_for(), reason="Linux is not set to give large pages on request"
+)
+def test_tensors_lie_in_large_pages_and_what_is_reserved_takes_no_memory() -> None:
+    kib, resident_kib = _said(PAGES, tuned=True)
+    assert kib >= 20 << 10
+    assert resident_kib < 100 << 10  # of the gigabyte that is reserved
+    assert _said(PAGES, tuned=False)[0] == 0

@@ -24,7 +24,7 @@ from cadx.bundle import Bundle, Manifest
 from cadx.datasets import DatasetFolder
 from cadx.drift import image_statistics
 from cadx.loading import FeaturePreprocessing, TilePreprocessing, VolumePreprocessing
-from cadx.memory import keep_freed_memory
+from cadx.memory import tune_allocator
 from cadx.models import Detections
 from cadx.predicting.bags import FeatureSubject, SlideSubject
 from cadx.predicting.boxes import detectors_answer
@@ -112,7 +112,7 @@ class Predictor:
         uncalibrated_ok: bool = False,
         prevalence: Mapping[str, float] | None = None,
     ) -> None:
-        keep_freed_memory()
+        tune_allocator()
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
         if not (self.bundle.is_complete or uncalibrated_ok):
             raise ValueError(

@@ -36,7 +36,7 @@ from cadx.bundle import versions
 from cadx.datasets import DatasetFolder
 from cadx.files import canonical_json, digest_bytes, digest_path, replacing
 from cadx.loading import FeaturePreprocessing, TilePreprocessing, VolumePreprocessing, input_text
-from cadx.memory import keep_freed_memory, peak_memory_bytes
+from cadx.memory import peak_memory_bytes, tune_allocator
 from cadx.models import pretrained_origin
 from cadx.models.checkpointing import enable_checkpointing
 from cadx.sampling import BalancedSampler, EpochSampler
@@ -129,7 +129,7 @@ def fit(
     Raises:
         ValueError: if a split cannot serve, the loss is not finite, or the memory does not suffice.
     """
-    keep_freed_memory()
+    tune_allocator()
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng())
         stack.enter_context(_deterministic(config.deterministic))
@@ -288,6 +288,7 @@ class _Run:
         names = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
         AcceleratorState._reset_state()  # else the first run of a process decides the precision of all
         self.accelerator = Accelerator(mixed_precision=names[self.precision], cpu=not use_cuda)
+        self.autocast = nullcontext if self.precision == "fp32" else self.accelerator.autocast
         self.device = self.accelerator.device
         self.rank, self.num_processes = self.accelerator.process_index, self.accelerator.num_processes
 
@@ -433,7 +434,7 @@ class _Run:
             for module in (self.network, *([self.averaged] if self.averaged is not None else [])):
                 for buffer in module.buffers():
                     torch.distributed.broadcast(buffer, src=0)
-        network = Forward(self.evaluated.eval(), self.accelerator.autocast)
+        network = Forward(self.evaluated.eval(), self.autocast)
         found = self.workload.finish_epoch(network, self.progress.epoch, self.rank, self.num_processes)
         everywhere = [found]
         if self.num_processes > 1:
@@ -457,7 +458,7 @@ class _Run:
             # Between processes, gradients are added up once a step.
             waits = self.num_processes > 1 and number < len(parts) - 1
             with self.trained.no_sync() if waits else nullcontext():  # type: ignore[operator]
-                losses = workload.losses(Forward(self.trained, self.accelerator.autocast), part, draw)
+                losses = workload.losses(Forward(self.trained, self.autocast), part, draw)
                 if shares is not None:
                     divisor = workload.divisor(self.network)
                     if divisor is None:
@@ -551,7 +552,7 @@ class _Run:
     def _validate(self, seconds: float) -> None:
         """Score val, record the epoch and keep its weights if they are the best yet, or the last are wanted."""
         progress, network = self.progress, self.evaluated.eval()
-        answers = self.workload.answers(Forward(network, self.accelerator.autocast), self.val_loader)
+        answers = self.workload.answers(Forward(network, self.autocast), self.val_loader)
         scores = self.workload.score(self._gathered(answers))
         monitored = scores[self.monitor]
         value = -math.inf if monitored is None else -monitored if self.monitor == "loss" else monitored
