@@ -9,12 +9,14 @@ to show the loop alone do so too. Seconds are the processor's own, without valid
 import contextlib
 import io
 import multiprocessing
+import signal
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +64,31 @@ def _in_turns(folder: Path) -> dict[str, np.ndarray]:
     """Processor seconds of the steps of each arm, but for the first epoch, which warms up, and each epoch's first."""
     context = multiprocessing.get_context("spawn")
     turns: dict[str, Connection] = {}
-    for name in ARMS:
-        turns[name], theirs = context.Pipe()
-        context.Process(target=_run_arm, args=(name, folder, theirs), daemon=True).start()
-        theirs.close()  # so that an arm that fails is noticed: EOFError
-    for turn in turns.values():
-        turn.recv()  # it is ready
+    arms: dict[str, BaseProcess] = {}
     seconds = defaultdict[str, list[float]](list)
-    for _ in range(EPOCHS * (NUM_IMAGES // BATCH_SIZE)):
+    try:
+        for name in ARMS:
+            turns[name], theirs = context.Pipe()
+            arms[name] = context.Process(target=_run_arm, args=(name, folder, theirs))
+            arms[name].start()
+            theirs.close()  # so that an arm that fails is noticed: EOFError
+        for turn in turns.values():
+            turn.recv()  # it is ready
+        for _ in range(EPOCHS * (NUM_IMAGES // BATCH_SIZE)):
+            for name, turn in turns.items():
+                turn.send(None)
+                seconds[name].append(turn.recv())
         for name, turn in turns.items():
             turn.send(None)
-            seconds[name].append(turn.recv())
-    for turn in turns.values():
-        turn.send(None)
+            arms[name].join()  # before the next round starts
+    except EOFError:
+        pass  # said below, by its name
+    finally:
+        for arm in arms.values():
+            arm.terminate()
+            arm.join()
+    if failed := [name for name, arm in arms.items() if arm.exitcode not in (0, -signal.SIGTERM)]:
+        raise RuntimeError(f"step: {', '.join(failed)} failed, as it says above")
     shape = (EPOCHS, NUM_IMAGES // BATCH_SIZE)
     return {name: np.reshape(seconds[name], shape)[1:, 1:].ravel() for name in ARMS}
 

@@ -119,7 +119,10 @@ def _terms(
     if gamma > 0 or multilabel:
         losses = _focal(logits, targets, weights, gamma, smoothing, multilabel=multilabel)
     else:
-        each = None if weights is None else weights.to(logits.dtype).expand(logits.shape[1])
+        if weights is not None:  # one per class, or one for all of them
+            dtype = torch.promote_types(logits.dtype, weights.dtype)
+            logits, targets, weights = logits.to(dtype), targets.to(dtype), weights.to(dtype)
+        each = None if weights is None else weights.expand(logits.shape[1])
         losses = F.cross_entropy(logits, targets, each, reduction="none", label_smoothing=smoothing)
     weight = (targets if weights is None else targets * weights).sum(-1)
     return torch.where(labelled, losses, 0.0), torch.where(labelled, weight, 0.0), labelled.to(logits.dtype)

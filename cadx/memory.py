@@ -3,13 +3,13 @@
 import ctypes
 import functools
 import mmap
+import threading
 from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
-_TOP_PAD_BYTES = 1 << 17  # glibc's own
 _BLOCK_BYTES = 1 << 25  # the largest that every glibc takes for a block of the heap
-_RESERVED_BYTES = 1 << 30
-_KEPT_BYTES = (1 << 31) - 1
+_KEPT_BYTES = (1 << 31) - (1 << 21)  # the most that glibc takes, in whole large pages
+_LARGE_PAGE_BYTES = 1 << 21
 
 
 def peak_memory_bytes() -> int:
@@ -19,16 +19,18 @@ def peak_memory_bytes() -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-@functools.cache
 def tune_allocator() -> None:
-    """Let this process keep what it frees, and its heap lie in large pages: once for all who ask.
+    """Let this process keep what it frees, up to 2 GiB, and let its heap lie in large pages.
 
     A network asks for the same tensors in each step. glibc gives their memory back to the kernel, which has to clear
-    its pages again for the next step; and tensors in pages of 4 KiB overflow the processor's table of pages. So up to
-    2 GiB stay with the process, and addresses (no memory) for 1 GiB are taken at once, which Linux may back by pages
-    of 2 MiB. A training step takes up to a fifth less time, in no more memory (`python -m benchmarks step`).
-    Larger blocks than the heap has room for are mapped, and given back one by one, as before. Where there is no glibc,
-    or no such page, nothing is done.
+    its pages again for the next step; and tensors in pages of 4 KiB overflow the processor's table of pages. A
+    training step takes up to a fifth less time (`python -m benchmarks step`).
+
+    The next 2 GiB of addresses are reserved for the heap at once, which takes no memory, and large pages are asked for
+    there, where Linux gives them on request. When the process forks, as for loader workers, those that either side
+    writes to are split. Blocks of more than 32 MiB for which the heap has no room are mapped and given back one by one.
+
+    A call in another thread than the main one, whose heap is another, reserves nothing. Without glibc, nothing is done.
     """
     libc = ctypes.CDLL(None)
     mallopt = getattr(libc, "mallopt", None)
@@ -36,13 +38,26 @@ def tune_allocator() -> None:
     if mallopt is None or not mallopt(_M_MMAP_THRESHOLD, _BLOCK_BYTES):
         return
     mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
-    mallopt(_M_TOP_PAD, _RESERVED_BYTES)
+    mallopt(_M_TOP_PAD, _KEPT_BYTES)  # also what a trim leaves
+    if threading.current_thread() is threading.main_thread():
+        _reserve()
+
+
+@functools.cache
+def _reserve() -> None:
+    """Let the heap grow by what it pads its top with, and ask for large pages there."""
+    libc = ctypes.CDLL(None)
+    libc.sbrk.restype, libc.sbrk.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
-    libc.free(libc.malloc(_BLOCK_BYTES - (1 << 16)))
-    mallopt(_M_TOP_PAD, _TOP_PAD_BYTES)
-    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
-        if line.endswith("[heap]"):
-            first, last = (int(address, 16) for address in line.split()[0].split("-"))
-            libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-            libc.madvise(first, last - first, mmap.MADV_HUGEPAGE)
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    first = libc.sbrk(0)
+    blocks: list[int | None] = []
+    # Blocks that were freed before come first; they are untouched here, so that none takes memory.
+    while (last := libc.sbrk(0)) == first and len(blocks) < _KEPT_BYTES // _BLOCK_BYTES:
+        blocks.append(libc.malloc(_BLOCK_BYTES - _LARGE_PAGE_BYTES))
+    for block in blocks:
+        libc.free(block)
+    first += -first % _LARGE_PAGE_BYTES
+    if last > first:
+        libc.madvise(first, last - first, mmap.MADV_HUGEPAGE)  # which may refuse: pages are small then
