@@ -110,44 +110,23 @@ def _terms(
     if targets.ndim == 1:
         targets = F.one_hot(targets, logits.shape[1])
     targets = targets.to(logits.dtype)
-    labelled = _labelled(targets, multilabel=multilabel)
-    targets = targets.nan_to_num(0.0)
-    if (
-        multilabel
-    ):  # outcomes (absent, present) of each label along the last axis, as classes are with softmax
-        targets = torch.stack([1 - targets, targets], -1)
-    if gamma > 0 or multilabel:
-        losses = _focal(logits, targets, weights, gamma, smoothing, multilabel=multilabel)
-    else:
-        if weights is not None:  # one per class, or one for all of them
-            dtype = torch.promote_types(logits.dtype, weights.dtype)
-            logits, targets, weights = logits.to(dtype), targets.to(dtype), weights.to(dtype)
-        each = None if weights is None else weights.expand(logits.shape[1])
-        losses = F.cross_entropy(logits, targets, each, reduction="none", label_smoothing=smoothing)
-    weight = (targets if weights is None else targets * weights).sum(-1)
-    return torch.where(labelled, losses, 0.0), torch.where(labelled, weight, 0.0), labelled.to(logits.dtype)
-
-
-def _focal(
-    logits: Tensor,
-    targets: Tensor,
-    weights: Tensor | None,
-    gamma: float,
-    smoothing: float,
-    *,
-    multilabel: bool,
-) -> Tensor:
-    """The losses as `FocalLoss` defines them, of targets with their outcomes along the last axis."""
+    # Both forms are one: outcomes along the last axis, N K for softmax, N K 2 (absent, present) else.
     if multilabel:
         log_probs = torch.stack([F.logsigmoid(-logits), F.logsigmoid(logits)], -1)
+        targets = torch.stack([1 - targets, targets], -1)
     else:
         log_probs = logits.log_softmax(-1)
+    labelled = targets.isfinite().all(-1)
+    targets = targets.nan_to_num(0.0)
+    smoothed = targets * (1 - smoothing) + smoothing / targets.shape[-1]
     each = -log_probs
     if gamma > 0:
         # 1 - p without cancellation; off zero, where a power below 1 has no finite slope.
         each = each * (-torch.expm1(log_probs)).clamp_min(torch.finfo(logits.dtype).tiny) ** gamma
-    each = each * (targets * (1 - smoothing) + smoothing / targets.shape[-1])
-    return (each if weights is None else each * weights).sum(-1)
+    if weights is None:
+        weights = torch.ones((), dtype=logits.dtype, device=logits.device)
+    losses = torch.where(labelled, (each * smoothed * weights).sum(-1), 0.0)
+    return losses, torch.where(labelled, (targets * weights).sum(-1), 0.0), labelled.to(logits.dtype)
 
 
 def _labelled(targets: Tensor, *, multilabel: bool) -> Tensor:

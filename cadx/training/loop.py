@@ -288,7 +288,6 @@ class _Run:
         names = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
         AcceleratorState._reset_state()  # else the first run of a process decides the precision of all
         self.accelerator = Accelerator(mixed_precision=names[self.precision], cpu=not use_cuda)
-        self.autocast = nullcontext if self.precision == "fp32" else self.accelerator.autocast
         self.device = self.accelerator.device
         self.rank, self.num_processes = self.accelerator.process_index, self.accelerator.num_processes
 
@@ -434,7 +433,7 @@ class _Run:
             for module in (self.network, *([self.averaged] if self.averaged is not None else [])):
                 for buffer in module.buffers():
                     torch.distributed.broadcast(buffer, src=0)
-        network = Forward(self.evaluated.eval(), self.autocast)
+        network = Forward(self.evaluated.eval(), self.accelerator.autocast)
         found = self.workload.finish_epoch(network, self.progress.epoch, self.rank, self.num_processes)
         everywhere = [found]
         if self.num_processes > 1:
@@ -458,7 +457,7 @@ class _Run:
             # Between processes, gradients are added up once a step.
             waits = self.num_processes > 1 and number < len(parts) - 1
             with self.trained.no_sync() if waits else nullcontext():  # type: ignore[operator]
-                losses = workload.losses(Forward(self.trained, self.autocast), part, draw)
+                losses = workload.losses(Forward(self.trained, self.accelerator.autocast), part, draw)
                 if shares is not None:
                     divisor = workload.divisor(self.network)
                     if divisor is None:
@@ -552,7 +551,7 @@ class _Run:
     def _validate(self, seconds: float) -> None:
         """Score val, record the epoch and keep its weights if they are the best yet, or the last are wanted."""
         progress, network = self.progress, self.evaluated.eval()
-        answers = self.workload.answers(Forward(network, self.autocast), self.val_loader)
+        answers = self.workload.answers(Forward(network, self.accelerator.autocast), self.val_loader)
         scores = self.workload.score(self._gathered(answers))
         monitored = scores[self.monitor]
         value = -math.inf if monitored is None else -monitored if self.monitor == "loss" else monitored
