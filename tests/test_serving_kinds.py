@@ -1,5 +1,6 @@
 """Volumes, slides and boxes through their endpoints: the Predictor's answers, their explanations, and refusals."""
 
+import ctypes
 import gzip
 import io
 import json
@@ -36,6 +37,7 @@ from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
 from cadx.drift import image_statistics
 from cadx.files import digest_bytes, write_json
 from cadx.gating import Decision
+from cadx.memory import tune_allocator
 from cadx.predicting.bags import EmbeddedSlides
 from cadx.predicting.predictor import Predictor
 from cadx.predicting.table import PredictionsInfo, answer_table, write_predictions
@@ -464,9 +466,15 @@ def test_each_kind_warns_of_what_lies_beyond_training_and_of_a_spacing_that_was_
             assert [warning.partition(" is ")[0] for warning in said] == ["unusual image: mean"] * is_unusual
 
 
+M_TOP_PAD = -2  # of glibc's malloc.h
+
+
 @contextmanager
 def little_memory(more_bytes: int) -> Iterator[None]:
-    """This process may take no more than that beside what it has."""
+    """This process may take no more than that beside what it uses."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_TOP_PAD, 0)
+    libc.malloc_trim(0)  # addresses that `tune_allocator` has reserved
     limits = resource.getrlimit(resource.RLIMIT_AS)
     held_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held_bytes + more_bytes, limits[1]))
@@ -474,6 +482,7 @@ def little_memory(more_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
+        tune_allocator()
 
 
 def test_what_is_too_large_for_the_servers_memory_is_told_so_and_the_next_is_answered(
