@@ -81,8 +81,8 @@ def _in_turns(folder: Path) -> dict[str, np.ndarray]:
         for name, turn in turns.items():
             turn.send(None)
             arms[name].join()  # before the next round starts
-    except EOFError:
-        pass  # said below, by its name
+    except (EOFError, BrokenPipeError):
+        pass  # an arm has ended: said below, by its name
     finally:
         for arm in arms.values():
             arm.terminate()
