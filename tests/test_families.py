@@ -5,6 +5,8 @@ the one Predictor.
 """
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -20,7 +22,7 @@ from cadx.catalog import PhantomEntry, load_catalog
 from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
 from cadx.detection import calculate_map
 from cadx.files import digest_bytes, digest_path
-from cadx.models import ModelConfig, pretrained_origin
+from cadx.models import ModelConfig, place, pretrained_origin
 from cadx.predicting.predictor import Predictor
 from cadx.predicting.table import detection_table
 from cadx.sampling import EpochSampler
@@ -189,10 +191,10 @@ def test_it_learns_a_batch_by_heart_and_a_bundle_answers_as_training_did(
     assert np.allclose(one_by_one, logits, atol=1e-5), "an answer must not depend on its batch"
 
 
-def _plain(family: str) -> TrainingConfig:
+def _plain(family: str, **changes: Any) -> TrainingConfig:
     """A recipe without batch statistics, dropout and stochastic depth: what is drawn or measured part by part."""
     config, settings = FAMILIES[family], {"family": family} | SMALL.get(family, {})
-    wanted = {"norm": "group", "dropout": 0.0, "stochastic_depth": 0.0}
+    wanted = {"norm": "group", "dropout": 0.0, "stochastic_depth": 0.0} | changes
     settings |= {name: value for name, value in wanted.items() if name in config.model_fields}
     return TrainingConfig.model_validate(
         {"model": settings, "batch_size": 4, "patches_per_sample": 1, "learning_rate": 1e-3, "keep": "last"}
@@ -243,6 +245,44 @@ def test_a_batch_shared_out_is_the_whole_batch(
         else:
             assert losses[0] == pytest.approx(losses[1], rel=1e-4)
             assert_alike(whole.state_dict, weights, relative=1e-3)
+
+
+@pytest.mark.parametrize(
+    "family", [name for name, config in FAMILIES.items() if config.takes in ("images", "volumes")]
+)
+def test_channels_last_changes_rounding_alone(family: str) -> None:
+    config = _plain(family, width=0.25)
+    is_volume = config.model.takes == "volumes"
+    order = torch.channels_last_3d if is_volume else torch.channels_last
+    inputs = torch.rand(2, 3, *((16, 16, 16) if is_volume else (64, 64)))
+    answers, gradients = [], []
+    for channels_last in (True, False):
+        torch.manual_seed(0)
+        network = config.model.build(2, 3).eval()
+        place(network, torch.device("cpu"), channels_last=channels_last)
+        kernels = [p for p in network.parameters() if p.ndim == inputs.ndim and min(p.shape[1:3]) > 1]
+        assert all(kernel.is_contiguous(memory_format=order) is channels_last for kernel in kernels)
+        answers.append(network(inputs).logits)
+        answers[-1].square().sum().backward()
+        gradients.append({name: p.grad for name, p in network.named_parameters() if p.grad is not None})
+    assert torch.allclose(*answers, atol=1e-5)
+    assert_alike(*gradients, relative=1e-3)
+
+
+@pytest.mark.parametrize("width", [0.0625, 0.125, 0.25])
+def test_a_thin_network_learns_from_large_maps(width: float) -> None:
+    """Where torch would spoil memory channels last: in a process of its own, which must not crash."""
+    code = f"""
+import torch
+from cadx.models import ResNetConfig, place
+torch.manual_seed(0)
+network = ResNetConfig(width={width}).build(2, 1)
+place(network, torch.device("cpu"), channels_last=True)
+for _ in range(3):
+    network(torch.rand(2, 1, 256, 256)).logits.square().sum().backward()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 class _Killed(Exception):

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from cadx.models.detector_config import FasterRCNNConfig, RetinaNetConfig
-from cadx.models.interface import Detections, Output, PretrainedOrigin, pretrained_origin
+from cadx.models.interface import Detections, Output, PretrainedOrigin, place, pretrained_origin
 from cadx.models.radiograph_config import ConvNeXtConfig, DenseNetConfig, ResNetConfig
 from cadx.models.slide_config import EncoderConfig, MILConfig
 from cadx.models.volume_config import DenseNet3DConfig, ResNet3DConfig
@@ -39,5 +39,6 @@ __all__ = [
     "ResNetConfig",
     "RetinaNetConfig",
     "YOLOConfig",
+    "place",
     "pretrained_origin",
 ]

@@ -84,7 +84,7 @@ class BoxWorkload(Workload):
 
     def to_device(self, batch: BoxBatch) -> BoxBatch:
         """The batch, where the network is."""
-        images = batch.images.to(self.device, non_blocking=True, memory_format=self.memory_format)
+        images = batch.images.to(self.device, non_blocking=True)
         targets = [Detections(*(x.to(self.device, non_blocking=True) for x in one)) for one in batch.targets]
         return BoxBatch(images, targets, batch.items)
 

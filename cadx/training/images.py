@@ -37,7 +37,7 @@ class ImageWorkload(ClassifierWorkload):
         """The batch, where the network is."""
         images, targets, items = batch
         return (
-            images.to(self.device, non_blocking=True, memory_format=self.memory_format),
+            images.to(self.device, non_blocking=True),
             targets.to(self.device, non_blocking=True),
             items,
         )

@@ -37,7 +37,7 @@ from cadx.datasets import DatasetFolder
 from cadx.files import canonical_json, digest_bytes, digest_path, replacing
 from cadx.loading import FeaturePreprocessing, TilePreprocessing, VolumePreprocessing, input_text
 from cadx.memory import peak_memory_bytes, tune_allocator
-from cadx.models import pretrained_origin
+from cadx.models import place, pretrained_origin
 from cadx.models.checkpointing import enable_checkpointing
 from cadx.sampling import BalancedSampler, EpochSampler
 from cadx.training.bags import FeatureWorkload, SlideWorkload
@@ -308,7 +308,7 @@ class _Run:
         )
         torch.manual_seed(seed)
         self.network = self.workload.build()
-        self.network.to(self.device, memory_format=self.workload.memory_format)  # type: ignore[call-overload]
+        place(self.network, self.device, channels_last=config.channels_last)
         self.averaged = copy.deepcopy(self.network) if config.ema_decay else None
         if config.checkpointing:
             enable_checkpointing(self.network)  # type: ignore[arg-type]

@@ -119,12 +119,6 @@ class Workload(ABC):
         if getattr(self.config.preprocessing, "fit", None) == "tile" and self.takes != "boxes":
             raise ValueError("train.preprocessing.fit tile: is for boxes; use pad or stretch")
 
-    @property
-    def memory_format(self) -> torch.memory_format:
-        """In which order a network's numbers lie in memory; channels last is for images in 2D."""
-        wanted = self.config.channels_last and self.takes in ("images", "boxes")
-        return torch.channels_last if wanted else torch.preserve_format
-
     def sampler(self) -> EpochSampler | BalancedSampler:
         """The order in which items are seen."""
         sampler_class = BalancedSampler if self.config.sampler == "balanced" else EpochSampler
