@@ -16,7 +16,7 @@ from torch import nn
 
 from benchmarks._claim import claim
 from cadx.memory import tune_allocator
-from cadx.models import ModelConfig, place
+from cadx.models import ModelConfig, to_device
 
 NUM_CLASSES = 2
 BATCH = 8
@@ -38,7 +38,7 @@ def claims() -> Iterator[dict[str, Any]]:
         for channels_last in (True, False):
             torch.manual_seed(0)
             network = TypeAdapter[Any](ModelConfig).validate_python(settings).build(NUM_CLASSES, 1)
-            place(network, torch.device("cpu"), channels_last=channels_last)
+            to_device(network, torch.device("cpu"), channels_last=channels_last)
             networks.append(network)
         inputs = torch.rand(BATCH, 1, *size)
         for task, step in {"answers": _answer, "training": _train}.items():

@@ -22,7 +22,7 @@ from cadx.catalog import PhantomEntry, load_catalog
 from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
 from cadx.detection import calculate_map
 from cadx.files import digest_bytes, digest_path
-from cadx.models import ModelConfig, place, pretrained_origin
+from cadx.models import ModelConfig, pretrained_origin, to_device
 from cadx.predicting.predictor import Predictor
 from cadx.predicting.table import detection_table
 from cadx.sampling import EpochSampler
@@ -254,19 +254,49 @@ def test_channels_last_changes_rounding_alone(family: str) -> None:
     config = _plain(family, width=0.25)
     is_volume = config.model.takes == "volumes"
     order = torch.channels_last_3d if is_volume else torch.channels_last
-    inputs = torch.rand(2, 3, *((16, 16, 16) if is_volume else (64, 64)))
-    answers, gradients = [], []
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.rand(2, 3, *((16, 16, 16) if is_volume else (64, 64)), generator=generator)
+    answers, maps, gradients = [], [], []
     for channels_last in (True, False):
         torch.manual_seed(0)
         network = config.model.build(2, 3).eval()
-        place(network, torch.device("cpu"), channels_last=channels_last)
+        to_device(network, torch.device("cpu"), channels_last=channels_last)
         kernels = [p for p in network.parameters() if p.ndim == inputs.ndim and min(p.shape[1:3]) > 1]
+        assert kernels
         assert all(kernel.is_contiguous(memory_format=order) is channels_last for kernel in kernels)
-        answers.append(network(inputs).logits)
+        torch.nn.init.normal_(network.attention.weight)  # type: ignore[union-attr]
+        output = network(inputs)
+        answers.append(output.logits)
+        maps.append(output.attention)
         answers[-1].square().sum().backward()
         gradients.append({name: p.grad for name, p in network.named_parameters() if p.grad is not None})
     assert torch.allclose(*answers, atol=1e-5)
-    assert_alike(*gradients, relative=1e-3)
+    assert torch.allclose(*maps, atol=1e-5)
+    assert_alike(*gradients, relative=0.03)  # where rounding moves a place across a ReLU's kink
+
+
+def test_a_run_that_goes_on_with_weights_in_another_order_is_the_same_run(
+    datasets: dict[str, DatasetFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from a GPU to a CPU."""
+    config, folder = _plain("resnet3d", width=0.25).model_copy(update={"epochs": 4}), datasets["volumes"]
+    splits = _everywhere(folder)
+    whole = fit(config, folder, splits, seed=0, checkpoints=tmp_path / "whole" / "member")
+
+    def kill(record: dict[str, Any]) -> None:
+        raise _Killed
+
+    def elsewhere(network: torch.nn.Module, device: torch.device, *, channels_last: bool) -> None:
+        to_device(network, device, channels_last=False)
+
+    run: dict[str, Any] = {"seed": 0, "checkpoints": tmp_path / "killed" / "member"}
+    with monkeypatch.context() as patched:
+        patched.setattr("cadx.training.loop.to_device", elsewhere)
+        with pytest.raises(_Killed):
+            fit(config, folder, splits, **run, on_epoch=kill)
+    resumed = fit(config, folder, splits, **run)
+    losses = [[record["train_loss"] for record in each.history] for each in (whole, resumed)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
 
 @pytest.mark.parametrize("width", [0.0625, 0.125, 0.25])
@@ -274,10 +304,10 @@ def test_a_thin_network_learns_from_large_maps(width: float) -> None:
     """Where torch would spoil memory channels last: in a process of its own, which must not crash."""
     code = f"""
 import torch
-from cadx.models import ResNetConfig, place
+from cadx.models import ResNetConfig, to_device
 torch.manual_seed(0)
 network = ResNetConfig(width={width}).build(2, 1)
-place(network, torch.device("cpu"), channels_last=True)
+to_device(network, torch.device("cpu"), channels_last=True)
 for _ in range(3):
     network(torch.rand(2, 1, 256, 256)).logits.square().sum().backward()
 """

@@ -5,7 +5,14 @@ from typing import Annotated
 from pydantic import Field
 
 from cadx.models.detector_config import FasterRCNNConfig, RetinaNetConfig
-from cadx.models.interface import Detections, Output, PretrainedOrigin, place, pretrained_origin
+from cadx.models.interface import (
+    Detections,
+    Output,
+    PretrainedOrigin,
+    overruns_channels_last,
+    pretrained_origin,
+    to_device,
+)
 from cadx.models.radiograph_config import ConvNeXtConfig, DenseNetConfig, ResNetConfig
 from cadx.models.slide_config import EncoderConfig, MILConfig
 from cadx.models.volume_config import DenseNet3DConfig, ResNet3DConfig
@@ -39,6 +46,7 @@ __all__ = [
     "ResNetConfig",
     "RetinaNetConfig",
     "YOLOConfig",
-    "place",
+    "overruns_channels_last",
     "pretrained_origin",
+    "to_device",
 ]

@@ -69,21 +69,21 @@ class PretrainedOrigin(Config):
     url: str | None = None
 
 
-def place(network: "nn.Module", device: "device", *, channels_last: bool) -> None:
+def to_device(network: "nn.Module", device: "device", *, channels_last: bool) -> None:
     """Move a network to where it computes.
 
     Args:
         network: of any family.
         device: where.
-        channels_last: lay its weights in the order in which convolutions take least time, where it is safe. A
-            convolution hands the order on; what goes into the first one may have any. Values differ by rounding
-            alone. The weights of volumes on a GPU keep theirs, as there it was not measured.
+        channels_last: lay its weights in the order in which convolutions take least time: values differ by rounding
+            alone, and a convolution hands the order on to what follows. On a GPU the weights of volumes keep torch's
+            order, as channels last was not measured there; on a CPU those of a network that `overruns_channels_last`.
     """
     import torch
 
-    axes = max(parameter.ndim for parameter in network.parameters())
+    axes = max((parameter.ndim for parameter in network.parameters()), default=0)
     order = torch.preserve_format
-    if channels_last and not (device.type == "cpu" and _is_thin(network)):
+    if channels_last and not (device.type == "cpu" and overruns_channels_last(network)):
         if axes == 4:
             order = torch.channels_last
         elif axes == 5 and device.type == "cpu":
@@ -91,16 +91,16 @@ def place(network: "nn.Module", device: "device", *, channels_last: bool) -> Non
     network.to(device, memory_format=order)  # type: ignore[call-overload]
 
 
-def _is_thin(network: "nn.Module") -> bool:
-    """Whether channels last would have torch 2.13 write beyond its memory on a CPU.
+def overruns_channels_last(network: "nn.Module") -> bool:
+    """Whether a convolution would write beyond its memory channels last, on a CPU: a crash, or numbers that are wrong.
 
-    It does for the weights' gradient of a strided 1 x 1 convolution from 8 channels or fewer, to 16 or fewer, of maps
-    of 56 places a side: it crashes, or goes on with spoilt memory. Twice as many channels are kept away from.
+    The weight gradient of a strided 1 x 1 convolution does so if it has fewer input channels than oneDNN's block: 8
+    with AVX2, 16 with AVX-512. Source: https://github.com/uxlfoundation/oneDNN/issues/6035
     """
     from torch import nn
 
     return any(
-        module.in_channels < 16 and max(module.kernel_size) == 1 and max(module.stride) > 1
+        module.in_channels // module.groups < 16 and max(module.kernel_size) == 1 and max(module.stride) > 1
         for module in network.modules()
         if isinstance(module, nn.Conv2d | nn.Conv3d)
     )

@@ -25,7 +25,7 @@ from cadx.datasets import DatasetFolder
 from cadx.drift import image_statistics
 from cadx.loading import FeaturePreprocessing, TilePreprocessing, VolumePreprocessing
 from cadx.memory import tune_allocator
-from cadx.models import Detections, place
+from cadx.models import Detections, to_device
 from cadx.predicting.bags import FeatureSubject, SlideSubject
 from cadx.predicting.boxes import detectors_answer
 from cadx.predicting.images import ImageSubject
@@ -124,7 +124,7 @@ class Predictor:
         self._networks = self.bundle.networks()
         for network in self._networks:
             # In full float32 precision it was measured on a CPU alone.
-            place(network, self._device, channels_last=self._device.type == "cpu")
+            to_device(network, self._device, channels_last=self._device.type == "cpu")
         self.subject = subject_of(self.bundle.manifest)
         self._ranges = _ranges(self.bundle.reference())
         self._prevalence = self.bundle.shares_at(prevalence or {})

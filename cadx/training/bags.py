@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cadx.loading import FeaturePreprocessing, TilePreprocessing
 from cadx.loading.embeddings import EmbeddingBagDataset, EmbeddingCache, encoder_digest
 from cadx.loading.slides import Bag, BagBatch, FeatureBagDataset, MILDataset, collate_bags
-from cadx.models import MILConfig, Output, place
+from cadx.models import MILConfig, Output, to_device
 from cadx.predicting.bags import pool_tiles, tile_dataset
 from cadx.training.workload import ClassifierWorkload, Draw, Forward, Setting
 from cadx.types import Digest
@@ -153,7 +153,7 @@ class SlideWorkload(BagWorkload):
         if not self._frozen:
             return network
         cache = EmbeddingCache(self.setting.scratch / "embeddings")
-        place(network.eval(), self.device, channels_last=self.config.channels_last)
+        to_device(network.eval(), self.device, channels_last=self.config.channels_last)
         encoder = encoder_digest(network.encoder)  # type: ignore[arg-type]
         for tiles in (self._train_tiles, self._val_tiles):
             self._embed(cache, tiles, network, encoder)

@@ -37,7 +37,7 @@ from cadx.datasets import DatasetFolder
 from cadx.files import canonical_json, digest_bytes, digest_path, replacing
 from cadx.loading import FeaturePreprocessing, TilePreprocessing, VolumePreprocessing, input_text
 from cadx.memory import peak_memory_bytes, tune_allocator
-from cadx.models import place, pretrained_origin
+from cadx.models import overruns_channels_last, pretrained_origin, to_device
 from cadx.models.checkpointing import enable_checkpointing
 from cadx.sampling import BalancedSampler, EpochSampler
 from cadx.training.bags import FeatureWorkload, SlideWorkload
@@ -308,12 +308,14 @@ class _Run:
         )
         torch.manual_seed(seed)
         self.network = self.workload.build()
-        place(self.network, self.device, channels_last=config.channels_last)
+        to_device(self.network, self.device, channels_last=config.channels_last)
         self.averaged = copy.deepcopy(self.network) if config.ema_decay else None
         if config.checkpointing:
             enable_checkpointing(self.network)  # type: ignore[arg-type]
         if config.compile:
-            self.network.compile()
+            # On a CPU inductor lays every convolution channels last, unless it is told not to.
+            overruns = self.device.type == "cpu" and overruns_channels_last(self.network)
+            self.network.compile(options={"layout_optimization": False} if overruns else None)
         self.trained: nn.Module = self.network
         if self.num_processes > 1:
             self.trained = nn.parallel.DistributedDataParallel(
@@ -620,6 +622,12 @@ class _Run:
         self.progress = _Progress(**state["progress"])
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
+        # The step walks through a weight and its moments side by side; the run may have been on another device, where
+        # weights lie in another order.
+        for parameter, moments in self.optimizer.state.items():
+            for name, value in moments.items():
+                if value.shape == parameter.shape:
+                    moments[name] = torch.empty_like(parameter).copy_(value)
         self.best = state["best"]
         self.workload.load_state_dict(state["workload"])
         if self.averaged is not None:

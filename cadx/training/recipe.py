@@ -41,7 +41,8 @@ class Recipe(Config):
         patience: epochs without a better `monitor` after which training stops; null for never.
         grad_clip: largest norm of the gradient; null for any.
         precision: "auto" is bf16 on a GPU that has it, fp16 on another, fp32 on a CPU.
-        channels_last: keep weights and feature maps in the memory order in which convolutions take least time.
+        channels_last: keep weights and feature maps in the memory order in which convolutions take least time, where
+            `cadx.models.to_device` finds it safe and measured.
         compile: let torch.compile fuse the network: minutes at the start, a faster step after.
         checkpointing: keep few activations and recompute the rest: less memory, more time, the same weights.
         deterministic: only algorithms on a GPU that give the same bits each time, where there are any.
