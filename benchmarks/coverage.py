@@ -36,6 +36,7 @@ IMAGES = (60, 200, 600)
 PREVALENCES = (0.1, 0.3)
 AREAS = (0.8, 0.95)
 IMAGES_PER_PATIENT = (1, 3)
+LONG_TAIL = (200, 600, 2000)  # images of the sets in which few patients have many and most have one
 TARGET = 0.9  # the sensitivity at the operating point
 ELSEWHERE = 0.05  # another prevalence
 MIN_CASES, MIN_ERRORS = 50, 5
@@ -45,6 +46,7 @@ CHOICE = "The operating point"  # the section of the page on thresholds
 SETS = "Prediction sets"  # the section of the page that `benchmarks/conformal.py` writes
 
 _PATIENT_SHARE = 0.5  # of the variance of a score lies between patients
+_MOST = 10  # the part of all images that one patient of the long tail has at most
 _WORSE = 0.05  # by how much the second model's AUC and sensitivity are lower
 _RESAMPLES = 200
 _CHOICE_REPEATS, _CHOICES = 2000, 60
@@ -67,12 +69,17 @@ _TITLES = {
 
 
 class Cell(NamedTuple):
-    """One setting of the grid."""
+    """One setting of the grid; `per_patient` is 0 where images a patient have a long tail."""
 
     images: int
     per_patient: int
     prevalence: float
     area: float
+
+    @property
+    def images_of_a_patient(self) -> str:
+        """As the page says it."""
+        return str(self.per_patient or f"1 to {self.images // _MOST}")
 
 
 class Row(NamedTuple):
@@ -98,7 +105,11 @@ class Row(NamedTuple):
 def claims() -> Iterator[dict[str, Any]]:
     """Every cell with enough cases and errors covers the truth in 93 to 97 of 100 sets."""
     rows = each(measure, grid(), "Intervals of one and two models")
-    some = [cell for cell in grid() if cell.prevalence == 0.3 and cell.area == 0.8 and cell.images > 60]
+    some = [
+        cell
+        for cell in grid()
+        if cell.prevalence == 0.3 and cell.area == 0.8 and cell.images > 60 and cell.per_patient
+    ]
     chosen = each(measure_choice, some, "The operating point")
     write_page(rows, chosen)
     judged = [row.within(name) for row in rows for name in row.coverage if row.enough[name]]
@@ -115,7 +126,7 @@ def grid() -> list[Cell]:
         for images in IMAGES
         for prevalence in PREVALENCES
         for area in AREAS
-    ]
+    ] + [Cell(images, 0, 0.3, area) for images in LONG_TAIL for area in AREAS]
 
 
 def draw(
@@ -125,12 +136,16 @@ def draw(
 
     Scores are normal within a class. Half of their variance lies between patients, and a patient's images tend to be of
     one class: the share of positives is drawn from Beta(2 pi, 2 (1 - pi)) for each. The models' errors correlate by .6.
+    In a long tail the images of a patient follow a Pareto distribution of index 1.1, up to a tenth of all.
     """
-    patients = np.arange(cell.images) // cell.per_patient
+    sizes = np.full(cell.images, cell.per_patient)
+    if not cell.per_patient:
+        sizes = np.minimum(1 + rng.pareto(1.1, cell.images), cell.images // _MOST).astype(np.intp)
+    patients = np.repeat(np.arange(cell.images), sizes)[: cell.images]
     num_patients = patients[-1] + 1
     pi = cell.prevalence
     chance = (
-        rng.beta(2 * pi, 2 * (1 - pi), num_patients) if cell.per_patient > 1 else np.full(num_patients, pi)
+        rng.beta(2 * pi, 2 * (1 - pi), num_patients) if cell.per_patient != 1 else np.full(num_patients, pi)
     )
     y = (rng.random(cell.images) < chance[patients]).astype(np.int64)
 
@@ -214,8 +229,11 @@ def measure(cell: Cell) -> Row:
     )
     true = truths(cell)
     held, told, warned = (dict.fromkeys(_TITLES, 0) for _ in range(3))
+    fewest = 0.0
     for _ in range(REPEATS):
-        for name, found in _intervals(cell, *draw(cell, rng)).items():
+        drawn = draw(cell, rng)
+        fewest += patients_of_rarer_class(one_score(drawn[0], drawn[1], drawn[3])) / REPEATS
+        for name, found in _intervals(cell, *drawn).items():
             if found.low is not None and found.high is not None:
                 told[name] += 1
                 held[name] += found.low <= true[name] <= found.high
@@ -234,7 +252,8 @@ def measure(cell: Cell) -> Row:
     errors["auc_difference"] = MIN_ERRORS * min(positives, negatives) * (1 - cell.area)
     errors["ppv_elsewhere"] = min(errors["sensitivity"], errors["specificity"])
     errors["sensitivity_difference"] = errors["sensitivity"]
-    large = min(positives, negatives) >= MIN_CASES
+    # A set of a long tail is as large as its effective patients.
+    large = (min(positives, negatives) if cell.per_patient else fewest) >= MIN_CASES
     return Row(
         cell,
         {name: held[name] / max(told[name], 1) for name in _TITLES},
@@ -322,11 +341,14 @@ def write_page(rows: list[Row], chosen: list[tuple[Cell, dict[str, float]]]) -> 
         f"Written by `python -m benchmarks coverage`: {REPEATS:,} simulated test sets a line, and for each the share "
         "of 95 % intervals that hold the true value, in per cent. A share itself is known to within 1 point. Scores "
         "are normal within a class; with 3 images a patient half of their variance lies between patients, and a "
-        f"patient's images tend to be of one class. The operating point has a true sensitivity of {TARGET:g}."
+        f"patient's images tend to be of one class. In the last {len(AREAS) * len(LONG_TAIL)} lines most patients have "
+        f"one image and a few up to a tenth of all (Pareto, index 1.1). The operating point has a true sensitivity of "
+        f"{TARGET:g}."
     )
     promise = (
-        f"Where there are at least {MIN_CASES} images of each class and {MIN_ERRORS} expected errors, a share should "
-        f"lie within 93 to 97: {sum(judged)} of {len(judged)} do, and those that do not are **bold**"
+        f"Where there are at least {MIN_CASES} images of each class (in a long tail, effective patients) and "
+        f"{MIN_ERRORS} expected errors, a share should lie within 93 to 97: {sum(judged)} of {len(judged)} do, and "
+        "those that do not are **bold**"
         + (f' (of their reports {", ".join(bold)} say "too few", in the order of the table)' if bold else "")
         + f". Elsewhere (in brackets) nothing is promised, and {len(beyond)} shares lie outside; there "
         f'{np.mean(warned or [1]):.0%} of the reports say "too few" beside the interval, and '
@@ -354,7 +376,8 @@ def write_page(rows: list[Row], chosen: list[tuple[Cell, dict[str, float]]]) -> 
                 text = f"**{text}**"
             cells.append(text)
         setting = (
-            f"| {row.cell.images} | {row.cell.per_patient} | {row.cell.prevalence:.0%} | {row.cell.area:g} | "
+            f"| {row.cell.images} | {row.cell.images_of_a_patient} | {row.cell.prevalence:.0%} | "
+            f"{row.cell.area:g} | "
         )
         lines.append(setting + " | ".join(cells) + " |")
     lines += [

@@ -93,11 +93,17 @@ def logit_variance(estimate: Estimate, critical: float = stats.norm.ppf(0.975)) 
     return ((high - low) / 2 / critical * estimate.value * (1 - estimate.value)) ** 2
 
 
-def student(by_patient: np.ndarray) -> float:
+def worth(patients: np.ndarray) -> float:
+    """Kish's effective number of patients."""
+    sizes = np.unique(patients, return_counts=True)[1]
+    return float(sizes.sum() ** 2 / np.square(sizes).sum())
+
+
+def student(by_patient: np.ndarray, patients: float | None = None) -> float:
     """The 97.5th percentile of t by Satterthwaite, where patients add these shares to the error of an AUC."""
     squares = np.square(by_patient)
     of_sum = np.square(squares - squares.mean()).sum()
-    most = squares.size - 1
+    most = (patients or squares.size) - 1
     freedom = min(max(2 * squares.sum() ** 2 / of_sum, 1), most) if of_sum else most
     return float(stats.t.ppf(0.975, freedom))
 
@@ -420,7 +426,7 @@ def test_independent_proportions_have_plain_wilson_limits() -> None:
         assert (estimate.n, estimate.method.split(";")[0]) == (n, "Wilson")
 
 
-def test_clustered_proportions_have_the_variance_of_a_cluster_robust_mean() -> None:
+def test_clustered_proportions_have_the_variance_of_a_cluster_robust_mean_over_effective_patients() -> None:
     compared = 0
     for seed in range(400):
         y, p, patients = draw(seed, n=120, clusters=True)
@@ -432,8 +438,11 @@ def test_clustered_proportions_have_the_variance_of_a_cluster_robust_mean() -> N
             sm.OLS(hits, np.ones_like(hits)).fit(cov_type="cluster", cov_kwds={"groups": groups}).bse[0] ** 2
         )
         value = hits.mean()
+        heads, effective_heads = len(set(groups)), worth(groups)
+        # The reference's small-sample factor G / (G - 1) and degrees of freedom are of heads.
+        variance *= (effective_heads / max(effective_heads - 1, 1)) / (heads / (heads - 1))
         effective = value * (1 - value) / max(variance, value * (1 - value) / len(hits))
-        t = stats.t.ppf(0.975, len(set(groups)) - 1)
+        t = stats.t.ppf(0.975, max(effective_heads - 1, 1))
         # Wilson's limits are where |value - limit| = t sqrt(limit (1 - limit) / n).
         for limit in (estimate.low, estimate.high):
             assert abs(value - limit) == pytest.approx(
@@ -492,7 +501,7 @@ def test_clustered_auc_variance_equals_obuchowskis_sums() -> None:
         estimate = auc(y, p, patients)
         if variance > 1e-9 and estimate.method.startswith("Obuchowski (logit)"):
             shares = np.array(positive) / m + np.array(negative) / n
-            found = logit_variance(estimate, student(shares))
+            found = logit_variance(estimate, student(shares, worth(patients)))
             assert found == pytest.approx(variance, rel=1e-6)
             compared += 1
     assert compared > 250
@@ -636,8 +645,8 @@ def test_limits_are_those_of_a_loop_over_whole_patients() -> None:
         values["average_precision"].append(reference.average_precision_score(y[drawn], p[drawn]))
         values["f1"].append(reference.f1_score(y[drawn], p[drawn] >= 0.4))
     for name, replicates in values.items():
-        counted = ids if name in ("brier", "log_loss") else np.unique(patients[y == 1])
-        error = stats.t.ppf(0.975, len(counted) - 1) * np.std(replicates, ddof=1)
+        counted = patients if name in ("brier", "log_loss") else patients[y == 1]
+        error = stats.t.ppf(0.975, worth(counted) - 1) * np.std(replicates, ddof=1)
         estimate = found[name]
         v = estimate.value
         if name == "log_loss":
@@ -1147,6 +1156,24 @@ def test_the_choice_of_a_threshold_widens_what_it_reaches() -> None:
     assert perfect["sensitivity"].low < at_threshold([1] * 60, [0.9] * 60, 0.5)["sensitivity"].low
 
 
+def test_shares_hold_the_truth_where_few_patients_have_most_images() -> None:
+    rng, held, one_has_half, sets = np.random.default_rng(0), 0, 0, 500
+    for _ in range(sets):
+        for sizes in (np.minimum(1 + rng.pareto(1.1, 60), 200).astype(int), np.r_[60, np.ones(60, int)]):
+            patients = np.repeat(np.arange(sizes.size), sizes)
+            right = rng.random(patients.size) < rng.beta(1.6, 0.4, sizes.size)[patients]
+            found = metrics.share_of(right, patients)
+            holds = found.low <= 0.8 <= found.high
+            if sizes[0] == 60:
+                one_has_half += holds
+                assert "too few" in found.method
+            else:
+                held += holds
+    # By the number of heads it was .85 and .74.
+    assert held / sets > 0.92
+    assert one_has_half / sets > 0.95
+
+
 def test_few_errors_and_few_patients_are_told() -> None:
     assert "too few errors (1)" in metrics.share_of([True] * 99 + [False]).method
     assert "too few" not in metrics.share_of([True] * 90 + [False] * 10).method
@@ -1154,7 +1181,7 @@ def test_few_errors_and_few_patients_are_told() -> None:
     assert "too few" in auc(y, p).method
     # Patients count, not their images; and what is derived from a doubted share is doubted.
     labels, scores = np.repeat([0, 1], 60), np.tile(np.repeat([0.2, 0.8], 30), 2)
-    for num_patients, word in ((29, "too few patients (29)"), (30, "")):
+    for num_patients, word in ((20, "too few effective patients ("), (30, "")):
         found = metrics.at_threshold(labels, scores, 0.5, np.arange(120) % num_patients)
         elsewhere = metrics.predictive_values(found["sensitivity"], found["specificity"], 0.05)
         for estimate in (found["ppv"], elsewhere["ppv"], elsewhere["npv"]):

@@ -84,14 +84,14 @@ def delong_difference(
             return Difference(value=0.0, low=0.0, high=0.0, p=1.0, n=n, method=f"{name}: equal rankings")
         return Difference(value=value, low=None, high=None, p=None, n=n, method="too few: no variance")
     error = math.sqrt(variance)
-    freedom = np.unique(first.patient).size - 1 if first.clustered else math.inf
+    freedom = max(_effective(first) - 1, 1) if first.clustered else math.inf
     p = float(2 * scipy.special.stdtr(freedom, -abs(value) / error))
     half = float(scipy.special.stdtrit(freedom, 0.5 + LEVEL / 2)) * error
     low, high = max(value - half, -1.0), min(value + half, 1.0)
     fewest = patients_of_rarer_class(first)
     outranked = fewest * (1 - max(float(auc_a.mean()), float(auc_b.mean())))
     if fewest < MIN_PER_CLASS:
-        name += f"; too few ({fewest} in the rarer class): {HOLDS_LESS}"
+        name += f"; too few ({fewest:.3g} in the rarer class): {HOLDS_LESS}"
     elif outranked < MIN_OUTRANKED:
         name += f"; too few errors ({outranked:.3g} outranked in the rarer class): {HOLDS_LESS}"
     return Difference(value=value, low=low, high=high, p=p, n=n, method=name)
@@ -106,7 +106,7 @@ def area(cases: Cases) -> Part:
     variance = _auc_variance(share, cases)
     value = float(areas.mean())
     if variance <= _NO_VARIANCE or not 0 < value < 1:
-        low, high = _newcombe(value, cases.count_patients(cases.y), cases.count_patients(~cases.y))
+        low, high = _newcombe(value, cases.effective_patients(cases.y), cases.effective_patients(~cases.y))
         method = "Newcombe score (no variance between cases)"
     else:
         critical = scipy.special.stdtrit(_degrees_of_freedom(share, cases), 0.5 + LEVEL / 2)
@@ -114,13 +114,13 @@ def area(cases: Cases) -> Part:
         low, high = scipy.special.expit(scipy.special.logit(value) + np.array([-half, half]))
         method = "Obuchowski (logit)" if cases.clustered else "DeLong (logit)"
     if (fewest := patients_of_rarer_class(cases)) < MIN_PER_CLASS:
-        method += f"; too few ({fewest} in the rarer class): {ROUGHLY}"
+        method += f"; too few ({fewest:.3g} in the rarer class): {ROUGHLY}"
     return Part(estimate_of(value, low, high, n, method), areas, influence=cases.by_patient(share))
 
 
-def patients_of_rarer_class(cases: Cases) -> int:
-    """Patients of the rarer class."""
-    return min(cases.count_patients(cases.y), cases.count_patients(~cases.y))
+def patients_of_rarer_class(cases: Cases) -> float:
+    """Effective patients of the rarer class."""
+    return min(cases.effective_patients(cases.y), cases.effective_patients(~cases.y))
 
 
 def _auc_variance(share: FloatArray, cases: Cases) -> float:
@@ -144,14 +144,18 @@ def _degrees_of_freedom(share: FloatArray, cases: Cases) -> float:
     """What the variance is worth: few where some patients, ranked far on the wrong side, make most of it.
 
     Source: Satterthwaite's 2 V^2 / Var(V), with Var(V) from the patients' squared shares as in Pan and Wall 2002, Stat
-    Med 21:1429; at most the number of patients less one.
+    Med 21:1429; at most the number of effective patients less one.
     """
     squares = cases.by_patient(share)[np.unique(cases.patient)] ** 2
     spread = squares.size * float(squares.var())
-    return float(np.clip(2 * squares.sum() ** 2 / max(spread, EPSILON**2), 1, max(squares.size - 1, 1)))
+    return float(np.clip(2 * squares.sum() ** 2 / max(spread, EPSILON**2), 1, max(_effective(cases) - 1, 1)))
 
 
-def _newcombe(value: float, num_positive: int, num_negative: int) -> tuple[float, float]:
+def _effective(cases: Cases) -> float:
+    return cases.effective_patients(np.ones(cases.y.size, dtype=bool))
+
+
+def _newcombe(value: float, num_positive: float, num_negative: float) -> tuple[float, float]:
     """Score limits of an AUC from Hanley and McNeil's variance under the limit itself.
 
     Source: Newcombe 2006, Stat Med 25:559, method 5. With patients counted, not images, it is conservative.

@@ -115,6 +115,10 @@ class Cases:
         """Patients among some of the cases."""
         return np.unique(self.patient[which]).size if self.clustered else int(which.sum())
 
+    def effective_patients(self, which: BoolArray) -> float:
+        """As `effective_patients`, of some of the cases."""
+        return effective_patients(self.patient[which])
+
 
 def one_score(labels: ArrayLike, scores: ArrayLike, patients: ArrayLike | None) -> Cases:
     """One score against one outcome as cases; the calls play no part.
@@ -148,6 +152,21 @@ def patient_codes(patients: ArrayLike | None, labelled: BoolArray) -> IntArray:
     return codes
 
 
+def effective_patients(patient: IntArray) -> float:
+    """Patients with equally many cases each that are worth these: their number, if all have equally many.
+
+    Args:
+        patient: n, the number of each case's patient.
+
+    Source: Kish 1965, Survey Sampling, section 11.7: (sum w)^2 / sum w^2, with a patient's cases as its weight.
+
+    >>> effective_patients(np.array([0, 0, 1, 1])), effective_patients(np.array([0, 0, 0, 1, 2, 3]))
+    (2.0, 3.0)
+    """
+    cases = np.bincount(patient).astype(np.float64)
+    return float(cases.sum() ** 2 / (cases @ cases)) if cases.size else 0.0
+
+
 def require_probabilities(p: FloatArray) -> None:
     """Accept numbers within 0..1.
 
@@ -169,14 +188,14 @@ class Part:
         by_seed: S, NaN where undefined.
         influence: by patient, the first-order share of each in the value's error; for closed forms.
         replicates: the value in each resample, NaN where undefined; for the others.
-        patients: that the replicates rest on.
+        patients: effective ones, that the replicates rest on.
     """
 
     estimate: Estimate
     by_seed: FloatArray
     influence: FloatArray | None = None
     replicates: FloatArray | None = None
-    patients: int = 0
+    patients: float = 0
 
     @property
     def seed_values(self) -> tuple[float | None, ...]:
@@ -234,8 +253,8 @@ def wilson_limits(proportion: ArrayLike, n: ArrayLike, critical: float) -> tuple
     return np.where(p <= 0, 0.0, np.maximum(low, 0.0)), np.where(p >= 1, 1.0, np.minimum(high, 1.0))
 
 
-def critical_value(patients: int) -> float:
-    """Student's t, for a variance that was estimated over so many patients."""
+def critical_value(patients: float) -> float:
+    """Student's t, for a variance that was estimated over so many (effective) patients."""
     return float(scipy.special.stdtrit(max(patients - 1, 1), 0.5 + LEVEL / 2))
 
 
@@ -271,7 +290,7 @@ def resampled_sums(weights: Weights, totals: FloatArray) -> FloatArray:
     return sums
 
 
-def replicated(name: str, by_seed: FloatArray, replicates: FloatArray, n: int, patients: int) -> Part:
+def replicated(name: str, by_seed: FloatArray, replicates: FloatArray, n: int, patients: float) -> Part:
     """A part with percentile limits of its replicates.
 
     Args:
@@ -279,7 +298,7 @@ def replicated(name: str, by_seed: FloatArray, replicates: FloatArray, n: int, p
         by_seed: S values.
         replicates: R values of the mean over seeds, NaN where a resample leaves the metric undefined.
         n: cases.
-        patients: that the value rests on.
+        patients: effective ones, that the value rests on.
     """
     value = float(by_seed.mean())
 

@@ -82,7 +82,7 @@ def with_doubt(part: Part, words: str) -> Part:
 
 
 def part_of_boxes(
-    by_seed: FloatArray, replicates: FloatArray, n: int, patients: int, *, interpolated: bool = False
+    by_seed: FloatArray, replicates: FloatArray, n: int, patients: float, *, interpolated: bool = False
 ) -> Part:
     """AP, AR or FROC of boxes from its resamples; arguments as of `estimates.replicated`.
 

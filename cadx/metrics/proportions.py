@@ -7,6 +7,7 @@ import numpy as np
 import scipy
 from numpy.typing import ArrayLike
 
+from cadx.doubts import ROUGHLY
 from cadx.metrics.estimates import (
     BoolArray,
     Cases,
@@ -15,6 +16,7 @@ from cadx.metrics.estimates import (
     Weights,
     Z,
     critical_value,
+    effective_patients,
     estimate_of,
     nothing,
     one_score,
@@ -31,7 +33,10 @@ MIN_ERRORS = 5
 """Errors below which a share's interval holds the truth more, or less, often than it says (`docs/coverage.md`)."""
 
 MIN_PATIENTS = 30
-"""Patients with several cases each below which the same holds: of 25, images being copies, 98 of 100 intervals did."""
+"""Effective patients with several cases each below which the same holds.
+
+Of 25, images being copies, 98 of 100 intervals held the truth; of 200 with a long tail of images, worth 19, 92 did.
+"""
 
 
 def at_threshold(
@@ -60,7 +65,7 @@ def tango_difference(right_a: ArrayLike, right_b: ArrayLike, patients: ArrayLike
     """Share of `right_a` minus share of `right_b` on the same cases: Tango's interval, McNemar's p value.
 
     The two agree: the interval leaves out 0 exactly where p is below 0.05. Patients with several cases shrink all
-    counts by the design effect, the difference's variance over patients divided by that over cases.
+    counts by the design effect, the difference's variance over (effective) patients divided by that over cases.
 
     Args:
         right_a: N of true and false, say whether model A calls each positive (so that the share is its sensitivity).
@@ -92,10 +97,12 @@ def tango_difference(right_a: ArrayLike, right_b: ArrayLike, patients: ArrayLike
     if num_patients < n:
         independent = float(((gap - value) ** 2).sum())
         by_patient = np.bincount(code, gap - value)
-        clustered = float(by_patient @ by_patient) * num_patients / max(num_patients - 1, 1)
+        patients_worth = effective_patients(code)
+        freedom = max(patients_worth - 1, 1)
+        clustered = float(by_patient @ by_patient) * patients_worth / freedom
         # Without any variance the cases of a patient count as one.
-        effect = max(1.0, clustered / independent) if independent > 0 else n / num_patients
-        critical, freedom = critical_value(num_patients), max(num_patients - 1, 1)
+        effect = max(1.0, clustered / independent) if independent > 0 else n / patients_worth
+        critical = critical_value(patients_worth)
     only_a, only_b, size = float((a & ~b).sum()) / effect, float((b & ~a).sum()) / effect, n / effect
     low, high = tango_limits(only_a, only_b, size, critical)
     p = 1.0
@@ -216,7 +223,8 @@ def share(
 
     Effective n is p (1 - p) / variance, with the ratio estimator's variance over patients, or over cases
     where that is larger: few patients may look more alike than they are. Where all calls are right, or all
-    wrong, there is no variance, and n is the number of patients.
+    wrong, there is no variance, and n is the number of patients. Patients count as `Cases.effective_patients` does:
+    by their heads, 200 patients with a long tail of images had intervals that held the truth in 89 of 100 sets.
 
     `added_variance` is that of another source of doubt, such as the choice of a threshold.
 
@@ -232,7 +240,7 @@ def share(
     part_of = (((right & among) - by_seed[:, None] * among) / size[:, None]).mean(axis=0)
     influence = cases.by_patient(part_of)
     value = float(by_seed.mean())
-    patients = cases.count_patients(np.asarray(among.any(axis=0)))
+    patients = cases.effective_patients(np.asarray(among.any(axis=0)))
     if not cases.clustered and size.size == 1:
         effective, critical, method = float(n), Z, "Wilson"
     else:
@@ -248,7 +256,7 @@ def share(
     if (errors := min(value, 1 - value) * n) < MIN_ERRORS - 1e-9:
         method += f"; too few errors ({errors:.3g}): may be conservative"
     elif cases.clustered and patients < MIN_PATIENTS:
-        method += f"; too few patients ({patients}): may be conservative"
+        method += f"; too few effective patients ({patients:.3g}): {ROUGHLY}"
     return Part(estimate_of(value, low, high, n, method), by_seed, influence=influence)
 
 
@@ -310,4 +318,6 @@ def f1(cases: Cases, weights: Weights) -> Part:
     table = np.array(values)
     if np.isnan(table[:, 0]).any():
         return undefined("undefined: no positives and none called", n, table[:, 0])
-    return replicated("f1", table[:, 0], table[:, 1:].mean(axis=0), n, max(1, cases.count_patients(cases.y)))
+    return replicated(
+        "f1", table[:, 0], table[:, 1:].mean(axis=0), n, max(1, cases.effective_patients(cases.y))
+    )

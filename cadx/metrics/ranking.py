@@ -162,4 +162,4 @@ def average_precision(cases: Cases, weights: Weights) -> Part:
     everyone = np.ones((1, cases.num_patients), dtype=np.uint8)
     by_seed = np.concatenate([ranking.average_precision(everyone) for ranking in rankings])
     replicates = np.mean([ranking.average_precision(weights) for ranking in rankings], axis=0)
-    return replicated("average_precision", by_seed, replicates, n, cases.count_patients(cases.y))
+    return replicated("average_precision", by_seed, replicates, n, cases.effective_patients(cases.y))

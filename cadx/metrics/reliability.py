@@ -189,7 +189,7 @@ def probability_scores(cases: Cases, weights: Weights) -> dict[str, Part]:
         values["brier"].append(square / count)
         values["log_loss"].append(nats / count)
         values["expected_calibration_error"].append(np.abs(rows[:, 3:]).sum(axis=1) / count)
-    patients = cases.count_patients(np.ones(n, dtype=bool))
+    patients = cases.effective_patients(np.ones(n, dtype=bool))
     tables = {name: np.array(found) for name, found in values.items()}
     parts = {
         name: replicated(name, table[:, 0], table[:, 1:].mean(axis=0), n, patients)

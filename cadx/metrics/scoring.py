@@ -533,19 +533,19 @@ def _errors(right: Estimate) -> float:
     return math.inf if right.value is None else (1 - right.value) * right.n
 
 
-def with_doubts(parts: dict[str, Part], fewest: int) -> dict[str, Part]:
+def with_doubts(parts: dict[str, Part], fewest: float) -> dict[str, Part]:
     """The parts, with a word in the method of those that rest on few patients, or on few errors.
 
     Args:
         parts: metric -> part, as `limits.on_scale` gives it.
-        fewest: patients of the rarer class.
+        fewest: effective patients of the rarer class.
     """
 
     def told(name: str, part: Part) -> Part:
         if name not in _OF_BOTH_CLASSES or "too few" in part.estimate.method:
             return part  # "too few": a mean over classes, of which one says so
         if fewest < MIN_PER_CLASS:
-            return with_doubt(part, f"too few ({fewest} in the rarer class): {HOLDS_LESS}")
+            return with_doubt(part, f"too few ({fewest:.3g} in the rarer class): {HOLDS_LESS}")
         right = parts.get(_ERRORS_OF.get(name, ""))
         if right and (errors := _errors(right.estimate)) < MIN_WRONG_CALLS - 1e-9:
             word = HOLDS_LESS if errors < MIN_ERRORS - 1e-9 else ROUGHLY
