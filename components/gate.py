@@ -46,7 +46,7 @@ class GateParams(Params):
     margins: dict[ComparedMetric, float] = Field(
         default={},
         description="metric -> how much worse than the champion it may be on the same patients, at the lower end of "
-        "the paired difference; without a champion nothing is compared",
+        "the paired difference; needed where a champion is given",
     )
     clean_data: bool = Field(
         default=False,
@@ -110,8 +110,9 @@ def gate(
     """Decide whether a model may be served, by declared bounds on the worse ends of its intervals.
 
     A refusal is a result, not an error: the decision is written either way, with every reason. What else is given is
-    judged too: `champion`, the predictions of the model in service (`cadx champion export`), against `predictions`;
-    `dataset`, `splits` and `validation` for leaks; `review`, what a reviewer signed (`cadx sign --reviewer`).
+    judged too: `champion`, the predictions of the model in service (`cadx champion export`), against `predictions`,
+    by `margins`; `dataset`, `splits` and `validation` for leaks; `review`, what a reviewer signed (`cadx sign
+    --reviewer`).
 
     Raises:
         ValueError: if the metrics or the predictions are not those of this bundle, or a file is of another form.
@@ -128,7 +129,7 @@ def gate(
     if params.clean_data or validation:
         checks.append(_validated(validation, splits, record))
     rival = read_scored(champion) if champion else None
-    if rival and params.margins:
+    if rival:
         if predictions is None:
             raise ValueError("--champion without --predictions: give this model's, on the same patients")
         checks += _against(rival, predictions, record, params.margins)
@@ -254,6 +255,12 @@ def _against(
     what = "not inferior to the champion"
     if champion.info.bundle == record.bundle:
         return [Check(what=what, passed=True, reason="it is the champion itself")]
+    if not margins:
+        reason = (
+            "cannot be compared with the champion: gate.margins is empty; declare there how much worse it may be, "
+            "such as auc: 0.02"
+        )
+        return [Check(what=what, passed=False, reason=reason)]
     if challenger.info.aggregate != record.aggregate:
         reason = (
             f"cannot be compared with the champion: {predictions} declares evaluate.aggregate "

@@ -364,6 +364,17 @@ def test_a_model_must_not_be_worse_than_the_champion_by_more_than_the_margin(
     assert judge(at_least=EASY, margins=margins).promote
 
 
+def test_a_champion_is_not_replaced_where_no_margin_says_how_much_worse_a_model_may_be(
+    judge: Callable[..., Decision], ready: tuple[Run, dict[str, Any]], tmp_path: Path
+) -> None:
+    own = ready[0].bundle.parent / "scored" / "predictions.parquet"
+    better = changed_predictions(own, tmp_path / "better.parquet", blend=0.9)
+    decision = judge(given={"predictions": own, "champion": better}, at_least=EASY)
+    (reason,) = decision.reasons
+    assert "gate.margins is empty; declare there how much worse it may be" in reason
+    assert judge(given={"predictions": own, "champion": own}, at_least=EASY).promote, "the champion itself"
+
+
 def test_the_champion_is_met_on_patients_where_both_declare_them_and_not_at_all_where_one_does(
     judge: Callable[..., Decision], ready: tuple[Run, dict[str, Any]], tmp_path: Path
 ) -> None:
