@@ -115,7 +115,7 @@ def gate(
     --reviewer`).
 
     Raises:
-        ValueError: if the metrics or the predictions are not those of this bundle, or a file is of another form.
+        ValueError: if the metrics or the predictions are of another bundle, or a file is of another form.
     """
     opened = Bundle(bundle)
     record = read_metrics(metrics)
@@ -261,12 +261,8 @@ def _against(
             "such as auc: 0.02"
         )
         return [Check(what=what, passed=False, reason=reason)]
-    if challenger.info.aggregate != record.aggregate:
-        reason = (
-            f"cannot be compared with the champion: {predictions} declares evaluate.aggregate "
-            f"{challenger.info.aggregate}, but the metrics are of {record.aggregate}; evaluate again"
-        )
-        return [Check(what=what, passed=False, reason=reason)]
+    if wrong := _not_scored(challenger, champion, record):
+        return [Check(what=what, passed=False, reason=f"cannot be compared with the champion: {wrong}")]
     try:
         found = compare_metrics(challenger, champion, list(margins))
     except ValueError as error:
@@ -277,6 +273,21 @@ def _against(
         )
         for one in found
     ]
+
+
+def _not_scored(challenger: Scored, champion: Scored, record: MetricsFile) -> str:
+    """Why the predictions are not those that the metrics are of, or the champion's of another split; "" if they are."""
+    if challenger.info.aggregate != record.aggregate:
+        return (
+            f"{challenger.path} declares evaluate.aggregate {challenger.info.aggregate}, but the metrics are of "
+            f"{record.aggregate}; evaluate again"
+        )
+    for scored in (challenger, champion):
+        if scored.info.split != record.split:
+            return f"{scored.path} is of {scored.info.split}, but the metrics are of {record.split}; evaluate again"
+    if digest_path(challenger.path) != record.predictions:
+        return f"{challenger.path} is not the file that the metrics were made from; evaluate again"
+    return ""
 
 
 def _signed_off(

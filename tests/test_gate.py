@@ -334,14 +334,19 @@ def test_leaks_that_validation_found_and_left_in_are_refused(
 
 
 def changed_predictions(source: Path, target: Path, **change: Any) -> Path:
-    """The predictions of another bundle, whose probabilities are `blend` parts the labels."""
+    """The predictions of another bundle, or split, whose probabilities are `blend` parts the labels."""
     frame, info = read_predictions(source)
     blend = change.get("blend", 0.0)
     for name in info.classes:
         frame[f"prob_{name}"] = (1 - blend) * frame[f"prob_{name}"] + blend * frame[f"label_{name}"]
     called = frame["prob_opacity"] >= info.thresholds["opacity"]
     frame["decision"] = called.map({True: "opacity", False: "normal"})
-    other = info.model_copy(update={"bundle": change.get("bundle", "sha256:" + "1" * 64)})
+    other = info.model_copy(
+        update={
+            "bundle": change.get("bundle", "sha256:" + "1" * 64),
+            "split": change.get("split", info.split),
+        }
+    )
     write_predictions(target, frame.iloc[change.get("skip", 0) :], other)
     return target
 
@@ -398,7 +403,8 @@ def test_the_champion_is_met_on_patients_where_both_declare_them_and_not_at_all_
 
     def meet(own: str, champion: str, metrics: str) -> Decision:
         given = {"predictions": files["own", own], "champion": files["champion", champion]}
-        return judge({"aggregate": metrics}, given=given, at_least=EASY, margins={"auc": 0.6})
+        scored = {"aggregate": metrics, "predictions": digest_path(files["own", own])}
+        return judge(scored, given=given, at_least=EASY, margins={"auc": 0.6})
 
     assert meet("none", "none", "none").reasons == ()
     (reason,) = meet("max", "max", "max").reasons
@@ -407,6 +413,27 @@ def test_the_champion_is_met_on_patients_where_both_declare_them_and_not_at_all_
     assert "the first declares evaluate.aggregate max, the second none" in reason
     (reason,) = meet("none", "none", "max").reasons
     assert "declares evaluate.aggregate none, but the metrics are of max" in reason
+
+
+def test_the_champion_is_met_by_the_very_answers_that_were_scored(
+    judge: Callable[..., Decision], ready: tuple[Run, dict[str, Any]], tmp_path: Path
+) -> None:
+    own = ready[0].bundle.parent / "scored" / "predictions.parquet"
+    bundle = Bundle(ready[0].bundle).digest
+    better = changed_predictions(own, tmp_path / "better.parquet", blend=0.9)
+    edited = changed_predictions(own, tmp_path / "edited.parquet", blend=0.9, bundle=bundle)
+    on_val = {
+        name: changed_predictions(own, tmp_path / f"{name}-val.parquet", bundle=named, split="val")
+        for name, named in (("predictions", bundle), ("champion", "sha256:" + "1" * 64))
+    }
+    for given, named, why in (
+        ({"predictions": edited}, edited, "is not the file that the metrics were made from"),
+        (on_val, on_val["predictions"], "is of val, but the metrics are of test"),
+        ({"champion": on_val["champion"]}, on_val["champion"], "is of val, but the metrics are of test"),
+    ):
+        given = {"predictions": own, "champion": better} | given
+        (reason,) = judge(given=given, at_least=EASY, margins={"auc": 0.02}).reasons
+        assert reason == f"cannot be compared with the champion: {named} {why}; evaluate again"
 
 
 def test_a_champion_of_other_patients_is_no_yardstick(
