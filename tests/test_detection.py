@@ -32,6 +32,8 @@ from cadx.detection.average_precision import coco_tables, mean_of
 from cadx.detection.froc import pool_classes, sensitivities
 from cadx.detection.matching import match_classes, read_boxes
 from cadx.detection.scoring import _froc
+from cadx.doubts import doubts_of
+from cadx.gating import floor
 from cadx.metrics.limits import part_of_boxes
 
 CLASSES = ("mass", "cluster")
@@ -250,6 +252,15 @@ def test_what_has_no_lesions_is_none_and_never_minus_one() -> None:
     assert "1 undefined" in scores.metrics["ap"].method
     assert scores.by_class["cluster"]["froc"].value is None
     assert scores.by_class["cluster"]["image_auc"].value is None
+
+
+def test_a_mean_over_classes_doubts_itself_where_one_has_no_lesion_at_all() -> None:
+    answers, truth, names = draw(0, classes=("mass",))
+    scores = calculate_detection_metrics(answers, truth, names, classes=CLASSES, resamples=50)
+    told = "too few (0 lesions of 1 of 2 classes): holds the truth less often than 95 %"
+    doubted = {name for name, one in scores.metrics.items() if told in doubts_of(one.method)}
+    assert doubted == {"ap", "ap50", "ap75", "ar"}
+    assert not floor("AP", scores.metrics["ap"], 0.0).passed
 
 
 def test_neither_detections_nor_lesions_is_no_error() -> None:

@@ -21,7 +21,9 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 
 from cadx import metrics
+from cadx.doubts import doubts_of
 from cadx.evaluating.decisions import operating_point
+from cadx.gating import floor
 from cadx.metrics import (
     METRICS,
     Estimate,
@@ -753,6 +755,11 @@ def test_a_class_without_cases_is_left_out_of_the_mean_and_says_so(task: str, n:
         parts = [scores.by_class[name]["auc"].value for name in "ab"]
         assert scores.metrics["auc"].value == pytest.approx(np.mean(parts))
         assert "1 undefined" in scores.metrics["auc"].method
+        told = "too few (0 positives or negatives of 1 of 3 classes): holds the truth less often than 95 %"
+        for name in ("auc", "sensitivity", "balanced_accuracy", "average_precision", "calibration_slope"):
+            assert told in doubts_of(scores.metrics[name].method), name
+            assert not floor(name, scores.metrics[name], 0.0).passed, name
+        assert told not in scores.metrics["specificity"].method, "it is known of cases of other classes"
 
 
 def test_a_calibration_line_through_separated_classes_is_undefined() -> None:

@@ -19,7 +19,7 @@ from cadx.detection.matching import (
     rank_in,
     read_boxes,
 )
-from cadx.doubts import ROUGHLY
+from cadx.doubts import HOLDS_LESS, ROUGHLY
 from cadx.metrics import areas
 from cadx.metrics.estimates import (
     LEVEL,
@@ -282,7 +282,10 @@ def _by_seed_and_class(
 def _coco_estimates(
     data: ImageSet, tables: Sequence[Sequence[CocoTables]], matches: Sequence[Matches]
 ) -> dict[str, Part]:
-    """The metrics of `coco_parts`: means over classes, from a table for each class and seed."""
+    """The metrics of `coco_parts`: means over classes, from a table for each class and seed.
+
+    Where a class has no lesion at all, the mean says so: it is not what was asked for.
+    """
     estimates = {}
     for metric, (what, thresholds, area) in coco_parts(IOU_THRESHOLDS).items():
         images = [part.lesion_image[part.lesion_counts[area]] for part in matches]
@@ -310,6 +313,9 @@ def _coco_estimates(
             )
             method = f"{what_of}; {part.estimate.method}"
             part = replace(part, estimate=part.estimate.model_copy(update={"method": method}))
+            if missing and area == 0:  # of any size
+                told = f"too few (0 lesions of {missing} of {len(matches)} classes): {HOLDS_LESS}"
+                part = with_doubt(part, told)
         estimates[metric] = part
     return estimates
 

@@ -558,12 +558,23 @@ def with_doubts(parts: dict[str, Part], fewest: float) -> dict[str, Part]:
 def _overall(
     data: _Data, by_class: dict[str, dict[str, Part]], positive: str | None, weights: Weights
 ) -> dict[str, Part]:
-    """Every metric of the task, in the order of `METRICS`."""
+    """Every metric of the task, in the order of `METRICS`.
+
+    A mean over classes says so where it leaves out one of which there are no cases: it is not what was asked for.
+    """
     if data.task == "binary":
         assert positive is not None
         return by_class[positive]
+    fewest = {name: patients_of_rarer_class(data.cases(k)) for k, name in enumerate(data.classes)}
+
+    def mean(metric: str) -> Part:
+        parts = {name: found[metric] for name, found in by_class.items()}
+        left_out = sum(not fewest[name] and part.estimate.value is None for name, part in parts.items())
+        told = f"too few (0 positives or negatives of {left_out} of {len(parts)} classes): {HOLDS_LESS}"
+        return with_doubt(mean_of_parts(metric, list(parts.values())), told if left_out else "")
+
     names = list(next(iter(by_class.values())))
-    overall = {name: mean_of_parts(name, [parts[name] for parts in by_class.values()]) for name in names}
+    overall = {name: mean(name) for name in names}
     cases = data.rows()
     everything = np.ones_like(cases.called)
     if data.task == "multilabel":
@@ -588,8 +599,7 @@ def _overall(
     found = {
         name: on_scale(name, overall[name], largest.get(name, 1.0)) for name in METRICS if name in overall
     }
-    fewest = [patients_of_rarer_class(data.cases(column)) for column in range(len(data.classes))]
-    return with_doubts(found, min((patients for patients in fewest if patients), default=0))
+    return with_doubts(found, min((patients for patients in fewest.values() if patients), default=0))
 
 
 _JUDGED = {
