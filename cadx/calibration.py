@@ -154,12 +154,13 @@ def fit_isotonic(
         ValueError: if a class has no labelled case.
 
     Source: Zadrozny and Elkan 2002, KDD, "Transforming classifier scores into accurate multiclass probability
-    estimates". Where it says 0 or 1 of n cases, 1 / (n + 2) or its complement is put instead (Laplace's rule): no data
-    proves a probability of 0.
+    estimates". A case with and one without the class are added at the lowest and at the highest probability, so that
+    for n cases alike at an end it says 1 / (n + 2) or its complement (Laplace's rule): no data proves a probability
+    of 0, and few do not come near.
 
     >>> knots = fit_isotonic([[0.9, 0.1], [0.2, 0.8]], [[1, 0], [0, 1]], "binary", ["well", "sick"], "sick")
     >>> knots["sick"].calibrated
-    (0.25, 0.75)
+    (0.3333333333333333, 0.6666666666666666)
     """
     from sklearn.isotonic import IsotonicRegression
 
@@ -171,8 +172,10 @@ def fit_isotonic(
         known = ~np.isnan(y[:, column])
         if not known.any():
             raise ValueError(f"labels: no labelled case of class {name!r} to fit a curve on")
-        end = 1 / (known.sum() + 2)
-        fit = IsotonicRegression(y_min=end, y_max=1 - end).fit(p[known, column], y[known, column])
+        x = p[known, column]
+        fit = IsotonicRegression().fit(
+            [*x, x.min(), x.min(), x.max(), x.max()], [*y[known, column], 0, 1, 0, 1]
+        )
         knots[name] = Knots(probability=fit.X_thresholds_.tolist(), calibrated=fit.y_thresholds_.tolist())
     return knots
 

@@ -233,6 +233,8 @@ def test_isotonic_is_the_pooled_adjacent_violators_of_a_slow_textbook() -> None:
         n = int(rng.integers(3, 40))
         p, y = np.sort(rng.random(n)), (rng.random(n) < 0.5).astype(float)
         blocks = [[value, 1] for value in y]
+        for end in (0, -1):
+            blocks[end] = [(y[end] + 1) / 3, 3]  # with the two cases that are added there
         i = 0
         while i < len(blocks) - 1:
             if blocks[i][0] > blocks[i + 1][0] + 1e-12:
@@ -241,14 +243,43 @@ def test_isotonic_is_the_pooled_adjacent_violators_of_a_slow_textbook() -> None:
                 i = max(i - 1, 0)
             else:
                 i += 1
-        expected = np.clip(
-            np.repeat([b[0] for b in blocks], [b[1] for b in blocks]), 1 / (n + 2), 1 - 1 / (n + 2)
-        )
+        expected = np.repeat([b[0] for b in blocks], [b[1] for b in blocks])[2:-2]
         labels, both = np.stack([1 - y, y], axis=1), np.stack([1 - p, p], axis=1)
         knots = calibration.fit_isotonic(both, labels, "binary", ("well", "ill"), "ill")
         found = calibration.apply_isotonic(both, knots, "binary", ("well", "ill"))
         np.testing.assert_allclose(found[:, 1], expected, atol=1e-9)
         np.testing.assert_allclose(found.sum(axis=1), 1)
+
+
+def test_an_end_of_an_isotonic_curve_is_as_sure_as_its_own_cases_allow() -> None:
+    classes = ("well", "ill")
+
+    def fitted(y: np.ndarray) -> tuple[float, ...]:
+        p = np.linspace(0, 1, y.size)
+        pair = np.stack([1 - p, p], axis=1), np.stack([1 - y, y], axis=1)
+        return calibration.fit_isotonic(*pair, "binary", classes, "ill")["ill"].calibrated
+
+    two_ill = fitted(np.r_[np.zeros(498), np.ones(2)])
+    assert two_ill[0] == pytest.approx(1 / 500)
+    assert two_ill[-1] == pytest.approx(3 / 4), "2 of 2, not 500 of 500"
+    # One well case below 400 of which few are ill does not bend what these show.
+    rising = fitted(np.r_[0, np.tile([1, *np.zeros(99)], 4), np.ones(9)])
+    assert rising[0] == pytest.approx((4 + 1) / (401 + 2))
+    assert list(rising) == sorted(rising)
+
+
+def test_an_isotonic_curve_is_seldom_sure_of_what_is_false() -> None:
+    rng, said, came_true = np.random.default_rng(3), [], []
+    for _ in range(40):
+        p = special.expit(rng.normal(-1.5, 1.3, 5500))
+        both, ill = np.stack([1 - p, p], axis=1), rng.random(p.size) < p
+        labels = np.stack([~ill, ill], axis=1).astype(float)
+        knots = calibration.fit_isotonic(both[:500], labels[:500], "binary", ("well", "ill"), "ill")
+        after = calibration.apply_isotonic(both[500:], knots, "binary", ("well", "ill"))[:, 1]
+        low = after <= after.min() + 1e-12
+        said.append(after[low].sum())
+        came_true.append(ill[500:][low].sum())
+    assert sum(came_true) < 2 * sum(said)
 
 
 @pytest.mark.parametrize("task", ["binary", "multiclass", "multilabel"])
