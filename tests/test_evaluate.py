@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn import metrics as reference
 from test_bundle import CLASSES, NUM, train_bundle, write_dataset
@@ -14,11 +15,11 @@ from test_comparing import boxes_of
 
 from cadx.bundle import Bundle
 from cadx.datasets import DatasetFolder, read_splits, write_splits
-from cadx.evaluating import Detection, Settings, show_glossary
+from cadx.evaluating import Detection, Settings, by_patient, show_glossary
 from cadx.evaluating.glossary import WORDS
 from cadx.metrics import METRICS
 from cadx.predicting.predictor import Predictor
-from cadx.predicting.table import read_predictions
+from cadx.predicting.table import PredictionsInfo, answer_table, read_predictions
 from cadx.reporting import LEGEND, MARK, Page
 from cadx.types import Estimate, RawImage
 from components.calibrate import CalibrateParams, calibrate
@@ -333,6 +334,33 @@ def test_an_empty_split_is_refused_before_test_is_used(ready: Run, tmp_path: Pat
         run.evaluate(tmp_path / "out", split="test")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "test_uses.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "expected"),
+    [
+        ("binary", {"seen": 1, "open": np.nan, "well": 0, "untold": np.nan}),
+        ("multilabel", {"seen": 1, "open": np.nan, "well": 0, "untold": np.nan}),
+        ("multiclass", {"seen": 1, "open": 0, "well": 0, "untold": np.nan}),
+    ],
+)
+def test_a_patient_is_well_only_if_every_image_is_known_to_be(task: str, expected: dict[str, float]) -> None:
+    of_images = {"seen": (1.0, np.nan), "open": (0.0, np.nan), "well": (0.0, 0.0), "untold": (np.nan, np.nan)}
+    label = np.array(list(of_images.values())).ravel()
+    p = np.stack([1 - np.tile([0.1, 0.9], 4), np.tile([0.1, 0.9], 4)], axis=1)
+    info = PredictionsInfo(
+        experiment="squares", seed=0, split="test", bundle="sha256:" + "0" * 64, task=task, classes=("a", "b"),
+        positive="b" if task == "binary" else None, clustered=True, thresholds={"a": 0.5, "b": 0.5}, assumptions=(),
+    )  # fmt: skip
+    known = pd.DataFrame(
+        {
+            "sample_id": [f"s{row}" for row in range(8)], "patient": np.repeat(list(of_images), 2),
+            "site": "", "scanner": "", "age": np.nan, "sex": "", "label_a": 1 - label, "label_b": label,
+        }
+    )  # fmt: skip
+    frame = pd.concat([known, answer_table(p, p >= 0.5, task, info.classes)], axis=1)
+    found = by_patient(frame, info, "max").set_index("patient")["label_b"]
+    assert found.to_dict() == pytest.approx(expected, nan_ok=True)
 
 
 def test_images_that_cannot_be_aggregated_are_refused_before_test_is_used(tmp_path: Path) -> None:

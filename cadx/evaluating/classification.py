@@ -479,13 +479,18 @@ class Classification(Evaluation):
 def by_patient(frame: pd.DataFrame, info: PredictionsInfo, how: Aggregation) -> pd.DataFrame:
     """Rows of a predictions file with one row a patient, decided anew at the same thresholds.
 
-    A patient has a finding if any image has it, and the highest or the mean probability of the images. sample_id is
-    the image with the highest probability; a site, scanner, age or sex that differs between images is unknown.
-    Whether it can be done, `Classification.check` says.
+    A patient has a finding if any image has it, and the highest or the mean probability of the images. Where none has
+    it and any is unlabelled, it is unknown (NaN): the finding may be on that one, whose probability counts too. In
+    multiclass tasks all images are of one class, which a labelled one tells. sample_id is the image with the highest
+    probability; a site, scanner, age or sex that differs between images is unknown. Whether it can be done,
+    `Classification.check` says.
     """
     labels, answers = [f"label_{name}" for name in info.classes], [f"prob_{name}" for name in info.classes]
     patients = frame.groupby("patient", sort=True)
     truth, probabilities = patients[labels].max(), getattr(patients[answers], how)()
+    if info.task != "multiclass":
+        complete = frame[labels].notna().groupby(frame["patient"], sort=True).all()
+        truth = truth.where(complete | (truth == 1))
     if info.task == "binary":
         (other,) = (name for name in info.classes if name != info.positive)
         truth[f"label_{other}"] = 1 - truth[f"label_{info.positive}"]
