@@ -179,6 +179,9 @@ def _links(at: Evidence, siblings: Mapping[Digest, Path] = MappingProxyType({}))
     yield compare("metrics", at.metrics, decided.metrics if decided else None, "decision.json")
     if at.review is not None:
         yield _review(at, manifest, digest)
+    elif decided and decided.reviewer:
+        said = f"no review given, but decision.json names {decided.reviewer} as reviewer"
+        yield Link("review", "not at hand", str(at.decision), said)
     yield from decision_links(at.decision, release.decision.digest if release else None, RELEASE)
     if at.archive is None:
         yield Link("archive", "not at hand", said="no archive given")

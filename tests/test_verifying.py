@@ -21,7 +21,7 @@ from cadx.signing import Review, check_signature, objection, sign, signature_of,
 from components import CODE, code_digests
 from components.calibrate import calibrate
 from components.evaluate import evaluate
-from components.gate import gate
+from components.gate import GateParams, gate
 from components.imbalance import imbalance
 from components.package import package
 from components.train import train
@@ -415,6 +415,38 @@ def test_a_review_counts_if_a_known_reviewer_signed_these_very_words(chain: Chai
     words = chain.told / "review" / "review.json"
     words.write_text(words.read_text().replace("May be", "May not be"))
     assert objection(chain.told / "review", {"Dr. Rey": public.read_text()})
+
+
+def test_a_sign_off_that_is_lost_is_told(chain: Chain, capsys: pytest.CaptureFixture[str]) -> None:
+    private, public = make_key(chain.folder)
+    metrics, review = chain.told / "metrics.json", chain.told / "review"
+    words = Review(
+        bundle=Bundle(chain.bundle).digest,
+        metrics=digest_path(metrics),
+        reviewer="Dr. Rey",
+        statement="Read.",
+    )
+    write_review(review, words, private)
+    asked = PARAMS["gate"] | {"reviewers": {"Dr. Rey": public.read_text()}}
+    gate(
+        metrics=metrics,
+        bundle=chain.bundle,
+        decision=chain.decision,
+        review=review,
+        params=GateParams(**asked),
+    )
+    (chain.folder / "params.yaml").write_text(yaml.safe_dump({"squares": PARAMS | {"gate": asked}}))
+
+    def told() -> str:
+        chain.verify()
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if "│ review" in line)
+        return line
+
+    assert "signed by Dr. Rey" in told()
+    shutil.rmtree(review)
+    line = told()
+    assert "not at hand" in line
+    assert "no review given, but decision.json names Dr. Rey as reviewer" in line
 
 
 def log_answers(folder: Path, *records: dict[str, Any]) -> Path:
