@@ -165,7 +165,9 @@ def find_answer(log: Path, prediction_id: str) -> Logged | None:
 
 
 def read_labels(path: Path, classes: Iterable[str]) -> pd.DataFrame:
-    """Labels that came after the answers: `prediction_id` and `label_<class>` (0, 1 or NaN = unknown), a row each.
+    """Labels that came after the answers: `prediction_id` and `label_<class>` (0, 1 or NaN = unknown), a row a request.
+
+    What one file or row leaves empty, another may tell.
 
     Args:
         path: a CSV or Parquet file, or a folder of such files.
@@ -202,10 +204,11 @@ def read_labels(path: Path, classes: Iterable[str]) -> pd.DataFrame:
         parts.append(numbers.assign(prediction_id=table["prediction_id"].astype(str)))
     if not parts:
         raise ValueError(f"{path}: no .csv or .parquet file of labels in this folder")
-    labels = pd.concat(parts).drop_duplicates()
-    if twice := int(labels["prediction_id"].duplicated().sum()):
+    requests = pd.concat(parts).groupby("prediction_id", sort=False)[names]
+    labels = requests.max()  # leaves NaN out
+    if twice := int((requests.min() < labels).any(axis=1).sum()):
         raise ValueError(f"{path}: {twice} requests have two different labels; keep the one that holds")
-    return labels[["prediction_id", *names]].reset_index(drop=True)
+    return labels.reset_index()
 
 
 def short(bundle: Digest) -> str:

@@ -297,6 +297,10 @@ def _labelled(tables: Path, labels: Path | None, bundle: Bundle, last: int | Non
             f"{labels}: none of its {len(known)} prediction_ids is of a request in the log; "
             "take them from the answers"
         )
+    told = joined[[f"label_{name}" for name in bundle.manifest.classes]].notna()
+    one_class = bundle.manifest.task in ("binary", "multiclass")  # half a label is none
+    # Rows whose labels are still to come take no place among the latest.
+    joined = joined[told.all(axis=1) if one_class else told.any(axis=1)]
     return joined if last is None else joined.tail(last)
 
 
@@ -459,7 +463,7 @@ def _page(
         )
     else:
         page.text(
-            "Unknown: no labels were given. Drift says that something has changed, not that answers are wrong. "
+            "Unknown: no labels have come. Drift says that something has changed, not that answers are wrong. "
             "Collect what was found later, by prediction_id, and give it with --labels."
         )
 

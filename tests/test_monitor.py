@@ -502,6 +502,22 @@ def test_labels_that_agree_show_live_metrics_and_no_alarm(served: Served, tmp_pa
     assert "at least 0.95" in seen.report
 
 
+def test_labels_that_are_still_to_come_hide_none_that_have(served: Served, tmp_path: Path) -> None:
+    log = write_lines(tmp_path / "log", served.usual)
+    labels = write_labels(tmp_path / "labels.csv", served.usual, lambda line: line["decision"] == "normal")
+    times = {line["prediction_id"]: line["time"] for line in served.usual}
+    table = pd.read_csv(labels)
+    latest = table["prediction_id"].map(times).rank() > NUM_REQUESTS - 30
+    table["label_opacity"] = table["label_opacity"].mask(latest)
+    table.to_csv(labels, index=False)
+    seen = watch(log, served.bundle, tmp_path, labels=labels, labelled_window=30)
+    assert seen.record["n_labelled"] == 30
+    assert "sensitivity of opacity" in seen.record["trigger"]["broken"]
+    table.assign(label_opacity=None).to_csv(labels, index=False)
+    seen = watch(log, served.bundle, tmp_path, labels=labels)
+    assert (seen.record["n_labelled"], seen.record["outcomes"]) == (0, [])
+
+
 def test_missed_patients_are_an_alarm_though_nothing_has_drifted(served: Served, tmp_path: Path) -> None:
     log = write_lines(tmp_path / "log", served.usual)
     labels = write_labels(tmp_path / "labels.csv", served.usual, lambda line: line["decision"] == "normal")

@@ -183,6 +183,13 @@ def test_labels_come_from_tables_of_either_form_and_a_folder_of_them(tmp_path: P
     assert found.loc["c"].tolist() == [1, 0], "of two classes one says both"
 
 
+def test_what_one_file_of_labels_leaves_empty_another_tells(tmp_path: Path) -> None:
+    (tmp_path / "1.csv").write_text("prediction_id,label_stripe,label_dot\na,,\nb,1,\nc,,0\n")
+    (tmp_path / "2.csv").write_text("prediction_id,label_stripe,label_dot\na,0,1\nb,,0\nc,,\nd,,\n")
+    found = read_labels(tmp_path, ["stripe", "dot"]).set_index("prediction_id")
+    assert found.fillna(-1).T.to_dict("list") == {"a": [0, 1], "b": [1, 0], "c": [-1, 0], "d": [-1, -1]}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
