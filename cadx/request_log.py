@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from cadx.drift import STATISTICS
 from cadx.files import replacing, write_json
-from cadx.types import Digest
+from cadx.types import Digest, Task
 
 STATE = "state.json"
 UNWATCHED = "unwatched"
@@ -164,14 +164,15 @@ def find_answer(log: Path, prediction_id: str) -> Logged | None:
     return None
 
 
-def read_labels(path: Path, classes: Iterable[str]) -> pd.DataFrame:
+def read_labels(path: Path, classes: Iterable[str], task: Task) -> pd.DataFrame:
     """Labels that came after the answers: `prediction_id` and `label_<class>` (0, 1 or NaN = unknown), a row a request.
 
     What one file or row leaves empty, another may tell.
 
     Args:
         path: a CSV or Parquet file, or a folder of such files.
-        classes: the model's. A binary task's other class may be left out: its label is the complement.
+        classes: the model's.
+        task: the model's. A binary one's other class may be left out: its label is the complement.
 
     Raises:
         ValueError: if a column is missing, a label is neither 0 nor 1, or one request has two different labels.
@@ -190,7 +191,7 @@ def read_labels(path: Path, classes: Iterable[str]) -> pd.DataFrame:
             raise ValueError(
                 f"{file}: neither CSV nor Parquet; give a table of prediction_id and {names[0]}"
             ) from None
-        if len(names) == 2 and len(there := [name for name in names if name in table]) == 1:
+        if task == "binary" and len(there := [name for name in names if name in table]) == 1:
             other = names[1 - names.index(there[0])]
             table[other] = 1 - pd.to_numeric(table[there[0]], errors="coerce").astype(float)
         if missing := [name for name in ["prediction_id", *names] if name not in table]:

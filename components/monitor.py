@@ -286,7 +286,7 @@ def _labelled(tables: Path, labels: Path | None, bundle: Bundle, last: int | Non
     """The latest requests whose labels have come, with these beside them."""
     if labels is None:
         return pd.DataFrame()
-    known = read_labels(labels, bundle.manifest.classes)
+    known = read_labels(labels, bundle.manifest.classes, bundle.manifest.task)
     requests = read_requests(tables, bundle.digest, embeddings=False)
     if requests.empty:
         return requests

@@ -10,7 +10,7 @@ import pytest
 
 from cadx.drift import STATISTICS
 from cadx.request_log import compact, read_labels, read_requests
-from cadx.types import Digest
+from cadx.types import Digest, Task
 
 BUNDLE, OTHER = (Digest("sha256:" + digit * 64) for digit in "12")
 
@@ -176,7 +176,7 @@ def test_labels_come_from_tables_of_either_form_and_a_folder_of_them(tmp_path: P
     pd.DataFrame({"prediction_id": ["c"], "label_sick": [0]}).to_parquet(
         tmp_path / "labels" / "april.parquet"
     )
-    found = read_labels(tmp_path / "labels", ["well", "sick"]).set_index("prediction_id")
+    found = read_labels(tmp_path / "labels", ["well", "sick"], "binary").set_index("prediction_id")
     assert set(found.index) == {"0012", "b", "c"}, "a number-like id keeps its zeros"
     assert found.loc["0012"].tolist() == [0, 1]
     assert np.isnan(found.loc["b", "label_sick"])
@@ -186,8 +186,15 @@ def test_labels_come_from_tables_of_either_form_and_a_folder_of_them(tmp_path: P
 def test_what_one_file_of_labels_leaves_empty_another_tells(tmp_path: Path) -> None:
     (tmp_path / "1.csv").write_text("prediction_id,label_stripe,label_dot\na,,\nb,1,\nc,,0\n")
     (tmp_path / "2.csv").write_text("prediction_id,label_stripe,label_dot\na,0,1\nb,,0\nc,,\nd,,\n")
-    found = read_labels(tmp_path, ["stripe", "dot"]).set_index("prediction_id")
+    found = read_labels(tmp_path, ["stripe", "dot"], "multilabel").set_index("prediction_id")
     assert found.fillna(-1).T.to_dict("list") == {"a": [0, 1], "b": [1, 0], "c": [-1, 0], "d": [-1, -1]}
+
+
+@pytest.mark.parametrize("task", ["multilabel", "detection"])
+def test_of_two_findings_one_says_nothing_of_the_other(tmp_path: Path, task: Task) -> None:
+    (tmp_path / "labels.csv").write_text("prediction_id,label_stripe\na,1\n")
+    with pytest.raises(ValueError, match="no column label_dot"):
+        read_labels(tmp_path / "labels.csv", ["stripe", "dot"], task)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +211,6 @@ def test_what_one_file_of_labels_leaves_empty_another_tells(tmp_path: Path) -> N
 def test_labels_that_cannot_be_right_are_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "labels.csv").write_text(text)
     with pytest.raises(ValueError, match=message) as caught:
-        read_labels(tmp_path / "labels.csv", ["well", "sick"])
+        read_labels(tmp_path / "labels.csv", ["well", "sick"], "binary")
     assert "\n" not in str(caught.value)
     assert "Smith" not in str(caught.value)
