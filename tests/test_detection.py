@@ -32,8 +32,8 @@ from cadx.detection.average_precision import coco_tables, mean_of
 from cadx.detection.froc import pool_classes, sensitivities
 from cadx.detection.matching import match_classes, read_boxes
 from cadx.detection.scoring import _froc
-from cadx.doubts import doubts_of
-from cadx.gating import floor
+from cadx.doubts import HOLDS_LESS, doubts_of
+from cadx.gating import ceiling, floor
 from cadx.metrics.limits import part_of_boxes
 
 CLASSES = ("mass", "cluster")
@@ -439,6 +439,19 @@ def test_perfection_on_few_patients_is_no_certainty() -> None:
         assert scores.metrics[name].low == pytest.approx(float(metrics.wilson(8, 8)[0]))
     false = scores.metrics["false_positives_per_image"]
     assert (false.value, false.high) == (0, pytest.approx(-math.log(0.025) / 10))
+
+
+@pytest.mark.parametrize("holders", [0, 1, 4, 5])
+def test_false_boxes_in_few_patients_pass_no_ceiling(holders: int) -> None:
+    names = [f"i{i}" for i in range(60)]
+    truth = lesions(*((name, "mass", 0, 0, 10, 10) for name in names))
+    false = lesions(*((f"i{i}", "mass", 50, 0, 60, 10) for i in range(holders) for _ in range(5)))
+    answers = pd.concat([truth, false]).assign(score=0.9)
+    scores = calculate_detection_metrics(answers, truth, names, classes=["mass"], resamples=200)
+    rate = scores.metrics["false_positives_per_image"]
+    told = f"too few ({holders} patients with false boxes): {HOLDS_LESS}" in rate.method
+    assert told == (holders < 5)
+    assert ceiling("false positives per image", rate, 3).passed == (holders == 5)
 
 
 def test_the_interval_covers_as_often_as_it_says() -> None:

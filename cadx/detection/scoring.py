@@ -41,6 +41,9 @@ from cadx.metrics.limits import on_scale, part_of_boxes, with_doubt
 from cadx.metrics.proportions import MIN_ERRORS, share
 from cadx.types import Config, Estimate
 
+MIN_WITH_FALSE_BOXES = 5
+"""Patients with false boxes below which the interval of their number holds the truth less often than it says."""
+
 METRICS: dict[str, Meaning] = {
     "ap": Meaning("COCO's average precision: mean over IoU 0.50 to 0.95", "higher"),
     "ap50": Meaning("average precision where IoU 0.50 is a hit", "higher"),
@@ -421,6 +424,9 @@ def _called(data: ImageSet, pools: Sequence[Pool], weights: Weights) -> dict[str
         high = -math.log((1 - LEVEL) / 2) / data.num_patients
         method = "Poisson, n = patients (none)"
         rate = Part(Estimate(value=0.0, low=0.0, high=high, n=data.num_images, method=method), by_seed)
+    # False boxes may come in crowds: neither resamples nor Poisson's limit know of one that was not drawn.
+    if (holders := int(false.any(axis=0).sum())) < MIN_WITH_FALSE_BOXES:
+        rate = with_doubt(rate, f"too few ({holders} patients with false boxes): {HOLDS_LESS}")
     return {
         "sensitivity": _sensitivity(data, pools),
         "precision": share(cases, right & own, own, "no box is called"),
