@@ -58,15 +58,15 @@ def fit(
     if p.ndim != 2 or p.shape != y.shape or p.shape[1] != len(classes):
         raise ValueError(f"probabilities: shape {p.shape}, labels {y.shape}; give N {len(classes)} of both")
     code = patient_codes(patients, np.ones(len(p), dtype=bool))
-    quantiles, absent, counts = {}, {}, {}
+    quantiles, absent, counts, images = {}, {}, {}, {}
     for column, name in enumerate(classes):
         present = y[:, column] == 1
         quantiles[name] = _quantile(1 - p[present, column], code[present], coverage)
-        counts[name] = np.unique(code[present]).size
+        counts[name], images[name] = np.unique(code[present]).size, int(present.sum())
         if task == "multilabel":
             missing = y[:, column] == 0
             absent[name] = _quantile(p[missing, column], code[missing], coverage)
-    return Conformal(coverage=coverage, quantiles=quantiles, absent=absent, patients=counts)
+    return Conformal(coverage=coverage, quantiles=quantiles, absent=absent, patients=counts, images=images)
 
 
 def possible(probabilities: ArrayLike, conformal: Conformal, classes: Sequence[str]) -> BoolArray:

@@ -21,8 +21,8 @@ class Outcome(NamedTuple):
     """One live metric of one class.
 
     Attributes:
-        name: in `OUTCOMES`, or "coverage": the share of conformal sets that hold the class, of the cases that are
-            of that class, which is what such sets promise.
+        name: in `OUTCOMES`, or "coverage": the share of conformal sets that hold the class, of the images that are
+            of that class. It is what such sets promise where patients have one image each.
         of: the class.
         estimate: with its 95 % interval; images are taken as independent.
         at_least: the lowest declared value; None where nothing was declared.

@@ -86,16 +86,18 @@ class Conformal(Config):
     """How prediction sets are made: a class is possible where 1 - its probability <= its quantile.
 
     Attributes:
-        coverage: the declared share of cases whose set holds the truth.
+        coverage: the declared share of cases whose set holds the truth, each patient weighing one.
         quantiles: class -> quantile; 1 where the calibration split is too small to rule the class out ever.
         absent: multilabel: class -> quantile of its absence, which is possible where the probability <= it.
         patients: class -> patients that its quantile rests on.
+        images: class -> images that it rests on; empty in bundles of before these were counted.
     """
 
     coverage: float = Field(gt=0, lt=1)
     quantiles: dict[str, float]
     absent: dict[str, float] = Field(default_factory=dict)
     patients: dict[str, int] = Field(default_factory=dict)
+    images: dict[str, int] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)

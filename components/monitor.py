@@ -136,8 +136,8 @@ class MonitorParams(Params):
     )
     at_least: dict[Literal["sensitivity", "specificity", "ppv", "npv", "auc", "coverage"], Share] = Field(
         default_factory=dict,
-        description="declared values that labels are held against, beside the operating point's target and the "
-        "conformal sets' nominal coverage",
+        description="declared values that labels are held against, beside the operating point's target and, where "
+        "the calibration patients had one image each, the conformal sets' nominal coverage",
     )
     at_most: dict[Literal["calibration_intercept", "calibration_slope"], float] = Field(
         default_factory=dict, description="likewise, from above"
@@ -311,7 +311,7 @@ def _outcomes(labelled: pd.DataFrame, manifest: Manifest, params: MonitorParams)
     # Of boxes the target is a sensitivity per lesion; labels that come later are of whole images.
     if point is not None and point.target_metric and point.target_value and manifest.task != "detection":
         declared[point.target_metric] = point.target_value
-    if conformal is not None:
+    if conformal is not None and _holds_of_images(manifest):
         declared[COVERAGE] = conformal.coverage
     return live_outcomes(
         labelled,
@@ -324,10 +324,23 @@ def _outcomes(labelled: pd.DataFrame, manifest: Manifest, params: MonitorParams)
     )
 
 
+def _holds_of_images(manifest: Manifest) -> bool:
+    """Whether what prediction sets promise of patients holds of images: no calibration patient had several."""
+    conformal = manifest.conformal
+    if conformal is None or not conformal.images:  # bundles of before images were counted
+        return not manifest.clustered
+    return conformal.images == conformal.patients
+
+
 def _assumptions(manifest: Manifest) -> list[str]:
     assumptions = ["images were taken as independent of each other"]
     if manifest.clustered:
         assumptions.append("patients may have several images, which makes p-values somewhat too small")
+    if manifest.conformal is not None and not _holds_of_images(manifest):
+        assumptions.append(
+            "prediction sets promise their coverage of patients, and requests do not say whose they are: it is told "
+            "of images, and held only against a value under monitor.at_least"
+        )
     return assumptions
 
 

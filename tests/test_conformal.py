@@ -26,7 +26,7 @@ def test_the_quantile_is_the_order_statistic_of_the_textbook(scores: list[float]
     rank = int(np.ceil((len(p) + 1) * coverage - 1e-9))
     expected = 1.0 if rank > len(p) else np.sort(1 - p)[rank - 1]
     assert found.quantiles == {"a": expected, "b": 1.0}
-    assert found.patients == {"a": len(p), "b": 0}
+    assert found.patients == found.images == {"a": len(p), "b": 0}
 
 
 @pytest.mark.parametrize("images", [1, 4])
@@ -52,9 +52,9 @@ def test_each_class_is_covered_as_declared_over_new_patients(images: int) -> Non
 def test_a_patient_with_many_images_weighs_no_more_than_one() -> None:
     p = np.array([[0.9, 0.1]] * 9 + [[0.2, 0.8]] * 90)
     labels, patients = np.tile([1.0, 0.0], (99, 1)), [*range(9), *[9] * 90]
-    assert fit(p, labels, "binary", "ab", coverage=0.8, patients=patients).quantiles["a"] == pytest.approx(
-        0.1
-    )
+    found = fit(p, labels, "binary", "ab", coverage=0.8, patients=patients)
+    assert found.quantiles["a"] == pytest.approx(0.1)
+    assert (found.patients["a"], found.images["a"]) == (10, 99)
     assert fit(p, labels, "binary", "ab", coverage=0.8).quantiles["a"] == pytest.approx(0.8)
 
 
@@ -136,6 +136,33 @@ def test_a_site_that_is_unlike_the_calibration_split_is_seen_by_its_own_coverage
     # No set holds both classes, and none is empty.
     assert found["mean_size"].value == 1
     assert 0.98 < found["mean_size"].low < 1 < found["mean_size"].high < 1.02
+
+
+def _of_hard_patients(rng: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+    """Probabilities of the ill, N 2, and whose they are: a quarter are hard, with 8 images each, the rest have 1."""
+    hard = rng.random(300) < 0.25
+    patients = np.repeat(np.arange(300), np.where(hard, 8, 1))
+    p = 1 / (1 + np.exp(-rng.normal(np.where(hard, 0.3, 2.5)[patients])))
+    return np.stack([1 - p, p], axis=1), patients
+
+
+def test_a_promise_that_holds_of_patients_is_not_called_broken_for_those_with_many_images() -> None:
+    rng, judged, of_images = np.random.default_rng(9), [], []
+    for _ in range(60):
+        (first, owners), (later, patients) = _of_hard_patients(rng), _of_hard_patients(rng)
+        sets = fit(first, np.tile([0.0, 1.0], (len(first), 1)), "binary", ("well", "ill"), patients=owners)
+        told: Any = SimpleNamespace(classes=("well", "ill"), conformal=sets)
+        labels = np.tile([0.0, 1.0], (len(later), 1))
+        rows = Arrays(
+            labels=labels, probabilities=later[None], decisions=later[None] > 0.5, patients=patients
+        )
+        found = coverage([told], rows, [""] * len(later))
+        judged.append((found["by_class"]["ill"], found["expected"]["ill"], found["by_site"]["unknown"]))
+        of_images.append(possible(later, sets, ("well", "ill"))[:, 1].mean())
+    assert np.mean([one.value for one, *_ in judged]) == pytest.approx(0.9, abs=0.01)
+    assert np.mean(of_images) < 0.75
+    assert np.mean([one.high < expected[0] for one, expected, _ in judged]) <= 0.05
+    assert all(site == one for one, _, site in judged)
 
 
 def _sets_of_patients(rng: np.random.Generator, patients: int, images: int) -> NDArray[np.intp]:

@@ -32,7 +32,7 @@ from cadx.phantom.xray import XrayPhantom, write_xray_cohort
 from cadx.reading.images import encode_png, read_image
 from components.calibrate import CalibrateParams, calibrate
 from components.contract import Alarm
-from components.monitor import MonitorParams, in_words, monitor
+from components.monitor import MonitorParams, _assumptions, _labelled, _outcomes, in_words, monitor
 from serving.answering import Request, RequestLog
 from serving.kinds import RadiographAnswerer
 
@@ -558,6 +558,34 @@ def test_the_coverage_of_prediction_sets_is_held_to_what_they_promise(served: Se
     assert covered == {"normal": (1.0, NUM_REQUESTS - 35, False), "opacity": (0.0, 35, True)}
     assert "coverage of opacity" in seen.record["trigger"]["broken"]
     assert seen.record["share_referred"] == 1
+
+
+def test_a_promise_of_patients_is_not_held_against_images_where_they_have_several(
+    served: Served, tmp_path: Path
+) -> None:
+    lines = [line | {"prediction_set": ["normal"]} for line in served.usual]
+    labels = write_labels(tmp_path / "labels.csv", lines, lambda _: True)
+    seen = watch(write_lines(tmp_path / "log", lines), served.bundle, tmp_path, labels=labels)
+    assert "coverage of opacity" in seen.record["trigger"]["broken"]
+    labelled, manifest = _labelled(tmp_path / "requests", labels, served.bundle, None), served.bundle.manifest
+    assert manifest.conformal is not None
+    single = manifest.conformal.images
+    for images, clustered, held in (
+        (single, True, True),
+        (single | {"opacity": single["opacity"] + 1}, True, False),
+        ({}, False, True),
+        ({}, True, False),
+    ):
+        sets = manifest.conformal.model_copy(update={"images": images})
+        other = manifest.model_copy(update={"conformal": sets, "clustered": clustered})
+        found = {(o.name, o.of): o for o in _outcomes(labelled, other, MonitorParams())}
+        told = found["coverage", "opacity"]
+        assert (told.estimate.value, told.at_least, told.broken) == (0, 0.9 if held else None, held)
+        assert any("promise their coverage of patients" in words for words in _assumptions(other)) != held
+        declared = {
+            o.name: o.at_least for o in _outcomes(labelled, other, MonitorParams(at_least={"coverage": 0.7}))
+        }
+        assert declared["coverage"] == 0.7
 
 
 def test_labels_of_other_requests_are_refused(served: Served, tmp_path: Path) -> None:

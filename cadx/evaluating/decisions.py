@@ -198,8 +198,9 @@ def coverage(infos: Sequence[PredictionsInfo], rows: Arrays, sites: Sequence[str
         sites: of each case, "" = unknown.
 
     Returns:
-        nominal, by_class and by_site (name -> Estimate), expected (class -> (low, high) that the size of the
-        calibration split explains), mean_size and referred (Estimates); empty where the bundle has no sets.
+        nominal, by_class and by_site (name -> Estimate, each patient weighing one as in `conformal.fit`), expected
+        (class -> (low, high) that the size of the calibration split explains), mean_size and referred (Estimates, of
+        images); empty where the bundle has no sets.
     """
     classes, sets = infos[0].classes, [info.conformal for info in infos if info.conformal is not None]
     if len(sets) < len(infos):
@@ -215,13 +216,14 @@ def coverage(infos: Sequence[PredictionsInfo], rows: Arrays, sites: Sequence[str
     )
     truth, everyone = rows.labels == 1, np.ones(len(rows.labels), dtype=bool)
 
-    def estimate(right: np.ndarray, which: np.ndarray) -> Estimate:
+    def estimate(right: np.ndarray, which: np.ndarray, *, each_patient: bool = True) -> Estimate:
         if which.sum() < MINIMUM_COVERED:
             n = int(which.sum())
             return Estimate(
                 value=None, low=None, high=None, n=n, method=f"too few: {n} cases, {MINIMUM_COVERED} needed"
             )
-        return mean_share_of(right[:, which], None if rows.patients is None else rows.patients[which])
+        patients = None if rows.patients is None else rows.patients[which]
+        return mean_share_of(right[:, which], patients, each_patient=each_patient)
 
     # A case is covered if every class that it has is possible.
     covered, labelled = (there | ~truth).all(axis=2), truth.any(axis=1)
@@ -240,7 +242,7 @@ def coverage(infos: Sequence[PredictionsInfo], rows: Arrays, sites: Sequence[str
             for name in classes
         },
         "mean_size": mean_size_of(there.sum(axis=2), len(classes), rows.patients),
-        "referred": estimate(refer, everyone),
+        "referred": estimate(refer, everyone, each_patient=False),
     }
 
 
@@ -266,7 +268,8 @@ def show_coverage(page: Page, found: Mapping[str, Any]) -> None:
     page.text(
         "Beside its decision the model gives the set of all classes that it cannot rule out. It is made to "
         "hold the truth in "
-        f"{nominal:.0%} of cases of each class, for new patients like those of the calibration split. Where "
+        f"{nominal:.0%} of cases of each class, where each patient weighs one, shared out among the images, for "
+        "new patients like those of the calibration split. Where "
         "the set does not say "
         "exactly what was decided, the answer is marked for a person to look at (refer)."
     )

@@ -138,19 +138,24 @@ def with_chosen_threshold(
     return found
 
 
-def mean_share_of(right: ArrayLike, patients: ArrayLike | None = None) -> Estimate:
+def mean_share_of(
+    right: ArrayLike, patients: ArrayLike | None = None, *, each_patient: bool = False
+) -> Estimate:
     """The share of N cases that are right, the mean over S models, with the interval of `share`.
 
     Args:
         right: S N, bool.
         patients: N, as in `auc`.
+        each_patient: whether every patient weighs one, shared out among the cases, and not every case.
 
     >>> mean_share_of([[True, True, False, True], [True, False, False, True]]).value
     0.625
+    >>> mean_share_of([[True, False, False]], ["a", "b", "b"], each_patient=True).value
+    0.5
     """
     calls = np.asarray(right, dtype=bool)
     cases = replace(_of_models(np.ones(calls.shape[1]), calls, patients), called=calls)
-    return share(cases, calls, np.ones_like(calls), "no cases").estimate
+    return share(cases, calls, np.ones_like(calls), "no cases", each_patient=each_patient).estimate
 
 
 def mean_size_of(sizes: ArrayLike, largest: int, patients: ArrayLike | None = None) -> Estimate:

@@ -217,7 +217,13 @@ def _ratio_limits(above: Estimate, below: Estimate) -> tuple[float, float]:
 
 
 def share(
-    cases: Cases, right: BoolArray, among: BoolArray, empty: str, *, added_variance: float = 0.0
+    cases: Cases,
+    right: BoolArray,
+    among: BoolArray,
+    empty: str,
+    *,
+    added_variance: float = 0.0,
+    each_patient: bool = False,
 ) -> Part:
     """The share of `right` among `among` (both S n), with Wilson's interval on the effective sample size.
 
@@ -226,18 +232,22 @@ def share(
     wrong, there is no variance, and n is the number of patients. Patients count as `Cases.effective_patients` does:
     by their heads, 200 patients with a long tail of images had intervals that held the truth in 89 of 100 sets.
 
-    `added_variance` is that of another source of doubt, such as the choice of a threshold.
+    `added_variance` is that of another source of doubt, such as the choice of a threshold. With `each_patient` every
+    patient weighs one, shared out among the cases, and otherwise every case.
 
     Source: Rao and Scott 1992, eq. 2; with seeds a case contributes the mean of its calls.
     """
-    size = among.sum(axis=1)
-    hits = (right & among).sum(axis=1)
+    n = round(float(among.sum(axis=1).mean()))
+    weight = among.astype(np.float64)
+    if each_patient:
+        of_patient = np.stack([cases.by_patient(one)[cases.patient] for one in weight])
+        weight /= np.maximum(of_patient, 1)
+    size = weight.sum(axis=1)
     with np.errstate(invalid="ignore"):
-        by_seed = hits / size
-    n = round(float(size.mean()))
+        by_seed = (right * weight).sum(axis=1) / size
     if not size.all():
         return undefined(f"undefined: {empty}", n, by_seed)
-    part_of = (((right & among) - by_seed[:, None] * among) / size[:, None]).mean(axis=0)
+    part_of = (weight * (right - by_seed[:, None]) / size[:, None]).mean(axis=0)
     influence = cases.by_patient(part_of)
     value = float(by_seed.mean())
     patients = cases.effective_patients(np.asarray(among.any(axis=0)))
@@ -248,12 +258,14 @@ def share(
         variance = max(over_patients, float(part_of @ part_of))
         effective = value * (1 - value) / variance if variance > 0 else patients
         critical, method = critical_value(patients), "Wilson, effective n over patients"
+        if each_patient:
+            method += ", each weighing one"
     if added_variance > 0:
         # Towards one half (Agresti and Coull 1998), so that a share of 1 does not hide the other doubt.
         inner = (value * effective + 2) / (effective + 4)
         effective = 1 / (1 / effective + added_variance / (inner * (1 - inner)))
     low, high = wilson_limits(value, effective, critical)
-    if (errors := min(value, 1 - value) * n) < MIN_ERRORS - 1e-9:
+    if (errors := min(value, 1 - value) * (patients if each_patient else n)) < MIN_ERRORS - 1e-9:
         method += f"; too few errors ({errors:.3g}): may be conservative"
     elif cases.clustered and patients < MIN_PATIENTS:
         method += f"; too few effective patients ({patients:.3g}): {ROUGHLY}"
