@@ -530,8 +530,8 @@ def read_rows(path: Path, *, header: bool = True, may_be_empty: bool = False) ->
     and columns at the end that are empty from the header down are none.
 
     Raises:
-        ValueError: one line: missing, not UTF-8, no rows (where it `may_be_empty`, not even a header), a column name
-            twice, or a row of another length.
+        ValueError: one line: missing, not UTF-8, a quote that is not closed or does not end its cell, no rows (where
+            it `may_be_empty`, not even a header), a column name twice, or a row of another length.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -543,13 +543,19 @@ def read_rows(path: Path, *, header: bool = True, may_be_empty: bool = False) ->
         text, delimiter = text[declared.end() :], declared[1]
     else:
         delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    # A lenient reader takes all that stands behind a quote that is not closed for one cell.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    numbered: list[tuple[int, list[str]]] = []
+    number = 0
     try:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-        numbered = [
-            (n, [cell.strip() for cell in line]) for n, line in enumerate(reader, start=1) if any(line)
-        ]
+        for number, line in enumerate(reader, start=1):
+            if any(line):
+                numbered.append((number, [cell.strip() for cell in line]))
     except csv.Error:
-        raise ValueError(f"{path.name}: no CSV: a quote is not closed, or a cell is too long") from None
+        raise ValueError(
+            f"{path.name} row {number + 1}: no CSV: a quote is not closed or does not end its cell, or a cell is too"
+            " long; close the quote, and write those within a quoted cell twice"
+        ) from None
     if len(numbered) < header + (not may_be_empty):
         raise ValueError(f"{path.name}: no rows")
     _, first = numbered[0]

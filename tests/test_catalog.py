@@ -331,6 +331,10 @@ def test_tables_as_programs_of_hospitals_write_them(tmp_path, text):
         (b"file,label\na,x,Ignatowska\n", "row 2: 3 cells, but 2 columns"),
         (b"file,label,,\na,x,,Ignatowska\n", "stands twice"),
         (b"file,label\n\xff,x\n", "not UTF-8"),
+        (b'file,label\na,x\nb,"Ignatowska\nc,y\n', "row 3: no CSV: a quote is not closed"),
+        (b'file,label\n"a,x\nb,"Ignatowska"\nc,y\n', "row 2: no CSV: a quote is not closed"),
+        (b'file,label\na,"Ignatowska" x\n', "row 2: no CSV: .* does not end its cell"),
+        (b"file,label\na," + b"x" * 200_000, "row 2: no CSV: .* a cell is too"),
     ],
 )
 def test_broken_tables(tmp_path, data, reason):

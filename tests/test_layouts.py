@@ -303,6 +303,23 @@ def test_the_rsna_readers_boxes_are_all_there_and_images_without_any_too(mirror:
     assert Counter(item.labels["opacity"] for item in items) == {1: 32, 0: 28}
 
 
+@pytest.mark.parametrize("spoilt", ["images.csv", "boxes.csv"])
+def test_rows_behind_a_quote_that_is_not_closed_are_not_lost(tmp_path: Path, spoilt: str) -> None:
+    texts = {"images.csv": "file,note\n", "boxes.csv": "file,class,x0,y0,x1,y1,note\n"}
+    for number in range(4):
+        picture(tmp_path / f"{number}.png")
+        note = '"seen before' if number == 1 else ""
+        texts["images.csv"] += f"{number}.png,{note if spoilt == 'images.csv' else ''}\n"
+        texts["boxes.csv"] += f"{number}.png,cell,1,2,3,4,{note if spoilt == 'boxes.csv' else ''}\n"
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    entry = TableEntry(
+        **DETECTION, format="table", table="images.csv", boxes={"table": "boxes.csv", "x1": "x1", "y1": "y1"}
+    )
+    with pytest.raises(ValueError, match=rf"^{spoilt} row 3: no CSV: a quote is not closed"):
+        list_items(entry, tmp_path, [])
+
+
 def patients(root: Path, ages: list[str], sexes: list[str], delimiter: str = ",") -> TableEntry:
     """A table of an image per age and sex."""
     lines = [["file", "label", "age", "sex"]]
@@ -599,6 +616,13 @@ def test_features_go_by_name_and_not_by_their_place_in_a_table(tmp_path: Path) -
         list(read_bags(bags(), tmp_path))
 
 
+def test_bags_behind_a_quote_that_is_not_closed_are_not_lost(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('dose,y,note\n1,1,\n2,0,"seen before\n3,1,\n')
+    entry = bags(tables={"": "a.csv"}, ignored=["note"])
+    with pytest.raises(ValueError, match=r"^a\.csv row 3: no CSV: a quote is not closed"):
+        list(read_bags(entry, tmp_path))
+
+
 def test_a_missing_number_is_a_whole_cell_and_not_a_part_of_one(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("chol,y\n-9.5,0\n-90,0\n-9,1\n")
     entry = bags(tables={"": "a.csv"}, missing="-9")
@@ -613,7 +637,7 @@ def test_a_missing_number_is_a_whole_cell_and_not_a_part_of_one(tmp_path: Path) 
         ("bag,chol,y\n,1,0\n,2,0\n", "a.csv row 2: column bag is empty"),
         ("bag,chol,y\nb,inf,0\n", "a.csv row 2, column chol: not a finite number"),
         ("bag,chol,y\nb,1e39,0\n", "a.csv row 2, column chol: not a finite number"),
-        ('bag,chol,y\nb,"1,0\n' + "x" * 140_000, "a.csv: no CSV"),
+        ('bag,chol,y\nb,"1,0\n' + "x" * 140_000, "a.csv row 2: no CSV"),
     ],
 )
 def test_cells_that_mean_nothing_are_refused(tmp_path: Path, text: str, message: str) -> None:
