@@ -147,6 +147,7 @@ class Columns(Config):
     """Optional columns of a table, by what they hold; where a DICOM file says otherwise, the table wins.
 
     `frame` is the number of an image within a file of several, from 1; an empty cell means that the file holds one.
+    `patient` is filled in every row, or in none and PatientID counts.
     """
 
     frame: str | None = None

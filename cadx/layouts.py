@@ -89,7 +89,7 @@ class Item:
         frame: which image of a file of several, from 1; None where the file holds one.
         labels: class -> 1 or 0.
         attributes: any of site, scanner, age, sex, view.
-        patient: as the source has it; it becomes a pseudonym.
+        patient: as the source has it, empty where unknown; it becomes a pseudonym.
         given_split: the official split, or empty.
         boxes: (class, x0, y0, x1, y1), half-open, in stored pixels.
         mask: file of the mask.
@@ -701,12 +701,13 @@ def read_bags(entry: BagsEntry, root: Path, *, oldest_years: float = math.inf) -
                 at = features.index(entry.age_column)
                 for instance in values:  # not min(), which drops a NaN
                     instance[at] = oldest_years if instance[at] > oldest_years else instance[at]
+            patient = first[entry.patient_column] if entry.patient_column else ""
             yield Bag(
                 place=place,
                 features=np.array(values, np.float32),
                 labels={entry.values[cell]: 1.0} if cell in entry.values else {},
                 site=site,
-                patient=first[entry.patient_column] if entry.patient_column else "",
+                patient="" if patient == entry.missing else _known(patient),
                 age=values[0][features.index(entry.age_column)] if entry.age_column else math.nan,
             )
 

@@ -304,6 +304,8 @@ def _add_files(
     named = sorted(
         zip(_file_ids(items, key), items, strict=True), key=lambda pair: (pair[0], pair[1].frame or 0)
     )
+    # The source may number its patients otherwise than the headers do: one of both names all, or one person is two.
+    has_patients = any(item.patient for item in items)
     problems: list[str] = []
     identified: Counter[str] = Counter()
     num_identified = 0
@@ -315,7 +317,8 @@ def _add_files(
             identified.update(read.identifiers)
         if read.samples:
             try:
-                patient = _patient(entry, key, file_id, item.patient or read.samples[0].patient or "", "")
+                named_as = item.patient if has_patients else read.samples[0].patient or ""
+                patient = _patient(entry, key, file_id, named_as, "")
             except ValueError as error:
                 problem = str(error)
         if problem and params.unreadable == "leave_out":
@@ -562,7 +565,8 @@ def _patient(entry: StoredEntry, key: bytes, file_id: str, patient: str, place: 
     if not patient:
         where = f"{place}: " if place else ""
         raise ValueError(
-            f"{where}no patient; the entry's policy is {entry.patient}: give a patient column or PatientID"
+            f"{where}no patient; the entry's policy is {entry.patient}: fill in the patient column of every row, or of"
+            " none and PatientID of every file"
         )
     return patient if entry.patient == "public" else pseudonym(key, "patient", patient)
 

@@ -271,6 +271,49 @@ def test_a_frame_is_asked_for_by_a_column_and_recorded(run, tmp_path, patient):
         run(entry | {"boxes": box_table}, "refused")
 
 
+@pytest.mark.parametrize("unknown", ["", "?", "unknown"])
+@pytest.mark.parametrize("policy", ["public", "hmac"])
+def test_one_patient_is_not_named_by_the_table_here_and_by_the_header_there(run, tmp_path, policy, unknown):
+    rng = np.random.default_rng(5)
+    for number in range(4):
+        image = rng.integers(0, 256, (12, 16), dtype=np.uint8)
+        write_dicom(tmp_path / f"own/{number}.dcm", image, PatientID=f"H{number // 2}")
+    entry = COMMON | {
+        "format": "table", "file": str(tmp_path / "own"), "table": "t.csv", "label_column": "ill",
+        "patient": policy, "columns": {"patient": "patient"},
+    }  # fmt: skip
+    cells = ("A1", unknown, "B2", unknown)
+    (tmp_path / "own/t.csv").write_text(
+        "file,ill,patient\n" + "".join(f"{number}.dcm,normal,{cell}\n" for number, cell in enumerate(cells))
+    )
+    with pytest.raises(
+        ValueError, match=r"2 of 4 images cannot be taken: t\.csv row 3: no patient; .*every row"
+    ):
+        run(entry)
+    kept = run(entry, "kept", unreadable="leave_out")
+    assert len(kept.samples) == 2
+    assert [one.place for one in kept.info.left_out] == ["t.csv row 3", "t.csv row 5"]
+    (tmp_path / "own/t.csv").write_text(
+        "file,ill,patient\n" + "".join(f"{number}.dcm,normal,{unknown}\n" for number in range(4))
+    )
+    patients = run(entry, "headers").samples["patient"]
+    assert patients.value_counts().tolist() == [2, 2], "where the column is empty, PatientID counts"
+    assert (set(patients) == {"H0", "H1"}) == (policy == "public")
+
+
+def test_bags_of_unknown_patients_are_not_one_patients(run, tmp_path):
+    entry = COMMON | {
+        "format": "bags", "kind": "features", "file": str(tmp_path / "own"), "patient": "hmac",
+        "tables": {"Hill": "hill.csv"}, "patient_column": "pid", "missing": "-9",
+        "label_column": "ill", "values": {"no": "normal", "yes": "opacity"},
+    }  # fmt: skip
+    (tmp_path / "own").mkdir()
+    for cell in ("", "-9", "?", "unknown"):
+        (tmp_path / "own/hill.csv").write_text(f"pid,chol,ill\n1,200,no\n{cell},210,yes\n")
+        with pytest.raises(ValueError, match=r"hill\.csv row 3: no patient"):
+            run(entry)
+
+
 @pytest.mark.parametrize("stated", [None, "", "MONOCHROM"])
 @pytest.mark.parametrize("given", ["MONOCHROME1", "MONOCHROME2"])
 def test_an_unknown_photometric_interpretation_is_refused_until_the_entry_gives_it(
