@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -232,27 +233,25 @@ def _array_labels(entry: NpzEntry, values: np.ndarray, where: str) -> dict[str, 
 def _add_bags(writer: DatasetWriter, name: str, entry: BagsEntry, root: Path, key: bytes) -> None:
     oldest_years = float(_OLDEST_YEARS) if entry.deidentify else math.inf
     bags = read_bags(entry, root, oldest_years=oldest_years)
+    named: set[str] = set()
     for number, bag in enumerate(_progress(bags, f"Reading {name}")):
         sample_id = f"{bag.site}-{number:05d}" if len(entry.tables) > 1 else f"{number:05d}"
         picture = preview("features", bag.features)
+        # Each table counts its own patients: 1 of one hospital is not 1 of another.
+        named_as = bag.patient and (f"{bag.site}/{bag.patient}" if len(entry.tables) > 1 else bag.patient)
+        named.add(named_as)
         writer.add(
             sample_id=sample_id,
             pixels=bag.features,
             labels=bag.labels,
-            # Each table counts its own patients: 1 of one hospital is not 1 of another.
-            patient=_patient(
-                entry,
-                key,
-                sample_id,
-                bag.patient and (f"{bag.site}/{bag.patient}" if len(entry.tables) > 1 else bag.patient),
-                bag.place,
-            ),
+            patient=_patient(entry, key, sample_id, named_as, bag.place),
             sha256=digest_bytes(bag.features.tobytes()),
             site=bag.site,
             age=bag.age,
             statistics=image_statistics(picture),
             assumptions=entry.assumptions,
         )
+    _check_spelling(name, entry, named, set(entry.tables))
 
 
 # --- Files --------------------------------------------------------------------------------------------
@@ -306,6 +305,9 @@ def _add_files(
     )
     # The source may number its patients otherwise than the headers do: one of both names all, or one person is two.
     has_patients = any(item.patient for item in items)
+    patients = {item.patient for item in items}
+    sites = {item.attributes.get("site", "") for item in items}
+    _check_spelling(name, entry, patients, sites)  # before files are read, which takes long
     problems: list[str] = []
     identified: Counter[str] = Counter()
     num_identified = 0
@@ -319,6 +321,7 @@ def _add_files(
             try:
                 named_as = item.patient if has_patients else read.samples[0].patient or ""
                 patient = _patient(entry, key, file_id, named_as, "")
+                patients.add(named_as)
             except ValueError as error:
                 problem = str(error)
         if problem and params.unreadable == "leave_out":
@@ -329,6 +332,7 @@ def _add_files(
             continue
         for loaded in read.samples:
             attributes, aged = _attributes(loaded.attributes | item.attributes, entry.deidentify)
+            sites.add(attributes.get("site", ""))
             writer.add(
                 sample_id=f"{file_id}{loaded.piece}",
                 pixels=loaded.array,
@@ -358,6 +362,7 @@ def _add_files(
             f"{name}: {len(problems)} of {len(items)} {entry.kind}s cannot be taken: {_listed(problems)}; "
             "repair them, take them out of the source, or set ingest.unreadable to leave_out"
         )
+    _check_spelling(name, entry, patients, sites)
 
 
 def _read(item: Item, entry: FileEntry) -> _Read:
@@ -569,6 +574,18 @@ def _patient(entry: StoredEntry, key: bytes, file_id: str, patient: str, place: 
             " none and PatientID of every file"
         )
     return patient if entry.patient == "public" else pseudonym(key, "patient", patient)
+
+
+def _check_spelling(name: str, entry: StoredEntry, patients: set[str], sites: set[str]) -> None:
+    """Refuse names that are one but for capitals or the Unicode form of a letter: splits would part what is one."""
+    told = {"sites": sites} if entry.patient == "per-image" else {"patients": patients, "sites": sites}
+    for noun, names in told.items():
+        alike = Counter(unicodedata.normalize("NFC", text.casefold()) for text in names)
+        if count := sum(number for number in alike.values() if number > 1):
+            raise ValueError(
+                f"{name}: {count} names of {noun} differ from another in capitals or the Unicode form of a letter"
+                " alone; write each in one way, in the table or in the headers"
+            )
 
 
 def _attributes(attributes: dict[str, Any], deidentify: bool) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -301,6 +301,42 @@ def test_one_patient_is_not_named_by_the_table_here_and_by_the_header_there(run,
     assert (set(patients) == {"H0", "H1"}) == (policy == "public")
 
 
+@pytest.mark.parametrize(
+    ("cells", "refusal"),
+    [
+        (("A1,Hill", "a1,Hill", "B2,Hill"), "2 names of patients differ from another in capitals"),
+        (("É1,Hill", "E\u03011,Hill", "B2,Hill"), "2 names of patients differ from another"),
+        (("A1,Hill", "B2,HILL", "C3,hill"), "3 names of sites differ from another in capitals"),
+        (("A1,Süd", "B2,Su\u0308d", "C3,Nord"), "2 names of sites differ from another"),
+        (("A1,Hill", "A2,Hill", "A1,Harbour"), None),
+    ],
+)
+@pytest.mark.parametrize("in_headers", [False, True])
+def test_names_that_differ_in_capitals_or_unicode_form_alone_are_not_two(
+    run, tmp_path, cells, refusal, in_headers
+):
+    rng = np.random.default_rng(6)
+    rows = ["file,ill,patient,site"]
+    for number, cell in enumerate(cells):
+        image, (patient, site) = rng.integers(0, 256, (12, 16), dtype=np.uint8), cell.split(",")
+        header = {"SpecificCharacterSet": "ISO_IR 192", "PatientID": patient, "InstitutionName": site}
+        write_dicom(tmp_path / f"own/{number}.dcm", image, **(header if in_headers else {}))
+        rows.append(f"{number}.dcm,normal," + ("," if in_headers else cell))
+    (tmp_path / "own/t.csv").write_text("\n".join(rows), encoding="utf-8")
+    entry = COMMON | {
+        "format": "table", "file": str(tmp_path / "own"), "table": "t.csv", "label_column": "ill",
+        "patient": "hmac", "columns": {"patient": "patient", "site": "site"},
+    }  # fmt: skip
+    if refusal is None:
+        assert run(entry).info.num_patients == 2
+        return
+    with pytest.raises(ValueError, match=f"mine: {refusal}") as caught:
+        run(entry)
+    assert not any(name in str(caught.value) for cell in cells for name in cell.split(","))
+    if "patients" in refusal:
+        assert run(entry | {"patient": "per-image"}).info.num_patients == 3
+
+
 def test_bags_of_unknown_patients_are_not_one_patients(run, tmp_path):
     entry = COMMON | {
         "format": "bags", "kind": "features", "file": str(tmp_path / "own"), "patient": "hmac",
