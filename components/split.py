@@ -24,7 +24,7 @@ from pydantic import Field, model_validator
 
 from cadx.datasets import DatasetFolder, write_splits
 from cadx.files import digest_path
-from cadx.splitting import assign_splits, cut, kfold, leave_site_out
+from cadx.splitting import SPLITS, assign_splits, cut, kfold, leave_site_out
 from cadx.types import Config
 from components.contract import In, Out, Params, step
 
@@ -81,7 +81,7 @@ def split(*, dataset: In, validation: In, splits: Out, params: SplitParams) -> N
 
     Raises:
         ValueError: if `validation` is of another dataset, a class has too few patients, the official splits
-            are incomplete or share a patient, or the site to leave out is unknown.
+            are incomplete, lack a class in a part or share a patient, or the site to leave out is unknown.
     """
     folder = DatasetFolder(dataset)
     reasons = _read_quarantine(validation, dataset)
@@ -156,6 +156,13 @@ def _given(kept: pd.DataFrame, labels: list[str], params: SplitParams) -> pd.Dat
             f"{patients} images in several official splits; {remedy},"
             " or set validate.patient_across_splits = quarantine"
         )
+    shown = (kept[labels] == 1).groupby(parts).any()
+    for label in labels:
+        if lacking := [part for part in SPLITS if part in shown.index and not shown.loc[part, label]]:
+            name = label.removeprefix("label_")
+            raise ValueError(
+                f"class {name!r}: no image of the official {' and '.join(lacking)} part shows it; {remedy}, or drop it"
+            )
     placed = pd.DataFrame({"split": parts, "reason": "official"})
     if (parts == "calibration").any():
         return placed

@@ -13,18 +13,20 @@ from components.split import SplitParams, split
 SECRET = "Doe^Jane-4711"
 
 
-def cohort(path: Path, num_patients: int = 60, changes: dict[int, dict[str, Any]] | None = None) -> Path:
+def cohort(
+    path: Path, num_patients: int = 60, changes: dict[int, dict[str, Any]] | None = None, **described: Any
+) -> Path:
     """Two images a patient, a quarter sick, two sites."""
     generator = np.random.default_rng(0)
+    described = {"task": "binary", "positive": "sick"} | described
     with DatasetWriter(
         path,
         name="cohort",
-        task="binary",
         classes=("normal", "sick"),
-        positive="sick",
         modality="chest X-ray",
         clustered=True,
         source=SourceInfo(title="t", licence="MIT", citation="c"),
+        **described,
     ) as writer:
         for row in range(2 * num_patients):
             pixels = generator.integers(0, 255, (8, 8), dtype=np.uint8)
@@ -152,10 +154,53 @@ def test_incomplete_official_splits_are_refused(tmp_path: Path, part: str, messa
         divide(tmp_path, cohort(tmp_path / "d", changes=parts), strategy="given")
 
 
-@pytest.mark.parametrize("strategy", ["patient", "given"])
-def test_a_class_with_a_single_patient_is_one_clear_line(tmp_path: Path, strategy: str):
-    sick = {row: {"labels": {"sick" if row < 2 else "normal": 1.0}} for row in range(120)}
-    changes = {row: sick[row] | given for row, given in official().items()}
+@pytest.mark.parametrize(
+    ("sick", "lacking"),
+    [
+        ((0, 32), "test"),
+        ((0, 40), "val"),
+        ((32, 40), "train"),
+        ((0,), "val and test"),
+    ],
+)
+def test_a_class_that_an_official_part_lacks_is_named(tmp_path: Path, sick: tuple[int, ...], lacking: str):
+    """Rows 0, 32 and 40 are the first of the official train, val and test part."""
+    changes = {row: {"labels": {"normal": 1.0}} | given for row, given in official().items()}
+    for row in sick:
+        for image in (row, row + 1, row + 2, row + 3):
+            changes[image]["labels"] = {"sick": 1.0}
+    dataset = cohort(tmp_path / "d", changes=changes)
+    with pytest.raises(
+        ValueError, match=f"class 'sick': no image of the official {lacking} part shows it"
+    ) as error:
+        divide(tmp_path, dataset, strategy="given")
+    assert SECRET not in str(error.value)
+    divide(tmp_path, dataset, {f"s{row:03d}": "x" for row in range(120) if changes[row]["labels"] != {"normal": 1}},
+           strategy="given")  # fmt: skip
+
+
+def test_official_parts_of_several_labels_must_show_each_and_what_is_unlabelled_shows_none(tmp_path: Path):
+    both, neither = {"normal": 1.0, "sick": 1.0}, {"normal": 0.0, "sick": 0.0}
+    changes = {row: {"labels": both if row % 8 < 4 else {}} | given for row, given in official().items()}
+    for row in (32, 33, 34, 35):
+        changes[row]["labels"] = {"normal": 1.0}
+    for row in range(80, 84):  # the other val part
+        changes[row]["labels"] = neither
+    dataset = cohort(tmp_path / "d", changes=changes, task="multilabel", positive=None)
+    with pytest.raises(ValueError, match="class 'sick': no image of the official val part shows it"):
+        divide(tmp_path, dataset, strategy="given")
+    changes[80]["labels"] = {"sick": 1.0}
+    divide(
+        tmp_path, cohort(tmp_path / "e", changes=changes, task="multilabel", positive=None), strategy="given"
+    )
+
+
+@pytest.mark.parametrize(("strategy", "sick"), [("patient", (0,)), ("given", (0, 32, 40))])
+def test_a_class_with_a_single_patient_is_one_clear_line(
+    tmp_path: Path, strategy: str, sick: tuple[int, ...]
+):
+    labels = {row: {"labels": {"sick" if row // 2 * 2 in sick else "normal": 1.0}} for row in range(120)}
+    changes = {row: labels[row] | given for row, given in official().items()}
     with pytest.raises(ValueError, match="class 'sick': 1 patient, too few") as error:
         divide(tmp_path, cohort(tmp_path / "d", changes=changes), strategy=strategy)
     assert "\n" not in str(error.value)
