@@ -599,7 +599,7 @@ def _identifiers_found(name: str, identified: Counter[str], num_files: int, num_
     keywords = ", ".join(sorted(identified))
     if BURNED_IN in identified:
         advice = (
-            "images marked BurnedInAnnotation = YES show identifiers in their pixels: "
+            "images whose BurnedInAnnotation is not NO show identifiers in their pixels: "
             "mask them at the source and set the element to NO"
         )
     elif kind == "slide":

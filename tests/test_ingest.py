@@ -594,10 +594,11 @@ def test_another_site_key_gives_other_pseudonyms(run, identified, monkeypatch):
         assert not set(one[column]) & set(other[column])
 
 
-def test_burned_in_identifiers_cannot_be_dropped(run, tmp_path, identified):
+@pytest.mark.parametrize("value", ["YES", "Y"])
+def test_burned_in_identifiers_cannot_be_dropped(run, tmp_path, identified, value):
     path = sorted((tmp_path / "own/images").glob("*.dcm"))[0]
     ds = pydicom.dcmread(path)
-    ds.BurnedInAnnotation = "YES"
+    ds.BurnedInAnnotation = value
     pydicom.dcmwrite(path, ds)
     with pytest.raises(ValueError, match=r"BurnedInAnnotation.*in their pixels"):
         run(identified | {"deidentify": True})

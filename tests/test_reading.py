@@ -524,6 +524,29 @@ def test_identifiers_need_a_value_and_are_found_at_any_depth():
     assert dicom_identifiers(picture_bytes(pixels)) == ()
 
 
+@pytest.mark.parametrize(
+    ("value", "is_found"),
+    [
+        ("YES", True), ("yes", True), (" Yes ", True), ("Y", True), ("TRUE", True), ("YES\0", True),
+        (["NO", "YES"], True), ("NO", False), ("no", False), ("No ", False), ("NO\0\0", False), ("", False),
+        (None, False),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
+def test_only_a_clear_no_says_that_nothing_is_burned_in(value, is_found):
+    found = dicom_identifiers(dicom_bytes(np.zeros((4, 4), np.uint8), BurnedInAnnotation=value))
+    assert found == (("BurnedInAnnotation",) if is_found else ())
+
+
+@pytest.mark.parametrize(
+    ("value", "is_removed"), [("YES", True), ("Yes ", True), ("Y", False), ("NO", False)]
+)
+@pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
+def test_only_a_clear_yes_makes_an_id_a_pseudonym(value, is_removed):
+    data = dicom_bytes(np.zeros((4, 4), np.uint8), PatientID="P7", PatientIdentityRemoved=value)
+    assert dicom_identifiers(data) == (() if is_removed else ("PatientID",))
+
+
 def test_no_message_warning_or_log_line_repeats_a_name(caplog, capfd):
     """Each fault makes pydicom say something, and some of it quotes values."""
     caplog.set_level(logging.DEBUG)

@@ -97,8 +97,8 @@ def dicom_identifiers(source: Path | bytes) -> tuple[str, ...]:
     All person names at any depth, `IDENTIFYING_KEYWORDS`, `PatientID` unless the file says
     PatientIdentityRemoved = YES, texts that repeat a word of four letters and more of the
     patient's names or of that ID, what would be
-    stored but looks like a name (see `header_attributes`), and `BurnedInAnnotation` where it is YES. Empty for
-    PNG and JPEG.
+    stored but looks like a name (see `header_attributes`), and `BurnedInAnnotation` unless it is NO or empty.
+    Empty for PNG and JPEG.
 
     Raises:
         ValueError: one line, if the header cannot be read.
@@ -128,7 +128,8 @@ def dicom_identifiers(source: Path | bytes) -> tuple[str, ...]:
             found.update(
                 keyword for keyword in _STORED if _names_someone(header_text(header, keyword), words)
             )
-            if header_text(header, BURNED_IN) == "YES":
+            # YES, NO or nothing by the standard (PS3.3 C.7.6.1); what else is written there is no clear NO.
+            if header_text(header, BURNED_IN).upper() not in ("", "NO"):
                 found.add(BURNED_IN)
     except Refusal as refusal:
         raise ValueError(f"DICOM: {refusal}") from None
@@ -138,7 +139,7 @@ def dicom_identifiers(source: Path | bytes) -> tuple[str, ...]:
 
 
 def _identity_removed(header: Dataset) -> bool:
-    return header_text(header, "PatientIdentityRemoved") == "YES"
+    return header_text(header, "PatientIdentityRemoved").upper() == "YES"
 
 
 def _words(text: str) -> set[str]:
