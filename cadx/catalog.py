@@ -83,8 +83,9 @@ class _Described(Config):
 class _Stored(_Described):
     """An entry whose bytes lie somewhere: `file` within cache and mirror, or an absolute path.
 
-    What its files do not say can be given here: `spacing_mm` between a volume's voxels (slice, row, column), a
-    slide's `slide_mpp` and, of DICOM images and series, the `photometric_interpretation`. It is then recorded as an
+    What its files do not say can be given here: `spacing_mm` between a volume's voxels (slice, row, column), the
+    `orientation` of a NIfTI file's own axes (fastest first; RAS: to the right, anterior, superior), a slide's
+    `slide_mpp` and, of DICOM images and series, the `photometric_interpretation`. It is then recorded as an
     assumption. A file that says otherwise is refused.
     `label_images_are_clean` says that somebody has looked at the label and macro images inside the slides.
     """
@@ -93,6 +94,7 @@ class _Stored(_Described):
     kind: Kind = "image"
     spacing_mm: tuple[Positive, Positive, Positive] | None = None
     slide_mpp: Positive | None = None
+    orientation: str | None = None
     photometric_interpretation: Photometric | None = None
     label_images_are_clean: bool = False
     digest: Annotated[str, Field(pattern=r"^(sha256:[0-9a-f]{64}|md5:[0-9a-f]{32})$")] | None = None
@@ -109,9 +111,20 @@ class _Stored(_Described):
             raise ValueError("boxes come as table, voc or coco: no other format holds them")
         if self.photometric_interpretation and (self.kind not in ("image", "volume") or form == "npz"):
             raise ValueError("photometric_interpretation is of DICOM: kind image or volume, in files")
+        if self.orientation and (self.kind != "volume" or form == "npz"):
+            raise ValueError("orientation is of NIfTI: kind volume, in files")
         if form == "npz" and self.patient != "per-image":
             raise ValueError("arrays name no patients: patient must be per-image")
         return self
+
+    @field_validator("orientation")
+    @classmethod
+    def _names_three_axes(cls, orientation: str | None) -> str | None:
+        if orientation is not None:
+            axes = [axis for letter in orientation for axis in ("LR", "PA", "IS") if letter in axis]
+            if len(orientation) != 3 or sorted(axes) != ["IS", "LR", "PA"]:
+                raise ValueError("must be three letters, one each of R or L, A or P, S or I, such as RAS")
+        return orientation
 
     @field_validator("file")
     @classmethod

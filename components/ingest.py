@@ -425,7 +425,12 @@ def _load_image(item: Item, entry: FileEntry) -> _Loaded:
 def _load_volume(item: Item, entry: FileEntry) -> _Loaded:
     from cadx.reading.volumes import read_mask, read_volume
 
-    volume = read_volume(item.path, spacing_mm=entry.spacing_mm, photometric=entry.photometric_interpretation)
+    volume = read_volume(
+        item.path,
+        spacing_mm=entry.spacing_mm,
+        orientation=entry.orientation,
+        photometric=entry.photometric_interpretation,
+    )
     return _Loaded(
         array=volume.voxels,
         sha256=digest_path(item.path),

@@ -49,7 +49,9 @@ def report(folder: Path) -> str:
     return (folder / "validation.html").read_text()
 
 
-def test_a_volume_without_spacing_is_refused_until_the_catalogue_gives_it(tmp_path: Path) -> None:
+def test_a_volume_without_orientation_and_spacing_is_refused_until_the_catalogue_gives_both(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "scans").mkdir()
     samples = []
     for number in range(8):
@@ -57,14 +59,20 @@ def test_a_volume_without_spacing_is_refused_until_the_catalogue_gives_it(tmp_pa
         write_nifti(tmp_path / f"scans/{number}.nii", voxels, codes=(0, 0), pixdim=(0, 0, 0))
         samples.append({"file": f"{number}.nii", "label": ("normal", "sick")[number % 2]})
     entry = {"format": "files", "kind": "volume", "file": str(tmp_path / "scans"), "samples": samples}
+    with pytest.raises(ValueError, match=r"neither qform nor sform .*give orientation"):
+        ingested(tmp_path, **entry, spacing_mm=[3.0, 0.8, 0.8])
+    entry["orientation"] = "LPS"
     with pytest.raises(ValueError, match=r"no spacing in qform, sform or pixdim; .*give spacing_mm"):
         ingested(tmp_path, **entry)
     assert not (tmp_path / "dataset").exists()
     dataset = ingested(tmp_path, **entry, spacing_mm=[3.0, 0.8, 0.8])
     assert set(dataset.samples["spacing_slice_mm"]) == {3.0}
-    (said,) = (text for text in dataset.info.assumptions if "taken as given" in text)
-    assert "3 x 0.8 x 0.8 mm" in said
-    assert said in report(tmp_path)
+    said = dataset.info.assumptions
+    assert len(said) == 2
+    assert "axes LPS were taken as given" in said[0]
+    assert "3 x 0.8 x 0.8 mm" in said[1]
+    page = report(tmp_path)
+    assert all(text in page for text in said)
 
 
 def test_arrays_of_volumes_need_their_spacing_from_the_catalogue(tmp_path: Path) -> None:

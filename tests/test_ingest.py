@@ -13,7 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 from scipy.spatial import cKDTree
-from test_volumes import phantom, write_series
+from test_volumes import phantom, write_nifti, write_series
 
 from cadx.datasets import DatasetFolder
 from cadx.describing import describe_folder
@@ -395,6 +395,20 @@ def test_a_series_of_unknown_photometric_interpretation_is_taken_as_the_entry_sa
     assert folder.info.assumptions == (
         "no known PhotometricInterpretation in the file: MONOCHROME2 was taken as given",
     )
+
+
+def test_the_axes_of_a_volume_that_does_not_tell_them_are_taken_as_the_entry_says(run, tmp_path):
+    for name in ("normal", "opacity"):
+        (tmp_path / "own" / name).mkdir(parents=True)
+    write_nifti(tmp_path / "own/normal/first.nii.gz", phantom(), codes=(0, 0))
+    entry = COMMON | {
+        "format": "folder", "kind": "volume", "file": str(tmp_path / "own"), "patient": "per-image",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"1 of 1 .*neither qform nor sform .* give orientation in the"):
+        run(entry)
+    folder = run(entry | {"orientation": "LAS"})
+    np.testing.assert_array_equal(folder.pixels("first"), phantom()[::-1].transpose(2, 1, 0))
+    assert folder.info.assumptions == ("neither qform nor sform: axes LAS were taken as given",)
 
 
 def test_a_photometric_interpretation_that_the_file_contradicts_is_refused(run, tmp_path):

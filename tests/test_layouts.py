@@ -751,6 +751,18 @@ def test_an_image_outside_of_the_class_folders_is_not_left_out_in_silence(tmp_pa
         ),
         ({"format": "npz", "task": "multiclass", "kind": "slide"}, "slides come as folder, table or files"),
         ({"format": "npz", "task": "multiclass", "patient": "public"}, "arrays name no patients"),
+        (
+            {"format": "npz", "task": "multiclass", "kind": "volume", "orientation": "RAS"},
+            "orientation is of NIfTI",
+        ),
+        ({"format": "folder", "task": "multiclass", "orientation": "RAS"}, "orientation is of NIfTI"),
+        *(
+            (
+                {"format": "folder", "task": "multiclass", "kind": "volume", "orientation": axes},
+                "three letters",
+            )
+            for axes in ("", "RA", "RLS", "ras", "RASI", "RA ")
+        ),
     ],
 )
 def test_entries_that_no_step_could_read_do_not_validate(entry: dict[str, Any], message: str) -> None:

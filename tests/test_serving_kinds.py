@@ -283,6 +283,7 @@ NO_VOLUMES = {
     "nothing": (b"", "an empty file"),
     "an image": (encode_png(gray(0)), "neither NIfTI, DICOM nor a zip"),
     "a cut NIfTI": (nifti(VOXELS)[:5000], "NIfTI: "),
+    "axes that nothing tells": (nibabel.Nifti1Image(VOXELS, None).to_bytes(), "neither qform nor sform"),
     "a huge claim": (huge_claim(), "over the limits of"),
     "a zip bomb": (bomb(3 << 30), "over the limit of"),
     "a zip of text": (text_in_zip(), "no DICOM image"),

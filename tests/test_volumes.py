@@ -258,15 +258,15 @@ def flipped(affine: np.ndarray) -> np.ndarray:
 )
 def test_contradictory_or_missing_geometry_is_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=f"^NIfTI: .*{message}"):
-        read_volume(write_nifti(tmp_path / "v.nii", phantom(), **options))
+        read_volume(write_nifti(tmp_path / "v.nii", phantom(), **options), orientation="RAS")
 
 
 def test_a_given_spacing_settles_what_the_file_leaves_open_and_is_recorded(tmp_path):
     unset = write_nifti(tmp_path / "a.nii", phantom(), codes=(0, 0), pixdim=(0, 0, 0))
-    volume = read_volume(unset, spacing_mm=(3.0, 1.0, 1.0))
+    volume = read_volume(unset, spacing_mm=(3.0, 1.0, 1.0), orientation="RAS")
     assert volume.spacing_mm == (3, 1, 1)
     assert any("3 x 1 x 1 mm (D, H, W) was taken as given" in text for text in volume.assumptions)
-    assert any("sides may be swapped" in text for text in volume.assumptions)
+    assert any("axes RAS were taken as given" in text for text in volume.assumptions)
     rival = write_nifti(tmp_path / "b.nii", phantom(), qform=RAS * np.array([1, 1, 2, 1]))
     assert read_volume(rival, spacing_mm=(3.0, 1.0, 1.0)).spacing_mm == (3, 1, 1)
     # The lengths are those given, the directions and the place the file's.
@@ -298,11 +298,35 @@ def test_an_origin_at_no_place_in_space_is_refused(tmp_path, codes, value):
         read_volume(write_nifti(tmp_path / "v.nii", phantom(), affine, codes=codes))
 
 
-def test_without_affine_codes_the_axes_are_an_assumption(tmp_path):
-    volume = read_volume(write_nifti(tmp_path / "v.nii", phantom(), codes=(0, 0)))
-    assert volume.spacing_mm == (2.5, 0.9, 0.8)
-    assert volume.affine is None
-    assert [text for text in volume.assumptions if "neither qform nor sform" in text]
+@pytest.mark.parametrize("name", ["v.nii", "v.nii.gz"])
+def test_axes_that_no_code_tells_are_refused_and_not_guessed(tmp_path, name):
+    with pytest.raises(ValueError, match=r"^NIfTI: neither qform nor sform .*; .* give orientation in the"):
+        read_volume(write_nifti(tmp_path / name, phantom(), codes=(0, 0)))
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "SAL"])
+def test_axes_that_no_code_tells_can_be_given_and_are_recorded(tmp_path, axes):
+    path = write_nifti(tmp_path / "v.nii", phantom(), codes=(0, 0), pixdim=(0.8, 0.9, 2.5))
+    volume = read_volume(path, orientation=axes)
+    assert (volume.affine, volume.stored_axes) == (None, axes)
+    assert volume.assumptions == (f"neither qform nor sform: axes {axes} were taken as given",)
+    placed = nibabel.Nifti1Image(phantom(), np.diag([0.8, 0.9, 2.5, 1]))
+    turned = nibabel.orientations.apply_orientation(
+        np.asarray(placed.dataobj), nibabel.orientations.axcodes2ornt(axes)
+    )
+    np.testing.assert_array_equal(volume.voxels, turned.transpose(2, 1, 0))
+    assert volume.spacing_mm == ((0.8, 0.9, 2.5) if axes == "SAL" else (2.5, 0.9, 0.8))
+
+
+def test_given_axes_that_the_file_contradicts_are_refused_and_not_passed_over(tmp_path):
+    path = write_nifti(tmp_path / "v.nii", phantom())
+    assert read_volume(path, orientation="RAS").assumptions == ()
+    with pytest.raises(
+        ValueError, match=r"^NIfTI: orientation LPS was given, but the file says RAS; remove it"
+    ):
+        read_volume(path, orientation="LPS")
+    series = write_series(tmp_path / "s", phantom())
+    assert read_volume(series, orientation="LPS").assumptions == (), "slices say where they lie"
 
 
 @pytest.mark.parametrize(("unit", "factor"), [("micron", 1e3), ("meter", 1e-3), ("mm", 1), (None, 1)])
@@ -523,7 +547,7 @@ def test_a_mask_is_refused_where_nothing_says_which_way_its_axes_run(tmp_path):
     labels = np.zeros(phantom().shape, np.uint8)
     bare = write_nifti(tmp_path / "bare.nii", labels, codes=(0, 0))
     series = read_volume(write_series(tmp_path / "s", phantom()))
-    uncoded = read_volume(write_nifti(tmp_path / "v.nii", phantom(), codes=(0, 0)))
+    uncoded = read_volume(write_nifti(tmp_path / "v.nii", phantom(), codes=(0, 0)), orientation="RAS")
     with pytest.raises(ValueError, match=r"^mask: only one of it and its image says"):
         read_mask(bare, series)
     with pytest.raises(ValueError, match=r"^mask: only one of it and its image says"):

@@ -81,6 +81,7 @@ def read_volume(
     source: Path,
     *,
     spacing_mm: tuple[float, float, float] | None = None,
+    orientation: str | None = None,
     photometric: Photometric | None = None,
 ) -> RawVolume:
     """The volume in `source`: a NIfTI file, a folder or a zip of one DICOM series, or one DICOM file.
@@ -95,23 +96,30 @@ def read_volume(
         source: known by its first bytes; a folder holds the slices themselves.
         spacing_mm: (D, H, W), used only where the file gives no spacing or two that disagree; recorded as an
             assumption then.
+        orientation: which way the axes of a NIfTI file's own array run, as `RawVolume.stored_axes`; used only where
+            the file has neither qform nor sform; recorded as an assumption then.
         photometric: of DICOM slices, used only where they have no photometric interpretation, or one of no known
             meaning; recorded as an assumption then. It turns nothing: voxels keep the file's scale.
 
     Raises:
         ValueError: one line, without file name or value: not a volume, truncated, larger than the limits
             above, of several series, phases or orientations, of unknown or contradictory geometry, with
-            another spacing than `spacing_mm` by more than 1 %, or of another photometric interpretation than the
-            one given.
+            another spacing than `spacing_mm` by more than 1 %, or of another orientation or photometric
+            interpretation than the one given.
     """
     with _refusing(source) as kind:
-        volume = _read(source, kind, spacing_mm, photometric)
+        volume = _read(source, kind, spacing_mm, photometric, uncoded_axes=orientation)
         if spacing_mm is not None and not np.allclose(
             spacing_mm, volume.spacing_mm, rtol=_GIVEN_TOLERANCE, atol=0
         ):
             given, stated = (" x ".join(f"{step:g}" for step in mm) for mm in (spacing_mm, volume.spacing_mm))
             raise Refusal(
                 f"spacing_mm {given} was given, but the file says {stated}; remove it from the catalogue entry"
+            )
+        if orientation is not None and volume.stored_axes not in (None, orientation):
+            raise Refusal(
+                f"orientation {orientation} was given, but the file says {volume.stored_axes};"
+                " remove it from the catalogue entry"
             )
         return volume
 
@@ -131,7 +139,7 @@ def read_mask(source: Path, like: RawVolume | None = None) -> np.ndarray:
     """
     with _refusing(source) as kind:
         if like is None:
-            mask = _read(source, kind)
+            mask = _read(source, kind, uncoded_axes="RAS")  # refused below
         else:
             mask = _read(source, kind, like.spacing_mm, uncoded_axes=like.stored_axes or "RAS")
     values = mask.voxels
@@ -176,9 +184,9 @@ def _read(
     given_mm: tuple[float, float, float] | None = None,
     photometric: Photometric | None = None,
     *,
-    uncoded_axes: str = "RAS",
+    uncoded_axes: str | None,
 ) -> RawVolume:
-    """As `read_volume`, within `_refusing`; `uncoded_axes` are those of a NIfTI file that does not say."""
+    """As `read_volume`, within `_refusing`; `uncoded_axes` are those of a NIfTI file that does not say, or None."""
     if kind == "NIfTI":
         size_bytes = source.stat().st_size
         with source.open("rb") as plain:
@@ -376,7 +384,7 @@ def _read_nifti(
     stream: BinaryIO,
     may_hold: Callable[[int], bool],
     given_mm: tuple[float, float, float] | None,
-    uncoded_axes: str,
+    uncoded_axes: str | None,
 ) -> RawVolume:
     """The volume in a stream that `may_hold` so many bytes, judged before memory is taken for them."""
     header = _nifti_header(stream)
@@ -492,7 +500,7 @@ def _nifti_dtype(stored: np.dtype[Any], slope: float, intercept: float) -> Any:
 
 
 def _nifti_geometry(
-    header: Any, given_mm: tuple[float, float, float] | None, uncoded_axes: str, assumptions: list[str]
+    header: Any, given_mm: tuple[float, float, float] | None, uncoded_axes: str | None, assumptions: list[str]
 ) -> tuple[np.ndarray, np.ndarray | None, Spacing | None]:
     """Steps from voxel to voxel in mm RAS, as columns i, j, k; the first voxel's place; what spacing was given.
 
@@ -525,9 +533,12 @@ def _nifti_geometry(
     unit_mm = _UNITS_MM.get(units, 1.0)
     steps, origin_mm = sform if sform is not None else qform, None
     if steps is None:
-        assumptions.append(
-            f"neither qform nor sform: the axes were taken to be {uncoded_axes}+; sides may be swapped"
-        )
+        if uncoded_axes is None:
+            raise Refusal(
+                "neither qform nor sform says which way its axes run, and sides may be swapped; export it with one, or"
+                " give orientation in the catalogue's entry"
+            )
+        assumptions.append(f"neither qform nor sform: axes {uncoded_axes} were taken as given")
         axes = axcodes2ornt(uncoded_axes)  # type: ignore[no-untyped-call]
         steps = np.zeros((3, 3))
         steps[axes[:, 0].astype(int), range(3)] = axes[:, 1] * (pixdim if has_pixdim else 1.0)
