@@ -16,6 +16,7 @@ from cyclopts import App, Group, Parameter
 from cadx import SPINS
 from components import STEPS
 from components.contract import Alarm
+from pipelines import Deploy, Pipeline
 
 _EXAMPLES = {
     "choose": (
@@ -166,7 +167,7 @@ def results(
     """
     from cadx.results import write_results
 
-    planned = _read_mapping(Path("dvc.yaml"))["vars"][0]["seeds"]
+    planned = _planned(Path("dvc.yaml"), "seeds")
     missing = write_results(
         Path("data/catalog.yaml"),
         Path("params.yaml"),
@@ -211,12 +212,7 @@ def new(folder: Path, /, *, name: str = "", positive: str = "") -> None:
             f"name {name!r}: give one of a-z, 0-9, '.', '_' and '-' with --name, a letter or digit first"
         )
     catalog, params, stages = ROOT / "data/catalog.yaml", ROOT / "params.yaml", ROOT / "dvc.yaml"
-    try:
-        planned = _read_mapping(stages)["vars"][0]["experiments"]
-    except (KeyError, IndexError, TypeError):
-        raise ValueError(
-            f"{stages.name}: no list of experiments under vars; take it from version control again"
-        ) from None
+    planned = _planned(stages, "experiments")
     for file, held in ((catalog, _read_mapping(catalog)), (params, _read_mapping(params)), (stages, planned)):
         if name in held:
             raise ValueError(f"{file.name} already holds {name!r}; choose another name with --name")
@@ -389,14 +385,14 @@ def compile_pipeline(
     *,
     image: str,
     output: Path = Path("pipeline.yaml"),
-    pipeline: Literal["training", "families", "monitoring", "evaluation", "inference"] = "training",
+    pipeline: Pipeline = "training",
     against: tuple[str, ...] = (),
     params: Path = Path("params.yaml"),
     resources: Path | None = None,
     picture: Path | None = None,
     remote: str = "",
     notify: bool = False,
-    deploy: Literal["volume", "torchserve", "none"] = "volume",
+    deploy: Deploy = "volume",
 ) -> None:
     """Compile an experiment to a Kubeflow pipeline: the commands of dvc.yaml, in containers.
 
@@ -1051,6 +1047,16 @@ def _read_mapping(file: Path) -> dict[str, Any]:
     if not isinstance(held, dict):
         raise ValueError(f"{file}: holds no entry; take it from version control again")
     return held
+
+
+def _planned(stages: Path, what: Literal["experiments", "seeds"]) -> Any:
+    """What dvc.yaml runs."""
+    try:
+        return _read_mapping(stages)["vars"][0][what]
+    except (KeyError, IndexError, TypeError):
+        raise ValueError(
+            f"{stages.name}: no list of {what} under vars; take it from version control again"
+        ) from None
 
 
 def _example(step: str) -> str:

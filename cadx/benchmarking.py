@@ -372,7 +372,9 @@ def read_benchmark(path: Path = BENCHMARK) -> Benchmark:
     try:
         return Benchmark.model_validate_json(path.read_bytes())
     except FileNotFoundError:
-        raise ValueError(f"{path}: no figures yet; run `{COMMAND}`") from None
+        raise ValueError(
+            f"{path}: no figures there; run `{COMMAND}`, or go to the folder that holds them"
+        ) from None
     except ValidationError:
         raise ValueError(f"{path}: no figures of this version; run `{COMMAND}` again") from None
 

@@ -99,6 +99,8 @@ class Provenance(Config):
         sources: digest of each of them, by path in the checkout: so that a changed one can be named.
         seed: of the training.
         versions: of what computes (`versions`).
+        device: that trained it, in words; None in bundles of earlier versions.
+        threads: that computed on a CPU: their number decides the last bits of sums, and after epochs other weights.
         folds: of a cross-validation, each of which all networks but one were trained on; None without one.
         pretrained: where the weights come from that training started from; None: from random ones.
     """
@@ -110,6 +112,8 @@ class Provenance(Config):
     sources: dict[str, Digest] = Field(default_factory=dict)
     seed: int
     versions: dict[str, str]
+    device: str | None = None
+    threads: int | None = None
     folds: int | None = None
     pretrained: PretrainedOrigin | None = None
 

@@ -76,8 +76,6 @@ def read_scored(path: Path) -> Scored:
         ValueError: if there is none, or it holds no row.
     """
     file = path / "predictions.parquet" if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"{file}: no predictions there; write them with `cadx evaluate`")
     scored = Scored(*read_predictions(file), file)
     if scored.frame.empty:
         raise ValueError(f"{file}: holds no row; write it again with `cadx evaluate`")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 _PACKAGES = (
-    "torch", "torchvision", "monai", "accelerate", "pydicom", "python-gdcm", "nibabel", "openslide-python",
+    "torch", "torchvision", "monai", "accelerate", "pydicom", "nibabel", "openslide-python",
     "scikit-learn", "great-expectations", "evidently", "torchserve", "dvc", "kfp",
 )  # fmt: skip
 _PORTS = {8080: "inference", 8081: "management", 8082: "metrics", 8083: "gRPC", 8084: "gRPC"}

@@ -310,7 +310,7 @@ def likeness(one: np.ndarray, other: np.ndarray) -> float:
     """The correlation of two images' details, -1 to 1: about 1 for copies, whatever their size and brightness.
 
     Both are reduced to 64 x 64, and their broad shapes are taken away, which all images of one body part
-    share. A perceptual hash proposes a pair; this decides.
+    share. A perceptual hash proposes a pair; so it is decided.
 
     >>> image = np.random.default_rng(0).integers(0, 256, (70, 70), dtype=np.uint8)
     >>> round(likeness(image, image // 2), 2)
@@ -347,7 +347,7 @@ def find_near_duplicates(
 ) -> pd.DataFrame:
     """For every row, whether it is nearly equal to an image of another official split or of another patient.
 
-    Pairs come from `near_duplicates` and are decided by `likeness`; exact copies are left to `find_duplicates`.
+    Pairs come from `near_duplicates` and are decided as by `likeness`; exact copies are left to `find_duplicates`.
     Of a pair the row in the less precious split is marked, else the later one, and named is the most precious
     image that it was found to be like.
 

@@ -64,6 +64,15 @@ _PLOT_STYLE: Any = {
 }
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """So many of something.
+
+    >>> counted(1, "box", "boxes"), counted(2000, "image")
+    ('1 box', '2,000 images')
+    """
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def estimate_text(estimate: Estimate, decimals: int = 3) -> str:
     """An estimate as readers know it: the value, its interval in brackets, and a mark where that is only rough.
 

@@ -25,7 +25,18 @@ from cadx.explaining import title
 from cadx.files import digest_bytes, digest_path, read_json, read_json_lines, replacing
 from cadx.gating import Decision, read_decision
 from cadx.predicting.table import PredictionsInfo, read_predictions
-from cadx.reporting import INK, LEGEND, MARK, MISSING, MUTED, estimate_text, panels, svg_file, thumbnail_png
+from cadx.reporting import (
+    INK,
+    LEGEND,
+    MARK,
+    MISSING,
+    MUTED,
+    counted,
+    estimate_text,
+    panels,
+    svg_file,
+    thumbnail_png,
+)
 from cadx.settings import read_yaml
 from cadx.types import Estimate, Task
 
@@ -387,7 +398,7 @@ def _section(one: _Experiment, pictures: Path, lacking: Sequence[str]) -> str:
     ]
     if one.uses[0]:
         facts.append(
-            f"The test split has been scored {_counted(one.uses[0], 'time')}, for {_counted(one.uses[1], 'bundle')}"
+            f"The test split has been scored {counted(one.uses[0], 'time')}, for {counted(one.uses[1], 'bundle')}"
         )
     parts = [
         f"## {one.name}",
@@ -544,10 +555,6 @@ def _commit(file: Path) -> str:
 def _text(estimate: Estimate) -> str:
     """An estimate on one line."""
     return estimate_text(estimate).replace(" ", "&nbsp;")
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -139,6 +139,8 @@ def _card(
     )
     if (origin := manifest.provenance.pretrained) is not None:
         page.text(f"Training started from {origin.name}, {origin.digest}. Licence: {origin.licence}.")
+    if manifest.provenance.device:
+        page.text(f"Trained on: {manifest.provenance.device}, threads: {manifest.provenance.threads}.")
     page.table([{"library": k, "version": v} for k, v in manifest.provenance.versions.items()])
     page.section("What a paper on it must report")
     page.text(

@@ -88,7 +88,8 @@ def predict(*, bundle: In, images: In, predictions: Out, unreadable: Out, params
     }
     pq.write_table(table.replace_schema_metadata({"cadx": json.dumps(about)}), predictions)
     unreadable.write_text("".join(json.dumps(line) + "\n" for line in refused), encoding="utf-8")
-    print(f"{len(files) - len(refused)} files answered, {len(refused)} unreadable")
+    answered = len(files) - len(refused)
+    print(f"{answered} {'file' if answered == 1 else 'files'} answered, {len(refused)} unreadable")
 
 
 def _files(folder: Path, kind: str) -> list[File]:

@@ -116,6 +116,8 @@ def train(
     Raises:
         ValueError: if a split cannot serve, the loss is not finite, or the memory does not suffice.
     """
+    if seed < 0:
+        raise ValueError(f"--seed {seed}: give 0 or more")
     folder = DatasetFolder(dataset)
     folder.verify()
     frame = read_splits(splits)
@@ -159,6 +161,8 @@ def train(
             sources=sources,
             seed=seed,
             versions=versions(),
+            device=members[0].device,
+            threads=members[0].threads,
             folds=config.folds,
             pretrained=pretrained_origin(config.model),
         ),

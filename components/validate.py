@@ -48,7 +48,7 @@ from cadx.datasets import DatasetFolder
 from cadx.files import digest_path, write_json
 from cadx.layouts import OrphanRule
 from cadx.quality import PRECEDENCE, DuplicateKind, box_problems, checked_samples, feature_table
-from cadx.reporting import PALETTE, Page, boxes_by_group, draw_boxes, side_by_side
+from cadx.reporting import PALETTE, Page, boxes_by_group, counted, draw_boxes, side_by_side
 from cadx.sampling import analyze_class_imbalance
 from components.contract import In, Out, Params, step
 
@@ -242,7 +242,7 @@ def _sample_rules(folder: DatasetFolder, checked: pd.DataFrame, params: Validate
     rules: list[_Rule] = []
 
     def says(text: str, one: str = noun, many: str = "") -> Callable[[pd.DataFrame], str]:
-        return lambda rows: f"{_count(len(rows), one, many)} {text}"
+        return lambda rows: f"{counted(len(rows), one, many)} {text}"
 
     def rule(
         name: str,
@@ -305,8 +305,8 @@ def _sample_rules(folder: DatasetFolder, checked: pd.DataFrame, params: Validate
         "patient_across_splits",
         [_values("is_patient_elsewhere", [False])],
         lambda rows: (
-            f"{_count(rows['patient'].nunique(), 'patient')} with {noun}s in several official splits"
-            f" ({_count(len(rows), noun)} outside the patient's most precious one)"
+            f"{counted(rows['patient'].nunique(), 'patient')} with {noun}s in several official splits"
+            f" ({counted(len(rows), noun)} outside the patient's most precious one)"
         ),
         "use split.strategy = patient",
     )
@@ -449,7 +449,7 @@ def _box_rules(params: ValidateParams) -> list[_Rule]:
     """The rules on boxes; a faulty one is named by its sample, its class and its corners."""
 
     def says(text: str) -> Callable[[pd.DataFrame], str]:
-        return lambda rows: f"{_count(len(rows), 'box', 'boxes')} {text}: {_named_boxes(rows)}"
+        return lambda rows: f"{counted(len(rows), 'box', 'boxes')} {text}: {_named_boxes(rows)}"
 
     return [
         _Rule(
@@ -488,7 +488,7 @@ def _feature_rules(params: ValidateParams) -> list[_Rule]:
             params.constant_feature,
             (("ExpectColumnValuesToNotBeInSet", {"column": "range", "value_set": [0.0]}),),
             lambda rows: (
-                f"{_count(len(rows), 'feature')} with one value in all bags, first column {rows['feature'].iloc[0]}"
+                f"{counted(len(rows), 'feature')} with one value in all bags, first column {rows['feature'].iloc[0]}"
             ),
             "leave them out: nothing can be learned from them",
         )
@@ -503,7 +503,7 @@ def _class_rules(kept: pd.DataFrame, params: ValidateParams) -> list[_Rule]:
             name,
             getattr(params, name),
             (_between(column, least),),
-            lambda rows: f"{_count(len(rows), 'class', 'classes')} {words}: {', '.join(rows['class'])}",
+            lambda rows: f"{counted(len(rows), 'class', 'classes')} {words}: {', '.join(rows['class'])}",
             fix,
         )
 
@@ -534,10 +534,6 @@ def _says_leaks(rows: pd.DataFrame, noun: str, kept_column: str, like: str = "")
     )
 
 
-def _count(number: int, noun: str, plural: str = "") -> str:
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
-
-
 def _left_out_rules(folder: DatasetFolder, params: ValidateParams) -> list[_Rule]:
     """The source gave a sample for each of its files, and none without its partner."""
     noun = NOUNS[folder.info.kind]
@@ -547,7 +543,7 @@ def _left_out_rules(folder: DatasetFolder, params: ValidateParams) -> list[_Rule
             name,
             getattr(params, name),
             (_values(f"is_free_of_{name}", [True]),),
-            lambda rows: f"{_count(len(rows), one)} of the source {words} and stayed out",
+            lambda rows: f"{counted(len(rows), one)} of the source {words} and stayed out",
             f"{fix}; dataset.json lists where each is",
         )
 
@@ -769,7 +765,7 @@ def _page(
             chosen = members.iloc[np.unique(np.linspace(0, len(members) - 1, 6).astype(int))]
             page.images(
                 [(folder.preview(sample_id), sample_id) for sample_id in chosen],
-                f"{name}: {len(chosen)} of {_count(len(members), noun)}, spread evenly over the table.",
+                f"{name}: {len(chosen)} of {counted(len(members), noun)}, spread evenly over the table.",
                 max_px=112,
             )
     _show_intensities(page, kept)
@@ -868,4 +864,4 @@ def _with_faulty_boxes(folder: DatasetFolder, faulty: list[int], sample_id: str)
 
 
 def _shown(number: int, noun: str, limit: int = NUM_SHOWN) -> str:
-    return _count(number, noun) + (f", the first {limit} shown." if number > limit else ".")
+    return counted(number, noun) + (f", the first {limit} shown." if number > limit else ".")

@@ -387,7 +387,7 @@ def test_a_volume_smaller_than_a_patch_lies_in_the_middle_of_one():
     assert len(grid) == 1
     patch = grid[0][0]
     assert patch.sum() == 4 * 5 * 6
-    assert patch[2:6, 1:6, 1:7].all() or patch[2:6, 2:7, 1:7].all()
+    assert patch[2:6, 2:7, 1:7].all()
 
 
 def test_a_patch_all_outside_is_empty():

@@ -296,7 +296,7 @@ class _Canvas:
 
 
 def _draw_tree(
-    canvas: _Canvas, thorax: _Thorax, name: str, num_roots: int, generations: int, radius_mm: float
+    thorax: _Thorax, name: str, num_roots: int, generations: int, radius_mm: float
 ) -> list[tuple[Array, Array, float]]:
     """Rods (start, end, radius in mm) of a tree that fills the lung from its hilum."""
     rng = stream(thorax.shape, name)
@@ -385,10 +385,10 @@ def _scan(visit: Visit, scanner: Scanner, config: VolumePhantom) -> tuple[Array,
     lung = np.clip(depth / np.float32(1.6) + 0.5, 0, 1)
 
     tissue = np.zeros(canvas.shape, dtype=np.float32)  # blood and the like within the lung
-    for start, end, radius in _draw_tree(canvas, thorax, "vessels", 12, 8, thorax.vessel_radius_mm):
+    for start, end, radius in _draw_tree(thorax, "vessels", 12, 8, thorax.vessel_radius_mm):
         canvas.tube(tissue, start, end, radius)
     lumen = np.zeros(canvas.shape, dtype=np.float32)
-    for start, end, radius in _draw_tree(canvas, thorax, "bronchi", 3, 4, 0.95 * thorax.vessel_radius_mm):
+    for start, end, radius in _draw_tree(thorax, "bronchi", 3, 4, 0.95 * thorax.vessel_radius_mm):
         canvas.tube(tissue, start, end, radius + 0.6)
         canvas.tube(lumen, start, end, radius)
     _draw_sheets(canvas, thorax, tissue)

@@ -370,7 +370,7 @@ def _attenuation(
             mask = density > 0.35 * seed.contrast
             if mask.any():
                 findings.append(_Finding(mask, bounding_box(mask)))
-    return attenuation, _metal(chest, visit, pose, lungs, view, rng), findings
+    return attenuation, _metal(chest, pose, lungs, view, rng), findings
 
 
 def _body(chest: _Chest, u: Array, y: Array, wall: Array) -> Array:
@@ -499,9 +499,7 @@ def _line_shadow(rng: np.random.Generator, lungs: _Lungs, x: Array, y: Array) ->
     )
 
 
-def _metal(
-    chest: _Chest, visit: Visit, pose: _Pose, lungs: _Lungs, view: str, rng: np.random.Generator
-) -> Array:
+def _metal(chest: _Chest, pose: _Pose, lungs: _Lungs, view: str, rng: np.random.Generator) -> Array:
     """Calcified granulomas, electrodes, wires and a pacemaker, H W, 0..1."""
     over = 2
     canvas = Image.new("L", (pose.width_px * over, pose.height_px * over))

@@ -157,8 +157,10 @@ def read_predictions(path: Path) -> tuple[pd.DataFrame, PredictionsInfo]:
     """The rows of a predictions file, and what they are.
 
     Raises:
-        ValueError: if it is not a predictions file.
+        ValueError: if there is no such file, or it is not a predictions file.
     """
+    if not path.is_file():
+        raise ValueError(f"{path}: no predictions there; write them with `cadx evaluate`")
     try:
         table = pq.read_table(path)
         info = PredictionsInfo.model_validate(json.loads((table.schema.metadata or {})[b"cadx"]))
