@@ -68,7 +68,8 @@ def analyze_class_imbalance(
             for group, rows in keys.groupby(keys, sort=True).indices.items()
         }
     if patients is not None:
-        table = table.groupby(list(patients)).max()
+        # A series: pandas takes a list whose values name columns for those columns.
+        table = table.groupby(pd.Series(list(patients), table.index)).max()
     counts = (table == 1).sum()
     labelled = table.notna().sum()
     largest = counts.max()

@@ -52,6 +52,8 @@ def test_imbalance_per_site_and_per_patient() -> None:
     assert by_site["south"]["well"]["count"] == 1
     by_patient = analyze_class_imbalance(labels, patients=patients)
     assert (by_patient["ill"]["count"], by_patient["well"]["count"]) == (2, 3)  # p1 has both
+    named_alike = analyze_class_imbalance([0, 1, 1], patients=[0, 1, 1])
+    assert [named_alike[name]["count"] for name in (0, 1)] == [1, 1]
     both = analyze_class_imbalance(labels, patients=patients, groups=sites)
     assert (both["north"]["ill"]["count"], both["south"]["ill"]["count"]) == (1, 1)
 
