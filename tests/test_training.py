@@ -394,6 +394,24 @@ def test_splits_that_cannot_serve_are_refused(binary: DatasetFolder, tmp_path: P
         fit(_config(), binary, splits[splits["split"] == "train"], seed=0, checkpoints=tmp_path)
 
 
+@pytest.mark.parametrize("monitor", ["auc", "loss"])
+@pytest.mark.parametrize("task", ["binary", "multilabel"])
+def test_a_val_that_judges_nothing_is_refused(tmp_path: Path, task: str, monitor: str) -> None:
+    labels = _one_hot(np.arange(24) % 2, 2)
+    labels[::4] = np.nan
+    folder = _write(tmp_path / "dataset", task, labels)
+    with pytest.raises(ValueError, match=r"no sample in val is labelled .*; label some of val, or split"):
+        fit(_config(monitor=monitor), folder, _splits(folder), seed=0, checkpoints=tmp_path / "c")
+
+
+def test_a_val_of_a_class_that_train_lacks_is_refused_where_its_loss_is_none(tmp_path: Path) -> None:
+    classes = np.where(np.arange(24) % 4 == 0, 2, np.arange(24) % 2)  # every fourth is in val
+    folder = _write(tmp_path / "dataset", "multiclass", _one_hot(classes, 3))
+    config = _config(monitor="loss", loss=LossConfig(weights="balanced"))
+    with pytest.raises(ValueError, match=r"labelled with a class that train has;"):
+        fit(config, folder, _splits(folder), seed=0, checkpoints=tmp_path / "c")
+
+
 def test_learning_rate_warms_up_and_falls_to_zero() -> None:
     rates = [learning_rate_factor(step, steps=100, warmup_steps=10) for step in range(100)]
     assert rates[:10] == pytest.approx(np.arange(1, 11) / 10)

@@ -201,13 +201,18 @@ class ClassifierWorkload(Workload):
         if not _has_both(counts).any():
             classes = ", ".join(info.classes)
             raise ValueError(f"splits: train has samples of fewer than two outcomes ({classes}); split again")
+        self.criterion = self.config.loss.build(info.task, counts).to(self.device)
+        # Of a network that knows nothing the loss is above 0, unless no label counts.
+        if self._val_loss(np.zeros_like(self.val_labels)) == 0:
+            raise ValueError(
+                "splits: no sample in val is labelled with a class that train has; label some of val, or split again"
+            )
         if monitored(self.config, info.task) == "auc" and not _has_both(count_labels(self.val_labels)).any():
             raise ValueError(
                 "splits: monitor auc needs both classes in val; use monitor: loss, or a larger val"
             )
         self.train_counts = dict(zip(info.classes, counts[:, 1].tolist(), strict=True))
         self.item_labels = self.train_labels
-        self.criterion = self.config.loss.build(info.task, counts).to(self.device)
 
     @abstractmethod
     def targets(self, batch: Any) -> Tensor:
@@ -234,13 +239,15 @@ class ClassifierWorkload(Workload):
     def score(self, answers: Mapping[int, np.ndarray]) -> dict[str, float | None]:
         """AUC and loss, from each sample's logits, K."""
         logits = np.stack([answers[number] for number in range(len(self.val_labels))])
-        loss = self.criterion(
-            *(torch.from_numpy(x).to(self.device) for x in (logits, self.val_labels))
-        ).item()
         finite = bool(np.isfinite(logits).all())
         multilabel = self.folder.info.task == "multilabel"
         auc = macro_auc(self.val_labels, logits, multilabel=multilabel) if finite else None
-        return {"loss": loss, "auc": auc}
+        return {"loss": self._val_loss(logits), "auc": auc}
+
+    def _val_loss(self, logits: np.ndarray) -> float:
+        """The loss of these logits, N K, on val; 0 where no label counts."""
+        tensors = (torch.from_numpy(x).to(self.device) for x in (logits, self.val_labels))
+        return self.criterion(*tensors).item()
 
 
 def macro_auc(labels: np.ndarray, logits: np.ndarray, *, multilabel: bool) -> float | None:
