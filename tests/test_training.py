@@ -720,10 +720,59 @@ def test_running_out_of_memory_says_of_which_and_what_to_change(
         fit(_config(), binary, _splits(binary), seed=0, checkpoints=tmp_path)
     # What is done already is not advised again.
     frugal = _config(checkpointing=True, accumulation=16, precision="bf16")
-    with pytest.raises(
-        ValueError, match=r"memory: lower train.batch_size \(now 16\), or make the input smaller"
-    ):
+    with pytest.raises(ValueError, match=r"memory: make the input smaller"):
         fit(frugal, binary, _splits(binary), seed=0, checkpoints=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("norm", "batch_size", "accumulation", "advice"),
+    [
+        ("batch", 6, 2, r"raise train.accumulation \(now 2\), or lower train.batch_size \(now 6\), or make"),
+        ("batch", 5, 2, r"memory: lower train.batch_size \(now 5\), or make"),
+        ("batch", 4, 2, r"memory: make"),
+        ("group", 3, 2, r"raise train.accumulation \(now 2\), or lower train.batch_size \(now 3\), or make"),
+    ],
+)
+def test_out_of_memory_no_part_is_advised_that_is_too_small_to_normalise(
+    norm: Any, batch_size: int, accumulation: int, advice: str
+) -> None:
+    config = _config(
+        model=ResNetConfig(norm=norm), checkpointing=True, batch_size=batch_size, accumulation=accumulation
+    )
+    assert re.search(advice, loop._out_of_memory(config, of_gpu=False))
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({"batch_size": 1}, r"raise train.batch_size \(now 1\), or set train.model.norm: group"),
+        (
+            {"batch_size": 4, "accumulation": 4},
+            r"lower train.accumulation \(now 4\), or raise train.batch_size",
+        ),
+    ],
+    ids=str,
+)
+def test_batch_norm_of_a_single_value_is_refused_with_what_to_change(
+    binary: DatasetFolder, tmp_path: Path, changes: dict[str, Any], advice: str
+) -> None:
+    message = (
+        rf"^batch normalisation: a single value per channel .*{advice}.*larger \(now 1 x 32 x 32 px, pad\)$"
+    )
+    with pytest.raises(ValueError, match=message):
+        fit(_config(**changes), binary, _splits(binary), seed=0, checkpoints=tmp_path)
+    model = ResNetConfig(width=0.125, norm="group")
+    fit(_config(model=model, epochs=1, **changes), binary, _splits(binary), seed=0, checkpoints=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "norm"), [("resnet", "norm: frozen_batch, or make"), ("resnet3d", r"\(now 16\), or make")]
+)
+def test_pretrained_batch_statistics_are_not_advised_away(family: str, norm: str) -> None:
+    made = {"patch_px": (8, 8, 8)} if family == "resnet3d" else {"height_px": 32, "width_px": 32}
+    model = {"family": family, "pretrained": "weights.safetensors"}
+    config = TrainingConfig.model_validate({"model": model, "preprocessing": made, "batch_size": 16})
+    assert re.search(norm, loop._single_value(config))
 
 
 @pytest.mark.parametrize(

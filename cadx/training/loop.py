@@ -127,7 +127,8 @@ def fit(
         on_epoch: called with each epoch's record, those before a resume included; what it raises ends the run.
 
     Raises:
-        ValueError: if a split cannot serve, the loss is not finite, or the memory does not suffice.
+        ValueError: if a split cannot serve, the loss is not finite, the memory does not suffice, or batch normalisation
+            is given a single value per channel.
     """
     tune_allocator()
     with ExitStack() as stack:
@@ -139,6 +140,10 @@ def fit(
             if not _is_out_of_memory(error):
                 raise
             raise ValueError(_out_of_memory(config, isinstance(error, torch.cuda.OutOfMemoryError))) from None
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ValueError(_single_value(config)) from None
 
 
 train_medical_detector = fit
@@ -152,9 +157,11 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _out_of_memory(config: TrainingConfig, of_gpu: bool) -> str:
     """What to change, of that which the recipe leaves to be changed."""
     ways = [] if config.checkpointing else ["set train.checkpointing: true"]
-    if config.accumulation < config.batch_size:
+    # Batch normalisation may have no variance in a part of one sample.
+    least = 2 if getattr(config.model, "norm", None) == "batch" else 1
+    if config.batch_size >= least * (config.accumulation + 1):
         ways.append(f"raise train.accumulation (now {config.accumulation})")
-    if config.batch_size > 1:
+    if config.batch_size > least * config.accumulation:
         ways.append(f"lower train.batch_size (now {config.batch_size})")
     ways.append(f"make the input smaller (now {input_text(config.preprocessing)})")
     if _resolve_precision(config.precision, of_gpu) == "fp32":
@@ -162,6 +169,21 @@ def _out_of_memory(config: TrainingConfig, of_gpu: bool) -> str:
     if not of_gpu:
         ways.append(f"lower train.cache_mb (now {config.cache_mb:g})")
     return f"out of {'GPU ' if of_gpu else ''}memory: {', or '.join(ways)}"
+
+
+def _single_value(config: TrainingConfig) -> str:
+    """What to change where batch normalisation is given one sample whose map is a single cell."""
+    ways = [f"lower train.accumulation (now {config.accumulation})"] if config.accumulation > 1 else []
+    ways.append(f"raise train.batch_size (now {config.batch_size})")
+    encoder = getattr(config.model, "encoder", None)
+    where = "train.model.encoder" if encoder else "train.model"
+    # Pretrained weights carry batch statistics, which group normalisation has no use for; volumes' cannot be frozen.
+    if not getattr(encoder or config.model, "pretrained", None):
+        ways.append(f"set {where}.norm: group")
+    elif config.model.takes != "volumes":
+        ways.append(f"set {where}.norm: frozen_batch")
+    ways.append(f"make the input larger (now {input_text(config.preprocessing)})")
+    return f"batch normalisation: a single value per channel has no variance: {', or '.join(ways)}"
 
 
 def discard_checkpoint(checkpoints: Path) -> None:
