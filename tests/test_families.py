@@ -22,7 +22,7 @@ from cadx.catalog import PhantomEntry, load_catalog
 from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
 from cadx.detection import calculate_map
 from cadx.files import digest_bytes, digest_path
-from cadx.models import ModelConfig, pretrained_origin, to_device
+from cadx.models import ModelConfig, ResNetConfig, overruns_channels_last, pretrained_origin, to_device
 from cadx.predicting.predictor import Predictor
 from cadx.predicting.table import detection_table
 from cadx.sampling import EpochSampler
@@ -313,6 +313,13 @@ for _ in range(3):
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_only_a_cpu_spoils_memory_of_thin_networks() -> None:
+    thin, wide = (ResNetConfig(width=width).build(2, 1) for width in (0.125, 0.25))
+    assert overruns_channels_last(thin, torch.device("cpu"))
+    assert not overruns_channels_last(thin, torch.device("cuda"))
+    assert not overruns_channels_last(wide, torch.device("cpu"))
 
 
 class _Killed(Exception):

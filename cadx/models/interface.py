@@ -77,13 +77,13 @@ def to_device(network: "nn.Module", device: "device", *, channels_last: bool) ->
         device: where.
         channels_last: lay its weights in the order in which convolutions take least time: values differ by rounding
             alone, and a convolution hands the order on to what follows. On a GPU the weights of volumes keep torch's
-            order, as channels last was not measured there; on a CPU those of a network that `overruns_channels_last`.
+            order, as channels last was not measured there; so do those of a network that `overruns_channels_last`.
     """
     import torch
 
     axes = max((parameter.ndim for parameter in network.parameters()), default=0)
     order = torch.preserve_format
-    if channels_last and not (device.type == "cpu" and overruns_channels_last(network)):
+    if channels_last and not overruns_channels_last(network, device):
         if axes == 4:
             order = torch.channels_last
         elif axes == 5 and device.type == "cpu":
@@ -91,15 +91,15 @@ def to_device(network: "nn.Module", device: "device", *, channels_last: bool) ->
     network.to(device, memory_format=order)  # type: ignore[call-overload]
 
 
-def overruns_channels_last(network: "nn.Module") -> bool:
-    """Whether a convolution would write beyond its memory channels last, on a CPU: a crash, or numbers that are wrong.
+def overruns_channels_last(network: "nn.Module", device: "device") -> bool:
+    """Whether a convolution would write beyond its memory channels last: a crash, or numbers that are wrong.
 
-    The weight gradient of a strided 1 x 1 convolution does so if it has fewer input channels than oneDNN's block: 8
-    with AVX2, 16 with AVX-512. Source: https://github.com/uxlfoundation/oneDNN/issues/6035
+    On a CPU, the weight gradient of a strided 1 x 1 convolution does so if it has fewer input channels than oneDNN's
+    block: 8 with AVX2, 16 with AVX-512. Source: https://github.com/uxlfoundation/oneDNN/issues/6035
     """
     from torch import nn
 
-    return any(
+    return device.type == "cpu" and any(
         module.in_channels // module.groups < 16 and max(module.kernel_size) == 1 and max(module.stride) > 1
         for module in network.modules()
         if isinstance(module, nn.Conv2d | nn.Conv3d)

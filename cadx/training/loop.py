@@ -336,7 +336,7 @@ class _Run:
             enable_checkpointing(self.network)  # type: ignore[arg-type]
         if config.compile:
             # On a CPU inductor lays every convolution channels last, unless it is told not to.
-            overruns = self.device.type == "cpu" and overruns_channels_last(self.network)
+            overruns = overruns_channels_last(self.network, self.device)
             self.network.compile(options={"layout_optimization": False} if overruns else None)
         self.trained: nn.Module = self.network
         if self.num_processes > 1:
