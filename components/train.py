@@ -122,11 +122,11 @@ def train(
     folder.verify()
     frame = read_splits(splits)
     config = params.resolve(imbalance)
+    folds = _folds(config, folder, frame, seed)
     from cadx.training.loop import discard_checkpoint, fit  # torch takes seconds: bad input is refused before
 
     sources = source_digests("train")  # before the first epoch: what is edited meanwhile has not run
     code = code_digest(sources)
-    folds = _folds(config, folder, frame, seed)
     places = [checkpoints / f"member-{number}" for number in range(len(folds))]
     try:
         members = [

@@ -18,7 +18,7 @@ import torch
 from scipy.special import softmax
 
 from cadx.bundle import Bundle
-from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo, write_splits
+from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo, read_splits, write_splits
 from cadx.files import digest_bytes, digest_path
 from cadx.models import ResNetConfig
 from cadx.predicting.folds import out_of_fold
@@ -196,6 +196,18 @@ def test_what_a_recipe_has_no_use_for_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         train(**_arguments(inputs, tmp_path, **changes))
+
+
+def test_folds_that_do_not_fit_are_refused_before_torch_is_loaded(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cadx.training.loop", None)
+    splits = read_splits(inputs / "splits.parquet")
+    write_splits(
+        tmp_path / "splits.parquet", splits.assign(split=["train"] * 8 + ["test"] * (len(splits) - 8))
+    )
+    with pytest.raises(ValueError, match="folds 9: train and val have 8 samples; lower it"):
+        train(**_arguments(inputs, tmp_path, folds=9) | {"splits": tmp_path / "splits.parquet"})
 
 
 @pytest.mark.slow
