@@ -7,6 +7,7 @@ less, as long as nothing measured speaks for more.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -27,6 +28,8 @@ FEW_SAMPLES = 1000
 _MARGIN = 1.15
 _STATE_BYTES = 16  # of a parameter: itself, its gradient, and AdamW's two moments
 _SMALLEST_LESION_PX = 8
+_CT = re.compile(r"\b(CT|computed tomography)\b", re.IGNORECASE)
+_NOT_CT_ALONE = re.compile(r"\b(MRI?|magnetic resonance|PET|SPECT|cone.beam)\b", re.IGNORECASE)
 
 
 class Facts(NamedTuple):
@@ -43,6 +46,7 @@ class Facts(NamedTuple):
         size_px: median depth, height, width; of bags 1, instances, numbers.
         anisotropy: slice distance / distance within the slice; 1 where unknown.
         signed: values below 0 occur in its files' type, as in CT.
+        modality: in the data set's own words.
         lesion_px: 5th, 50th and 95th percentile of the boxes' sides (root of their areas), in stored pixels.
     """
 
@@ -56,7 +60,14 @@ class Facts(NamedTuple):
     size_px: tuple[int, int, int]
     anisotropy: float = 1.0
     signed: bool = False
+    modality: str = ""
     lesion_px: tuple[float, float, float] | None = None
+
+    @property
+    def in_hu(self) -> bool:
+        """Whether voxels are in HU: CT alone has them, and its own files keep their sign."""
+        is_ct = _CT.search(self.modality) and not _NOT_CT_ALONE.search(self.modality)
+        return self.kind == "volume" and self.signed and bool(is_ct)
 
 
 class Candidate(NamedTuple):
@@ -114,6 +125,7 @@ def facts_of(folder: DatasetFolder) -> Facts:
         size_px=(size[0], size[1], size[2]),
         anisotropy=ratio if math.isfinite(ratio) else 1.0,
         signed=bool(samples["dtype"].isin(["int16", "float32"]).all()),
+        modality=info.modality,
         lesion_px=lesion,
     )
 
@@ -328,7 +340,7 @@ def _detectors(facts: Facts) -> Iterator[Candidate]:
 
 
 def _volumes(facts: Facts) -> Iterator[Candidate]:
-    window = {"window_hu": [-1000, 1000]} if facts.signed else {}
+    window = {"window_hu": [-1000, 1000]} if facts.in_hu else {}
     shared = {"loss": {}, "augmentation": {"horizontal_flip": True}, "ema_decay": 0.98}
     small = [min(32, 8 * math.ceil(side / 8)) for side in facts.size_px]
     light = {"family": "resnet3d", "depth": 10, "width": 0.5, "stem": "small"}
@@ -409,6 +421,10 @@ def _about_data(facts: Facts) -> Iterator[str]:
     if facts.lesion_px:
         low, middle, high = facts.lesion_px
         yield f"lesions of {low:.0f} to {high:.0f} px (half under {middle:.0f}): these set strides, anchors and tiles"
+    if facts.in_hu:
+        yield f"voxels of {facts.modality!r} are in HU: a window of -1000 to 1000, the same for all"
+    elif facts.kind == "volume":
+        yield f"voxels of {facts.modality!r} are not known to be in HU: no window, each volume's own mean and spread"
     if facts.anisotropy >= 3:
         yield f"slices lie {facts.anisotropy:.1f} times as far apart as pixels: a stem that keeps them"
     if facts.kind == "features" and facts.size_px[1] <= 1:

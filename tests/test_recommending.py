@@ -53,7 +53,31 @@ FACTS = {
         "mammo", "image", "detection", LIGHT, 900, 600, False, (1, 2048, 1536), lesion_px=(3, 9, 40)
     ),
     "volume": Facts("adrenal", "volume", "binary", LIGHT, 1584, 1584, True, (28, 28, 28)),
-    "thick CT": Facts("ct", "volume", "binary", LIGHT, 700, 700, False, (60, 512, 512), 5.0, signed=True),
+    "thick CT": Facts(
+        "ct",
+        "volume",
+        "binary",
+        LIGHT,
+        700,
+        700,
+        False,
+        (60, 512, 512),
+        5.0,
+        signed=True,
+        modality="chest CT",
+    ),
+    "MR": Facts(
+        "mr",
+        "volume",
+        "binary",
+        LIGHT,
+        700,
+        700,
+        False,
+        (60, 512, 512),
+        signed=True,
+        modality="T1-weighted MRI",
+    ),
     "slide": Facts("slides", "slide", "binary", LIGHT, 130, 130, False, (1, 200, 300)),
     "features": Facts("musk", "features", "binary", LIGHT, 92, 92, False, (1, 5, 166)),
 }
@@ -75,6 +99,29 @@ def test_every_kind_gets_a_recipe_that_training_takes(name: str) -> None:
 def test_small_lesions_in_large_images_are_looked_at_in_tiles() -> None:
     assert advise(FACTS["specks"], 16_000, measured()).sections["train"]["preprocessing"]["fit"] == "tile"
     assert "fit" not in advise(FACTS["boxes"], 16_000, measured()).sections["train"]["preprocessing"]
+
+
+@pytest.mark.parametrize(
+    ("modality", "signed", "window"),
+    [
+        ("CT", True, [-1000, 1000]),
+        ("low-dose CT of the chest", True, [-1000, 1000]),
+        ("computed tomography", True, [-1000, 1000]),
+        ("shape masks of adrenal glands from abdominal CT", False, None),  # stored as uint8
+        ("T1-weighted MRI of the hippocampus", True, None),
+        ("PET/CT", True, None),
+        ("CT and MR of the liver", True, None),
+        ("optical coherence tomography", True, None),
+        ("medical image", True, None),
+    ],
+)
+def test_ct_alone_has_a_window(modality: str, signed: bool, window: list[int] | None) -> None:
+    for facts in (FACTS["volume"], FACTS["thick CT"]):
+        advice = advise(facts._replace(modality=modality, signed=signed), 16_000, measured())
+        assert advice.sections["train"]["preprocessing"].get("window_hu") == window
+        said = [reason for reason in advice.reasons if "HU" in reason]
+        assert len(said) == 1
+        assert ("not known" in said[0]) == (window is None)
 
 
 @pytest.mark.parametrize("name", FACTS)
@@ -163,6 +210,7 @@ def test_facts_come_from_the_folder(tmp_path: Path) -> None:
     assert (facts.num_samples, facts.num_patients, facts.size_px) == (4, 2, (1, 30, 40))
     assert facts.lesion_px == pytest.approx((6, 6, 6))
     assert not facts.given_splits
+    assert facts.modality == "microscopy"
 
 
 def test_the_screen_holds_reasons_and_a_section_to_paste() -> None:
