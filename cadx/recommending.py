@@ -44,6 +44,7 @@ class Facts(NamedTuple):
         num_patients: all of them.
         given_splits: the set has official splits.
         size_px: median depth, height, width; of bags 1, instances, numbers.
+        channels: 3 if any image is in colour, else 1.
         anisotropy: slice distance / distance within the slice; 1 where unknown.
         signed: values below 0 occur in its files' type, as in CT.
         modality: in the data set's own words.
@@ -58,6 +59,7 @@ class Facts(NamedTuple):
     num_patients: int
     given_splits: bool
     size_px: tuple[int, int, int]
+    channels: int = 1
     anisotropy: float = 1.0
     signed: bool = False
     modality: str = ""
@@ -77,7 +79,7 @@ class Candidate(NamedTuple):
         train: section of params.yaml.
         step: name in `Benchmark.steps`; None: `run` tells it.
         run: experiment in `Benchmark.runs`.
-        values: numbers in one sample of the network's input.
+        values: numbers in one sample of the network's input; of an image its pixels, as colour adds to the input alone.
     """
 
     train: dict[str, Any]
@@ -123,6 +125,7 @@ def facts_of(folder: DatasetFolder) -> Facts:
         num_patients=int(samples["patient"].nunique()),
         given_splits=bool((samples["given_split"] != "").any()),
         size_px=(size[0], size[1], size[2]),
+        channels=int(samples["channels"].max()),
         anisotropy=ratio if math.isfinite(ratio) else 1.0,
         signed=bool(samples["dtype"].isin(["int16", "float32"]).all()),
         modality=info.modality,
@@ -143,11 +146,16 @@ def memory_at_hand() -> tuple[float, bool]:
     return min(free, free if text == "max" else int(text)) / 1e6, False
 
 
-def image_recipe(side_px: int, model: dict[str, Any]) -> dict[str, Any]:
+def image_recipe(side_px: int, channels: int, model: dict[str, Any]) -> dict[str, Any]:
     """The `train` section for classes of whole images: careful augmentation, each image's own brightness undone."""
     return {
         "model": model,
-        "preprocessing": {"height_px": side_px, "width_px": side_px, "intensity": "image"},
+        "preprocessing": {
+            "channels": channels,
+            "height_px": side_px,
+            "width_px": side_px,
+            "intensity": "image",
+        },
         "augmentation": {
             "rotation_degrees": 10,
             "translation_fraction": 0.05,
@@ -277,7 +285,8 @@ def _candidates(facts: Facts) -> Iterator[Candidate]:
             ("DenseNet121", {"family": "densenet"}),
             ("ResNet50", {"family": "resnet", "depth": 50}),
         ):
-            yield Candidate(image_recipe(side_px, model) | _sizes(facts, 32), step, None, side_px**2)
+            train = image_recipe(side_px, facts.channels, model) | _sizes(facts, 32)
+            yield Candidate(train, step, None, side_px**2)
     elif facts.kind == "volume":
         yield from _volumes(facts)
     elif facts.kind == "slide":
@@ -322,7 +331,7 @@ def _detectors(facts: Facts) -> Iterator[Candidate]:
     strides = [stride for stride in (4, 8, 16) if first <= stride <= last]
     sizes = [max(4, round(middle * scale * factor / 2)) for factor in (1, 2, 4, 8)]
     shared = {
-        "preprocessing": made,
+        "preprocessing": {"channels": facts.channels} | made,
         "augmentation": {"horizontal_flip": True, "scale_fraction": 0.15},
         **tiles,
     }

@@ -1,5 +1,6 @@
 """Advice: every kind of data gets a recipe that `train` takes, that fits, and that says why."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -46,9 +47,11 @@ FACTS = {
     "image": Facts("chest", "image", "binary", LIGHT, 1200, 800, False, (1, 512, 512)),
     "tiny images": Facts("mnist", "image", "binary", LIGHT, 5856, 5856, True, (1, 28, 28)),
     "labels": Facts("labels", "image", "multilabel", LIGHT, 1200, 800, False, (1, 512, 512)),
+    "colour": Facts("skin", "image", "binary", LIGHT, 1200, 800, False, (1, 450, 600), channels=3),
     "boxes": Facts(
         "cells", "image", "detection", LIGHT, 364, 364, True, (1, 480, 640), lesion_px=(30, 90, 150)
     ),
+    "boxes in colour": Facts("blood", "image", "detection", LIGHT, 364, 364, True, (1, 480, 640), channels=3),
     "specks": Facts(
         "mammo", "image", "detection", LIGHT, 900, 600, False, (1, 2048, 1536), lesion_px=(3, 9, 40)
     ),
@@ -62,7 +65,7 @@ FACTS = {
         700,
         False,
         (60, 512, 512),
-        5.0,
+        anisotropy=5.0,
         signed=True,
         modality="chest CT",
     ),
@@ -99,6 +102,17 @@ def test_every_kind_gets_a_recipe_that_training_takes(name: str) -> None:
 def test_small_lesions_in_large_images_are_looked_at_in_tiles() -> None:
     assert advise(FACTS["specks"], 16_000, measured()).sections["train"]["preprocessing"]["fit"] == "tile"
     assert "fit" not in advise(FACTS["boxes"], 16_000, measured()).sections["train"]["preprocessing"]
+
+
+@pytest.mark.parametrize("name", ["image", "colour", "boxes", "boxes in colour", "specks"])
+def test_a_network_sees_colour_where_there_is_some(name: str) -> None:
+    params = TrainParams.model_validate(advise(FACTS[name], 16_000, measured()).sections["train"])
+    assert params.preprocessing.channels == FACTS[name].channels == (3 if "colour" in name else 1)
+
+
+def test_one_image_in_colour_makes_all_of_three_channels(tmp_path: Path) -> None:
+    folder = cells(tmp_path / "dataset", [np.zeros((30, 40), np.uint8), np.zeros((30, 40, 3), np.uint8)])
+    assert facts_of(folder).channels == 3
 
 
 @pytest.mark.parametrize(
@@ -183,9 +197,10 @@ def test_without_figures_nothing_is_advised() -> None:
         advise(FACTS["image"], 16_000, nothing)
 
 
-def test_facts_come_from_the_folder(tmp_path: Path) -> None:
+def cells(path: Path, images: Sequence[np.ndarray]) -> DatasetFolder:
+    """A box on each image; two images a patient; on the first a white cell too."""
     writer = DatasetWriter(
-        tmp_path / "dataset",
+        path,
         name="cells",
         task="detection",
         classes=("red", "white"),
@@ -195,21 +210,26 @@ def test_facts_come_from_the_folder(tmp_path: Path) -> None:
         source=SourceInfo(title="cells", licence="none", citation="none"),
     )
     with writer:
-        for number in range(4):
+        for number, pixels in enumerate(images):
             writer.add(
                 sample_id=str(number),
-                pixels=np.zeros((30, 40), np.uint8),
+                pixels=pixels,
                 labels={"red": 1.0, "white": float(number == 0)},
                 patient=str(number // 2),
                 sha256="sha256:" + "0" * 64,  # type: ignore[arg-type]
                 statistics={},
                 boxes=[("red", 2.0, 2.0, 11.0, 6.0)],
             )
-    facts = facts_of(DatasetFolder(tmp_path / "dataset"))
+    return DatasetFolder(path)
+
+
+def test_facts_come_from_the_folder(tmp_path: Path) -> None:
+    facts = facts_of(cells(tmp_path / "dataset", [np.zeros((30, 40), np.uint8)] * 4))
     assert facts.classes == {"red": 4, "white": 1}
     assert (facts.num_samples, facts.num_patients, facts.size_px) == (4, 2, (1, 30, 40))
     assert facts.lesion_px == pytest.approx((6, 6, 6))
     assert not facts.given_splits
+    assert facts.channels == 1
     assert facts.modality == "microscopy"
 
 
