@@ -940,14 +940,16 @@ def recommend(
     from cadx.recommending import advise, facts_of, memory_at_hand
     from cadx.recommending import show as show_advice
     from components.ingest import IngestParams, ingest
+    from components.split import SplitParams
 
     if memory_gb is not None and not memory_gb > 0:
         raise ValueError(f"--memory-gb {memory_gb:g}: give GB above 0")
     measured = read_benchmark(figures)
     places = (Path(dataset), work / dataset / "dataset")
     found = next((place for place in places if (place / "dataset.json").is_file()), None)
+    fractions = SplitParams().fractions.model_dump()
     if found is not None:
-        facts = facts_of(DatasetFolder(found))
+        facts = facts_of(DatasetFolder(found), fractions)
     else:
         with TemporaryDirectory(prefix="cadx-recommend-") as temporary:
             made = Path(temporary) / "dataset"
@@ -957,7 +959,7 @@ def recommend(
                 dataset=made,
                 params=IngestParams(source=dataset),
             )
-            facts = facts_of(DatasetFolder(made))
+            facts = facts_of(DatasetFolder(made), fractions)
     free_mb, is_gpu = memory_at_hand()
     advice = advise(
         facts,

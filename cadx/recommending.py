@@ -8,7 +8,8 @@ less, as long as nothing measured speaks for more.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +22,12 @@ from rich.console import Console
 from cadx.benchmarking import Benchmark, Run, Step, network_text
 from cadx.datasets import DatasetFolder
 from cadx.reporting import estimate_text
+from cadx.splitting import assign_splits, cross_validation
 from cadx.types import Kind, Task
 
 FEW_SAMPLES = 1000
 """Under so many a held-out val is small: cross-validation uses every case."""
+_MOST_FOLDS = 5
 _MARGIN = 1.15
 _STATE_BYTES = 16  # of a parameter: itself, its gradient, and AdamW's two moments
 _SMALLEST_LESION_PX = 8
@@ -48,6 +51,8 @@ class Facts(NamedTuple):
         anisotropy: slice distance / distance within the slice; 1 where unknown.
         signed: values below 0 occur in its files' type, as in CT.
         modality: in the data set's own words.
+        folds: most that cross-validation can have beside calibration and test, 5 at most; 0: not even two. None where
+            there is no need of any.
         lesion_px: 5th, 50th and 95th percentile of the boxes' sides (root of their areas), in stored pixels.
     """
 
@@ -63,6 +68,7 @@ class Facts(NamedTuple):
     anisotropy: float = 1.0
     signed: bool = False
     modality: str = ""
+    folds: int | None = None
     lesion_px: tuple[float, float, float] | None = None
 
     @property
@@ -104,9 +110,17 @@ class Advice(NamedTuple):
     others: dict[str, str]
 
 
-def facts_of(folder: DatasetFolder) -> Facts:
-    """What a dataset folder tells."""
+def facts_of(folder: DatasetFolder, fractions: Mapping[str, float]) -> Facts:
+    """What a dataset folder tells.
+
+    Args:
+        folder: the dataset.
+        fractions: split -> share of the images, by which it will be divided where it has no official splits.
+    """
     samples, info = folder.samples, folder.info
+    given_splits = bool((samples["given_split"] != "").any())
+    is_small = len(samples) < FEW_SAMPLES and not given_splits
+    classifies = info.kind in ("image", "features") and info.task != "detection"
     size = [int(samples[name].median()) for name in ("depth_px", "height_px", "width_px")]
     spacing = samples[["spacing_slice_mm", "spacing_row_mm"]].median()
     ratio = float(spacing["spacing_slice_mm"] / spacing["spacing_row_mm"]) if info.kind == "volume" else 1.0
@@ -123,12 +137,13 @@ def facts_of(folder: DatasetFolder) -> Facts:
         classes={name: int((samples[f"label_{name}"] == 1).sum()) for name in info.classes},
         num_samples=len(samples),
         num_patients=int(samples["patient"].nunique()),
-        given_splits=bool((samples["given_split"] != "").any()),
+        given_splits=given_splits,
         size_px=(size[0], size[1], size[2]),
         channels=int(samples["channels"].max()),
         anisotropy=ratio if math.isfinite(ratio) else 1.0,
         signed=bool(samples["dtype"].isin(["int16", "float32"]).all()),
         modality=info.modality,
+        folds=_most_folds(folder, fractions) if is_small and classifies else None,
         lesion_px=lesion,
     )
 
@@ -376,9 +391,23 @@ def _sizes(facts: Facts, batch_size: int) -> dict[str, Any]:
     """Batch, epochs and folds for so many samples."""
     found: dict[str, Any] = {"batch_size": min(batch_size, max(4, facts.num_samples // 16))}
     found["epochs"] = 16 if facts.num_samples >= FEW_SAMPLES else 40
-    if facts.num_samples < FEW_SAMPLES and not facts.given_splits:
-        found["folds"] = 5
+    if facts.folds:
+        found["folds"] = facts.folds
     return found
+
+
+def _most_folds(folder: DatasetFolder, fractions: Mapping[str, float]) -> int:
+    """The most folds, 5 at most, in which train and val can be parted; 0 if they cannot even be halved."""
+    samples, labels = folder.samples, folder.info.label_columns
+    occurring = [label for label in labels if (samples[label] == 1).any()]
+    with suppress(ValueError):
+        parts = assign_splits(samples, fractions=fractions, seed=0, labels=occurring)
+        splits = samples[["sample_id"]].assign(split=parts)
+        for num_folds in range(_MOST_FOLDS, 1, -1):
+            with suppress(ValueError):
+                cross_validation(samples, splits, num_folds=num_folds, seed=0, labels=labels)
+                return num_folds
+    return 0
 
 
 def _fitted(
@@ -427,6 +456,14 @@ def _about_data(facts: Facts) -> Iterator[str]:
     rarest = min(facts.classes, key=lambda name: facts.classes[name])
     if facts.classes[rarest] < 100:
         yield f"{rarest!r} has {facts.classes[rarest]} samples: a light network, and intervals will be wide"
+    if facts.folds:
+        limited = ", as many as classes have patients for beside calibration and test"
+        yield (
+            f"under {FEW_SAMPLES:,} samples: cross-validation in {facts.folds} folds"
+            f"{limited if facts.folds < _MOST_FOLDS else ''}"
+        )
+    elif facts.folds == 0:
+        yield "no cross-validation: a class has no two patients beside those of calibration and test"
     if facts.lesion_px:
         low, middle, high = facts.lesion_px
         yield f"lesions of {low:.0f} to {high:.0f} px (half under {middle:.0f}): these set strides, anchors and tiles"

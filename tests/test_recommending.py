@@ -1,7 +1,7 @@
 """Advice: every kind of data gets a recipe that `train` takes, that fits, and that says why."""
 
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,12 @@ from test_benchmarking import benchmark, estimate, run, step
 from cadx.benchmarking import STEPS, Benchmark, Step, Training
 from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
 from cadx.recommending import Facts, advise, facts_of, memory_at_hand, needed_mb, show
+from cadx.splitting import assign_splits, cross_validation
+from components.split import SplitParams
 from components.train import TrainParams
 
 LIGHT = {"normal": 900, "opacity": 300}
+FRACTIONS = SplitParams().fractions.model_dump()
 
 
 def measured(*runs: object) -> Benchmark:
@@ -112,7 +115,7 @@ def test_a_network_sees_colour_where_there_is_some(name: str) -> None:
 
 def test_one_image_in_colour_makes_all_of_three_channels(tmp_path: Path) -> None:
     folder = cells(tmp_path / "dataset", [np.zeros((30, 40), np.uint8), np.zeros((30, 40, 3), np.uint8)])
-    assert facts_of(folder).channels == 3
+    assert facts_of(folder, FRACTIONS).channels == 3
 
 
 @pytest.mark.parametrize(
@@ -224,13 +227,62 @@ def cells(path: Path, images: Sequence[np.ndarray]) -> DatasetFolder:
 
 
 def test_facts_come_from_the_folder(tmp_path: Path) -> None:
-    facts = facts_of(cells(tmp_path / "dataset", [np.zeros((30, 40), np.uint8)] * 4))
+    facts = facts_of(cells(tmp_path / "dataset", [np.zeros((30, 40), np.uint8)] * 4), FRACTIONS)
     assert facts.classes == {"red": 4, "white": 1}
     assert (facts.num_samples, facts.num_patients, facts.size_px) == (4, 2, (1, 30, 40))
     assert facts.lesion_px == pytest.approx((6, 6, 6))
     assert not facts.given_splits
     assert facts.channels == 1
     assert facts.modality == "microscopy"
+
+
+@pytest.mark.parametrize(
+    ("ill", "folds"),
+    [
+        ([1] * 20, 5),
+        ([1] * 6, 4),
+        ([1] * 5, 3),
+        ([1] * 4, 2),
+        ([1] * 3, 0),  # one too few for each of the four splits
+        ([100] + [1] * 9, 3),  # train is full with the first: the others go elsewhere
+    ],
+    ids=str,
+)
+def test_no_more_folds_are_advised_than_training_takes(tmp_path: Path, ill: list[int], folds: int) -> None:
+    """`ill`: images of each ill patient, beside 60 healthy ones of one image each."""
+    writer = DatasetWriter(
+        tmp_path / "dataset",
+        name="few",
+        task="binary",
+        classes=("well", "ill"),
+        positive="ill",
+        modality="noise",
+        clustered=True,
+        source=SourceInfo(title="few", licence="none", citation="none"),
+    )
+    patients = [number for number, images in enumerate([*ill, *[1] * 60]) for _ in range(images)]
+    with writer:
+        for number, patient in enumerate(patients):
+            writer.add(
+                sample_id=str(number),
+                pixels=np.zeros((8, 8), np.uint8),
+                labels={"ill" if patient < len(ill) else "well": 1.0},
+                patient=str(patient),
+                sha256="sha256:" + "0" * 64,  # type: ignore[arg-type]
+                statistics={},
+            )
+    folder = DatasetFolder(tmp_path / "dataset")
+    advice = advise(facts_of(folder, FRACTIONS), 16_000, measured())
+    assert advice.sections["train"].get("folds", 0) == folds
+    assert any("beside" in reason for reason in advice.reasons) == (folds < 5)
+    labels = list(folder.info.label_columns)
+    if folds:
+        parts = assign_splits(folder.samples, fractions=FRACTIONS, seed=0, labels=labels)
+        splits = folder.samples[["sample_id"]].assign(split=parts)
+        for seed in range(3):
+            cross_validation(folder.samples, splits, num_folds=folds, seed=seed, labels=labels)
+        with pytest.raises(ValueError, match="too few") if folds < 5 else nullcontext():
+            cross_validation(folder.samples, splits, num_folds=folds + 1, seed=0, labels=labels)
 
 
 def test_the_screen_holds_reasons_and_a_section_to_paste() -> None:
