@@ -103,8 +103,8 @@ def panels(
 ) -> "tuple[Figure, list[Axes]]":
     """A figure in the house style with `rows` x `columns` axes, row by row."""
     import matplotlib
-    from cycler import cycler
     from matplotlib.figure import Figure
+    from matplotlib.rcsetup import cycler
 
     with matplotlib.rc_context({**_PLOT_STYLE, "axes.prop_cycle": cycler(color=PALETTE)}):
         drawing = Figure(figsize=(width_inches, height_inches), layout="constrained")

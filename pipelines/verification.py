@@ -98,7 +98,17 @@ def verify(target: str, *, work: Path, reports: Path, **given: Any) -> bool:
             beside = path.parent / BUNDLE
             evidence = _beside(beside, reports) if beside.is_dir() else Evidence(inside)
             evidence = replace(evidence, **({"bundle": inside, "archive": path} | given))
-            return show(target, _links(evidence))
+            # The folder is gone when the chain is read.
+            links = (
+                link._replace(
+                    **{
+                        name: getattr(link, name).replace(f"{folder}/", f"{path}:")
+                        for name in ("file", "said")
+                    }
+                )
+                for link in _links(evidence)
+            )
+            return show(target, links)
     if path.is_dir():
         return show(target, _links(replace(_beside(path, reports), **given)))
     bundles = sorted((work / target).glob(f"*/{BUNDLE}"))

@@ -205,6 +205,8 @@ def test_every_file_inside_an_archive_is_named(chain: Chain, capsys: pytest.Capt
         assert not chain.verify(str(chain.archive)), name
         lines = broken(capsys.readouterr().out)
         assert any(Path(name).name in line for line in lines), (name, lines)
+        if name == "bundle/bundle.json":  # where it lies, and not where it was unpacked
+            assert any(f"{chain.archive.name}:bun" in line for line in lines), lines
 
 
 def test_a_release_that_says_otherwise_than_its_decision_is_named(
