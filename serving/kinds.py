@@ -8,7 +8,7 @@ import os
 import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -252,15 +252,19 @@ def slide_under(root: Path | None, path: str) -> Path:
     """The slide's file, links followed, if it lies under `root`.
 
     Raises:
-        ValueError: if it does not. What is there outside of the root, or is not, sounds the same.
+        ValueError: if it does not, or if `path` is absolute or climbs by "..". What is there outside of the root, or is
+            not, sounds the same.
     """
     if root is None:
         raise ValueError(f"this server reads no slides; start it with {SLIDE_ROOT} set to their folder")
+    asked = PurePosixPath(path)
     try:
-        home = root.resolve(strict=True)
-        file = (home / path).resolve(strict=True)
-        if file.is_relative_to(home) and file.is_file():
-            return file
+        # A way through a place outside that ends under the root would tell whether that place is there.
+        if not asked.is_absolute() and ".." not in asked.parts:
+            home = root.resolve(strict=True)
+            file = (home / asked).resolve(strict=True)
+            if file.is_relative_to(home) and file.is_file():
+                return file
     except (OSError, ValueError, RuntimeError):  # not there; a NUL in the path; a loop of links
         pass
     raise ValueError("no such slide under the server's slide root; give a path relative to it")

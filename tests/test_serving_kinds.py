@@ -392,6 +392,19 @@ def test_no_path_leaves_the_slide_root_nor_tells_what_lies_beyond(
         )
 
 
+@pytest.mark.parametrize("through", ["/etc/passwd", "/nowhere", "../secret.tiff", "../nowhere", "2026", ""])
+def test_a_way_back_under_the_slide_root_tells_nothing_of_the_places_that_it_goes_through(
+    answerers: dict[str, Answerer], slides: Path, through: str
+) -> None:
+    climb = "../" * len(slides.resolve().parts) + str(slides.resolve())[1:]
+    for path in (f"{through}/../{climb}/2026/a.tiff", f"{through}/../2026/a.tiff", f"{slides}/2026/a.tiff"):
+        reply = one(answerers["slide"], asked(path))
+        assert (reply.status, reply.content["error"]) == (
+            400,
+            "no such slide under the server's slide root; give a path relative to it",
+        )
+
+
 def test_a_slide_that_is_sent_or_not_named_is_refused(
     answerers: dict[str, Answerer], slides: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
