@@ -11,6 +11,7 @@ The records below are the form of an answer: docs/answer.schema.json is made fro
 
 import io
 import json
+import re
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -395,6 +396,9 @@ class Endpoint:
         token: the token, or a function that fetches the present one; or else
         key_file: where it stands.
         ca_file: certificates that are trusted at an https address; None for those of this machine.
+
+    Raises:
+        ValueError: if `token` is text that is no token; without that text.
     """
 
     def __init__(
@@ -407,7 +411,7 @@ class Endpoint:
         ca_file: Path | None = None,
     ) -> None:
         self.address = address.rstrip("/")
-        self._token = token if isinstance(token, str) else None
+        self._token = _sendable(token) if isinstance(token, str) else None
         self._fetch_token = token if callable(token) else None
         if key_file is not None and token is None:
             self._fetch_token = partial(_read_token, key_file, kind)
@@ -431,7 +435,7 @@ class Endpoint:
         Raises:
             Refused: if its status is no success.
             ConnectionError: one line, if there is no answer.
-            ValueError: if the key file holds no token.
+            ValueError: if the key file holds no token, or what was fetched is none; without that text.
         """
         # The server hangs up on more than it takes, and its answer may be lost on the way.
         if body is not None and len(body) > MAX_REQUEST_BYTES:
@@ -462,7 +466,7 @@ class Endpoint:
     ) -> urllib3.BaseHTTPResponse:
         token = self._token
         if token is None and self._fetch_token is not None:
-            token = self._token = self._fetch_token()
+            token = self._token = _sendable(self._fetch_token())
         authorization = {"Authorization": f"Bearer {token}"} if token else {}
         try:
             return self._pool.request(
@@ -502,6 +506,14 @@ def _read_token(key_file: Path, kind: str) -> str:
         except (ValueError, KeyError, TypeError):  # or the server is writing it
             continue
     raise ValueError(f"{key_file}: holds no {kind} token; name the server's key_file.json")
+
+
+def _sendable(token: str) -> str:
+    """The token without the line break that ends a mounted secret; a header that cannot be sent would be repeated."""
+    token = token.strip()
+    if not re.fullmatch(r"[!-~]*", token):
+        raise ValueError("token: not of visible ASCII characters alone; give the token and nothing else")
+    return token
 
 
 def _is_token_refused(response: urllib3.BaseHTTPResponse) -> bool:

@@ -770,6 +770,21 @@ def test_the_client_asks_again_where_that_helps_and_nowhere_else(
     assert caught.value.status == 503
 
 
+def test_a_mounted_secrets_token_is_sent_without_its_line_break(
+    proxy: tuple[str, list[int], list[str]],
+) -> None:
+    address, _, asked = proxy
+    for token in ("any\n", lambda: " any\r\n"):
+        Endpoint(address, "inference", token=token).request("POST", "/predictions/squares", body=b"image")
+    assert asked == ["/predictions/squares"] * 2
+    for token in ("secret\nline", "secrét", "two secrets", "secret\0"):
+        for given in (token, lambda token=token: token):
+            with pytest.raises(ValueError, match=r"^token: ") as caught:
+                Endpoint(address, "inference", token=given).request("GET", "/ping")
+            assert "secr" not in str(caught.value)
+    assert len(asked) == 2
+
+
 def test_no_server_is_one_line(tmp_path: Path) -> None:
     nowhere = f"http://127.0.0.1:{free_ports().inference}"
     with pytest.raises(ConnectionError, match="is the server running") as caught:
