@@ -643,6 +643,7 @@ def verify(
     params: Path | None = None,
     endpoint: str = "",
     key_file: Path | None = None,
+    ca_file: Path | None = None,
     prediction: str = "",
     request_log: Path | None = None,
 ) -> None:
@@ -690,6 +691,8 @@ def verify(
         The inference address of a running server, such as http://127.0.0.1:8080: which bundle answers there?
     key_file
         The server's tokens.
+    ca_file
+        Certificates that are trusted at an https endpoint, PEM; those of this machine by default.
     prediction
         The prediction_id of an answer: which bundle gave it, and what does the request log say of it?
     request_log

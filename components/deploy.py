@@ -20,7 +20,14 @@ from cadx.reading.images import encode_png
 from cadx.types import Digest
 from components.contract import In, Keep, Out, Params, step
 from serving.archive import Release
-from serving.client import RESPONSE_TIMEOUTS_S, AnyAnswer, Client, DetectionAnswer, SlideAnswer
+from serving.client import (
+    RESPONSE_TIMEOUTS_S,
+    AnyAnswer,
+    Client,
+    DetectionAnswer,
+    SlideAnswer,
+    require_certificates,
+)
 from serving.management import (
     Deployed,
     Management,
@@ -78,6 +85,7 @@ def deploy(
     deployment: Out,
     inference: str = "http://127.0.0.1:8080",
     management: str = "http://127.0.0.1:8081",
+    ca_file: str = "",
     params: DeployParams,
 ) -> None:
     """Register an archive at TorchServe, compare its answers with the evaluation, then make it the default.
@@ -86,14 +94,18 @@ def deploy(
     it before: a model's first version, or another archive of the bundle that is live. Such an archive then takes that
     one's place; for as long as a worker takes to start, the version before answers, or none if there is none. The
     version that was the default stays loaded, and `cadx rollback` goes back to it; older ones are taken out. If the
-    answers differ, or anything else fails, what was registered is taken away and the old version goes on.
+    answers differ, or anything else fails, what was registered is taken away and the old version goes on. `ca_file`
+    holds the certificates, as PEM, that are trusted at an https address; empty: those of this machine.
 
     Raises:
         NotPromoted: if the gate refused this bundle.
-        ValueError: if the files do not belong together, another deployment of the model is on its way, the server
-            refuses, or the answers differ.
+        ValueError: if the files do not belong together, `ca_file` holds no certificates, another deployment of the
+            model is on its way, the server refuses, or the answers differ.
         ConnectionError: if the server cannot be reached.
     """
+    trusted = Path(ca_file) if ca_file else None
+    if trusted:
+        require_certificates(trusted)
     release, frame, info = read_promoted(archive, decision, predictions)
     folder = DatasetFolder(dataset)
     kind = folder.info.kind
@@ -120,7 +132,13 @@ def deploy(
             server.register(name=name, **entry.model_dump(exclude={"version"}))
 
         def compare(name: str) -> float:
-            client = Client(inference, name, key_file=key_file, response_timeout_s=entry.response_timeout_s)
+            client = Client(
+                inference,
+                name,
+                key_file=key_file,
+                ca_file=trusted,
+                response_timeout_s=entry.response_timeout_s,
+            )
             with asking(client, folder, model_store, release.version) as ask:
                 answers = [ask(sample_id) for sample_id in golden["sample_id"]]
             return _largest_difference(golden, info, answers, params.tolerance)

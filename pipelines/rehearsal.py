@@ -142,7 +142,7 @@ def rehearse(experiment: str, *, work: Path, reports: Path, params: Path, reques
     )
 
 
-def _packaged(decision: Decision, work: Path, reports: Path) -> dict[str, Path]:
+def _packaged(decision: Decision, work: Path, reports: Path) -> dict[str, Any]:
     """What `deploy` takes of a packaged model."""
     made, told = (folder / decision.experiment / str(decision.seed) for folder in (work, reports))
     return {

@@ -436,6 +436,7 @@ HELP = {
     "models": "Folder from which serving pods take the model, on a volume.",
     "inference": "Address of TorchServe's inference API.",
     "management": "Address of TorchServe's management API, which only the cluster's inside reaches.",
+    "ca_file": "Certificates trusted at an https address, PEM, from a secret or a volume; empty: the image's.",
     "request_log": "Folder of what the served model has answered, on a volume; each pod may have its own in it.",
     "requests": "Folder of the watch's own tables of these, on a volume.",
     "webhook": "Address that an alarm is sent to; empty: none.",

@@ -69,6 +69,7 @@ class Evidence:
     lock: Path | None = None
     endpoint: str = ""
     key_file: Path | None = None
+    ca_file: Path | None = None
     prediction: str = ""
     request_log: Path = REQUEST_LOG
     logged: Logged | None = None
@@ -439,7 +440,7 @@ def _endpoint(at: Evidence, release: Release | None, digest: Digest, siblings: M
     if folder.info.kind == "slide" and not store.is_dir():
         said = f"{store}: no such folder; a server reads slides from there, give the --key-file beside it"
         return Link("endpoint", "not at hand", at.endpoint, said)
-    client = Client(at.endpoint, release.name, key_file=at.key_file)
+    client = Client(at.endpoint, release.name, key_file=at.key_file, ca_file=at.ca_file)
     try:
         with asking(client, folder, store) as ask:
             answer = ask(folder.samples["sample_id"].iloc[0])

@@ -12,6 +12,7 @@ The records below are the form of an answer: docs/answer.schema.json is made fro
 import io
 import json
 import re
+import ssl
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -398,7 +399,7 @@ class Endpoint:
         ca_file: certificates that are trusted at an https address; None for those of this machine.
 
     Raises:
-        ValueError: if `token` is text that is no token; without that text.
+        ValueError: if `token` is text that is no token, without that text; or as `require_certificates`.
     """
 
     def __init__(
@@ -415,6 +416,8 @@ class Endpoint:
         self._fetch_token = token if callable(token) else None
         if key_file is not None and token is None:
             self._fetch_token = partial(_read_token, key_file, kind)
+        if ca_file is not None:
+            require_certificates(ca_file)
         self._pool = urllib3.PoolManager(
             maxsize=MAX_CONNECTIONS,
             retries=_RETRIES[kind],
@@ -478,8 +481,34 @@ class Endpoint:
             )
         except urllib3.exceptions.HTTPError as error:
             cause = error.reason if isinstance(error, urllib3.exceptions.MaxRetryError) else error
+            if isinstance(cause, urllib3.exceptions.SSLError):
+                raise ConnectionError(f"{self.address}: {_tls_fault(cause)}") from None
             what = type(cause or error).__name__
             raise ConnectionError(f"{self.address}: no answer ({what}); is the server running?") from None
+
+
+def require_certificates(ca_file: Path) -> None:
+    """Refuse what is no file of trusted certificates.
+
+    Raises:
+        ValueError: one line, if it is not there or is not PEM.
+    """
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(ca_file)
+    except OSError as error:  # of ssl too
+        what = "no such file" if isinstance(error, FileNotFoundError) else "no certificates in PEM"
+        raise ValueError(f"{ca_file}: {what}; give those that have signed the server's, as PEM") from None
+
+
+def _tls_fault(error: urllib3.exceptions.SSLError) -> str:
+    """Why there is no TLS connection, and what helps."""
+    cause = error.args[0] if error.args else None
+    if not isinstance(cause, ssl.SSLCertVerificationError):
+        return f"no TLS connection ({getattr(cause, 'reason', None) or 'SSLError'}); does it speak https?"
+    return (
+        f"its certificate is not trusted ({cause.verify_message}); give those that have signed it as ca_file, and the "
+        "host by a name that it holds"
+    )
 
 
 def _content(file: bytes | Path) -> bytes:

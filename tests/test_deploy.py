@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from test_evaluate import prepare
 from test_package import Packed
+from test_serving import certified
 
 from cadx.bundle import Bundle
 from cadx.datasets import DatasetFolder
@@ -204,6 +205,19 @@ def test_answers_that_differ_from_the_evaluation_never_go_live(
     assert served_bundle(server, first) == Bundle(first.bundle).digest
     versions = Management(server.management, key_file=server.key_file).versions("chest")
     assert len(versions) == 1, "the version that failed is taken away"
+
+
+@pytest.mark.slow
+def test_a_server_with_a_certificate_of_ones_own_is_compared_over_tls(
+    first: Packaged, tmp_path: Path
+) -> None:
+    tls = certified(tmp_path)
+    with TorchServe(tmp_path / "served", free_ports(), tls=tls) as server:
+        with pytest.raises(ConnectionError, match="its certificate is not trusted"):
+            first.deploy(server, tmp_path)
+        with pytest.raises(ValueError, match=r"^nowhere\.pem: no such file"):
+            first.deploy(server, tmp_path, ca_file="nowhere.pem")
+        assert first.deploy(server, tmp_path, ca_file=str(tls.certificate))["golden_samples"] == 12
 
 
 @pytest.mark.slow

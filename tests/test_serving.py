@@ -11,6 +11,7 @@ import resource
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -1030,6 +1031,48 @@ def test_over_tls_with_a_token_from_a_function(bundle: Bundle, tmp_path: Path) -
         assert len(set(fetched)) == 2
         with pytest.raises(ConnectionError):
             Client(served.inference, MODEL, token=fetch).predict(SENT["PNG"])
+
+
+@pytest.fixture
+def https(tmp_path: Path) -> Iterator[tuple[str, Tls]]:
+    """The address of something that speaks https, and its certificate."""
+    tls = certified(tmp_path)
+    listener = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*tls)
+    listener.socket = context.wrap_socket(listener.socket, server_side=True)
+    thread = threading.Thread(target=listener.serve_forever)
+    thread.start()
+    yield f"https://127.0.0.1:{listener.server_address[1]}", tls
+    listener.shutdown()
+    thread.join()
+    listener.server_close()
+
+
+def test_what_hinders_tls_is_named(
+    https: tuple[str, Tls], proxy: tuple[str, list[int], list[str]], tmp_path: Path
+) -> None:
+    address, tls = https
+
+    def said(address: str, ca_file: Path | None = tls.certificate) -> str:
+        with pytest.raises((ConnectionError, ValueError)) as caught:
+            Endpoint(address, "inference", token="any", ca_file=ca_file).request("GET", "/ping")
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "refused (501)" in said(address)
+    assert "its certificate is not trusted (self-signed certificate); give those" in said(address, None)
+    assert "not trusted (Hostname mismatch" in said(address.replace("127.0.0.1", "localhost"))
+    plain = proxy[0].replace("http:", "https:")
+    assert said(plain) == f"{plain}: no TLS connection (WRONG_VERSION_NUMBER); does it speak https?"
+    (tmp_path / "garbled.pem").write_text(tls.certificate.read_text().replace("M", "?"))
+    for name, what in (
+        ("nowhere.pem", "no such file"),
+        ("key.pem", "no certificates in PEM"),
+        ("garbled.pem", "no certificates in PEM"),
+        (".", "no certificates in PEM"),
+    ):
+        assert said(address, tmp_path / name).startswith(f"{tmp_path / name}: {what}; give those that have")
 
 
 # --- Models in and out of service ---------------------------------------------------------------------
