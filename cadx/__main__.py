@@ -288,7 +288,7 @@ def serve(
     port
         Of inference; management, metrics and gRPC take the four after it.
     host
-        Where inference listens, such as 0.0.0.0; all else stays on loopback.
+        The IPv4 address where inference listens, such as 0.0.0.0; all else stays on loopback.
     certificate
         PEM file, with its chain: inference then speaks https.
     private_key

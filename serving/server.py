@@ -13,6 +13,7 @@ is given or said to end before it; tokens are asked for; archives come from the 
 no body and no query of a request is ever logged.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -95,7 +96,7 @@ class TorchServe:
         folder: made if it is not there; model store, logs and request log outlive the server.
         ports: where it listens.
         console: write TorchServe's lines, one for each request among them, to this process's stdout.
-        host: the address where inference listens; 0.0.0.0 for all of this machine's.
+        host: the IPv4 address where inference listens; 0.0.0.0 for all of this machine's.
         tls: for inference; None serves plain http.
         behind_proxy: TLS ends before the server, so that it may listen beyond loopback without.
         token_minutes: how long a token lasts.
@@ -147,8 +148,8 @@ class TorchServe:
         """Start it and wait until it answers.
 
         Raises:
-            ValueError: one line, and nothing is left running: a port or the folder is in use, TorchServe
-                or its Java is not installed, or it did not come up.
+            ValueError: one line, and nothing is left running: `host` is no IPv4 address of this machine, a port or the
+                folder is in use, TorchServe or its Java is not installed, or it did not come up.
         """
         assert self._process is None, "it runs already"
         command = [*_java(self._tmp, self.folder / "log4j2.xml"), *self._arguments()]
@@ -471,8 +472,12 @@ def _require_free(name: str, port: int, host: str) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                raise ValueError(
+                    f"port {port} ({name}): {error.strerror}; stop what listens there, or choose another port"
+                ) from None
             raise ValueError(
-                f"port {port} ({name}): {error.strerror}; stop what listens there, or choose another port"
+                f"host {host}: {error.strerror}; give an IPv4 address of this machine, or {_EVERYWHERE} for all of them"
             ) from None
 
 

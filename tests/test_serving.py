@@ -1205,6 +1205,23 @@ def test_a_port_in_use_is_named_before_anything_is_started(tmp_path: Path) -> No
         TorchServe(tmp_path / "served", Ports(metrics=8080)).start()
 
 
+@pytest.mark.parametrize(
+    ("host", "what"),
+    [
+        ("192.0.2.1", "Cannot assign requested address"),
+        ("::1", "Address family for hostname not supported"),
+        ("ward.invalid", ""),
+    ],
+)
+def test_a_host_that_is_not_this_machines_is_named_and_no_port(tmp_path: Path, host: str, what: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^host {re.escape(host)}: {what}.*; give an IPv4 address"
+    ) as caught:
+        TorchServe(tmp_path / "served", free_ports(), host=host, behind_proxy=True).start()
+    assert "port" not in str(caught.value).replace("supported", "")
+    assert not (tmp_path / "served").exists()
+
+
 def test_a_folder_has_one_server(server: TorchServe, client: Client) -> None:
     with pytest.raises(ValueError, match="another server runs there"):
         TorchServe(server.folder, free_ports()).start()
