@@ -4,7 +4,8 @@ The lines are the raw form: a worker appends one per answer, and nothing changes
 table that grows; it can be thrown away and made anew while the lines are there.
 
     <tables>/<first 12 digits of the bundle's digest>/<day, UTC>.parquet
-    <tables>/state.json     how far each file of lines has been read; lines cut short; lines that came twice
+    <tables>/state.json     how far each file of lines has been read, and the digest of its first line; lines cut short;
+                            lines that came twice
 """
 
 import json
@@ -20,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cadx.drift import STATISTICS
-from cadx.files import replacing, write_json
+from cadx.files import digest_bytes, replacing, write_json
 from cadx.types import Digest, Task
 
 STATE = "state.json"
@@ -60,7 +61,8 @@ def compact(log: Path, tables: Path) -> Compacted:
     """Bring the tables up to date with the lines in *.jsonl under `log`; only what was added since is read.
 
     Servers may have a folder each there. What a deployment sent lies in folders named `unwatched` and is left out. A
-    file that has become shorter is read anew: rows that are there already are not added again.
+    file that has become shorter, or begins otherwise (another has taken its name), is read anew: rows that are there
+    already are not added again.
 
     Raises:
         ValueError: if a line is whole but not of this form; the tables then stay as they are.
@@ -73,9 +75,11 @@ def compact(log: Path, tables: Path) -> Compacted:
         if UNWATCHED in name.split("/")[:-1]:
             continue
         start = state["files"].get(name, {"bytes": 0, "lines": 0})
-        if file.stat().st_size < start["bytes"]:
-            start = {"bytes": 0, "lines": 0}
         with file.open("rb") as stream:
+            first = digest_bytes(stream.readline())
+            # States of before first lines were kept have none.
+            if file.stat().st_size < start["bytes"] or start.get("first", first) != first:
+                start = {"bytes": 0, "lines": 0}
             stream.seek(start["bytes"])
             *whole, rest = stream.read().split(b"\n")
         # Without its end a line may still be on its way: it is read next time.
@@ -91,7 +95,7 @@ def compact(log: Path, tables: Path) -> Compacted:
             row = check_line(line, f"{file}: line {number}")
             rows.setdefault((short(line["bundle"]), f"{row['time']:%Y-%m-%d}"), []).append(row)
         consumed = start["bytes"] + sum(len(text) + 1 for text in whole)
-        state["files"][name] = {"bytes": consumed, "lines": start["lines"] + len(whole)}
+        state["files"][name] = {"bytes": consumed, "lines": start["lines"] + len(whole), "first": first}
     for (bundle, day), added in sorted(rows.items()):
         state["duplicates"] += _add(tables / bundle / f"{day}.parquet", added)
     state["torn"] += torn

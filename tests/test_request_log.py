@@ -124,6 +124,24 @@ def test_a_log_read_anew_adds_nothing_twice(log: Path, tables: Path) -> None:
     assert compact(log, tables).requests == {"1" * 12: 6}
 
 
+def test_a_file_that_took_anothers_name_is_read_from_its_start(log: Path, tables: Path) -> None:
+    write_log(log, "a.jsonl", *(request_line(n) for n in range(3)))
+    compact(log, tables)
+    (log / "a.jsonl").rename(log / "a.1")
+    write_log(
+        log, "a.jsonl", *(request_line(n) for n in range(10, 20))
+    )  # grows past where the first one ended
+    assert compact(log, tables).requests == {"1" * 12: 13}
+    state = json.loads((tables / "state.json").read_text())
+    del state["files"]["a.jsonl"]["first"]  # as it was kept before
+    (tables / "state.json").write_text(json.dumps(state))
+    with (log / "a.jsonl").open("a") as stream:
+        stream.write(json.dumps(request_line(20)) + "\n")
+    assert compact(log, tables) == (0, 0, {"1" * 12: 14})
+    write_log(log, "a.jsonl", *(request_line(n) for n in range(30, 59)))
+    assert compact(log, tables).requests == {"1" * 12: 43}, "known again from the look before on"
+
+
 @pytest.mark.parametrize("cut", [1, 40, -1, "half a letter"])
 def test_a_line_cut_short_is_skipped_and_counted(log: Path, tables: Path, cut: int | str) -> None:
     line = json.dumps(request_line(2, site="Zürich"), ensure_ascii=False).encode()
