@@ -179,7 +179,8 @@ def read_labels(path: Path, classes: Iterable[str], task: Task) -> pd.DataFrame:
         task: the model's. A binary one's other class may be left out: its label is the complement.
 
     Raises:
-        ValueError: if a column is missing, a label is neither 0 nor 1, or one request has two different labels.
+        ValueError: if a column is missing, a label is neither 0 nor 1, or one request has two different labels, or,
+            where a task wants one class, several or none.
     """
     files = sorted(f for f in path.iterdir() if f.suffix in (".csv", ".parquet")) if path.is_dir() else [path]
     names = [f"label_{name}" for name in classes]
@@ -206,14 +207,30 @@ def read_labels(path: Path, classes: Iterable[str], task: Task) -> pd.DataFrame:
         numbers = given.apply(pd.to_numeric, errors="coerce").astype(float)
         if (given.notna() & ~numbers.isin([0, 1])).any(axis=None):
             raise ValueError(f"{file}: a label that is neither 0 nor 1; leave unknown ones empty")
-        parts.append(numbers.assign(prediction_id=table["prediction_id"].astype(str)))
+        ids = table["prediction_id"].astype(str)
+        if task in ("binary", "multiclass"):
+            _require_one_class(numbers, ids, file)
+        parts.append(numbers.assign(prediction_id=ids))
     if not parts:
         raise ValueError(f"{path}: no .csv or .parquet file of labels in this folder")
     requests = pd.concat(parts).groupby("prediction_id", sort=False)[names]
     labels = requests.max()  # leaves NaN out
     if twice := int((requests.min() < labels).any(axis=1).sum()):
         raise ValueError(f"{path}: {twice} requests have two different labels; keep the one that holds")
-    return labels.reset_index()
+    labels = labels.reset_index()
+    if task in ("binary", "multiclass"):  # what each of two files leaves empty, the other may contradict
+        _require_one_class(labels[names], labels["prediction_id"], path)
+    return labels
+
+
+def _require_one_class(labels: pd.DataFrame, prediction_ids: pd.Series, where: Path) -> None:
+    ones = (labels == 1).sum(axis=1)
+    wrong = prediction_ids[(ones > 1) | ((ones == 0) & labels.notna().all(axis=1))]
+    if len(wrong):
+        raise ValueError(
+            f"{where}: prediction_id {wrong.iloc[0]} is of several classes or of none ({len(wrong)} such rows); "
+            "put 1 under the one that holds"
+        )
 
 
 def short(bundle: Digest) -> str:

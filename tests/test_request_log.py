@@ -215,9 +215,33 @@ def test_of_two_findings_one_says_nothing_of_the_other(tmp_path: Path, task: Tas
         read_labels(tmp_path / "labels.csv", ["stripe", "dot"], task)
 
 
+def test_of_classes_that_exclude_each_other_a_request_has_one(tmp_path: Path) -> None:
+    (tmp_path / "1.csv").write_text(
+        "prediction_id,label_well,label_sick,label_dead\na,0,1,0\nb,1,,\nc,0,0,\n"
+    )
+    classes = ["well", "sick", "dead"]
+    assert len(read_labels(tmp_path, classes, "multiclass")) == 3
+    for row in ("b,,1,", "d,1,1,", "d,0,0,0", "c,,,0"):
+        (tmp_path / "2.csv").write_text(f"prediction_id,label_well,label_sick,label_dead\n{row}\n")
+        where = "2.csv" if row[0] == "d" else tmp_path.name
+        with pytest.raises(
+            ValueError, match=rf"{where}: prediction_id {row[0]} is of several classes or of none"
+        ):
+            read_labels(tmp_path, classes, "multiclass")
+        assert len(read_labels(tmp_path, classes, "multilabel")) in (3, 4)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (
+            "prediction_id,label_well,label_sick\na,0,1\nb,1,1\n",
+            r"labels\.csv: prediction_id b is of several",
+        ),
+        (
+            "prediction_id,label_well,label_sick\na,0,1\nb,0,0\n",
+            r"labels\.csv: prediction_id b is of several",
+        ),
         ("prediction_id,label_sick\na,2\n", "neither 0 nor 1"),
         ("prediction_id,label_sick\na,Smith\n", "neither 0 nor 1"),
         ("id,label_sick\na,1\n", "no column prediction_id"),
