@@ -133,13 +133,12 @@ def read_requests(
     return requests if last is None else requests.tail(last).reset_index(drop=True)
 
 
-def answered(tables: Path, prediction_ids: Iterable[str]) -> int:
-    """How many of these requests are in the tables, whichever bundle answered."""
-    known = set(prediction_ids)
-    files = sorted(tables.glob("*/*.parquet"))
-    return sum(
-        len(known.intersection(pd.read_parquet(f, columns=["prediction_id"])["prediction_id"])) for f in files
-    )
+def unmatched(tables: Path, prediction_ids: Iterable[str]) -> int:
+    """How many of these are of no request in the tables, whichever bundle answered."""
+    left = set(prediction_ids)
+    for file in sorted(tables.glob("*/*.parquet")):
+        left.difference_update(pd.read_parquet(file, columns=["prediction_id"])["prediction_id"])
+    return len(left)
 
 
 def find_answer(log: Path, prediction_id: str) -> Logged | None:

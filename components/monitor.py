@@ -37,7 +37,9 @@ drift.json:
                         current_mean, n_reference, n
     prevalence          of each watched class: of, reference, value, low, high, n, method, p_value, moved
     unknown             requests of sites and scanners that the reference does not hold: by kind and name
-    n_labelled          requests with labels
+    n_labels            prediction_ids that labels were given for
+    n_unmatched         of these, those of no request in the log, whichever bundle answered
+    n_labelled          requests with labels, of the labelled window
     outcomes            name, of, value, low, high, n, method, at_least, at_most, broken
     drifted             whether anything has; null: too few requests, neither alarm nor all-clear
     retrain             whether a pipeline should act: anything has drifted, or is no longer as declared
@@ -73,7 +75,7 @@ from cadx.files import write_json
 from cadx.outcomes import COVERAGE, Outcome, live_outcomes
 from cadx.prevalence import Prevalence, compare_prevalence
 from cadx.reporting import PALETTE, Page, panels
-from cadx.request_log import answered, compact, read_labels, read_requests, short
+from cadx.request_log import compact, read_labels, read_requests, short, unmatched
 from cadx.webhook import check_webhook, post
 from components.contract import Alarm, In, Keep, MaybeIn, Out, Params, step
 
@@ -207,7 +209,7 @@ def monitor(
                 alpha=params.alpha * FOR_PREVALENCE,
                 minimum_effect=params.minimum_effect,
             )
-    labelled = _labelled(requests, labels, opened, params.labelled_window)
+    labelled, num_labels, num_unmatched = _labelled(requests, labels, opened, params.labelled_window)
     outcomes = [] if labelled.empty else _outcomes(labelled, manifest, params)
 
     moved = sorted((finding for finding in findings if finding.drifted), key=lambda finding: -finding.effect)
@@ -237,6 +239,8 @@ def monitor(
         "columns": [finding._asdict() for finding in findings],
         "prevalence": [_flat(one) for one in prevalence],
         "unknown": unknown_places(heldout, current),
+        "n_labels": num_labels,
+        "n_unmatched": num_unmatched,
         "n_labelled": len(labelled),
         "outcomes": [_flat(outcome) for outcome in outcomes],
         "drifted": bool(moved or shifted) if enough else None,
@@ -263,6 +267,8 @@ def monitor(
         empty.write(evidently)
     write_json(drift, record)
     _write_prometheus(prometheus, record, findings, prevalence, outcomes)
+    if num_unmatched:
+        print(f"{labels}: {_unmatched(record)}; take them from the answers", file=sys.stderr)
     if record["retrain"]:
         if webhook:
             told = ("schema", "experiment", "seed", "bundle", "n", "window", "retrain", "trigger", "message")
@@ -282,17 +288,20 @@ def _rounded(requests: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _labelled(tables: Path, labels: Path | None, bundle: Bundle, last: int | None) -> pd.DataFrame:
-    """The latest requests whose labels have come, with these beside them."""
+def _labelled(
+    tables: Path, labels: Path | None, bundle: Bundle, last: int | None
+) -> tuple[pd.DataFrame, int, int]:
+    """The latest requests whose labels have come, with these beside them; labels given; those of no request."""
     if labels is None:
-        return pd.DataFrame()
+        return pd.DataFrame(), 0, 0
     known = read_labels(labels, bundle.manifest.classes, bundle.manifest.task)
+    num_unmatched = unmatched(tables, known["prediction_id"])
     requests = read_requests(tables, bundle.digest, embeddings=False)
     if requests.empty:
-        return requests
+        return requests, len(known), num_unmatched
     joined = requests.merge(known, on="prediction_id")
     # Labels come late: after a new version has gone live the first are all of the one before.
-    if joined.empty and not answered(tables, known["prediction_id"]):
+    if joined.empty and num_unmatched == len(known):
         raise ValueError(
             f"{labels}: none of its {len(known)} prediction_ids is of a request in the log; "
             "take them from the answers"
@@ -301,7 +310,7 @@ def _labelled(tables: Path, labels: Path | None, bundle: Bundle, last: int | Non
     one_class = bundle.manifest.task in ("binary", "multiclass")  # half a label is none
     # Rows whose labels are still to come take no place among the latest.
     joined = joined[told.all(axis=1) if one_class else told.any(axis=1)]
-    return joined if last is None else joined.tail(last)
+    return joined if last is None else joined.tail(last), len(known), num_unmatched
 
 
 def _outcomes(labelled: pd.DataFrame, manifest: Manifest, params: MonitorParams) -> list[Outcome]:
@@ -330,6 +339,12 @@ def _holds_of_images(manifest: Manifest) -> bool:
     if conformal is None or not conformal.images:  # bundles of before images were counted
         return not manifest.clustered
     return conformal.images == conformal.patients
+
+
+def _unmatched(record: Mapping[str, Any]) -> str:
+    """That labels belong to nothing, in words."""
+    counted = f"{record['n_unmatched']} of the {record['n_labels']} prediction_ids with labels"
+    return f"{counted} are of no request in the log"
 
 
 def _assumptions(manifest: Manifest) -> list[str]:
@@ -459,6 +474,8 @@ def _page(
     )
 
     page.section("Are the answers right?")
+    if record["n_unmatched"]:
+        page.callout("warn", f"{_unmatched(record)}: what was found of these patients is not counted here.")
     if outcomes:
         page.table(
             [
@@ -714,6 +731,7 @@ def _write_prometheus(
         [({"class": one.of}, float(one.moved)) for one in prevalence],
     )
     gauge("labelled_requests", "Requests with labels", [({}, record["n_labelled"])])
+    gauge("labels_unmatched", "Labels of no request in the log", [({}, record["n_unmatched"])])
     gauge(
         "outcome",
         "Live metric with the ends of its 95 % interval",

@@ -518,6 +518,25 @@ def test_labels_that_are_still_to_come_hide_none_that_have(served: Served, tmp_p
     assert (seen.record["n_labelled"], seen.record["outcomes"]) == (0, [])
 
 
+def test_labels_of_no_request_are_counted_wherever_the_watch_speaks(
+    served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = write_lines(tmp_path / "log", served.usual)
+    lost = [{"prediction_id": f"{number:032x}", "decision": "normal"} for number in range(4)]
+    labels = write_labels(
+        tmp_path / "labels.csv", [*served.usual, *lost], lambda line: line["decision"] == "opacity"
+    )
+    seen = watch(log, served.bundle, tmp_path, labels=labels)
+    counted = tuple(seen.record[name] for name in ("n_labels", "n_unmatched", "n_labelled"))
+    assert counted == (NUM_REQUESTS + 4, 4, NUM_REQUESTS)
+    said = f"4 of the {NUM_REQUESTS + 4} prediction_ids with labels are of no request in the log"
+    assert said in seen.report
+    assert capsys.readouterr().err == f"{labels}: {said}; take them from the answers\n"
+    assert re.search(
+        r"^cadx_labels_unmatched\{.*\} 4\.0$", (tmp_path / "cadx.prom").read_text(), re.MULTILINE
+    )
+
+
 def test_missed_patients_are_an_alarm_though_nothing_has_drifted(served: Served, tmp_path: Path) -> None:
     log = write_lines(tmp_path / "log", served.usual)
     labels = write_labels(tmp_path / "labels.csv", served.usual, lambda line: line["decision"] == "normal")
@@ -567,7 +586,8 @@ def test_a_promise_of_patients_is_not_held_against_images_where_they_have_severa
     labels = write_labels(tmp_path / "labels.csv", lines, lambda _: True)
     seen = watch(write_lines(tmp_path / "log", lines), served.bundle, tmp_path, labels=labels)
     assert "coverage of opacity" in seen.record["trigger"]["broken"]
-    labelled, manifest = _labelled(tmp_path / "requests", labels, served.bundle, None), served.bundle.manifest
+    labelled, *_ = _labelled(tmp_path / "requests", labels, served.bundle, None)
+    manifest = served.bundle.manifest
     assert manifest.conformal is not None
     single = manifest.conformal.images
     for images, clustered, held in (
