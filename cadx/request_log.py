@@ -10,19 +10,20 @@ table that grows; it can be thrown away and made anew while the lines are there.
 
 import json
 import re
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field, ValidationError
 
 from cadx.drift import STATISTICS
 from cadx.files import digest_bytes, replacing, write_json
-from cadx.types import Digest, Task
+from cadx.types import Config, Digest, Task
 
 STATE = "state.json"
 UNWATCHED = "unwatched"
@@ -41,6 +42,21 @@ class Logged(NamedTuple):
     file: Path
     number: int
     record: dict[str, Any]
+
+
+class _ReadSoFar(Config):
+    """How far a file of lines has been read; the digest of its first line, which older states have not."""
+
+    bytes: int = Field(default=0, ge=0)
+    lines: int = Field(default=0, ge=0)
+    first: Digest | None = None
+
+
+class _State(Config):
+    version: Literal[1] = Field(default=1, alias="schema")
+    files: dict[str, _ReadSoFar]
+    torn: int = Field(ge=0)
+    duplicates: int = Field(ge=0)
 
 
 class Compacted(NamedTuple):
@@ -65,26 +81,27 @@ def compact(log: Path, tables: Path) -> Compacted:
     already are not added again.
 
     Raises:
-        ValueError: if a line is whole but not of this form; the tables then stay as they are.
+        ValueError: if a line is whole but not of this form, and the tables stay as they are; or if a table or the state
+            is damaged, and the next run reads the same lines again.
     """
     state = _read_state(tables)
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    torn = unfinished = 0
+    files, torn, unfinished = dict(state.files), 0, 0
     for file in sorted(log.rglob("*.jsonl")):
         name = file.relative_to(log).as_posix()
         if UNWATCHED in name.split("/")[:-1]:
             continue
-        start = state["files"].get(name, {"bytes": 0, "lines": 0})
+        start = state.files.get(name, _ReadSoFar())
         with file.open("rb") as stream:
             first = digest_bytes(stream.readline())
             # States of before first lines were kept have none.
-            if file.stat().st_size < start["bytes"] or start.get("first", first) != first:
-                start = {"bytes": 0, "lines": 0}
-            stream.seek(start["bytes"])
+            if file.stat().st_size < start.bytes or start.first not in (None, first):
+                start = _ReadSoFar()
+            stream.seek(start.bytes)
             *whole, rest = stream.read().split(b"\n")
         # Without its end a line may still be on its way: it is read next time.
         unfinished += bool(rest.strip())
-        for number, text in enumerate(whole, start=start["lines"] + 1):
+        for number, text in enumerate(whole, start=start.lines + 1):
             if not text.strip():
                 continue
             try:
@@ -92,20 +109,23 @@ def compact(log: Path, tables: Path) -> Compacted:
             except ValueError:  # no JSON, or no UTF-8
                 torn += 1
                 continue
+            except RecursionError:  # nested deeper than any line of a worker
+                line = None
             row = check_line(line, f"{file}: line {number}")
             rows.setdefault((short(line["bundle"]), f"{row['time']:%Y-%m-%d}"), []).append(row)
-        consumed = start["bytes"] + sum(len(text) + 1 for text in whole)
-        state["files"][name] = {"bytes": consumed, "lines": start["lines"] + len(whole), "first": first}
+        consumed = start.bytes + sum(len(text) + 1 for text in whole)
+        files[name] = _ReadSoFar(bytes=consumed, lines=start.lines + len(whole), first=first)
+    duplicates = state.duplicates
     for (bundle, day), added in sorted(rows.items()):
-        state["duplicates"] += _add(tables / bundle / f"{day}.parquet", added)
-    state["torn"] += torn
-    write_json(tables / STATE, state)
+        duplicates += _add(tables / bundle / f"{day}.parquet", added)
+    state = _State(files=files, torn=state.torn + torn, duplicates=duplicates)
+    write_json(tables / STATE, state.model_dump(by_alias=True))
     counts = {
-        folder.name: sum(pq.read_metadata(file).num_rows for file in folder.glob("*.parquet"))
+        folder.name: sum(_num_rows(file) for file in folder.glob("*.parquet"))
         for folder in sorted(tables.iterdir())
         if folder.is_dir()
     }
-    return Compacted(state["torn"] + unfinished, state["duplicates"], counts)
+    return Compacted(state.torn + unfinished, state.duplicates, counts)
 
 
 def read_requests(
@@ -123,8 +143,9 @@ def read_requests(
     files = sorted((tables / short(bundle)).glob("*.parquet"), reverse=True)
     parts: list[pd.DataFrame] = []
     for file in files:
-        names = [name for name in pq.read_schema(file).names if embeddings or name != "embedding"]
-        parts.append(pd.read_parquet(file, columns=names))
+        with _kept(file):
+            names = [name for name in pq.read_schema(file).names if embeddings or name != "embedding"]
+            parts.append(pd.read_parquet(file, columns=names))
         if last is not None and sum(map(len, parts)) >= last:
             break
     if not parts:
@@ -137,7 +158,8 @@ def unmatched(tables: Path, prediction_ids: Iterable[str]) -> int:
     """How many of these are of no request in the tables, whichever bundle answered."""
     left = set(prediction_ids)
     for file in sorted(tables.glob("*/*.parquet")):
-        left.difference_update(pd.read_parquet(file, columns=["prediction_id"])["prediction_id"])
+        with _kept(file):
+            left.difference_update(pd.read_parquet(file, columns=["prediction_id"])["prediction_id"])
     return len(left)
 
 
@@ -185,16 +207,12 @@ def read_labels(path: Path, classes: Iterable[str], task: Task) -> pd.DataFrame:
     names = [f"label_{name}" for name in classes]
     parts = []
     for file in files:
-        try:
+        with _refused_as(f"{file}: neither CSV nor Parquet; give a table of prediction_id and {names[0]}"):
             table = (
                 pd.read_parquet(file)
                 if file.suffix == ".parquet"
                 else pd.read_csv(file, dtype={"prediction_id": str})
             )
-        except (ValueError, pa.ArrowException):  # pandas' own errors of reading are ValueErrors
-            raise ValueError(
-                f"{file}: neither CSV nor Parquet; give a table of prediction_id and {names[0]}"
-            ) from None
         if task == "binary" and len(there := [name for name in names if name in table]) == 1:
             other = names[1 - names.index(there[0])]
             table[other] = 1 - pd.to_numeric(table[there[0]], errors="coerce").astype(float)
@@ -241,23 +259,47 @@ def short(bundle: Digest) -> str:
     return bundle.removeprefix("sha256:")[:12]
 
 
-def _read_state(tables: Path) -> dict[str, Any]:
+def _read_state(tables: Path) -> _State:
     try:
-        state: dict[str, Any] = json.loads((tables / STATE).read_text(encoding="utf-8"))
+        return _State.model_validate_json((tables / STATE).read_bytes())
     except FileNotFoundError:
-        return {"schema": 1, "files": {}, "torn": 0, "duplicates": 0}
-    except ValueError:
+        return _State(files={}, torn=0, duplicates=0)
+    except ValidationError:
         raise ValueError(
             f"{tables / STATE}: not of this form; remove the folder, it is made anew from the lines"
         ) from None
-    return state
+
+
+@contextmanager
+def _refused_as(said: str) -> Iterator[None]:
+    """Say of a table that cannot be read what is wrong with it."""
+    try:
+        yield
+    except (ValueError, OSError, pa.ArrowException) as error:  # pandas' own errors of reading are ValueErrors
+        # Pyarrow's own errors, of what it found in the file, have no number.
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise ValueError(said) from None
+
+
+def _kept(file: Path) -> AbstractContextManager[None]:
+    """While a day's table is read. Were it removed alone its rows would be lost: their lines count as read."""
+    return _refused_as(
+        f"{file}: damaged; remove the folder {file.parent.parent}, it is made anew from the lines"
+    )
+
+
+def _num_rows(file: Path) -> int:
+    with _kept(file):
+        return int(pq.read_metadata(file).num_rows)
 
 
 def _add(file: Path, rows: list[dict[str, Any]]) -> int:
     """Add rows to one day's table; how many were there already."""
     table = pd.DataFrame(rows)
     if file.exists():
-        table = pd.concat([pd.read_parquet(file), table], ignore_index=True)
+        with _kept(file):
+            table = pd.concat([pd.read_parquet(file), table], ignore_index=True)
     kept = table.drop_duplicates("prediction_id").sort_values(["time", "prediction_id"], ignore_index=True)
     with replacing(file) as partial:
         kept.to_parquet(partial, index=False)
@@ -279,7 +321,7 @@ def check_line(line: Any, where: str) -> dict[str, Any]:
         return _row(line)
     except KeyError as error:
         raise ValueError(f"{where} has no {error}; move the file away") from None
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(
             f"{where} is not of the log's form ({type(error).__name__}); move the file away"
         ) from None
@@ -310,4 +352,8 @@ def _row(line: dict[str, Any]) -> dict[str, Any]:
     numbers = [value for value in row.values() if isinstance(value, float)]
     if not (np.isfinite(numbers).all() and np.isfinite(embedding).all()):
         raise ValueError("a number is not finite")
+    if embedding.ndim != 1:
+        raise ValueError("an embedding that is no vector")
+    words = [*row, *(value for value in row.values() if isinstance(value, str)), *map(str, called_set or ())]
+    "".join(words).encode()  # half of a surrogate pair has no UTF-8
     return row

@@ -1,6 +1,7 @@
 """Logs as workers leave them, the tables made of them day by day, and labels as clinics send them."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pandas as pd
 import pytest
 
 from cadx.drift import STATISTICS
-from cadx.request_log import compact, read_labels, read_requests
+from cadx.request_log import compact, read_labels, read_requests, unmatched
 from cadx.types import Digest, Task
 
 BUNDLE, OTHER = (Digest("sha256:" + digit * 64) for digit in "12")
@@ -171,6 +172,11 @@ def test_lines_of_other_bundles_and_repeated_ones_are_counted(log: Path, tables:
         ({"time": "yesterday"}, r"line 2 is not of the log's form"),
         ({"time": "2026-03-04T05:06:07"}, r"line 2 is not of the log's form"),
         ({"bundle": "sha256:../../etc"}, r"line 2 is not of the log's form"),
+        ({"site": "Smith\ud800"}, r"line 2 is not of the log's form"),
+        ({"prediction_set": ["Smith\ud800"]}, r"line 2 is not of the log's form"),
+        ({"probabilities": {"well": 10**400, "sick": 0.5}}, r"line 2 is not of the log's form"),
+        ({"embedding": [10**400]}, r"line 2 is not of the log's form"),
+        ({"embedding": [[0.5, 1]]}, r"line 2 is not of the log's form"),
     ],
 )
 def test_a_whole_line_of_another_form_is_refused_where_it_stands(
@@ -182,6 +188,58 @@ def test_a_whole_line_of_another_form_is_refused_where_it_stands(
     assert "\n" not in str(caught.value)
     assert "Smith" not in str(caught.value)
     assert not tables.exists()
+
+
+def test_a_line_nested_too_deeply_is_refused_where_it_stands(log: Path, tables: Path) -> None:
+    (log / "a.jsonl").write_text(json.dumps(request_line(1)) + "\n" + "[" * 100_000 + "\n")
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl: line 2 is no request of schema_version 1; move the file away"
+    ):
+        compact(log, tables)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        *("", "{", "{}", "[]", "7", '{"schema": 1, "files": {}, "torn": 0}', "[" * 100_000),
+        '{"schema": 2, "files": {}, "torn": 0, "duplicates": 0}',
+        '{"schema": 1, "files": {"a.jsonl": {"lines": "x"}}, "torn": 0, "duplicates": 0}',
+        '{"schema": 1, "files": {"a.jsonl": {"bytes": -5, "lines": 0}}, "torn": 0, "duplicates": 0}',
+        "\ud800",
+    ],
+)
+def test_a_damaged_state_is_named_with_what_to_do(log: Path, tables: Path, state: str) -> None:
+    write_log(log, "a.jsonl", request_line(1))
+    compact(log, tables)
+    (tables / "state.json").write_text(state, encoding="utf-8", errors="surrogatepass")
+    with pytest.raises(
+        ValueError, match=r"state\.json: not of this form; remove the folder, it is made anew"
+    ) as caught:
+        compact(log, tables)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_table_is_named_with_what_to_do(log: Path, tables: Path) -> None:
+    write_log(log, "a.jsonl", request_line(1))
+    compact(log, tables)
+    write_log(log, "b.jsonl", request_line(2))
+    (table,) = tables.glob("*/*.parquet")
+    whole = table.read_bytes()
+    page = whole[:40] + bytes(100) + whole[140:]  # its end, which says what is where, is as it was
+    for damaged in (b"", whole[: len(whole) // 2], whole[:-1], page, b"no table"):
+        table.write_bytes(damaged)
+        for call in (
+            lambda: compact(log, tables),
+            lambda: read_requests(tables, BUNDLE),
+            lambda: unmatched(tables, ["a"]),
+        ):
+            with pytest.raises(
+                ValueError, match=r"-04\.parquet: damaged; remove the folder .*tables, it"
+            ) as caught:
+                call()
+            assert "\n" not in str(caught.value)
+    shutil.rmtree(tables)
+    assert compact(log, tables).requests == {"1" * 12: 2}
 
 
 # --- Labels -------------------------------------------------------------------------------------------
@@ -199,6 +257,16 @@ def test_labels_come_from_tables_of_either_form_and_a_folder_of_them(tmp_path: P
     assert found.loc["0012"].tolist() == [0, 1]
     assert np.isnan(found.loc["b", "label_sick"])
     assert found.loc["c"].tolist() == [1, 0], "of two classes one says both"
+
+
+def test_damaged_labels_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "labels.parquet"
+    pd.DataFrame({"prediction_id": [f"{n:032x}" for n in range(50)], "label_sick": 1}).to_parquet(file)
+    whole = file.read_bytes()
+    for damaged in (whole[:-9], whole[:40] + bytes(100) + whole[140:]):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"labels\.parquet: neither CSV nor Parquet"):
+            read_labels(file, ["well", "sick"], "binary")
 
 
 def test_what_one_file_of_labels_leaves_empty_another_tells(tmp_path: Path) -> None:
