@@ -250,7 +250,8 @@ def share(
     part_of = (weight * (right - by_seed[:, None]) / size[:, None]).mean(axis=0)
     influence = cases.by_patient(part_of)
     value = float(by_seed.mean())
-    patients = cases.effective_patients(np.asarray(among.any(axis=0)))
+    which = np.asarray(among.any(axis=0))
+    patients = float(cases.count_patients(which)) if each_patient else cases.effective_patients(which)
     if not cases.clustered and size.size == 1:
         effective, critical, method = float(n), Z, "Wilson"
     else:
