@@ -5,6 +5,7 @@ guessed in silence: what was assumed is a note, and what would be taken amiss la
 """
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 from cadx.catalog import SPLIT_WORDS, FolderEntry, Row, TableEntry, candidate_files, read_rows
 from cadx.files import digest_path
 from cadx.layouts import UNKNOWN, as_posix
-from cadx.reading.dicom import dicom_identifiers
+from cadx.reading.dicom import dicom_identifiers, patient_names
 from cadx.reading.folders import is_hidden
 from cadx.reading.images import read_image
 from cadx.reading.vocabulary import BURNED_IN
@@ -69,12 +70,14 @@ class _Seen(NamedTuple):
         files: how many were looked into.
         unreadable: how many of them cannot be read.
         patients: whom the others name, once for each file that names somebody.
+        names: the words of each name in their headers.
         identifiers: the elements that name a patient.
     """
 
     files: int
     unreadable: int
     patients: list[str]
+    names: list[set[str]]
     identifiers: set[str]
 
 
@@ -165,11 +168,14 @@ def describe_folder(folder: Path, *, positive: str = "") -> Described:
 def _check_classes(name: str, layout: _Layout, seen: _Seen) -> None:
     """Refuse classes that are none, without repeating what may be a person's name."""
     classes = list(layout.counts)
-    if persons := sum(one in seen.patients or _PERSON_NAME.search(one) is not None for one in classes):
+    if persons := sum(one in seen.patients or _is_name(one, seen.names) for one in classes):
         raise ValueError(
             f"{name}: {persons} of {len(classes)} classes are named like patients; make a folder for each class, or add"
             " a CSV with the columns file and label"
         )
+    empty = [one for one in classes if not layout.counts[one]]
+    if empty and layout.fields["format"] == "folder":  # a table may well ask for a finding that nobody has
+        raise ValueError(f"{name}: the folder of class {empty[0]!r} is empty; remove it")
     if unknown := [one for one in classes if one.lower() in UNKNOWN]:
         raise ValueError(
             f"{name}: {sum(layout.counts[one] for one in unknown)} images are labelled {', '.join(unknown)};"
@@ -178,6 +184,25 @@ def _check_classes(name: str, layout: _Layout, seen: _Seen) -> None:
     alike = Counter(one.casefold() for one in classes)
     if twice := [one for one in classes if alike[one.casefold()] > 1]:
         raise ValueError(f"{name}: classes {', '.join(twice)} differ in capitals alone; write them alike")
+
+
+def _is_name(text: str, names: Sequence[set[str]]) -> bool:
+    """Whether a text has the form of a name, is made of a name's words, or holds two of them, as family and given."""
+    words = _name_words(text)
+    return _PERSON_NAME.search(text) is not None or any(
+        (words and words <= name) or len(words & name) > 1 for name in names
+    )
+
+
+def _name_words(text: str) -> set[str]:
+    """The words that may be a person's, in lower case: no numbers, and no letters alone, such as initials.
+
+    >>> sorted(_name_words("Doe_Jane M, 47110"))
+    ['doe', 'jane']
+    """
+    # Composed: macOS lists the folder of an umlaut as letter and dots.
+    words = re.split(r"[\W_]+", unicodedata.normalize("NFC", text).casefold())
+    return {word for word in words if word.isalpha() and len(word) > 1}
 
 
 def _positive(layout: _Layout) -> tuple[str, str]:
@@ -220,8 +245,6 @@ def _describe_class_folders(folder: Path) -> _Layout:
     for parent in inner if by_split else [folder]:
         for path in _folders(parent):
             images = candidate_files(path)
-            if not images:
-                raise ValueError(f"{folder.name}: the folder of class {path.name!r} is empty; remove it")
             counts[path.name] += len(images)
             files.extend(images)
     if not 2 <= len(counts) <= _MOST_CLASSES:
@@ -352,18 +375,29 @@ def _looked_into(files: Sequence[Path]) -> _Seen:
     """What a sample of the files holds, spread over all of them."""
     sample = files[:: max(1, len(files) // _SAMPLED_FILES)]
     patients: list[str] = []
+    names: list[set[str]] = []
     identifiers: set[str] = set()
     unreadable = 0
     for path in sample:
         try:
             identifiers.update(dicom_identifiers(path))
+            names += _names_in(path)
             patient = read_image(path).patient
         except (ValueError, OSError):
             unreadable += 1
             continue
         if patient is not None:
             patients.append(patient)
-    return _Seen(len(sample), unreadable, patients, identifiers)
+    return _Seen(len(sample), unreadable, patients, names, identifiers)
+
+
+def _names_in(path: Path) -> list[set[str]]:
+    """The words of each name in a file's header, without title and degree; of none with a digit, a pseudonym's sign."""
+    called = (
+        name for names in patient_names(path) for name in names.split("=") if not re.search(r"\d", name)
+    )
+    # Family, given and middle name are the first three parts, PS3.5 6.2.1.2.
+    return [_name_words(" ".join(name.split("^")[:3])) for name in called]
 
 
 def _patient_policy(layout: _Layout, seen: _Seen, notes: list[str]) -> str:

@@ -94,6 +94,8 @@ def test_several_label_columns_are_multilabel(tmp_path):
     assert isinstance(described, TableEntry)
     assert (described.task, described.classes) == ("multilabel", ("mass", "edema"))
     assert described.label_columns == {"mass": "label_mass", "edema": "label_edema"}
+    (tmp_path / "own/t.csv").write_text("file,label_mass,label_edema\n0.png,1,0\n1.png,0,\n2.png,1,0\n")
+    assert describe_folder(tmp_path / "own").entry.classes == ("mass", "edema"), "also one that nobody has"
 
 
 def test_dicom_with_identifiers_is_deidentified_and_says_so(tmp_path):
@@ -193,6 +195,16 @@ def named_like_their_files_patients(own: Path) -> None:
         (own / name / "1.dcm").write_bytes(encode(dicom(PatientID=name)))
 
 
+def named_as_their_files_name_patients(own: Path) -> None:
+    """Orders, cases and marks of composition that differ from the header's; a family name alone; one empty folder."""
+    for number, folder in enumerate(("Hans MEIER", "roth_eva 1960", "Ro\u0308thig, Uwe (left)", "Roth")):
+        patient = ("Meier^Hans", "Roth^Eva^^Dr", "R\u00f6thig^Uwe", "Roth^Eva")[number]
+        (own / folder).mkdir(parents=True)
+        header = dicom(PatientID=f"4711{number}", PatientName=patient, SpecificCharacterSet="ISO_IR 192")
+        (own / folder / "1.dcm").write_bytes(encode(header))
+    (own / "Roth Max").mkdir()
+
+
 def with_a_name_that_is_no_text(own: Path) -> None:
     classes(own, ill=2, well=2)
     Path(os.fsdecode(os.fsencode(own / "ill") + b"/m\xe4.png")).write_bytes(b"")
@@ -201,6 +213,7 @@ def with_a_name_that_is_no_text(own: Path) -> None:
 REFUSED = {
     "2 of 2 classes are named like patients; make a folder for each class": named_like_patients,
     "2 of 2 classes are named like patients": named_like_their_files_patients,
+    "4 of 5 classes are named like patients": named_as_their_files_name_patients,
     "3 images are labelled NaN, nan; give them": lambda own: table(
         own, "file,label", "a.png,ill", "b.png,nan", "c.png,NaN", "d.png,well", "e.png,nan"
     ),
@@ -225,6 +238,21 @@ REFUSED = {
 }
 
 
+def test_classes_that_share_less_than_a_name_with_a_patient_are_taken(tmp_path):
+    """A pseudonym's group, an initial, a degree, one word of two, and what was removed are no patient's name."""
+    files = {
+        "AD": {"PatientName": "AD^001", "PatientID": "AD-001"},
+        "M": {"PatientName": "Doe^Jane^M", "PatientID": "7"},
+        "MD": {"PatientName": "Roe^Ann^^^MD", "PatientID": "8"},
+        "Short bone": {"PatientName": "Short^Martin", "PatientID": "9"},
+        "cyst": {"PatientName": "cyst", "PatientIdentityRemoved": "YES", "PatientID": "cyst-12"},
+    }
+    for name, elements in files.items():
+        (tmp_path / "own" / name).mkdir(parents=True)
+        (tmp_path / "own" / name / "1.dcm").write_bytes(encode(dicom(**elements)))
+    assert describe_folder(tmp_path / "own").entry.classes == tuple(sorted(files))
+
+
 @pytest.mark.parametrize("reason", REFUSED)
 def test_what_would_be_taken_amiss_is_refused_in_one_line(tmp_path, reason):
     (tmp_path / "own").mkdir()
@@ -232,7 +260,7 @@ def test_what_would_be_taken_amiss_is_refused_in_one_line(tmp_path, reason):
     with pytest.raises(ValueError, match=reason) as refusal:
         describe_folder(tmp_path / "own")
     assert "\n" not in str(refusal.value)
-    assert not any(name in str(refusal.value).upper() for name in ("MEIER", "ROTH"))
+    assert not any(name in str(refusal.value).upper() for name in ("MEIER", "ROTH", "THIG"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may open every folder")

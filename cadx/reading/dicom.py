@@ -138,6 +138,28 @@ def dicom_identifiers(source: Path | bytes) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
+def patient_names(source: Path | bytes) -> tuple[str, ...]:
+    """What a DICOM file calls its patient, family^given; to compare with, never to be shown or stored.
+
+    Empty for PNG and JPEG, and where the file says PatientIdentityRemoved = YES.
+
+    Raises:
+        ValueError: one line, if the header cannot be read.
+    """
+    data = read_bytes(source)
+    if sniff(data[:HEAD_BYTES]) != "DICOM":
+        return ()
+    try:
+        with discreet():
+            header = parse_header(data)
+            keywords = () if _identity_removed(header) else _NAMING
+            return tuple(filter(None, (header_text(header, keyword) for keyword in keywords)))
+    except Refusal as refusal:
+        raise ValueError(f"DICOM: {refusal}") from None
+    except Exception as error:  # see read_image
+        raise ValueError(f"DICOM: the header cannot be read ({type(error).__name__})") from None
+
+
 def _identity_removed(header: Dataset) -> bool:
     return header_text(header, "PatientIdentityRemoved").upper() == "YES"
 
