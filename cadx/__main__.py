@@ -194,7 +194,7 @@ def new(folder: Path, /, *, name: str = "", positive: str = "") -> None:
     folder
         The images.
     name
-        The experiment's name; the folder's by default.
+        The experiment's name; the folder's by default, with - for other signs than a-z and 0-9.
     positive
         The class to be found; by default the one that does not say that nothing was found, else the rarest.
     """
@@ -204,12 +204,12 @@ def new(folder: Path, /, *, name: str = "", positive: str = "") -> None:
     from cadx.describing import describe_folder
     from cadx.files import replacing
     from components.contract import ROOT
-    from serving.archive import NAME_PATTERN
 
-    name = name or re.sub(r"[^a-z0-9.]+", "-", folder.resolve().name.lower()).strip("-.")
-    if not re.fullmatch(NAME_PATTERN, name):
+    name = name or re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-")
+    # As serving.archive.NAME_PATTERN, but no dot, at which DVC parts the name of a section from its keys.
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
         raise ValueError(
-            f"name {name!r}: give one of a-z, 0-9, '.', '_' and '-' with --name, a letter or digit first"
+            f"name {name!r}: give one of a-z, 0-9, '_' and '-' (no dot) with --name, a letter or digit first"
         )
     catalog, params, stages = ROOT / "data/catalog.yaml", ROOT / "params.yaml", ROOT / "dvc.yaml"
     planned = _planned(stages, "experiments")

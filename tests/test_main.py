@@ -93,6 +93,21 @@ def test_new_makes_an_experiment_that_the_next_commands_take(
     assert done.returncode == 0, done.stderr
 
 
+def test_a_name_has_no_dot_at_which_dvc_would_part_it(checkout: Path, images: Path, tmp_path: Path) -> None:
+    files = [checkout / name for name in ("data/catalog.yaml", "params.yaml", "dvc.yaml")]
+    before = [path.read_text() for path in files]
+    dotted = run(checkout, "new", str(images), "--name", "chest.v1")
+    assert [path.read_text() for path in files] == before
+    assert dotted.stderr.startswith("cadx new: name 'chest.v1': give one of a-z, 0-9, '_' and '-' (no dot)")
+    shutil.copytree(images, tmp_path / "Chest_X.v1.")
+    try:
+        done = run(checkout, "new", str(tmp_path / "Chest_X.v1."))
+        assert done.stdout.splitlines()[-1].strip() == "make reproduce EXPERIMENT=chest-x-v1"
+    finally:
+        for path, former in zip(files, before, strict=True):
+            path.write_text(former)
+
+
 def test_a_name_that_is_taken_is_refused(
     checkout: Path, images: Path, added: subprocess.CompletedProcess[str]
 ) -> None:
