@@ -27,7 +27,7 @@ from cadx.files import digest_path, replacing
 from cadx.reading.folders import is_hidden
 from cadx.reading.vocabulary import Photometric
 from cadx.settings import explain, read_yaml
-from cadx.types import Config, Kind, Task
+from cadx.types import Config, Digest, Kind, Task
 
 GivenSplit = Literal["train", "val", "calibration", "test"]
 Positive = Annotated[float, Field(gt=0)]
@@ -473,11 +473,22 @@ def digest_as(path: Path, declared: str) -> str:
         ValueError: for an md5 of a folder.
     """
     if not declared.startswith("md5:"):
-        return digest_path(path)
+        return digest_source(path)
     if path.is_dir():
         raise ValueError("an md5 digest is of one file; give the sha256 of the folder")
     with path.open("rb") as stream:
         return "md5:" + hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def digest_source(path: Path) -> Digest:
+    """The SHA-256 of a source's bytes, as `digest_path`, but without what nobody put there (`is_hidden`).
+
+    A folder that a file manager has looked into, and left its `Thumbs.db` in, is the same source.
+
+    Raises:
+        FileNotFoundError: if nothing is there.
+    """
+    return digest_path(path, without=is_hidden)
 
 
 # --- Pseudonyms ---------------------------------------------------------------------------------------

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from cadx.catalog import SPLIT_WORDS, FolderEntry, Row, TableEntry, candidate_files, read_rows
-from cadx.files import digest_path
+from cadx.catalog import SPLIT_WORDS, FolderEntry, Row, TableEntry, candidate_files, digest_source, read_rows
 from cadx.layouts import UNKNOWN, as_posix
 from cadx.reading.dicom import dicom_identifiers, patient_names
 from cadx.reading.folders import is_hidden
@@ -152,7 +151,7 @@ def describe_folder(folder: Path, *, positive: str = "") -> Described:
         "licence": "private: not for distribution",
         "citation": "none",
         "file": str(folder),
-        "digest": digest_path(folder),
+        "digest": digest_source(folder),
         "deidentify": True,
         "patient": policy,
         **layout.fields,

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,19 @@ def digest_bytes(data: bytes) -> Digest:
     return Digest("sha256:" + hashlib.sha256(data).hexdigest())
 
 
-def digest_path(path: Path) -> Digest:
+def digest_path(path: Path, *, without: Callable[[str], bool] = lambda name: False) -> Digest:
     """The SHA-256 of a file's bytes, or of a folder's sorted relative names and file digests.
+
+    Args:
+        path: the file or folder.
+        without: whether what bears this name in a folder is left out, of a folder with all that it holds.
 
     Raises:
         FileNotFoundError: if nothing is there.
     """
     if path.is_dir():
-        members = sorted(p for p in path.rglob("*") if p.is_file())
+        files = (p for p in path.rglob("*") if p.is_file())
+        members = sorted(p for p in files if not any(map(without, p.relative_to(path).parts)))
         listing = "".join(f"{p.relative_to(path).as_posix()} {digest_path(p)}\n" for p in members)
         return digest_bytes(listing.encode())
     hasher = hashlib.sha256()

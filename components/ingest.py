@@ -32,6 +32,7 @@ from cadx.catalog import (
     StoredEntry,
     TableEntry,
     digest_as,
+    digest_source,
     fetch,
     load_catalog,
     pseudonym,
@@ -116,7 +117,7 @@ def ingest(*, catalog: In, cache: Keep, dataset: Out, digest: str = "", params: 
 
 def _digest(name: str, root: Path) -> Digest:
     try:
-        return digest_path(root)
+        return digest_source(root)
     except OSError as error:  # its text repeats a file's name
         what = type(error).__name__
         raise ValueError(f"{name}: a file of the source cannot be read ({what}); check its rights") from None

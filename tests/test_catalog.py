@@ -20,6 +20,7 @@ from cadx.catalog import (
     NpzEntry,
     PairsEntry,
     TableEntry,
+    digest_source,
     fetch,
     load_catalog,
     pseudonym,
@@ -266,6 +267,20 @@ def test_ones_own_folder_is_used_in_place_and_checked(tmp_path):
     with pytest.raises(ValueError, match=r"has digest sha256:.* its entry says sha256:") as caught:
         fetch("own", own, tmp_path / "cache")
     assert "Ignatowska" not in str(caught.value)
+
+
+@pytest.mark.parametrize("litter", ["a/Thumbs.db", ".DS_Store", "a/@eaDir/x.png/SYNOFILE_THUMB_M.png"])
+def test_what_systems_put_into_a_folder_does_not_change_its_digest(tmp_path, litter):
+    write_png(tmp_path / "own/a/1.png")
+    own = FolderEntry.model_validate(
+        COMMON
+        | {"format": "folder", "file": str(tmp_path / "own"), "digest": digest_source(tmp_path / "own")}
+    )
+    assert own.digest == digest_path(tmp_path / "own"), "as it was where nothing of the kind lies there"
+    (tmp_path / "own" / litter).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "own" / litter).write_bytes(b"left by itself")
+    assert fetch("own", own, tmp_path / "cache") == tmp_path / "own"
+    assert digest_source(tmp_path / "own") == own.digest != digest_path(tmp_path / "own")
 
 
 # --- Pseudonyms ---------------------------------------------------------------------------------------

@@ -162,6 +162,12 @@ def test_same_source_gives_the_same_bytes(run):
     assert digest_path(one.path) == digest_path(other.path)
 
 
+def test_what_systems_put_into_a_source_leaves_the_dataset_as_it_is(run, folders, tmp_path):
+    before = run(folders, "one")
+    (tmp_path / "own/normal/Thumbs.db").write_bytes(b"left by itself")
+    assert digest_path(run(folders, "other").path) == digest_path(before.path)
+
+
 def test_a_folder_per_class(run, folders):
     folder = run(folders)
     samples = folder.samples
