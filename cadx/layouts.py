@@ -30,6 +30,7 @@ from cadx.catalog import (
     candidate_files,
     read_rows,
 )
+from cadx.reading.folders import is_hidden
 from cadx.reading.source import Format, sniff_file
 from cadx.reading.vocabulary import parse_age, parse_sex
 
@@ -188,7 +189,7 @@ def _folder_items(entry: FolderEntry, root: Path, orphans: list[Orphan] | None) 
         inner = root / folder
         where = f"split folder {folder}, " if folder else ""
         folders = [path.name for path in inner.iterdir() if path.is_dir()] if inner.is_dir() else []
-        known = [name for name in folders if not name.startswith(".")]
+        known = [name for name in folders if not is_hidden(name)]
         if unknown := len(set(known) - set(entry.classes)):
             raise ValueError(
                 f"{where}{unknown} of {len(known)} folders are none of the classes "
@@ -220,7 +221,7 @@ def _class_members(entry: FolderEntry, folder: Path) -> list[Path]:
     """The files of a class; of volumes also the folders, each of which is a series."""
     if entry.kind != "volume":
         return candidate_files(folder)
-    series = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    series = [path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)]
     return sorted([*candidate_files(folder, recursive=False), *series])
 
 

@@ -723,6 +723,17 @@ def test_a_folder_of_slices_is_one_volume_of_its_class(tmp_path: Path) -> None:
     assert [item.relative.as_posix() for item in items] == ["cell/s1", "cell/s2", "platelet/a.nii"]
 
 
+@pytest.mark.parametrize("kind", ["image", "volume"])
+def test_folders_that_a_file_server_made_are_neither_classes_nor_series(tmp_path: Path, kind: str) -> None:
+    for name in ("cell/a.png", "platelet/b.png", "@eaDir/cell/c.png", "cell/@eaDir/a.png/d.png"):
+        picture(tmp_path / name)
+    entry = FolderEntry(**{**DESCRIBED, "task": "multiclass", "kind": kind}, format="folder")
+    assert [item.relative.as_posix() for item in list_items(entry, tmp_path)] == [
+        "cell/a.png",
+        "platelet/b.png",
+    ]
+
+
 @pytest.mark.parametrize("lost", ["lost.jpg", "extra/cell/lost.png", "train/lost.png"])
 def test_an_image_outside_of_the_class_folders_is_not_left_out_in_silence(tmp_path: Path, lost: str) -> None:
     for name in ("train/cell/a.png", "train/platelet/b.png", lost):
