@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from cadx.catalog import SPLIT_WORDS, FolderEntry, Row, TableEntry, candidate_files, digest_source, read_rows
-from cadx.layouts import UNKNOWN, as_posix
+from cadx.layouts import UNKNOWN, Orphan, as_posix, list_items
 from cadx.reading.dicom import dicom_identifiers, patient_names
 from cadx.reading.folders import is_hidden
 from cadx.reading.images import read_image
@@ -100,8 +100,9 @@ def describe_folder(folder: Path, *, positive: str = "") -> Described:
     The positive class is `positive`, or the one that does not say that nothing was found, or the rarest.
 
     Raises:
-        ValueError: one line, if neither a table nor a folder per class is there, `positive` is no class, or something
-            would be lost or mistaken. It repeats no file name and no cell but the classes.
+        ValueError: one line, if neither a table nor a folder per class is there, `positive` is no class, something
+            would be lost or mistaken, or `ingest` could not list the images. It repeats no file name and no cell but
+            the classes.
     """
     folder = folder.resolve()
     if not folder.is_dir():
@@ -151,7 +152,6 @@ def describe_folder(folder: Path, *, positive: str = "") -> Described:
         "licence": "private: not for distribution",
         "citation": "none",
         "file": str(folder),
-        "digest": digest_source(folder),
         "deidentify": True,
         "patient": policy,
         **layout.fields,
@@ -159,9 +159,44 @@ def describe_folder(folder: Path, *, positive: str = "") -> Described:
     }
     cls = TableEntry if layout.fields["format"] == "table" else FolderEntry
     try:
-        return Described(cls.model_validate(content), splits, tuple(notes))
+        entry = cls.model_validate(content)
     except ValidationError as error:
         raise ValueError(f"{folder.name}: {error.errors(include_input=False)[0]['msg']}") from None
+    try:
+        _check_listing(folder, entry)
+        digest = digest_source(folder)
+    except OSError as error:  # its text repeats a file's name
+        what = type(error).__name__
+        raise ValueError(f"{folder.name}: a file in it cannot be read ({what}); check its rights") from None
+    return Described(entry.model_copy(update={"digest": digest}), splits, tuple(notes))
+
+
+def _check_listing(folder: Path, entry: FolderEntry | TableEntry) -> None:
+    """Refuse what `ingest` would refuse before it opens an image.
+
+    With other advice where its own is to correct the entry or the step's parameters, which are not written yet.
+    """
+    for split in entry.split_folders if isinstance(entry, FolderEntry) else ():
+        if lacking := [name for name in entry.classes if not candidate_files(folder / split / name)]:
+            raise ValueError(
+                f"{folder.name}: {split} holds no image of class {', '.join(lacking)}; put some there, or all images"
+                " into one folder per class, without splits"
+            )
+    alone: list[Orphan] = []
+    try:
+        list_items(entry, folder, alone)
+    except ValueError as error:
+        raise ValueError(f"{folder.name}: {error}") from None
+    if alone:
+        way = (
+            "give each a row, with an empty label where nobody knows it"
+            if isinstance(entry, TableEntry)
+            else "move each into the folder of a class"
+        )
+        raise ValueError(
+            f"{folder.name}: {len(alone)} files are left over ({alone[0].place}: {alone[0].reason}); {way}, or move"
+            " them away"
+        )
 
 
 def _check_classes(name: str, layout: _Layout, seen: _Seen) -> None:

@@ -228,6 +228,20 @@ REFUSED = {
         classes(own / name, a=1, b=1) for name in ("train", "test", "extra")
     ],
     "the folder of class 'ill' is empty": lambda own: (classes(own, well=2, sick=2) / "ill").mkdir(),
+    "own: 1 files are left over .file 3 in sorted order: it lies in no folder of a class.; move": lambda own: (
+        write_png(classes(own, ill=2, well=2) / "overview.png")
+    ),
+    "own: 1 files are left over .* it has no row.; give each a row, with an empty label": lambda own: (
+        write_png(table(own, "file,label", "in/a.png,x", "in/b.png,y") / "in/c.png")
+    ),
+    "own: val holds no image of class b; put some there": lambda own: [
+        classes(own / "train", a=1, b=1),
+        classes(own / "val", a=1),
+        classes(own / "test", a=1, b=1),
+    ],
+    "own: t.csv row 3, column age: not an age": lambda own: table(
+        own, "file,label,age", "a.png,x,60", "b.png,y,old", name="t.csv"
+    ),
     "row 3: its path leads out of own": lambda own: table(own, "file,label", "a.png,x", "../b.png,y"),
     "row 3: its file is neither in own nor one folder below; so it is in 1 of 2 rows": lambda own: (
         table(own, "file,label", "a.png,x", "b.png,y") / "b.png"
@@ -261,6 +275,17 @@ def test_what_would_be_taken_amiss_is_refused_in_one_line(tmp_path, reason):
         describe_folder(tmp_path / "own")
     assert "\n" not in str(refusal.value)
     assert not any(name in str(refusal.value).upper() for name in ("MEIER", "ROTH", "THIG"))
+
+
+def test_a_file_that_may_not_be_read_is_not_named(tmp_path, monkeypatch):
+    def closed(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path / "ill/Roth.png"))
+
+    monkeypatch.setattr("cadx.describing.digest_source", closed)
+    with pytest.raises(
+        ValueError, match=r"own: a file in it cannot be read \(PermissionError\); check its rights"
+    ):
+        describe_folder(classes(tmp_path / "own", ill=2, well=2))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may open every folder")
