@@ -252,6 +252,7 @@ class Augmentation(Config):
         epoch: int,
         samples: "Sequence[int] | torch.Tensor",
         background: float,
+        aspects: Sequence[float] = (),
     ) -> "torch.Tensor":
         """The augmented batch, N C H W, on the batch's device; the batch itself if nothing is to be done.
 
@@ -261,6 +262,8 @@ class Augmentation(Config):
             epoch: 0 or more.
             samples: N sample indices: with seed and epoch they alone decide the draws.
             background: what lies outside of an image (`Preprocessing.background`).
+            aspects: N, how many times as high as wide a pixel is, so that a rotation turns what lies there and does
+                not shear it; none where pixels are square.
         """
         if self.is_identity:
             return batch
@@ -277,7 +280,7 @@ class Augmentation(Config):
         if self.depth_flip:
             batch = torch.where(_per_image(draws.depth_flip < 0), batch.flip(1), batch)
         if self.rotation_degrees or self.translation_fraction or self.scale_fraction:
-            grid = self._grid(draws, height_px=batch.shape[2], width_px=batch.shape[3])
+            grid = self._grid(draws, aspects, height_px=batch.shape[2], width_px=batch.shape[3])
             # Zero is the background of the shifted batch, and grid_sample pads with zeros.
             batch = F.grid_sample(batch - background, grid, align_corners=False) + background
         if self.contrast:
@@ -288,7 +291,9 @@ class Augmentation(Config):
             batch = batch + self.noise_std * _noise(seed, epoch, indices, batch)
         return batch
 
-    def _grid(self, draws: _Draws, *, height_px: int, width_px: int) -> "torch.Tensor":
+    def _grid(
+        self, draws: _Draws, aspects: Sequence[float], *, height_px: int, width_px: int
+    ) -> "torch.Tensor":
         """Where each output pixel comes from, N H W 2 (x, y) in -1..1; turned about the centre."""
         import torch
 
@@ -301,8 +306,13 @@ class Augmentation(Config):
         cos, sin = (_per_image(factor * part)[..., 0] for part in (torch.cos(angle), torch.sin(angle)))
         shift_x = _per_image(2 * self.translation_fraction * draws.shift_x)[..., 0]
         shift_y = _per_image(2 * self.translation_fraction * draws.shift_y)[..., 0]
-        source_x = cos * x - sin * (height_px / width_px) * y + shift_x
-        source_y = sin * (width_px / height_px) * x + cos * y + shift_y
+        aspect = torch.tensor(aspects or [1.0] * len(angle), dtype=torch.float64)
+        high, wide = (  # height by width of an image, and the inverse
+            _per_image(ratio.to(angle))[..., 0]
+            for ratio in (height_px / width_px * aspect, width_px / height_px / aspect)
+        )
+        source_x = cos * x - sin * high * y + shift_x
+        source_y = sin * wide * x + cos * y + shift_y
         return torch.stack((source_x, source_y), dim=-1)
 
 

@@ -18,6 +18,9 @@ from cadx.files import digest_bytes
 from cadx.loading.patches import VolumePreprocessing, VolumeSource
 from cadx.loading.volumes import GridPatches, Patch3DDataset
 from cadx.reading.volumes import read_volume
+from cadx.training import TrainingConfig
+from cadx.training.volumes import VolumeWorkload
+from cadx.training.workload import Draw, Setting
 
 SPACING_MM = (2.5, 0.9, 0.8)
 SHAPE_PX = (20, 26, 32)
@@ -351,6 +354,27 @@ def test_moments_do_not_depend_on_how_the_volume_is_cut(monkeypatch):
 def test_preprocessing_without_meaning_is_refused(options):
     with pytest.raises(ValueError, match=r"must be|channels|finite number"):
         VolumePreprocessing(**options)
+
+
+@pytest.mark.parametrize(
+    ("spacing_mm", "aspect"), [(None, 0.9 / 0.8), ((2.5, 2.0, 1.0), 2.0), ((2.5, 1, 1), 1.0)]
+)
+def test_training_turns_patches_in_mm(folder, tmp_path, spacing_mm, aspect):
+    config = TrainingConfig.model_validate(
+        {
+            "model": {"family": "resnet3d", "depth": 10, "width": 0.125, "stem": "small"},
+            "preprocessing": {"patch_px": (4, 12, 16), "window_hu": (-1000, 1000), "spacing_mm": spacing_mm},
+            "augmentation": {"rotation_degrees": 90},
+        }
+    )
+    ids = folder.samples["sample_id"].tolist()
+    workload = VolumeWorkload(Setting(config, folder, ids, ids, 0, torch.device("cpu"), tmp_path))
+    batch = workload.collate([workload.train[number] for number in range(len(workload.train))])
+    seen = []
+    workload.forward(seen.append, batch, Draw(0, 0, batch.items))
+    draws = {"seed": 0, "epoch": 0, "samples": batch.items, "background": 0.0}
+    expected = config.augmentation.apply(batch.images[:, 0], aspects=[aspect] * len(batch.items), **draws)
+    assert torch.equal(seen[0][:, 0], expected)
 
 
 # --- whole volumes ------------------------------------------------------------------------------------

@@ -348,6 +348,21 @@ def test_rotation_is_rigid_on_a_canvas_that_is_not_square() -> None:
     assert abs(turn.mean()) < 3
 
 
+def test_rotation_is_rigid_in_mm_where_pixels_are_not_square() -> None:
+    images = spot_images(200, row=30, column=90, height_px=101, width_px=151)
+    samples, aspects = list(range(200)), [0.5, 2.0] * 100
+    draws = {"seed": 1, "epoch": 2, "background": BACKGROUND}
+    turned = Augmentation(rotation_degrees=20).apply(images, samples=samples, aspects=aspects, **draws)
+    before, after = centres(images[:1]), centres(turned)
+    before, after = (xy * np.stack([np.ones(200), aspects], 1) for xy in (before, after))
+    np.testing.assert_allclose(np.hypot(*after.T), np.hypot(*before.T), atol=0.3)
+    turn = np.degrees(np.arctan2(*after.T[::-1]) - np.arctan2(*before.T[::-1]))
+    assert np.abs(turn).max() <= 20.5
+    assert np.abs(turn).max() > 15
+    square = STRONG.apply(images, samples=samples, aspects=[1.0] * 200, **draws)
+    assert torch.equal(square, augmented(STRONG, images, samples))
+
+
 def test_translation_and_scale_keep_to_their_limits() -> None:
     images = spot_images(200, row=50, column=75, height_px=101, width_px=151)
     moved = centres(augmented(Augmentation(translation_fraction=0.1), images, list(range(200))))

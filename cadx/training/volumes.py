@@ -53,6 +53,11 @@ class VolumeWorkload(ClassifierWorkload):
             seed=setting.seed,
         )
         self.train.warm()
+        spacings = (
+            config.preprocessing.spacing_mm or VolumeSource.of_folder(self.folder, name).spacing_mm
+            for name in setting.train
+        )
+        self._aspects = [row_mm / column_mm for _, row_mm, column_mm in spacings]
         self.val = range(len(setting.val))
         self.item_labels = np.repeat(self.train_labels, config.patches_per_sample, axis=0)
         classes, positive = self.folder.info.classes, self.folder.info.positive
@@ -94,13 +99,14 @@ class VolumeWorkload(ClassifierWorkload):
         return batch.targets
 
     def forward(self, network: Forward, batch: _PatchBatch, draw: Draw) -> Output:
-        """What the network says of the augmented patches: all slices of one are moved alike."""
+        """What the network says of the augmented patches: all slices of one are moved alike, turned in mm."""
         slices = self.config.augmentation.apply(
             batch.images.flatten(1, 2),
             seed=draw.seed,
             epoch=draw.epoch,
             samples=draw.samples,
             background=0.0,  # `VolumePreprocessing.apply` has it outside of a volume
+            aspects=[self._aspects[item // self.config.patches_per_sample] for item in batch.items],
         )
         return network(slices.view_as(batch.images))
 
