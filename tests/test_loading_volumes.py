@@ -255,7 +255,7 @@ def test_patches_come_at_the_spacing_asked_for(target_mm):
     preprocessing = VolumePreprocessing(patch_px=(8, 12, 10), spacing_mm=target_mm, window_hu=(-10, 10))
     grid = preprocessing.grid_px(source)
     for side, wanted, have, size in zip(grid, target_mm, source_mm, shape, strict=True):
-        assert abs(side * wanted - size * have) <= wanted / 2
+        assert 0 <= side * wanted - size * have < wanted
     start = (2, 9, 11)
     patch = preprocessing.apply(source, start)[0].numpy() * 20 - 10
     truth = smooth(grid, target_mm)[tuple(slice(s, s + p) for s, p in zip(start, (8, 12, 10), strict=True))]
@@ -291,13 +291,57 @@ def test_a_coarser_grid_averages_and_does_not_pick_single_noisy_voxels():
 def test_a_voxels_value_does_not_depend_on_the_patch_it_was_read_with():
     source = VolumeSource.of_array(voxels_of(5), SPACING_MM)
     options = {"spacing_mm": (1.7, 1.1, 1.3), "window_hu": (-1000, 1000)}
-    whole = VolumePreprocessing(patch_px=(29, 21, 20), **options)
-    assert whole.grid_px(source) == (29, 21, 20)
+    whole = VolumePreprocessing(patch_px=(30, 22, 20), **options)
+    assert whole.grid_px(source) == (30, 22, 20)
     reference = whole.apply(source, (0, 0, 0))
     part = VolumePreprocessing(patch_px=(6, 5, 4), **options)
-    for start in ((0, 0, 0), (23, 16, 16), (7, 3, 9)):
+    for start in ((0, 0, 0), (24, 17, 16), (7, 3, 9)):
         block = tuple(slice(s, s + p) for s, p in zip(start, (6, 5, 4), strict=True))
         assert torch.equal(part.apply(source, start), reference[(slice(None), *block)])
+
+
+@pytest.mark.parametrize(("num_slices", "slice_mm"), [(5, 2.0), (10, 4.0), (13, 5.0), (7, 0.3), (10, 10 / 3)])
+def test_a_grid_ends_where_the_volume_does_or_beyond(num_slices, slice_mm):
+    voxels = np.zeros((num_slices, 8, 8), np.float32)
+    voxels[-1] = 1
+    source = VolumeSource.of_array(voxels, (1.0, 1.0, 1.0))
+    options = {"spacing_mm": (slice_mm, 1.0, 1.0), "window_hu": (0, 1)}
+    depth_px = VolumePreprocessing(patch_px=(4, 8, 8), **options).grid_px(source)[0]
+    assert depth_px == math.ceil(num_slices / slice_mm - 1e-9)
+    patch = VolumePreprocessing(patch_px=(depth_px, 8, 8), **options).apply(source, (0, 0, 0))
+    assert patch.max() > 0.9 / max(1.0, slice_mm), "the last slice is seen"
+
+
+@pytest.mark.parametrize("slice_mm", [0.4, 1.0, 1.7, 2.0, 3.0, 5.0])
+def test_a_patch_centred_on_a_lesion_of_one_slice_is_positive_at_any_spacing(tmp_path, slice_mm):
+    masks = [np.zeros((24, 12, 12), np.uint8) for _ in range(24)]
+    for number, mask in enumerate(masks):
+        mask[number, 5, 6] = 1
+    folder = write_dataset(tmp_path / "d", [voxels_of(0, (24, 12, 12))] * 24, masks)
+    own_mm = VolumeSource.of_folder(folder, "v0").spacing_mm
+    dataset = patches_of(
+        folder,
+        preprocessing=VolumePreprocessing(
+            patch_px=(3, 3, 3),
+            window_hu=(-1000, 1000),
+            spacing_mm=(own_mm[0] * slice_mm, own_mm[1] * slice_mm, own_mm[2]),
+        ),
+        patches_per_volume=1,
+        positive_fraction=1.0,
+    )
+    assert all(patch.is_positive == 1 for patch in (dataset[index] for index in range(24)))
+
+
+def test_a_patch_beside_a_lesion_is_negative_at_any_spacing():
+    mask = np.zeros((24, 12, 12), np.uint8)
+    mask[12, 5, 6] = 1
+    source = VolumeSource.of_array(mask, (1.0, 1.0, 1.0))
+    for slice_mm in (0.5, 1.0, 2.0, 3.0, 4.0):
+        made = VolumePreprocessing(patch_px=(1, 12, 12), spacing_mm=(slice_mm, 1, 1))
+        starts = range(-2, made.grid_px(source)[0] + 2)
+        marked = {start for start in starts if made.marks(source, (start, 0, 0))}
+        # The slice lies from 12 to 13 mm.
+        assert marked == {int((12 + part) / slice_mm) for part in (0.25, 0.75)}
 
 
 def test_masks_keep_their_classes_at_any_spacing_and_stay_on_the_image():

@@ -172,6 +172,10 @@ def test_a_file_and_its_dataset_give_one_answer(tmp_path: Path) -> None:
     attention = predictor.subject.attention(raw, read[1], grid)
     assert attention.shape == raw.voxels.shape
     assert attention.max() == 1
+    # The grid is of 20 x 16 x 19 voxels; the last one along W lies in part beyond the volume.
+    ramp = np.broadcast_to(np.arange(19, dtype=np.float32), grid.shape).copy()
+    expected = np.clip((np.arange(28) + 0.5) / 1.5 - 0.5, 0, 18) / ((27 + 0.5) / 1.5 - 0.5)
+    np.testing.assert_allclose(predictor.subject.attention(raw, read[1], ramp)[3, 4], expected, atol=1e-6)
     resnet = ResNetConfig(width=0.125)
     images = config.model_copy(
         update={"preprocessing": Preprocessing(height_px=8, width_px=8), "model": resnet}

@@ -23,6 +23,7 @@ Triple = tuple[int, int, int]
 Block = tuple[slice, slice, slice]
 # Spacings this close are one: over 500 voxels the difference is half of one.
 _SAME_SPACING = 1e-3
+_SLIVER = 1e-3  # of a grid's voxel: less is rounding, not a part of the volume
 _SLAB_BYTES = 1 << 22
 
 
@@ -140,23 +141,23 @@ class VolumePreprocessing(Config):
         return self
 
     def grid_px(self, volume: VolumeSource) -> Triple:
-        """Depth, height, width of the volume at the network's spacing.
+        """Depth, height, width of the volume at the network's spacing; the last voxels may reach beyond its end.
 
         >>> volume = VolumeSource.of_array(np.zeros((30, 200, 200), np.int16), (3.0, 0.8, 0.8))
         >>> VolumePreprocessing(patch_px=(32, 32, 32), spacing_mm=(1.5, 1.6, 1.6)).grid_px(volume)
         (60, 100, 100)
         """
         depth_px, height_px, width_px = (
-            max(1, round(side_px / ratio))
-            for side_px, ratio in zip(volume.shape_px, self._ratios(volume), strict=True)
+            max(1, math.ceil(side_px / ratio - _SLIVER))
+            for side_px, ratio in zip(volume.shape_px, self.ratios(volume), strict=True)
         )
         return depth_px, height_px, width_px
 
     def centre(self, volume: VolumeSource, voxel: Sequence[int]) -> Triple:
         """The grid's voxel that holds the middle of the volume's voxel (d, h, w)."""
         depth, height, width = (
-            min(last - 1, int((index + 0.5) / ratio))
-            for index, ratio, last in zip(voxel, self._ratios(volume), self.grid_px(volume), strict=True)
+            int(_cells(np.array(index), ratio, last))
+            for index, ratio, last in zip(voxel, self.ratios(volume), self.grid_px(volume), strict=True)
         )
         return depth, height, width
 
@@ -201,8 +202,20 @@ class VolumePreprocessing(Config):
             patch[inside] = mask.crop(_block(taps))[np.ix_(depth, height, width)]
         return torch.from_numpy(patch)
 
-    def _ratios(self, volume: VolumeSource) -> tuple[float, ...]:
-        """Voxels of the volume per voxel of the grid."""
+    def marks(self, mask: VolumeSource, start_px: Triple) -> bool:
+        """Whether the mask marks anything in the patch at `start_px`: any stored voxel under it, not the nearest alone.
+
+        Only these voxels are read.
+        """
+        block = []
+        for first, last, grid_px, side_px, ratio in self._axes(mask, start_px):
+            if first >= last:
+                return False
+            block.append(_voxels_under(first, last, grid_px, side_px, ratio))
+        return bool(mask.crop((block[0], block[1], block[2])).any())
+
+    def ratios(self, volume: VolumeSource) -> tuple[float, ...]:
+        """Voxels of the volume per voxel of the grid, along D, H, W."""
         ratios = (
             wanted_mm / have_mm
             for wanted_mm, have_mm in zip(
@@ -216,15 +229,21 @@ class VolumePreprocessing(Config):
     ) -> tuple[list["_Taps"] | None, Block]:
         """How each axis is read, None if all of the patch lies outside; and the part of the patch inside."""
         taps, inside = [], []
-        for start, patch_px, grid_px, side_px, ratio in zip(
-            start_px, self.patch_px, self.grid_px(volume), volume.shape_px, self._ratios(volume), strict=True
+        for start, (first, last, _, side_px, ratio) in zip(
+            start_px, self._axes(volume, start_px), strict=True
         ):
-            first, last = max(start, 0), min(start + patch_px, grid_px)
             if first >= last:
                 return None, (slice(0, 0), slice(0, 0), slice(0, 0))
             taps.append(_axis_taps(first, last, side_px, ratio, order))
             inside.append(slice(first - start, last - start))
         return taps, (inside[0], inside[1], inside[2])
+
+    def _axes(self, volume: VolumeSource, start_px: Triple) -> Iterable[tuple[int, int, int, int, float]]:
+        """Of each axis: first and last grid voxel under a patch, the grid's and the volume's side, the ratio."""
+        for start, patch_px, grid_px, side_px, ratio in zip(
+            start_px, self.patch_px, self.grid_px(volume), volume.shape_px, self.ratios(volume), strict=True
+        ):
+            yield max(start, 0), min(start + patch_px, grid_px), grid_px, side_px, ratio
 
 
 class _Taps(NamedTuple):
@@ -259,6 +278,23 @@ def _axis_taps(
         voxels = np.clip(voxels, 0, side_px - 1)
     low, high = int(voxels.min()), int(voxels.max())
     return _Taps(low, high + 1, voxels - low, weight)
+
+
+def _cells(voxels: np.ndarray, ratio: float, grid_px: int) -> np.ndarray:
+    """The grid voxels that hold the middles of the volume's voxels, along one axis."""
+    return np.minimum(((voxels + 0.5) / ratio).astype(np.intp), grid_px - 1)
+
+
+def _voxels_under(first: int, last: int, grid_px: int, side_px: int, ratio: float) -> slice:
+    """The volume's voxels under grid voxels first..last: those whose middle lies there.
+
+    Of a finer grid, those that hold the middle of one of its voxels: what `nearest` takes.
+    """
+    if ratio <= 1:
+        nearest = _axis_taps(first, last, side_px, ratio, "nearest")
+        return slice(nearest.first, nearest.last)
+    low, high = np.searchsorted(_cells(np.arange(side_px), ratio, grid_px), (first, last))
+    return slice(int(low), int(high))
 
 
 def _block(taps: Sequence[_Taps]) -> Block:

@@ -27,7 +27,8 @@ class Patch(NamedTuple):
     Attributes:
         image: 1 D H W float32, preprocessed.
         mask: D H W uint8, all 0 where the volume has no mask.
-        is_positive: 1 or 0, whether the mask marks anything in it; NaN where the volume has no mask.
+        is_positive: 1 or 0, whether the mask marks any stored voxel in it, also one that `mask` is too coarse to
+            show; NaN where the volume has no mask.
         labels: K float32, those of the volume, NaN = unlabelled.
         item: its index in the dataset.
     """
@@ -115,7 +116,7 @@ class Patch3DDataset(EpochDataset[Patch]):
             is_positive = torch.tensor(math.nan)
         else:
             marked = self.preprocessing.apply_to_mask(mask, start_px)
-            is_positive = marked.any().float()
+            is_positive = torch.tensor(float(self.preprocessing.marks(mask, start_px)))
         return Patch(image, marked, is_positive, torch.from_numpy(self.labels[number]), index)
 
     def start_px(self, index: int) -> Triple:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cadx.datasets import DatasetFolder, preview
@@ -104,7 +103,8 @@ def _spread(maps: Tensor, size_px: Sequence[int], cells: Sequence[Cells]) -> Ten
         below = places.long()
         share = (places - below).view([-1 if axis == other else 1 for other in range(4)])
         above = maps.index_select(axis, (below + 1).clamp(max=last))
-        maps = maps.index_select(axis, below) * (1 - share) + above * share
+        # In place: of a whole volume each of these is as large as it.
+        maps = maps.index_select(axis, below).mul_(1 - share).add_(above.mul_(share))
     return maps
 
 
@@ -145,10 +145,12 @@ class VolumeSubject(Subject):
 
     def attention(self, raw: RawVolume, item: VolumeSource, grid: np.ndarray) -> np.ndarray:
         """The map over the raw volume, D H W."""
-        whole = F.interpolate(
-            torch.from_numpy(grid)[None, None], size=raw.voxels.shape, mode="trilinear", align_corners=False
-        )
-        attention: np.ndarray = whole[0, 0].numpy()
+        made = self.manifest.preprocessing
+        assert isinstance(made, VolumePreprocessing)
+        # Not stretched onto the volume: the grid may reach beyond its end.
+        cells = [Cells(ratio, ratio / 2) for ratio in made.ratios(item)]
+        whole = _spread(torch.from_numpy(grid)[None], raw.voxels.shape, cells)
+        attention: np.ndarray = whole[0].numpy()
         return attention / max(float(attention.max()), np.finfo(np.float32).tiny)
 
     def _output(
