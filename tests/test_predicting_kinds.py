@@ -1,6 +1,7 @@
 """Volumes and slides before the Predictor: whole, in windows or tiles, from a dataset or a file, the same answer."""
 
 from pathlib import Path
+from typing import Any, Literal
 
 import nibabel
 import numpy as np
@@ -12,8 +13,8 @@ from cadx.bundle import Manifest, Provenance, write_bundle
 from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
 from cadx.files import digest_bytes, digest_path
 from cadx.loading.patches import VolumePreprocessing, VolumeSource
-from cadx.models import Detections, MILConfig, Output, ResNet3DConfig, ResNetConfig
-from cadx.predicting.boxes import detect, pool_detections
+from cadx.models import Detections, MILConfig, Output, ResNet3DConfig, ResNetConfig, YOLOConfig
+from cadx.predicting.boxes import detect, detectors_answer, pool_detections
 from cadx.predicting.predictor import Predictor
 from cadx.predicting.volumes import slide_over
 from cadx.reading.volumes import read_volume
@@ -267,9 +268,9 @@ def test_tiles_of_an_image_find_what_the_whole_would() -> None:
     for top, left in [(10, 10), (55, 90), (120, 30), (100, 180)]:  # within a tile, and over seams
         pixels = np.zeros((150, 220), np.uint8)
         pixels[top : top + 12, left : left + 14] = 255
-        (found,) = detect(bright, [pixels], tiles, CPU)
+        (found,) = detect(bright, [pixels], tiles, CPU, YOLOConfig())
         assert found.boxes_xyxy.tolist() == [[left, top, left + 14, top + 12]]
-    (nothing,) = detect(bright, [np.zeros((150, 220), np.uint8)], tiles, CPU)
+    (nothing,) = detect(bright, [np.zeros((150, 220), np.uint8)], tiles, CPU, YOLOConfig())
     assert not len(nothing.boxes_xyxy)
 
 
@@ -281,7 +282,28 @@ def test_an_ensembles_boxes_are_pooled_once_each() -> None:
 
     first = answer([[0, 0, 10, 10], [50, 50, 60, 60]], [0.9, 0.4])
     second = answer([[1, 0, 10, 10]], [0.7])
-    pooled = pool_detections([first, second])
+    pooled = pool_detections([first, second], nms_iou=0.5, max_detections=100)
     assert pooled.boxes_xyxy.tolist() == [[0, 0, 10, 10], [50, 50, 60, 60]]
     assert pooled.scores.tolist() == pytest.approx([0.8, 0.2])
-    assert pool_detections([first]) is first
+    assert pool_detections([first], nms_iou=0.5, max_detections=100) is first
+
+
+@pytest.mark.parametrize(("fit", "num_members"), [("tile", 1), ("tile", 2), ("pad", 2)])
+def test_a_models_nms_iou_and_max_detections_hold_for_tiles_and_ensembles(
+    fit: Literal["pad", "tile"], num_members: int
+) -> None:
+    def close(images: torch.Tensor) -> list[Detections]:
+        """Two boxes that overlap by 2/3, and a third elsewhere."""
+        boxes = torch.tensor([[20.0, 20, 40, 40], [24, 20, 44, 40], [10, 50, 20, 60]])
+        scores = torch.tensor([0.9, 0.8, 0.7])
+        return [Detections(boxes, torch.zeros(3, dtype=torch.int64), scores) for _ in images]
+
+    def scores(**changes: Any) -> list[float]:
+        networks: list[Any] = [close] * num_members
+        made, image = Preprocessing(height_px=64, width_px=64, fit=fit), np.zeros((64, 64), np.uint8)
+        (found,) = detectors_answer(networks, [image], made, CPU, YOLOConfig(**changes))
+        return found.scores.tolist()
+
+    assert scores() == pytest.approx([0.9, 0.7])
+    assert scores(nms_iou=0.7) == pytest.approx([0.9, 0.8, 0.7])
+    assert scores(nms_iou=0.7, max_detections=2) == pytest.approx([0.9, 0.8])

@@ -109,6 +109,23 @@ def test_what_is_mined_does_not_depend_on_the_number_of_processes(
     assert resumed.state_dict() == alone.state_dict()
 
 
+def test_val_in_tiles_is_answered_with_the_models_own_limits(folder: DatasetFolder, tmp_path: Path) -> None:
+    def close(images: torch.Tensor) -> list[Detections]:
+        """In each tile two boxes that overlap by 2/3."""
+        boxes, scores = torch.tensor([[20.0, 20, 40, 40], [24, 20, 44, 40]]), torch.tensor([0.9, 0.8])
+        return [Detections(boxes, torch.zeros(2, dtype=torch.int64), scores) for _ in images]
+
+    def number(**changes: Any) -> int:
+        model = {"family": "yolo", "width": 0.25, "strides": (4, 8)} | changes
+        workload = _workload(folder, tmp_path, model=model)
+        forward = Forward(close, torch.no_grad)  # type: ignore[arg-type]
+        return len(workload.answers(forward, [[0]])[0].labels)
+
+    once = number()
+    assert number(nms_iou=0.7) == 2 * once
+    assert number(max_detections=3) == 3 < once
+
+
 class _Killed(Exception):
     pass
 

@@ -33,8 +33,9 @@ class DetectorConfig(Config):
         box_loss: "smooth_l1" of the coded differences, or 1 - GIoU or 1 - CIoU of the boxes.
         score_threshold: boxes with a lower score are not answered; low, since the operating point is chosen
             later and a FROC curve needs the boxes below it.
-        nms_iou: of two boxes of one class that overlap by more, the one with the lower score is dropped.
-        max_detections: most boxes that are answered for an image.
+        nms_iou: of two boxes of one class that overlap by more, the one with the lower score is dropped: within the
+            network's input, across tiles, and between the members of an ensemble.
+        max_detections: most boxes that are answered for an image, however many tiles and members it has.
     """
 
     takes: ClassVar = "boxes"

@@ -34,8 +34,9 @@ class YOLOConfig(Config):
         hard_negative_ratio: count only that many of the hardest background locations per location of a lesion, in
             each image; null: count all, turned down by the focal loss.
         score_threshold: boxes with a lower score are not reported.
-        nms_iou: of two boxes of a class that overlap by more, the one with the lower score is not reported.
-        max_detections: boxes per image, at most.
+        nms_iou: of two boxes of a class that overlap by more, the one with the lower score is not reported: within
+            the network's input, across tiles, and between the members of an ensemble.
+        max_detections: boxes per image, at most, however many tiles and members it has.
     """
 
     takes: ClassVar = "boxes"

@@ -27,7 +27,7 @@ from cadx.loading import FeaturePreprocessing, TilePreprocessing, VolumePreproce
 from cadx.memory import tune_allocator
 from cadx.models import Detections, to_device
 from cadx.predicting.bags import FeatureSubject, SlideSubject
-from cadx.predicting.boxes import detectors_answer
+from cadx.predicting.boxes import BoxModel, detectors_answer
 from cadx.predicting.images import ImageSubject
 from cadx.predicting.subject import Sample, Subject
 from cadx.predicting.table import decide
@@ -208,9 +208,12 @@ class Predictor:
         manifest = self.bundle.manifest
         if manifest.task != "detection" or not isinstance(manifest.preprocessing, Preprocessing):
             raise ValueError(f"{self.bundle.path}: answers with {manifest.task} labels and not with boxes")
+        assert isinstance(manifest.model, BoxModel)
         for group in _groups(images, _IMAGES_WITH_BOXES):
             with self._exactly():
-                found = detectors_answer(self._networks, group, manifest.preprocessing, self._device)
+                found = detectors_answer(
+                    self._networks, group, manifest.preprocessing, self._device, manifest.model
+                )
             yield from found
 
     def probabilities(self, items: Iterable[Any]) -> np.ndarray:

@@ -12,7 +12,7 @@ from cadx.loading.boxes import BoxBatch, BoxDataset, BoxItem, augment_boxes, col
 from cadx.mining import MinedNegatives, mine_false_positives
 from cadx.models.detector_config import FasterRCNNConfig
 from cadx.models.interface import Detections
-from cadx.predicting.boxes import detect
+from cadx.predicting.boxes import BoxModel, detect
 from cadx.predicting.table import detection_table
 from cadx.training.workload import Draw, Forward, Setting, Workload
 from cadx.transforms import Preprocessing
@@ -32,7 +32,8 @@ class BoxWorkload(Workload):
         super().__init__(setting)
         config, preprocessing = self.config, self.config.preprocessing
         assert isinstance(preprocessing, Preprocessing)
-        self.preprocessing = preprocessing
+        assert isinstance(config.model, BoxModel)
+        self.preprocessing, self._model = preprocessing, config.model
         if config.augmentation.rotation_degrees:
             raise ValueError(
                 "train.augmentation.rotation_degrees: boxes stay tight without it only; set it to 0"
@@ -181,4 +182,4 @@ class BoxWorkload(Workload):
         self, network: Forward, sample_ids: Sequence[str], numbers: Sequence[int]
     ) -> list[Detections]:
         images = [self.folder.pixels(sample_ids[number]) for number in numbers]
-        return detect(network, images, self.preprocessing, self.device)
+        return detect(network, images, self.preprocessing, self.device, self._model)
