@@ -50,7 +50,8 @@ class TrainParams(Recipe, Params):
     """The recipe of `cadx.training.Recipe`, with the loss and the sampler.
 
     Attributes:
-        loss: a LossConfig, or "auto" for what `imbalance` recommends.
+        loss: a LossConfig, or "auto" for what `imbalance` recommends; a detector's losses are its model's own, and
+            "auto" leaves them so.
         sampler: "natural" draws each sample once, "balanced" each class equally often, "auto" is what
             `imbalance` recommends.
     """
@@ -65,6 +66,8 @@ class TrainParams(Recipe, Params):
             ValueError: if an "auto" stands and the file holds no recommendation.
         """
         loss, sampler = self.loss, self.sampler
+        if loss == "auto" and self.model.takes == "boxes":
+            loss = LossConfig()
         if loss == "auto" or sampler == "auto":
             recommended = _Recommended.read(imbalance)
             loss = recommended.loss if loss == "auto" else loss

@@ -60,7 +60,11 @@ SMALL: dict[str, dict[str, Any]] = {
 """Changes that make a family small; one that is not named here is tested as it is."""
 RECIPES: dict[str, dict[str, Any]] = {
     "images": {"preprocessing": {"height_px": 32, "width_px": 32, "mean": 0.2}},
-    "volumes": {"preprocessing": {"patch_px": (16, 16, 16), "window_hu": (0, 200)}, "positive_fraction": 1.0},
+    "volumes": {
+        "preprocessing": {"patch_px": (16, 16, 16), "window_hu": (0, 200)},
+        "patches_per_sample": 1,
+        "positive_fraction": 1.0,
+    },
     "bags": {"preprocessing": {"channels": 12}, "epochs": 120},
     "boxes": {"preprocessing": {"height_px": 64, "width_px": 64, "mean": 0.2}, "epochs": 80},
 }
@@ -159,7 +163,6 @@ def test_it_learns_a_batch_by_heart_and_a_bundle_answers_as_training_did(
             "learning_rate": 3e-3,
             "ema_decay": None,
             "warmup_epochs": 2,
-            "patches_per_sample": 1,
         }
         | RECIPES[takes]
         | ({"epochs": 60, "learning_rate": 2e-3, "grad_clip": 1} if family in BY_HEART else {})
@@ -197,7 +200,7 @@ def _plain(family: str, **changes: Any) -> TrainingConfig:
     wanted = {"norm": "group", "dropout": 0.0, "stochastic_depth": 0.0} | changes
     settings |= {name: value for name, value in wanted.items() if name in config.model_fields}
     return TrainingConfig.model_validate(
-        {"model": settings, "batch_size": 4, "patches_per_sample": 1, "learning_rate": 1e-3, "keep": "last"}
+        {"model": settings, "batch_size": 4, "learning_rate": 1e-3, "keep": "last"}
         | RECIPES[config.takes]
         | {"epochs": 2}
     )

@@ -299,6 +299,8 @@ def test_whole_numbers_stay_whole_and_fractions_do_not(tmp_path: Path) -> None:
         ({"model.dropout": {"low": 0, "high": 1.5}}, r"search\.space\.model\.dropout: "),
         ({"loss.kind": {"choices": ["focal", "hinge"]}}, r"search\.space\.loss\.kind: (?s:.)*hinge"),
         ({"epochs.first": {"low": 1, "high": 2}}, r"epochs is 6 in the recipe and has no first"),
+        ({"patches_per_sample": {"low": 1, "high": 8}}, r"space\.patches_per_sample: (?s:.)*is for volumes"),
+        ({"positive_fraction": {"low": 0, "high": 0.9}}, r"space\.positive_fraction: (?s:.)*is for volumes"),
         ({"monitor": {"choices": ["auc", "loss"]}}, "trials are compared by it"),
         ({"ensemble": {"low": 1, "high": 5}}, "makes no difference to a trial"),
         ({"num_workers": {"low": 0, "high": 5}}, "makes no difference to a trial"),
@@ -312,6 +314,14 @@ def test_a_space_that_does_not_fit_is_refused_before_any_training(
         run(tmp_path / "study", trainer, space=space)
     assert not trainer.configs
     assert not (tmp_path / "study").exists()
+
+
+def test_a_detectors_losses_are_not_searched_where_its_model_has_its_own(tmp_path: Path) -> None:
+    recipe = RECIPE | {"model": {"family": "yolo"}, "loss": {}}
+    trainer = Trainer()
+    with pytest.raises(ValueError, match=r"space\.loss\.gamma: (?s:.)*a detector's losses are its model's"):
+        run(tmp_path / "study", trainer, recipe=recipe, space={"loss.gamma": {"low": 0, "high": 5}})
+    assert not trainer.configs
 
 
 def test_losses_of_other_kinds_are_not_compared_by_loss(tmp_path: Path) -> None:

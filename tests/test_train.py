@@ -189,6 +189,24 @@ def test_folds_have_an_ensemble_each(inputs: Path, tmp_path: Path) -> None:
     [
         ({"keep": "last", "patience": 2}, "patience: stops by what val says"),
         ({"augmentation": {"depth_flip": True}}, "augmentation.depth_flip: is for volumes"),
+        (
+            {"patches_per_sample": 8},
+            "patches_per_sample: is for volumes and for boxes in tiles; leave it out",
+        ),
+        (
+            {"positive_fraction": 0.9},
+            "positive_fraction: is for volumes and for boxes in tiles; leave it out",
+        ),
+        (
+            {"model": {"family": "mil"}, "preprocessing": {"channels": 6}, "patches_per_sample": 8},
+            "patches_per_sample: is for volumes",
+        ),
+        ({"model": {"family": "yolo"}, "positive_fraction": 0.9}, "positive_fraction: is for volumes"),
+        (
+            {"model": {"family": "yolo"}, "loss": {"kind": "focal"}},
+            "loss: a detector's losses are its model's",
+        ),
+        ({"model": {"family": "yolo"}, "loss": {"gamma": 5}}, "loss: a detector's losses are its model's"),
     ],
 )
 def test_what_a_recipe_has_no_use_for_is_refused(
@@ -208,6 +226,13 @@ def test_folds_that_do_not_fit_are_refused_before_torch_is_loaded(
     )
     with pytest.raises(ValueError, match="folds 9: train and val have 8 samples; lower it"):
         train(**_arguments(inputs, tmp_path, folds=9) | {"splits": tmp_path / "splits.parquet"})
+
+
+def test_auto_leaves_a_detectors_losses_to_its_model(inputs: Path) -> None:
+    tiles = {"height_px": 32, "width_px": 32, "fit": "tile"}
+    detector = {"model": {"family": "yolo"}, "preprocessing": tiles, "patches_per_sample": 8}
+    resolved = TrainParams.model_validate(detector).resolve(inputs / "imbalance.json")
+    assert (resolved.loss, resolved.sampler) == (LossConfig(), "balanced")
 
 
 @pytest.mark.slow

@@ -170,10 +170,13 @@ def test_train_medical_detector_reports_the_epochs_mean_loss_and_validates(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"preprocessing": {"height_px": 64, "width_px": 64}}, "mining_epochs: is for tiles"),
+        (
+            {"preprocessing": {"height_px": 64, "width_px": 64}, "patches_per_sample": 4},
+            "mining_epochs: is for tiles",
+        ),
         ({"preprocessing": {"patch_px": (8, 8, 8)}}, "preprocessing: not for samples of kind image"),
         (
-            {"preprocessing": {"tile_px": 64, "height_px": 64, "width_px": 64}},
+            {"preprocessing": {"tile_px": 64, "height_px": 64, "width_px": 64}, "patches_per_sample": 4},
             "preprocessing: not for samples of kind image",
         ),
         (

@@ -24,7 +24,7 @@ class Recipe(Config):
     Attributes:
         preprocessing: of an image, a volume (`patch_px`), a slide (`tile_px`) or a bag of features (`channels`
             alone): how it becomes the network's input.
-        patches_per_sample: random patches of a volume, or crops of an image with boxes, in an epoch.
+        patches_per_sample: random patches of a volume, or crops of an image with boxes (`fit: tile`), in an epoch.
         positive_fraction: share of those that is centred on a finding, where there is one.
         mining_epochs: null, or after how many epochs, again and again, a detector of tiles is asked for what it
             takes for a lesion in the training images: crops of that are shown it later.
@@ -107,9 +107,30 @@ class Recipe(Config):
             raise ValueError("augmentation.depth_flip: is for volumes; leave it out")
         return self
 
+    @model_validator(mode="after")
+    def _patches_are_drawn(self) -> Self:
+        is_tile = getattr(self.preprocessing, "fit", None) == "tile"
+        if not is_tile and not isinstance(self.preprocessing, VolumePreprocessing):
+            for name in ("patches_per_sample", "positive_fraction"):
+                if getattr(self, name) != Recipe.model_fields[name].default:
+                    raise ValueError(f"{name}: is for volumes and for boxes in tiles; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _detectors_bring_their_loss(self) -> Self:
+        loss = getattr(self, "loss", "auto")
+        if self.model.takes == "boxes" and loss not in ("auto", LossConfig()):
+            raise ValueError("loss: a detector's losses are its model's own; leave it out, and see model")
+        return self
+
 
 class TrainingConfig(Recipe):
-    """A whole recipe: the weights are a function of it, the data, the splits and the seed."""
+    """A whole recipe: the weights are a function of it, the data, the splits and the seed.
+
+    Attributes:
+        loss: of a classifier; those of a detector are its model's.
+        sampler: "natural" draws each sample once, "balanced" each class equally often.
+    """
 
     loss: LossConfig = LossConfig()
     sampler: SamplerName = "natural"
