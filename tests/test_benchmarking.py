@@ -165,7 +165,7 @@ def test_files_appear_together_and_are_read_again(tmp_path: Path) -> None:
 
 
 def test_bad_files_are_told_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no figures yet; run `cadx benchmark`"):
+    with pytest.raises(ValueError, match="no figures there; run `cadx benchmark`"):
         read_benchmark(tmp_path / "benchmark.json")
     (tmp_path / "benchmark.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="no figures of this version"):

@@ -25,8 +25,9 @@ from cadx.files import digest_bytes
 from cadx.models import DenseNetConfig, ResNetConfig
 from cadx.sampling import BalancedSampler, EpochSampler
 from cadx.training import TrainingConfig, loop
+from cadx.training.images import ImageWorkload
 from cadx.training.loop import Fitted, fit, learning_rate_factor
-from cadx.training.workload import macro_auc
+from cadx.training.workload import Setting, macro_auc
 from cadx.transforms import Augmentation, Preprocessing
 from cadx.weighting import LossConfig
 
@@ -790,3 +791,19 @@ def test_a_recipe_for_other_data_is_refused(
     config = TrainingConfig.model_validate(_config().model_dump() | changes)
     with pytest.raises(ValueError, match=message):
         fit(config, binary, _splits(binary), seed=0, checkpoints=tmp_path)
+
+
+def test_images_are_prepared_once_for_all_loader_workers(
+    binary: DatasetFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    pixels = DatasetFolder.pixels
+    monkeypatch.setattr(
+        DatasetFolder, "pixels", lambda folder, sample: (read.append(sample), pixels(folder, sample))[1]
+    )
+    ids = binary.samples["sample_id"].tolist()
+    for num_workers, before in ((0, 0), (2, 10)):
+        read.clear()
+        config = _config(num_workers=num_workers)
+        ImageWorkload(Setting(config, binary, ids[:6], ids[6:10], 0, torch.device("cpu"), tmp_path))
+        assert len(read) == before

@@ -57,6 +57,8 @@ class BoxWorkload(Workload):
             mined_fraction=MINED_FRACTION,
             cache_mb=config.cache_mb,
         )
+        if config.num_workers:  # else each of them reads every image anew
+            self.train.warm()
         self.val = range(len(setting.val))
         boxes = self.folder.boxes
         self._val_boxes = boxes[boxes["sample_id"].isin(setting.val)]

@@ -28,6 +28,9 @@ class ImageWorkload(ClassifierWorkload):
             ImageDataset(setting.folder, sample_ids, preprocessing, setting.config.cache_mb)
             for sample_ids in (setting.train, setting.val)
         )
+        if self.config.num_workers:  # else each of them prepares every image anew
+            self.train.warm()
+            self.val.warm()
 
     def items(self, batch: Any) -> list[int]:
         """The items of a batch."""
