@@ -158,6 +158,9 @@ def launch(job: models.TrainerV1alpha1TrainJob, *, timeout_s: int = 7 * 86400) -
     except client.ApiException as error:
         if error.status != 409:  # of a task that was lost while it waited: the job is the same by its name
             raise ValueError(f"TrainJob {name}: refused: {error.status} {error.reason}") from None
+    except BaseException:  # told to end while the cluster was asked, which may have made it
+        with _deleted_afterwards(trainer, name):
+            raise
     said = ""
     with _deleted_afterwards(trainer, name):
         ended = trainer.wait_for_job_status(

@@ -150,13 +150,14 @@ class Cluster:
         lose: kills the second node of the next job as soon as this file is there.
         runs: whether jobs are run at all.
         told: what is answered to who asks how a job stands: an HTTP status.
+        takes_s: how long it takes to answer that a job is made.
     """
 
     def __init__(self) -> None:
         self.jobs: dict[str, dict[str, Any]] = {}
         self.said: dict[str, str] = {}
         self.lose = ""
-        self.runs, self.told = True, 200
+        self.runs, self.told, self.takes_s = True, 200, 0.0
 
     def create(self, body: dict[str, Any]) -> dict[str, Any]:
         assert models.TrainerV1alpha1TrainJob.from_dict(body) is not None
@@ -164,6 +165,7 @@ class Cluster:
         self.jobs[body["metadata"]["name"]] = body
         if self.runs:
             Thread(target=self._run, args=(body,), daemon=True).start()
+        time.sleep(self.takes_s)
         return body
 
     def _run(self, body: dict[str, Any]) -> None:
@@ -291,8 +293,9 @@ def test_a_job_that_nobody_waits_for_is_deleted(
     assert not cluster.jobs
 
 
-def test_a_cancelled_task_takes_its_job_with_it(cluster: Cluster, tmp_path: Path) -> None:
-    cluster.runs = False
+@pytest.mark.parametrize("takes_s", [0.0, 2.0], ids=["waiting", "while it is made"])
+def test_a_cancelled_task_takes_its_job_with_it(cluster: Cluster, tmp_path: Path, takes_s: float) -> None:
+    cluster.runs, cluster.takes_s = False, takes_s
     (tmp_path / "dataset").mkdir()
     for name in ("dataset/dataset.json", "splits.parquet", "imbalance.json"):
         (tmp_path / name).write_text("{}")
