@@ -126,6 +126,20 @@ def test_val_in_tiles_is_answered_with_the_models_own_limits(folder: DatasetFold
     assert number(max_detections=3) == 3 < once
 
 
+def test_loader_workers_find_every_image_preprocessed(
+    folder: DatasetFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = {"height_px": 64, "width_px": 64}
+    changes = {"patches_per_sample": 4, "mining_epochs": None, "num_workers": 1}
+    workload = _workload(folder, tmp_path, preprocessing=whole, **changes)
+    tiles = _workload(
+        folder, tmp_path, preprocessing=whole | {"fit": "tile", "intensity": "image"}, **changes
+    )
+    monkeypatch.delattr(DatasetFolder, "pixels")  # of whole images; a tile is cropped
+    for items in (workload.train, tiles.train):
+        assert all(items[number].image.isfinite().all() for number in range(len(items)))
+
+
 class _Killed(Exception):
     pass
 

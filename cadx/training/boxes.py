@@ -57,8 +57,6 @@ class BoxWorkload(Workload):
             mined_fraction=MINED_FRACTION,
             cache_mb=config.cache_mb,
         )
-        if config.num_workers:  # else each of them reads every image anew
-            self.train.warm()
         self.val = range(len(setting.val))
         boxes = self.folder.boxes
         self._val_boxes = boxes[boxes["sample_id"].isin(setting.val)]
@@ -72,6 +70,8 @@ class BoxWorkload(Workload):
         classes = self.folder.info.classes
         rows = np.array([[name in shown.get(sample, ()) for name in classes] for sample in setting.train])
         self.item_labels = np.repeat(rows.astype(np.float64), self._crops_per_image, axis=0)
+        if config.num_workers:  # else each of them would preprocess every image
+            self.train.warm()
 
     def collate(self, items: Sequence[Any]) -> Any:
         """A batch of images with boxes; of `val`, the images' numbers."""

@@ -28,7 +28,7 @@ class ImageWorkload(ClassifierWorkload):
             ImageDataset(setting.folder, sample_ids, preprocessing, setting.config.cache_mb)
             for sample_ids in (setting.train, setting.val)
         )
-        if self.config.num_workers:  # else each of them prepares every image anew
+        if self.config.num_workers:  # else each of them would preprocess every image
             self.train.warm()
             self.val.warm()
 
