@@ -7,7 +7,7 @@ guessed in silence: what was assumed is a note, and what would be taken amiss la
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,8 @@ _SAYS_NO = re.compile(
     r"(no|not|non|kein|keine|ohne)[ _-].*|0|no|none|nein|false|neg|negative|normal|healthy|well|benign|control"
 )
 _PERSON_NAME = re.compile(r"\w\^\w")
+_BOX_TABLE = "boxes.csv"
+_BOX_COLUMNS = ("file", "class", "x0", "y0", "x1", "y1")
 _SAMPLED_FILES = 24
 _MOST_CLASSES = 50
 _FEW_IMAGES = 50
@@ -114,6 +116,11 @@ def describe_folder(folder: Path, *, positive: str = "") -> Described:
     ]
     candidate_files(folder)  # refuses links, closed folders, and names that are no text
     layout = _described_table(folder, notes) or _describe_class_folders(folder)
+    if (folder / _BOX_TABLE).is_file() and "boxes" not in layout.fields:
+        notes.append(
+            f"{_BOX_TABLE} is passed over: beside a table with a row per image it is read by its columns"
+            f" {', '.join(_BOX_COLUMNS)} (pixels from 0, x1 and y1 one beyond)"
+        )
     seen = _looked_into(layout.files)
     _check_classes(folder.name, layout, seen)
     classes = tuple(layout.counts)
@@ -303,7 +310,7 @@ def _described_table(folder: Path, notes: list[str]) -> _Layout | None:
     tables = sorted(
         path
         for path in folder.iterdir()
-        if path.suffix.lower() in (".csv", ".tsv") and path.name != "boxes.csv" and not is_hidden(path.name)
+        if path.suffix.lower() in (".csv", ".tsv") and path.name != _BOX_TABLE and not is_hidden(path.name)
     )
     found = [(table, layout) for table in tables if (layout := _describe_table(folder, table, notes))]
     if len(found) > 1:
@@ -316,6 +323,8 @@ def _described_table(folder: Path, notes: list[str]) -> _Layout | None:
             f"{tables[0].name}: no columns for file and label; name them {wanted}, or move the table away where"
             " folders are the classes"
         )
+    if others := len(tables) - len(found):
+        notes.append(f"tables passed over: {others}, without columns for file and label")
     return found[0][1] if found else None
 
 
@@ -345,6 +354,11 @@ def _describe_table(folder: Path, table: Path, notes: list[str]) -> _Layout | No
             )
     if optional := {meaning: name for meaning, name in known.items() if name}:
         fields["columns"] = optional
+    if label_column is not None and flags:
+        notes.append(
+            f"columns passed over: {', '.join(flags.values())}, as column {label_column} is the label; take it out of"
+            " the table where they are meant"
+        )
     taken = {file_column, label_column, *flags.values(), *known.values()}
     if others := [name for name in rows[0] if name not in taken]:
         notes.append(f"columns passed over: {', '.join(others)}; name them {', '.join(known)} to be read")
@@ -372,13 +386,30 @@ def _describe_table(folder: Path, table: Path, notes: list[str]) -> _Layout | No
         unlabelled = 0
     if unlabelled:
         notes.append(f"{unlabelled} of {len(rows)} rows have no label: their images teach nothing")
+    if "values" not in fields and (joined := _joined(counts)):
+        raise ValueError(
+            f"{table.name}: {joined} of {len(counts)} labels in column {label_column} are others joined by | or a"
+            " semicolon; give each finding a column label_<class> of 0 and 1 in place of it, or write + where a"
+            " combination is a class"
+        )
     if len(counts) > _MOST_CLASSES or ("label_columns" not in fields and len(counts) < 2):
         raise ValueError(f"{table.name}: column {label_column} holds {len(counts)} classes; is it the label?")
-    box_table = folder / "boxes.csv"
+    box_table = folder / _BOX_TABLE
     boxes = read_rows(box_table, may_be_empty=True) if box_table.is_file() else []
-    if boxes and {"file", "class", "x0", "y0", "x1", "y1"} <= set(boxes[0]):
-        fields["boxes"] = {"table": box_table.name, "x1": "x1", "y1": "y1"}
+    if boxes and set(_BOX_COLUMNS) <= set(boxes[0]):
+        fields["boxes"] = {"table": _BOX_TABLE, "x1": "x1", "y1": "y1"}
     return _Layout(fields, counts, files, given, flag)
+
+
+def _joined(labels: Iterable[str]) -> int:
+    """How many labels hold others, such as `Effusion|Mass` beside `Mass`: several findings, not a class.
+
+    >>> _joined(["Effusion|Mass", "Mass", "tumour; benign", "tumour; malignant"])
+    1
+    """
+    known = set(labels)
+    parts = {label: {part.strip() for part in re.split(r"[|;]", label)} for label in known}
+    return sum(not known.isdisjoint(held - {label}) for label, held in parts.items())
 
 
 def _files_of(folder: Path, table: str, rows: Sequence[Row], column: str) -> tuple[Path, list[Path]]:

@@ -179,6 +179,36 @@ def test_columns_that_are_not_read_are_said(tmp_path):
     assert described.columns.patient == "Patienten-ID"
 
 
+def test_findings_beside_a_label_are_said(tmp_path):
+    rows = ["a.png,x,1,0", "b.png,y,0,1"]
+    own = table(tmp_path / "own", "file,label,label_mass,label_edema", *rows)
+    described, _, notes = describe_folder(own)
+    assert described.classes == ("x", "y")
+    assert any(
+        "columns passed over: label_mass, label_edema, as column label is the label" in n for n in notes
+    )
+
+
+@pytest.mark.parametrize("images", ["table", "folders"])
+def test_a_table_that_is_not_read_is_said_with_the_columns_that_it_needs(tmp_path, images):
+    if images == "table":
+        own = table(tmp_path / "own", "file,label", "a.png,x", "b.png,y")
+        (own / "ages.csv").write_text("patient,age\nA,60\n")
+    else:
+        own = classes(tmp_path / "own", x=1, y=1)
+    (own / "boxes.csv").write_text("image,label,xmin,ymin,xmax,ymax\na.png,x,1,1,9,9\n")
+    _, _, notes = describe_folder(own)
+    assert any(
+        "boxes.csv is passed over: " in note and "file, class, x0, y0, x1, y1 (" in note for note in notes
+    )
+    assert any("tables passed over: 1" in note for note in notes) == (images == "table")
+    if images == "table":
+        (own / "boxes.csv").write_text("file,class,x0,y0,x1,y1\na.png,x,1,1,9,9\n")
+        described, _, notes = describe_folder(own)
+        assert described.boxes.table == "boxes.csv"
+        assert not any("boxes.csv" in note for note in notes)
+
+
 def test_paths_that_windows_wrote_are_read(tmp_path):
     described = describe_folder(table(tmp_path / "own", "file,label", "in\\a.png,x", "in\\b.png,y")).entry
     assert described.classes == ("x", "y")
@@ -241,6 +271,9 @@ REFUSED = {
     ],
     "own: t.csv row 3, column age: not an age": lambda own: table(
         own, "file,label,age", "a.png,x,60", "b.png,y,old", name="t.csv"
+    ),
+    "labels.csv: 2 of 4 labels in column label are others joined by . or a semicolon; give": lambda own: (
+        table(own, "file,label", "a.png,Mass", "b.png,Edema | Mass", "c.png,Edema", "d.png,Mass;Hernia")
     ),
     "row 3: its path leads out of own": lambda own: table(own, "file,label", "a.png,x", "../b.png,y"),
     "row 3: its file is neither in own nor one folder below; so it is in 1 of 2 rows": lambda own: (
