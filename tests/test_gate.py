@@ -363,7 +363,7 @@ def test_a_model_must_not_be_worse_than_the_champion_by_more_than_the_margin(
     assert decision.champion == "sha256:" + "1" * 64
     reasons = judge(given={"predictions": own, "champion": better}, at_least=EASY, margins=margins).reasons
     assert "AUC less the champion's is -0" in reasons[0]
-    assert "beyond the margin of 0.02; too few (16.9 in the rarer class)" in reasons[0]
+    assert "beyond the margin of 0.02; too few (19 in the rarer class)" in reasons[0]
     # The champion itself, and a first model.
     assert judge(given={"predictions": own, "champion": own}, at_least=EASY, margins=margins).promote
     assert judge(at_least=EASY, margins=margins).promote

@@ -1194,6 +1194,12 @@ def test_few_errors_and_few_patients_are_told() -> None:
         for estimate in (found["ppv"], elsewhere["ppv"], elsewhere["npv"]):
             assert ("too few" in estimate.method) == bool(word), estimate.method
             assert word in estimate.method
+    # Nor do heads count where few patients have most of the images.
+    sizes = np.r_[[100, 80, 60], np.ones(300, int)]
+    patients = np.repeat(np.arange(sizes.size), sizes)
+    y, p = patients % 2, np.random.default_rng(0).random(patients.size)
+    assert "in the rarer class" in auc(y, p, patients).method
+    assert "too few" not in auc(y[240:], p[240:], patients[240:]).method
     # Whatever rests on both classes says so where one of them is small, alone and as a mean over classes.
     rng = np.random.default_rng(0)
     for positives, doubted in ((49, True), (50, False)):

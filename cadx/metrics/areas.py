@@ -10,6 +10,7 @@ from cadx.doubts import HOLDS_LESS, ROUGHLY
 from cadx.metrics.estimates import (
     EPSILON,
     LEVEL,
+    BoolArray,
     Cases,
     Difference,
     FloatArray,
@@ -119,8 +120,13 @@ def area(cases: Cases) -> Part:
 
 
 def patients_of_rarer_class(cases: Cases) -> float:
-    """Effective patients of the rarer class."""
-    return min(cases.effective_patients(cases.y), cases.effective_patients(~cases.y))
+    """Patients of the rarer class; effective ones where these are fewer than half, as few have most of its cases."""
+
+    def count(which: BoolArray) -> float:
+        patients, effective = cases.count_patients(which), cases.effective_patients(which)
+        return effective if effective < patients / 2 else patients
+
+    return min(count(cases.y), count(~cases.y))
 
 
 def _auc_variance(share: FloatArray, cases: Cases) -> float:

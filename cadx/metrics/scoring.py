@@ -538,7 +538,7 @@ def with_doubts(parts: dict[str, Part], fewest: float) -> dict[str, Part]:
 
     Args:
         parts: metric -> part, as `limits.on_scale` gives it.
-        fewest: effective patients of the rarer class.
+        fewest: `areas.patients_of_rarer_class`.
     """
 
     def told(name: str, part: Part) -> Part:
