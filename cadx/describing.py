@@ -471,7 +471,7 @@ def _patient_policy(layout: _Layout, seen: _Seen, notes: list[str]) -> str:
         notes.append(f"{seen.unreadable} of {seen.files} sampled files cannot be read: ingest will list them")
     if BURNED_IN in seen.identifiers:
         notes.append(
-            f"{BURNED_IN} is YES: ingest refuses such files; mask the pixels at the source and set it to NO"
+            f"{BURNED_IN} is not NO: ingest refuses such files; mask the pixels at the source and set it to NO"
         )
     if dropped := seen.identifiers - {BURNED_IN}:
         notes.append(f"the files carry identifiers ({', '.join(sorted(dropped))}): they will be dropped")

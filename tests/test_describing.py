@@ -171,6 +171,16 @@ def test_one_file_without_a_patient_does_not_make_every_image_a_patient(tmp_path
     assert any("1 of 12 sampled files name no patient" in note for note in notes)
 
 
+@pytest.mark.parametrize(("value", "is_said"), [("YES", True), ("UNKNOWN", True), ("NO", False)])
+def test_letters_burned_in_are_said_as_ingest_refuses_them(tmp_path, value, is_said):
+    for name in "ab":
+        (tmp_path / "own" / name).mkdir(parents=True)
+        file = encode(dicom(PatientID="7", BurnedInAnnotation=value))
+        (tmp_path / "own" / name / "1.dcm").write_bytes(file)
+    _, _, notes = describe_folder(tmp_path / "own")
+    assert any("BurnedInAnnotation is not NO: ingest refuses" in note for note in notes) == is_said
+
+
 def test_columns_that_are_not_read_are_said(tmp_path):
     rows = ["a.png,x,1", "b.png,y,2"]
     _, _, notes = describe_folder(table(tmp_path / "own", "file,label,Fallnummer", *rows))
