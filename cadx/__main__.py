@@ -222,7 +222,12 @@ def new(folder: Path, /, *, name: str = "", positive: str = "") -> None:
         "split": {"strategy": "given" if described.has_splits else "patient"},
         "train": {
             "model": {"family": "resnet", "depth": 18},
-            "preprocessing": {"height_px": 224, "width_px": 224, "intensity": "image"},
+            "preprocessing": {
+                "channels": described.channels,
+                "height_px": 224,
+                "width_px": 224,
+                "intensity": "image",
+            },
             "augmentation": {
                 "rotation_degrees": 10,
                 "translation_fraction": 0.05,

@@ -70,6 +70,7 @@ class _Seen(NamedTuple):
     Attributes:
         files: how many were looked into.
         unreadable: how many of them cannot be read.
+        coloured: how many of the others are in colour.
         patients: whom the others name, once for each file that names somebody.
         names: the words of each name in their headers.
         identifiers: the elements that name a patient.
@@ -77,6 +78,7 @@ class _Seen(NamedTuple):
 
     files: int
     unreadable: int
+    coloured: int
     patients: list[str]
     names: list[set[str]]
     identifiers: set[str]
@@ -89,11 +91,13 @@ class Described(NamedTuple):
         entry: for the catalogue.
         has_splits: whether it brings its own train, val and test.
         notes: what was assumed and should be looked over.
+        channels: 3 if any sampled image is in colour, else 1.
     """
 
     entry: FolderEntry | TableEntry
     has_splits: bool
     notes: tuple[str, ...]
+    channels: int
 
 
 def describe_folder(folder: Path, *, positive: str = "") -> Described:
@@ -143,6 +147,11 @@ def describe_folder(folder: Path, *, positive: str = "") -> Described:
             )
     policy = _patient_policy(layout, seen, notes)
     notes += _about_sizes(layout.counts)
+    if seen.coloured:
+        notes.append(
+            f"{seen.coloured} of {seen.files} sampled files are in colour, so preprocessing.channels is 3: set it to 1"
+            " if their colour means nothing"
+        )
     splits = {"train", "val", "test"} <= layout.given
     if layout.given and not splits:
         notes.append(
@@ -175,7 +184,8 @@ def describe_folder(folder: Path, *, positive: str = "") -> Described:
     except OSError as error:  # its text repeats a file's name
         what = type(error).__name__
         raise ValueError(f"{folder.name}: a file in it cannot be read ({what}); check its rights") from None
-    return Described(entry.model_copy(update={"digest": digest}), splits, tuple(notes))
+    channels = 3 if seen.coloured else 1
+    return Described(entry.model_copy(update={"digest": digest}), splits, tuple(notes), channels)
 
 
 def _check_listing(folder: Path, entry: FolderEntry | TableEntry) -> None:
@@ -442,18 +452,19 @@ def _looked_into(files: Sequence[Path]) -> _Seen:
     patients: list[str] = []
     names: list[set[str]] = []
     identifiers: set[str] = set()
-    unreadable = 0
+    unreadable = coloured = 0
     for path in sample:
         try:
             identifiers.update(dicom_identifiers(path))
             names += _names_in(path)
-            patient = read_image(path).patient
+            image = read_image(path)
         except (ValueError, OSError):
             unreadable += 1
             continue
-        if patient is not None:
-            patients.append(patient)
-    return _Seen(len(sample), unreadable, patients, names, identifiers)
+        coloured += image.pixels.ndim == 3
+        if image.patient is not None:
+            patients.append(image.patient)
+    return _Seen(len(sample), unreadable, coloured, patients, names, identifiers)
 
 
 def _names_in(path: Path) -> list[set[str]]:

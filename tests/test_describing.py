@@ -40,7 +40,7 @@ def table(folder: Path, *lines: str, name: str = "labels.csv") -> Path:
 
 def test_a_folder_per_class(tmp_path):
     classes(tmp_path / "own set", healthy=5, ill=2)
-    described, _, notes = describe_folder(tmp_path / "own set")
+    described, _, notes, _ = describe_folder(tmp_path / "own set")
     assert isinstance(described, FolderEntry)
     assert (described.task, described.classes, described.positive) == ("binary", ("healthy", "ill"), "ill")
     assert described.patient == "per-image"
@@ -101,7 +101,7 @@ def test_several_label_columns_are_multilabel(tmp_path):
 def test_dicom_with_identifiers_is_deidentified_and_says_so(tmp_path):
     config = XrayPhantom(num_patients=8, prevalence=0.3, size_px=48, faults=Faults(identifiers=8))
     write_xray_cohort(tmp_path / "own", config)
-    described, _, notes = describe_folder(tmp_path / "own")
+    described, _, notes, _ = describe_folder(tmp_path / "own")
     assert isinstance(described, TableEntry)
     assert (described.classes, described.positive) == (("no_opacity", "opacity"), "opacity")
     assert (described.patient, described.deidentify) == ("hmac", True)
@@ -132,7 +132,7 @@ def test_folders_that_are_neither(tmp_path):
     ids=str,
 )
 def test_the_positive_class_is_the_one_that_people_look_for(tmp_path, counts, positive, why):
-    described, _, notes = describe_folder(classes(tmp_path / "own", **counts))
+    described, _, notes, _ = describe_folder(classes(tmp_path / "own", **counts))
     assert described.positive == positive
     assert any(f"positive is {positive!r}" in note and why in note for note in notes)
 
@@ -151,12 +151,12 @@ def test_official_splits_are_kept_where_they_are_whole(tmp_path):
     assert describe_folder(tmp_path / "whole").has_splits
     for split in ("train", "test"):
         classes(tmp_path / "part" / split, normal=1, ill=1)
-    described, has_splits, notes = describe_folder(tmp_path / "part")
+    described, has_splits, notes, _ = describe_folder(tmp_path / "part")
     assert not has_splits
     assert described.split_folders == {"train": "train", "test": "test"}
     assert any("only test and train are there" in note for note in notes)
     rows = [f"{n}.png,{'ab'[n % 2]},{word}" for n, word in enumerate(("train", "val", "test", "later"))]
-    _, has_splits, notes = describe_folder(table(tmp_path / "table", "file,label,split", *rows))
+    _, has_splits, notes, _ = describe_folder(table(tmp_path / "table", "file,label,split", *rows))
     assert not has_splits
     assert any("column split is passed over" in note for note in notes)
 
@@ -166,9 +166,23 @@ def test_one_file_without_a_patient_does_not_make_every_image_a_patient(tmp_path
         path = tmp_path / "own" / "ab"[number % 2] / f"{number}.dcm"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode(dicom(PatientID="" if number == 5 else f"P{number // 2}")))
-    described, _, notes = describe_folder(tmp_path / "own")
+    described, _, notes, _ = describe_folder(tmp_path / "own")
     assert described.patient == "hmac"
     assert any("1 of 12 sampled files name no patient" in note for note in notes)
+
+
+def test_colour_is_seen_and_said(tmp_path):
+    described = describe_folder(classes(tmp_path / "own", naevus=3, melanoma=3))
+    assert described.channels == 1
+    assert not any("colour" in note for note in described.notes)
+    colours = np.zeros((8, 8, 3), np.uint8)
+    colours[..., 0] = 200
+    Image.fromarray(colours).save(tmp_path / "own/naevus/1.png")
+    described = describe_folder(tmp_path / "own")
+    assert described.channels == 3
+    assert any(
+        "1 of 6 sampled files are in colour, so preprocessing.channels is 3" in n for n in described.notes
+    )
 
 
 @pytest.mark.parametrize(("value", "is_said"), [("YES", True), ("UNKNOWN", True), ("NO", False)])
@@ -177,13 +191,13 @@ def test_letters_burned_in_are_said_as_ingest_refuses_them(tmp_path, value, is_s
         (tmp_path / "own" / name).mkdir(parents=True)
         file = encode(dicom(PatientID="7", BurnedInAnnotation=value))
         (tmp_path / "own" / name / "1.dcm").write_bytes(file)
-    _, _, notes = describe_folder(tmp_path / "own")
+    _, _, notes, _ = describe_folder(tmp_path / "own")
     assert any("BurnedInAnnotation is not NO: ingest refuses" in note for note in notes) == is_said
 
 
 def test_columns_that_are_not_read_are_said(tmp_path):
     rows = ["a.png,x,1", "b.png,y,2"]
-    _, _, notes = describe_folder(table(tmp_path / "own", "file,label,Fallnummer", *rows))
+    _, _, notes, _ = describe_folder(table(tmp_path / "own", "file,label,Fallnummer", *rows))
     assert any("columns passed over: Fallnummer; name them patient" in note for note in notes)
     described = describe_folder(table(tmp_path / "de", "Datei,Befund,Patienten-ID", *rows)).entry
     assert described.columns.patient == "Patienten-ID"

@@ -116,6 +116,25 @@ def test_a_name_that_is_taken_is_refused(
     assert again.stderr == "cadx new: catalog.yaml already holds 'mine'; choose another name with --name\n"
 
 
+def test_colour_stays_colour_in_a_new_experiment(
+    checkout: Path, added: subprocess.CompletedProcess[str], tmp_path: Path
+) -> None:
+    for number, name in enumerate(("naevus", "melanoma")):
+        (tmp_path / "skin" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (200, 90 + number, 60)).save(tmp_path / "skin" / name / "1.png")
+    files = [checkout / name for name in ("data/catalog.yaml", "params.yaml", "dvc.yaml")]
+    before = [path.read_text() for path in files]
+    try:
+        done = run(checkout, "new", str(tmp_path / "skin"))
+        recipes = yaml.safe_load(files[1].read_text())
+    finally:
+        for path, former in zip(files, before, strict=True):
+            path.write_text(former)
+    assert "2 of 2 sampled files are in colour" in done.stdout, done.stderr
+    assert recipes["skin"]["train"]["preprocessing"]["channels"] == 3
+    assert recipes["mine"]["train"]["preprocessing"]["channels"] == 1
+
+
 @pytest.mark.parametrize("file", ["data/catalog.yaml", "params.yaml", "dvc.yaml"])
 @pytest.mark.parametrize("text", ["a:\n  : [\n", ""])
 def test_a_broken_file_of_the_project_is_named_in_one_line(
