@@ -41,6 +41,7 @@ _SAYS_NO = re.compile(
 _PERSON_NAME = re.compile(r"\w\^\w")
 _BOX_TABLE = "boxes.csv"
 _BOX_COLUMNS = ("file", "class", "x0", "y0", "x1", "y1")
+_VOLUME_SUFFIXES = (".nii", ".nii.gz")
 _SAMPLED_FILES = 24
 _MOST_CLASSES = 50
 _FEW_IMAGES = 50
@@ -106,9 +107,9 @@ def describe_folder(folder: Path, *, positive: str = "") -> Described:
     The positive class is `positive`, or the one that does not say that nothing was found, or the rarest.
 
     Raises:
-        ValueError: one line, if neither a table nor a folder per class is there, `positive` is no class, something
-            would be lost or mistaken, or `ingest` could not list the images. It repeats no file name and no cell but
-            the classes.
+        ValueError: one line, if volumes are there, or neither a table nor a folder per class, `positive` is no class,
+            something would be lost or mistaken, or `ingest` could not list the images. It repeats no file name and no
+            cell but the classes.
     """
     folder = folder.resolve()
     if not folder.is_dir():
@@ -118,7 +119,14 @@ def describe_folder(folder: Path, *, positive: str = "") -> Described:
         "deidentify is on: nothing in the data set repeats a file name or an identifier; "
         "turn it off if sample ids should be the file names and the files hold no identifiers",
     ]
-    candidate_files(folder)  # refuses links, closed folders, and names that are no text
+    # It refuses links, closed folders, and names that are no text.
+    there = candidate_files(folder)
+    if volumes := sum(path.name.lower().endswith(_VOLUME_SUFFIXES) for path in there):
+        raise ValueError(
+            f"{folder.name}: {volumes} of {len(there)} files are volumes (NIfTI), and only images are described here;"
+            " write an entry of kind volume into data/catalog.yaml by hand (docs/data.md, A folder of one's own), or"
+            " move them away"
+        )
     layout = _described_table(folder, notes) or _describe_class_folders(folder)
     if (folder / _BOX_TABLE).is_file() and "boxes" not in layout.fields:
         notes.append(

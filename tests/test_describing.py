@@ -264,7 +264,14 @@ def with_a_name_that_is_no_text(own: Path) -> None:
     Path(os.fsdecode(os.fsencode(own / "ill") + b"/m\xe4.png")).write_bytes(b"")
 
 
+def of_volumes(own: Path) -> None:
+    for name in ("ill/Meier.nii.gz", "well/Roth.NII"):
+        (own / name).parent.mkdir()
+        (own / name).write_bytes(b"\x1f\x8b")
+
+
 REFUSED = {
+    "own: 2 of 2 files are volumes .NIfTI.* entry of kind volume into data/catalog.yaml by hand": of_volumes,
     "2 of 2 classes are named like patients; make a folder for each class": named_like_patients,
     "2 of 2 classes are named like patients": named_like_their_files_patients,
     "4 of 5 classes are named like patients": named_as_their_files_name_patients,
