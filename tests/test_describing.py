@@ -206,7 +206,7 @@ def test_columns_that_are_not_read_are_said(tmp_path):
 def test_findings_beside_a_label_are_said(tmp_path):
     rows = ["a.png,x,1,0", "b.png,y,0,1"]
     own = table(tmp_path / "own", "file,label,label_mass,label_edema", *rows)
-    described, _, notes = describe_folder(own)
+    described, _, notes, _ = describe_folder(own)
     assert described.classes == ("x", "y")
     assert any(
         "columns passed over: label_mass, label_edema, as column label is the label" in n for n in notes
@@ -221,14 +221,14 @@ def test_a_table_that_is_not_read_is_said_with_the_columns_that_it_needs(tmp_pat
     else:
         own = classes(tmp_path / "own", x=1, y=1)
     (own / "boxes.csv").write_text("image,label,xmin,ymin,xmax,ymax\na.png,x,1,1,9,9\n")
-    _, _, notes = describe_folder(own)
+    notes = describe_folder(own).notes
     assert any(
         "boxes.csv is passed over: " in note and "file, class, x0, y0, x1, y1 (" in note for note in notes
     )
     assert any("tables passed over: 1" in note for note in notes) == (images == "table")
     if images == "table":
         (own / "boxes.csv").write_text("file,class,x0,y0,x1,y1\na.png,x,1,1,9,9\n")
-        described, _, notes = describe_folder(own)
+        described, _, notes, _ = describe_folder(own)
         assert described.boxes.table == "boxes.csv"
         assert not any("boxes.csv" in note for note in notes)
 
