@@ -29,6 +29,7 @@ from pydantic import Field
 
 from cadx.bundle import Bundle, Manifest, answer_columns
 from cadx.files import digest_path
+from cadx.reading.folders import is_hidden
 from cadx.reading.images import read_image
 from cadx.reading.volumes import read_volume
 from cadx.types import Prediction
@@ -95,7 +96,7 @@ def predict(*, bundle: In, images: In, predictions: Out, unreadable: Out, params
 def _files(folder: Path, kind: str) -> list[File]:
     """The samples in order of their digests, each once; of volumes, a folder beside the files is one series."""
     found = folder.iterdir() if kind == "volume" else (path for path in folder.rglob("*") if _is_file(path))
-    named = [path for path in found if not path.name.startswith(".")]
+    named = [path for path in found if not any(map(is_hidden, path.relative_to(folder).parts))]
     try:
         return sorted({(digest := _sha256(path)): File(digest, path) for path in named}.values())
     except OSError as error:  # whose own text has the name

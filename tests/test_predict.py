@@ -71,6 +71,9 @@ def test_answers_are_the_predictors_and_joined_by_the_files_digest(
 def test_what_cannot_be_read_costs_a_line_and_no_name_is_told(
     ready: Run, inbox: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (inbox / "@eaDir").mkdir()
+    for litter in ("Thumbs.db", "@eaDir/thumb.jpg"):  # nobody's images, and no lines either
+        (inbox / litter).write_bytes(b"of a file server")
     _, unreadable = run(ready, inbox, tmp_path)
     told = {one["sha256"]: one["reason"] for one in unreadable}
     letter = hashlib.sha256((inbox / f"{NAME}.txt").read_bytes()).hexdigest()
