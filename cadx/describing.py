@@ -187,7 +187,8 @@ def describe_folder(folder: Path, *, positive: str = "") -> Described:
     except ValidationError as error:
         raise ValueError(f"{folder.name}: {error.errors(include_input=False)[0]['msg']}") from None
     try:
-        _check_listing(folder, entry)
+        if note := _check_listing(folder, entry):
+            notes.append(note)
         digest = digest_source(folder)
     except OSError as error:  # its text repeats a file's name
         what = type(error).__name__
@@ -196,10 +197,10 @@ def describe_folder(folder: Path, *, positive: str = "") -> Described:
     return Described(entry.model_copy(update={"digest": digest}), splits, tuple(notes), channels)
 
 
-def _check_listing(folder: Path, entry: FolderEntry | TableEntry) -> None:
-    """Refuse what `ingest` would refuse before it opens an image.
+def _check_listing(folder: Path, entry: FolderEntry | TableEntry) -> str:
+    """Refuse what `ingest` would refuse before it opens an image; say what it leaves to a parameter, "" for nothing.
 
-    With other advice where its own is to correct the entry or the step's parameters, which are not written yet.
+    With other advice where its own is to correct the entry, which is not written yet.
     """
     for split in entry.split_folders if isinstance(entry, FolderEntry) else ():
         if lacking := [name for name in entry.classes if not candidate_files(folder / split / name)]:
@@ -209,25 +210,35 @@ def _check_listing(folder: Path, entry: FolderEntry | TableEntry) -> None:
             )
     alone: list[Orphan] = []
     try:
-        list_items(entry, folder, alone)
+        items = list_items(entry, folder, alone)
     except ValueError as error:
         raise ValueError(f"{folder.name}: {error}") from None
+    if alone and isinstance(entry, TableEntry):
+        return (
+            f"{len(alone)} files have no row ({alone[0].place}): ingest refuses them; give each a row, with an empty"
+            " label where nobody knows it, or set ingest.orphans to leave_out"
+        )
     if alone:
-        way = (
-            "give each a row, with an empty label where nobody knows it"
-            if isinstance(entry, TableEntry)
-            else "move each into the folder of a class"
-        )
         raise ValueError(
-            f"{folder.name}: {len(alone)} files are left over ({alone[0].place}: {alone[0].reason}); {way}, or move"
-            " them away"
+            f"{folder.name}: {len(alone)} files are left over ({alone[0].place}: {alone[0].reason}); move each into the"
+            " folder of a class, or move them away"
         )
+    named = sum(bool(item.patient) for item in items)
+    if 0 < named < len(items):
+        raise ValueError(
+            f"{folder.name}: {len(items) - named} of {len(items)} rows name no patient; fill in all of them, or none"
+        )
+    return ""
 
 
 def _check_classes(name: str, layout: _Layout, seen: _Seen) -> None:
     """Refuse classes that are none, without repeating what may be a person's name."""
     classes = list(layout.counts)
-    if persons := sum(one in seen.patients or _is_name(one, seen.names) for one in classes):
+    # `no` and `normal` are words before they are names.
+    if persons := sum(
+        one in seen.patients or (not _SAYS_NO.fullmatch(one.lower()) and _is_name(one, seen.names))
+        for one in classes
+    ):
         raise ValueError(
             f"{name}: {persons} of {len(classes)} classes are named like patients; make a folder for each class, or add"
             " a CSV with the columns file and label"

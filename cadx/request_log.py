@@ -97,6 +97,10 @@ def compact(log: Path, tables: Path) -> Compacted:
             # States of before first lines were kept have none.
             if file.stat().st_size < start.bytes or start.first not in (None, first):
                 start = _ReadSoFar()
+            if not start.bytes:  # it may have been moved here: its first line, which has its own id, tells
+                size = file.stat().st_size
+                moved = [one for one in state.files.values() if one.first == first and one.bytes <= size]
+                start = max(moved, key=lambda one: one.bytes, default=start)
             stream.seek(start.bytes)
             *whole, rest = stream.read().split(b"\n")
         # Without its end a line may still be on its way: it is read next time.
@@ -220,6 +224,8 @@ def read_labels(path: Path, classes: Iterable[str], task: Task) -> pd.DataFrame:
             raise ValueError(
                 f"{file}: no column {', '.join(missing)}; it needs prediction_id and {', '.join(names)}"
             )
+        if nameless := int(table["prediction_id"].isna().sum()):
+            raise ValueError(f"{file}: {nameless} rows without prediction_id; take them from the answers")
         given = table[names]
         numbers = given.apply(pd.to_numeric, errors="coerce").astype(float)
         if (given.notna() & ~numbers.isin([0, 1])).any(axis=None):
@@ -237,6 +243,11 @@ def read_labels(path: Path, classes: Iterable[str], task: Task) -> pd.DataFrame:
     labels = labels.reset_index()
     if task in ("binary", "multiclass"):  # what each of two files leaves empty, the other may contradict
         _require_one_class(labels[names], labels["prediction_id"], path)
+        # A class that holds rules the others out; of two, one that does not hold leaves the other.
+        holds = (labels[names] == 1).any(axis=1)
+        labels.loc[holds, names] = labels.loc[holds, names].fillna(0)
+    if task == "binary":
+        labels[names] = labels[names].fillna(1 - labels[names[::-1]].set_axis(names, axis=1))
     return labels
 
 
@@ -244,9 +255,13 @@ def _require_one_class(labels: pd.DataFrame, prediction_ids: pd.Series, where: P
     ones = (labels == 1).sum(axis=1)
     wrong = prediction_ids[(ones > 1) | ((ones == 0) & labels.notna().all(axis=1))]
     if len(wrong):
+        # What stands there may be something else, such as a name: only an id of ours is repeated.
+        first = (
+            f"prediction_id {wrong.iloc[0]}" if re.fullmatch(r"[0-9a-f]{32}", wrong.iloc[0]) else "a request"
+        )
         raise ValueError(
-            f"{where}: prediction_id {wrong.iloc[0]} is of several classes or of none ({len(wrong)} such rows); "
-            "put 1 under the one that holds"
+            f"{where}: {first} is of several classes or of none ({len(wrong)} such rows); put 1 under the one that"
+            " holds"
         )
 
 

@@ -5,7 +5,9 @@ or site by site, and leave the division of the rest to it. `cut` completes offic
 """
 
 import math
+import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -169,6 +171,12 @@ def leave_site_out(
         raise ValueError(
             f"site: {unknown} of {len(samples)} samples have none, and could be of the site left out;"
             " give their site in the catalogue, or use split.strategy = patient"
+        )
+    spelt = Counter(unicodedata.normalize("NFC", one.casefold()) for one in sites)
+    if alike := sum(number for number in spelt.values() if number > 1):
+        raise ValueError(
+            f"site: {alike} names differ from another in capitals or the Unicode form of a letter alone; write each in"
+            " one way, in the headers or in a column site"
         )
     if len(sites) < 2:
         raise ValueError("site: all samples are of one, and none would be left; use split.strategy = patient")

@@ -43,6 +43,7 @@ from cadx.drift import image_statistics
 from cadx.files import digest_bytes, digest_path
 from cadx.layouts import FileEntry, Item, Orphan, list_items, read_bags
 from cadx.quality import image_checks, perceptual_hash
+from cadx.reading.folders import is_hidden
 from cadx.reading.vocabulary import BURNED_IN, LABEL_IMAGES
 from cadx.settings import did_you_mean, explain
 from cadx.types import Digest, Kind
@@ -299,6 +300,11 @@ def _add_files(
         raise ValueError(
             f"{name}: the source cannot be listed ({type(error).__name__}); check its rights"
         ) from None
+    beneath = [path.relative_to(root) for item in items for path in (item.path, item.mask) if path]
+    if unseen := sum(any(map(is_hidden, path.parts)) for path in beneath):
+        raise ValueError(
+            f"{name}: {unseen} files lie under hidden names, which are no part of the source's digest; rename them"
+        )
     for orphan in orphans or ():
         writer.leave_out(orphan.place, f"{orphan.rule}: {orphan.reason}")
     named = sorted(
@@ -333,7 +339,6 @@ def _add_files(
             continue
         for loaded in read.samples:
             attributes, aged = _attributes(loaded.attributes | item.attributes, entry.deidentify)
-            sites.add(attributes.get("site", ""))
             writer.add(
                 sample_id=f"{file_id}{loaded.piece}",
                 pixels=loaded.array,
@@ -363,7 +368,7 @@ def _add_files(
             f"{name}: {len(problems)} of {len(items)} {entry.kind}s cannot be taken: {_listed(problems)}; "
             "repair them, take them out of the source, or set ingest.unreadable to leave_out"
         )
-    _check_spelling(name, entry, patients, sites)
+    _check_spelling(name, entry, patients, set())
 
 
 def _read(item: Item, entry: FileEntry) -> _Read:
@@ -434,7 +439,7 @@ def _load_volume(item: Item, entry: FileEntry) -> _Loaded:
     )
     return _Loaded(
         array=volume.voxels,
-        sha256=digest_path(item.path),
+        sha256=digest_source(item.path),
         spacing_mm=volume.spacing_mm,
         attributes=volume.attributes,
         patient=volume.patient,

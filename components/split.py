@@ -25,7 +25,7 @@ from pydantic import Field, model_validator
 from cadx.datasets import DatasetFolder, write_splits
 from cadx.files import digest_path
 from cadx.splitting import SPLITS, assign_splits, cut, kfold, leave_site_out
-from cadx.types import Config
+from cadx.types import Config, Task
 from components.contract import In, Out, Params, step
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -90,7 +90,7 @@ def split(*, dataset: In, validation: In, splits: Out, params: SplitParams) -> N
     # A class that is empty is validate's matter; it cannot be stratified.
     labels = [column for column in folder.info.label_columns if (kept[column] == 1).any()]
     try:
-        placed = _place(kept, labels, params)
+        placed = _place(kept, labels, folder.info.task, params)
     except ValueError as error:
         raise ValueError(f"dataset {folder.info.name}: {error}") from None
     excluded = samples["sample_id"].map(reasons)
@@ -119,10 +119,10 @@ def _read_quarantine(validation: Path, dataset: Path) -> dict[str, str]:
     return reasons
 
 
-def _place(kept: pd.DataFrame, labels: list[str], params: SplitParams) -> pd.DataFrame:
+def _place(kept: pd.DataFrame, labels: list[str], task: Task, params: SplitParams) -> pd.DataFrame:
     """The splits, indexed like `kept`: columns split, reason."""
     if params.strategy == "given":
-        return _given(kept, labels, params)
+        return _given(kept, labels, task, params)
     if params.strategy == "folds":
         return pd.DataFrame({"split": "train", "reason": "for cross-validation"}, index=kept.index)
     fractions, seed = params.fractions.model_dump(), params.seed
@@ -140,7 +140,7 @@ def _place(kept: pd.DataFrame, labels: list[str], params: SplitParams) -> pd.Dat
     return pd.DataFrame({"split": parts, "reason": parts.map(reasons).fillna("by patient")})
 
 
-def _given(kept: pd.DataFrame, labels: list[str], params: SplitParams) -> pd.DataFrame:
+def _given(kept: pd.DataFrame, labels: list[str], task: Task, params: SplitParams) -> pd.DataFrame:
     """The official splits, indexed like `kept`, completed by a calibration part: columns split, reason."""
     remedy = "use split.strategy = patient"
     parts = kept["given_split"]
@@ -157,8 +157,12 @@ def _given(kept: pd.DataFrame, labels: list[str], params: SplitParams) -> pd.Dat
             " or set validate.patient_across_splits = quarantine"
         )
     shown = (kept[labels] == 1).groupby(parts).any()
-    for label in labels:
-        if lacking := [part for part in SPLITS if part in shown.index and not shown.loc[part, label]]:
+    # Of several findings a rare one may be nowhere, and is then not judged; and a test part whose labels its authors
+    # keep to themselves hinders no training.
+    told = kept[labels].notna().any(axis=1).groupby(parts).any()
+    judging = [part for part in SPLITS if part in told.index and (told[part] or part != "test")]
+    for label in labels if task in ("binary", "multiclass") else ():
+        if lacking := [part for part in judging if not shown.loc[part, label]]:
             name = label.removeprefix("label_")
             raise ValueError(
                 f"class {name!r}: no image of the official {' and '.join(lacking)} part shows it; {remedy}, or drop it"

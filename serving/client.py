@@ -469,7 +469,7 @@ class Endpoint:
     ) -> urllib3.BaseHTTPResponse:
         token = self._token
         if token is None and self._fetch_token is not None:
-            token = self._token = _sendable(self._fetch_token())
+            token = self._token = _sendable(self._fetch_token() or "")
         authorization = {"Authorization": f"Bearer {token}"} if token else {}
         try:
             return self._pool.request(

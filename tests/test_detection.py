@@ -372,7 +372,7 @@ def test_closed_forms_are_those_of_the_metrics_of_cases() -> None:
     highest = answers.groupby("sample_id")["score"].max().reindex(names).fillna(0)
     holds = pd.Index(names).isin(truth["sample_id"])
     assert scores.metrics["image_auc"] == metrics.auc(holds, highest, patients)
-    told = "Wilson, effective n over patients; too few effective patients (9): holds the truth only roughly"
+    told = "Wilson, effective n over patients; too few errors (4.5): holds the truth only roughly"
     assert scores.metrics["sensitivity"].method == told
     assert scores.metrics["sensitivity"].n == scores.n_lesions == len(truth)
 

@@ -143,6 +143,16 @@ def test_a_file_that_took_anothers_name_is_read_from_its_start(log: Path, tables
     assert compact(log, tables).requests == {"1" * 12: 43}, "known again from the look before on"
 
 
+def test_a_file_that_was_renamed_goes_on_where_it_stood(log: Path, tables: Path) -> None:
+    write_log(log, "w.jsonl", *(request_line(n) for n in range(20)))
+    compact(log, tables)
+    with (log / "w.jsonl").open("a") as stream:  # after the last look
+        stream.write(json.dumps(request_line(20)) + "\n")
+    (log / "w.jsonl").rename(log / "w.1.jsonl")
+    write_log(log, "w.jsonl", *(request_line(n) for n in range(30, 33)))
+    assert compact(log, tables) == (0, 0, {"1" * 12: 24})
+
+
 @pytest.mark.parametrize("cut", [1, 40, -1, "half a letter"])
 def test_a_line_cut_short_is_skipped_and_counted(log: Path, tables: Path, cut: int | str) -> None:
     line = json.dumps(request_line(2, site="Zürich"), ensure_ascii=False).encode()
@@ -255,7 +265,7 @@ def test_labels_come_from_tables_of_either_form_and_a_folder_of_them(tmp_path: P
     found = read_labels(tmp_path / "labels", ["well", "sick"], "binary").set_index("prediction_id")
     assert set(found.index) == {"0012", "b", "c"}, "a number-like id keeps its zeros"
     assert found.loc["0012"].tolist() == [0, 1]
-    assert np.isnan(found.loc["b", "label_sick"])
+    assert found.loc["b"].tolist() == [1, 0], "a class that holds rules the other out"
     assert found.loc["c"].tolist() == [1, 0], "of two classes one says both"
 
 
@@ -288,13 +298,12 @@ def test_of_classes_that_exclude_each_other_a_request_has_one(tmp_path: Path) ->
         "prediction_id,label_well,label_sick,label_dead\na,0,1,0\nb,1,,\nc,0,0,\n"
     )
     classes = ["well", "sick", "dead"]
-    assert len(read_labels(tmp_path, classes, "multiclass")) == 3
+    found = read_labels(tmp_path, classes, "multiclass").set_index("prediction_id").fillna(-1)
+    assert found.T.to_dict("list") == {"a": [0, 1, 0], "b": [1, 0, 0], "c": [0, 0, -1]}
     for row in ("b,,1,", "d,1,1,", "d,0,0,0", "c,,,0"):
         (tmp_path / "2.csv").write_text(f"prediction_id,label_well,label_sick,label_dead\n{row}\n")
         where = "2.csv" if row[0] == "d" else tmp_path.name
-        with pytest.raises(
-            ValueError, match=rf"{where}: prediction_id {row[0]} is of several classes or of none"
-        ):
+        with pytest.raises(ValueError, match=rf"{where}: a request is of several classes or of none"):
             read_labels(tmp_path, classes, "multiclass")
         assert len(read_labels(tmp_path, classes, "multilabel")) in (3, 4)
 
@@ -303,12 +312,16 @@ def test_of_classes_that_exclude_each_other_a_request_has_one(tmp_path: Path) ->
     ("text", "message"),
     [
         (
-            "prediction_id,label_well,label_sick\na,0,1\nb,1,1\n",
-            r"labels\.csv: prediction_id b is of several",
+            "prediction_id,label_sick\na,1\n,0\n",
+            r"labels\.csv: 1 rows without prediction_id",
         ),
         (
-            "prediction_id,label_well,label_sick\na,0,1\nb,0,0\n",
-            r"labels\.csv: prediction_id b is of several",
+            "prediction_id,label_well,label_sick\na,0,1\nDoe,1,1\n",
+            r"labels\.csv: a request is of several",
+        ),
+        (
+            "prediction_id,label_well,label_sick\na,0,1\n" + 32 * "b" + ",0,0\n",
+            r"labels\.csv: prediction_id b{32} is of several",
         ),
         ("prediction_id,label_sick\na,2\n", "neither 0 nor 1"),
         ("prediction_id,label_sick\na,Smith\n", "neither 0 nor 1"),

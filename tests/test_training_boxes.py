@@ -126,6 +126,16 @@ def test_val_in_tiles_is_answered_with_the_models_own_limits(folder: DatasetFold
     assert number(max_detections=3) == 3 < once
 
 
+def test_more_lesions_than_boxes_may_be_answered_are_refused(
+    folder: DatasetFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twice = pd.concat([folder.boxes] * 2, ignore_index=True)
+    monkeypatch.setattr(DatasetFolder, "boxes", twice)
+    model = {"family": "yolo", "width": 0.25, "strides": (4, 8), "max_detections": 1}
+    with pytest.raises(ValueError, match="max_detections 1: an image has 2 boxes; raise it"):
+        _workload(folder, tmp_path, model=model)
+
+
 def test_loader_workers_find_every_image_preprocessed(
     folder: DatasetFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -318,13 +318,12 @@ def test_axes_that_no_code_tells_can_be_given_and_are_recorded(tmp_path, axes):
     assert volume.spacing_mm == ((0.8, 0.9, 2.5) if axes == "SAL" else (2.5, 0.9, 0.8))
 
 
-def test_given_axes_that_the_file_contradicts_are_refused_and_not_passed_over(tmp_path):
+def test_a_file_that_says_its_axes_keeps_them_whatever_was_given_for_those_that_do_not(tmp_path):
     path = write_nifti(tmp_path / "v.nii", phantom())
-    assert read_volume(path, orientation="RAS").assumptions == ()
-    with pytest.raises(
-        ValueError, match=r"^NIfTI: orientation LPS was given, but the file says RAS; remove it"
-    ):
-        read_volume(path, orientation="LPS")
+    for orientation in ("RAS", "LPS"):
+        given = read_volume(path, orientation=orientation)
+        assert given.assumptions == ()
+        np.testing.assert_array_equal(given.voxels, read_volume(path).voxels)
     series = write_series(tmp_path / "s", phantom())
     assert read_volume(series, orientation="LPS").assumptions == (), "slices say where they lie"
 

@@ -32,6 +32,7 @@ from cadx.metrics.estimates import (
     Meaning,
     Part,
     Weights,
+    effective_patients,
     replicated,
     resample,
     resampled_sums,
@@ -43,6 +44,9 @@ from cadx.types import Config, Estimate
 
 MIN_WITH_FALSE_BOXES = 5
 """Patients with false boxes below which the interval of their number holds the truth less often than it says."""
+
+MIN_WITHOUT_FALSE_BOXES = 200
+"""Patients from which on it is relied on all the same: a detector that is hardly ever wrong is no worse for it."""
 
 METRICS: dict[str, Meaning] = {
     "ap": Meaning("COCO's average precision: mean over IoU 0.50 to 0.95", "higher"),
@@ -418,7 +422,8 @@ def _called(data: ImageSet, pools: Sequence[Pool], weights: Weights) -> dict[str
         sums = resampled_sums(weights, np.column_stack([false.mean(axis=0), images]).astype(np.float64))
         rates = sums[1:, 0] / sums[1:, 1]
         name = "false_positives_per_image"
-        rate = on_scale(name, replicated(name, by_seed, rates, data.num_images, data.num_patients))
+        worth = effective_patients(data.patient)
+        rate = on_scale(name, replicated(name, by_seed, rates, data.num_images, worth))
     else:
         # Every resample has none, which proves nothing: the Poisson limit of no event, patients being the trials.
         high = -math.log((1 - LEVEL) / 2) / data.num_patients
@@ -426,7 +431,9 @@ def _called(data: ImageSet, pools: Sequence[Pool], weights: Weights) -> dict[str
         rate = Part(Estimate(value=0.0, low=0.0, high=high, n=data.num_images, method=method), by_seed)
     # False boxes may come in crowds: neither resamples nor Poisson's limit know of one that was not drawn.
     if (holders := int(false.any(axis=0).sum())) < MIN_WITH_FALSE_BOXES:
-        rate = with_doubt(rate, f"too few ({holders} patients with false boxes): {HOLDS_LESS}")
+        # So many patients leave no room for crowds that would matter: at most 5 in 100 have any (Clopper-Pearson).
+        word = HOLDS_LESS if data.num_patients < MIN_WITHOUT_FALSE_BOXES else ROUGHLY
+        rate = with_doubt(rate, f"too few ({holders} patients with false boxes): {word}")
     return {
         "sensitivity": _sensitivity(data, pools),
         "precision": share(cases, right & own, own, "no box is called"),

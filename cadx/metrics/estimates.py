@@ -320,7 +320,7 @@ def replicated(name: str, by_seed: FloatArray, replicates: FloatArray, n: int, p
         low, high = wilson_limits(value, patients, Z)
         return part(float(low), float(high), "Wilson, n = patients with positives (all resamples agree)")
     elif patients < 2:
-        return part(None, None, "too few: 1 patient")
+        return part(None, None, f"too few: {patients:.3g} effective patients")
     elif name == "expected_calibration_error":
         # Resampling adds noise, and to a sum of absolute gaps noise only adds: shift it back.
         defined = np.maximum(defined - defined.mean() + value, 0.0)

@@ -266,8 +266,8 @@ def share(
         inner = (value * effective + 2) / (effective + 4)
         effective = 1 / (1 / effective + added_variance / (inner * (1 - inner)))
     low, high = wilson_limits(value, effective, critical)
-    if (errors := min(value, 1 - value) * (patients if each_patient else n)) < MIN_ERRORS - 1e-9:
-        method += f"; too few errors ({errors:.3g}): may be conservative"
+    if (errors := min(value, 1 - value) * (patients if cases.clustered else n)) < MIN_ERRORS - 1e-9:
+        method += f"; too few errors ({errors:.3g}): {ROUGHLY if cases.clustered else 'may be conservative'}"
     elif cases.clustered and patients < MIN_PATIENTS:
         method += f"; too few effective patients ({patients:.3g}): {ROUGHLY}"
     return Part(estimate_of(value, low, high, n, method), by_seed, influence=influence)

@@ -104,8 +104,8 @@ def read_volume(
     Raises:
         ValueError: one line, without file name or value: not a volume, truncated, larger than the limits
             above, of several series, phases or orientations, of unknown or contradictory geometry, with
-            another spacing than `spacing_mm` by more than 1 %, or of another orientation or photometric
-            interpretation than the one given.
+            another spacing than `spacing_mm` by more than 1 %, or of another photometric interpretation than the
+            one given.
     """
     with _refusing(source) as kind:
         volume = _read(source, kind, spacing_mm, photometric, uncoded_axes=orientation)
@@ -115,11 +115,6 @@ def read_volume(
             given, stated = (" x ".join(f"{step:g}" for step in mm) for mm in (spacing_mm, volume.spacing_mm))
             raise Refusal(
                 f"spacing_mm {given} was given, but the file says {stated}; remove it from the catalogue entry"
-            )
-        if orientation is not None and volume.stored_axes not in (None, orientation):
-            raise Refusal(
-                f"orientation {orientation} was given, but the file says {volume.stored_axes};"
-                " remove it from the catalogue entry"
             )
         return volume
 

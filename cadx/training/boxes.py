@@ -59,6 +59,11 @@ class BoxWorkload(Workload):
         )
         self.val = range(len(setting.val))
         boxes = self.folder.boxes
+        most = int(boxes["sample_id"].value_counts().max()) if len(boxes) else 0
+        if most > config.model.max_detections:
+            raise ValueError(
+                f"train.model.max_detections {config.model.max_detections}: an image has {most} boxes; raise it"
+            )
         self._val_boxes = boxes[boxes["sample_id"].isin(setting.val)]
         counts = boxes.loc[boxes["sample_id"].isin(setting.train), "class"].value_counts()
         self.train_counts = {name: int(counts.get(name, 0)) for name in self.folder.info.classes}
