@@ -130,7 +130,7 @@ def test_more_lesions_than_boxes_may_be_answered_are_refused(
     folder: DatasetFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     twice = pd.concat([folder.boxes] * 2, ignore_index=True)
-    monkeypatch.setattr(DatasetFolder, "boxes", twice)
+    monkeypatch.setattr(folder, "boxes", twice)
     model = {"family": "yolo", "width": 0.25, "strides": (4, 8), "max_detections": 1}
     with pytest.raises(ValueError, match="max_detections 1: an image has 2 boxes; raise it"):
         _workload(folder, tmp_path, model=model)
