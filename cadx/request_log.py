@@ -77,8 +77,8 @@ def compact(log: Path, tables: Path) -> Compacted:
     """Bring the tables up to date with the lines in *.jsonl under `log`; only what was added since is read.
 
     Servers may have a folder each there. What a deployment sent lies in folders named `unwatched` and is left out. A
-    file that has become shorter, or begins otherwise (another has taken its name), is read anew: rows that are there
-    already are not added again.
+    file that has become shorter, or begins otherwise (another has taken its name), is read anew, and one that was
+    renamed goes on where it stood: its first line tells. Rows that are there already are not added again.
 
     Raises:
         ValueError: if a line is whole but not of this form, and the tables stay as they are; or if a table or the state
