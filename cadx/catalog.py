@@ -86,7 +86,7 @@ class _Stored(_Described):
     What its files do not say can be given here: `spacing_mm` between a volume's voxels (slice, row, column), the
     `orientation` of a NIfTI file's own axes (fastest first; RAS: to the right, anterior, superior), a slide's
     `slide_mpp` and, of DICOM images and series, the `photometric_interpretation`. It is then recorded as an
-    assumption. A file that says otherwise is refused.
+    assumption. A file that says otherwise is refused, but for its orientation: of that each file's own word counts.
     `label_images_are_clean` says that somebody has looked at the label and macro images inside the slides.
     """
 

@@ -46,6 +46,19 @@ def measured(*runs: object) -> Benchmark:
     return benchmark(run(), slides, *runs).model_copy(update={"steps": tuple(steps)})  # type: ignore[arg-type]
 
 
+THICK_CT = Facts(
+    "ct",
+    "volume",
+    "binary",
+    LIGHT,
+    700,
+    700,
+    False,
+    (60, 512, 512),
+    anisotropy=5.0,
+    signed=True,
+    modality="chest CT",
+)
 FACTS = {
     "image": Facts("chest", "image", "binary", LIGHT, 1200, 800, False, (1, 512, 512)),
     "tiny images": Facts("mnist", "image", "binary", LIGHT, 5856, 5856, True, (1, 28, 28)),
@@ -59,31 +72,8 @@ FACTS = {
         "mammo", "image", "detection", LIGHT, 900, 600, False, (1, 2048, 1536), lesion_px=(3, 9, 40)
     ),
     "volume": Facts("adrenal", "volume", "binary", LIGHT, 1584, 1584, True, (28, 28, 28)),
-    "thick CT": Facts(
-        "ct",
-        "volume",
-        "binary",
-        LIGHT,
-        700,
-        700,
-        False,
-        (60, 512, 512),
-        anisotropy=5.0,
-        signed=True,
-        modality="chest CT",
-    ),
-    "MR": Facts(
-        "mr",
-        "volume",
-        "binary",
-        LIGHT,
-        700,
-        700,
-        False,
-        (60, 512, 512),
-        signed=True,
-        modality="T1-weighted MRI",
-    ),
+    "thick CT": THICK_CT,
+    "MR": THICK_CT._replace(name="mr", anisotropy=1.0, modality="T1-weighted MRI"),
     "slide": Facts("slides", "slide", "binary", LIGHT, 130, 130, False, (1, 200, 300)),
     "features": Facts("musk", "features", "binary", LIGHT, 92, 92, False, (1, 5, 166)),
 }
