@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from benchmarks._claim import claim
-from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
+from cadx.datasets import DatasetFolder, DatasetWriter, Sample, SourceInfo
 from cadx.files import digest_bytes
 from cadx.loading.embeddings import EmbeddingBagDataset, EmbeddingCache, write_embeddings
 from cadx.loading.slides import MILDataset, collate_bags
@@ -82,16 +82,18 @@ def _write(folder: Path) -> None:
     ) as writer:
         for number in range(NUM_BAGS):
             writer.add(
-                sample_id=f"s{number:03}",
-                pixels=np.zeros((TILES_A_SIDE, TILES_A_SIDE, 3), np.uint8),
-                tissue=np.ones((TILES_A_SIDE, TILES_A_SIDE), np.uint8),
-                slide=folder / "slide.tiff",
-                slide_mpp=MPP,
-                spacing_mm=(side_mm, side_mm),
-                labels={("even", "odd")[number % 2]: 1},
-                patient=f"p{number}",
-                sha256=digest_bytes(str(number).encode()),
-                statistics={},
+                Sample(
+                    sample_id=f"s{number:03}",
+                    pixels=np.zeros((TILES_A_SIDE, TILES_A_SIDE, 3), np.uint8),
+                    tissue=np.ones((TILES_A_SIDE, TILES_A_SIDE), np.uint8),
+                    slide=folder / "slide.tiff",
+                    slide_mpp=MPP,
+                    spacing_mm=(side_mm, side_mm),
+                    labels={("even", "odd")[number % 2]: 1},
+                    patient=f"p{number}",
+                    sha256=digest_bytes(str(number).encode()),
+                    statistics={},
+                )
             )
     tiles, cache = _tiles(folder), EmbeddingCache(folder / "cache")
     rng = np.random.default_rng(0)

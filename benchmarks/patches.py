@@ -19,7 +19,7 @@ import nibabel
 import numpy as np
 
 from benchmarks._claim import claim
-from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
+from cadx.datasets import DatasetFolder, DatasetWriter, Sample, SourceInfo
 from cadx.files import digest_path
 from cadx.loading.patches import VolumePreprocessing
 from cadx.loading.volumes import Patch3DDataset
@@ -72,13 +72,15 @@ def _write(folder: Path) -> None:
             nibabel.save(nibabel.Nifti1Image(voxels, np.diag([0.8, 0.8, 1.5, 1.0])), path)  # type: ignore[no-untyped-call]
             volume = read_volume(path)
             writer.add(
-                sample_id=str(number),
-                pixels=volume.voxels,
-                labels={"even": 1},
-                patient=f"p{number}",
-                sha256=digest_path(path),
-                spacing_mm=volume.spacing_mm,
-                statistics={},
+                Sample(
+                    sample_id=str(number),
+                    pixels=volume.voxels,
+                    labels={"even": 1},
+                    patient=f"p{number}",
+                    sha256=digest_path(path),
+                    spacing_mm=volume.spacing_mm,
+                    statistics={},
+                )
             )
 
 

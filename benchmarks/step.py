@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmarks._claim import claim
-from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
+from cadx.datasets import DatasetFolder, DatasetWriter, Sample, SourceInfo
 from cadx.files import digest_bytes
 from cadx.memory import tune_allocator
 from cadx.models import Output, ResNetConfig
@@ -130,12 +130,14 @@ def write_noise(path: Path, num_images: int, size_px: int) -> DatasetFolder:
         for number in range(num_images + 2):
             pixels = rng.integers(0, 256, (size_px, size_px), np.uint8)
             writer.add(
-                sample_id=f"s{number:04}",
-                pixels=pixels,
-                labels={("even", "odd")[number % 2]: 1},
-                patient=f"p{number}",
-                sha256=digest_bytes(pixels.tobytes()),
-                statistics={"mean": float(pixels.mean() / 255)},
+                Sample(
+                    sample_id=f"s{number:04}",
+                    pixels=pixels,
+                    labels={("even", "odd")[number % 2]: 1},
+                    patient=f"p{number}",
+                    sha256=digest_bytes(pixels.tobytes()),
+                    statistics={"mean": float(pixels.mean() / 255)},
+                )
             )
     return DatasetFolder(path)
 

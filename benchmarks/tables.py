@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks._claim import claim
-from cadx.datasets import DatasetWriter, SourceInfo, write_splits
+from cadx.datasets import DatasetWriter, Sample, SourceInfo, write_splits
 from cadx.drift import image_statistics
 from cadx.files import digest_bytes
 from cadx.quality import image_checks, perceptual_hash
@@ -94,19 +94,21 @@ def write_cohort(root: Path, num_images: int) -> None:
             pixels = templates[template].copy()
             pixels.reshape(-1)[:4] = np.frombuffer(np.uint32(number).tobytes(), np.uint8)
             writer.add(
-                sample_id=f"s{number:06d}",
-                pixels=pixels,
-                labels={"sick" if rng.random() < 0.2 else "normal": 1.0},
-                patient=f"p{number // 2:05d}",
-                sha256=digest_bytes(pixels.tobytes()),
-                site=f"site {number // 2 % 5}",
-                age=float(20 + number % 70),
-                sex="FM"[number % 2],
-                spacing_mm=(0.5, 0.5),
-                statistics=statistics[template],
-                checks=checks[template],
-                phash=hash_of_alike if is_alike else f"{rng.integers(1 << 63):016x}",
-                boxes=[("sick", 2.0, 3.0, 9.0, 11.0)] if number % 4 == 0 else [],
+                Sample(
+                    sample_id=f"s{number:06d}",
+                    pixels=pixels,
+                    labels={"sick" if rng.random() < 0.2 else "normal": 1.0},
+                    patient=f"p{number // 2:05d}",
+                    sha256=digest_bytes(pixels.tobytes()),
+                    site=f"site {number // 2 % 5}",
+                    age=float(20 + number % 70),
+                    sex="FM"[number % 2],
+                    spacing_mm=(0.5, 0.5),
+                    statistics=statistics[template],
+                    checks=checks[template],
+                    phash=hash_of_alike if is_alike else f"{rng.integers(1 << 63):016x}",
+                    boxes=[("sick", 2.0, 3.0, 9.0, 11.0)] if number % 4 == 0 else [],
+                )
             )
     placed = np.repeat(splits, 2)[:num_images]
     table = {"sample_id": [f"s{number:06d}" for number in range(num_images)], "split": placed, "reason": ""}

@@ -32,7 +32,7 @@ from rich.table import Table
 
 from cadx.bundle import read_manifest, versions
 from cadx.catalog import PhantomEntry, load_catalog
-from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo, read_splits
+from cadx.datasets import DatasetFolder, DatasetWriter, Sample, SourceInfo, read_splits
 from cadx.explaining import title
 from cadx.files import read_json_lines, replacing, write_json
 from cadx.loading import input_text
@@ -645,16 +645,18 @@ def _write_noise(path: Path, spec: StepSpec) -> None:
         for number in range(2 * spec.batch_size + 2):
             shown = classes[number % 2]
             writer.add(
-                sample_id=str(number),
-                pixels=rng.standard_normal(spec.shape, np.float32)
-                if spec.kind == "features"
-                else rng.integers(0, 256, spec.shape, np.uint8),
-                labels={name: float(name == shown) for name in classes},
-                patient=str(number),
-                sha256=nothing,
-                spacing_mm=(1.0, 1.0, 1.0) if spec.kind == "volume" else None,
-                statistics={},
-                boxes=[(shown, 50.0, 60.0, 80.0, 90.0)] if spec.task == "detection" else (),
+                Sample(
+                    sample_id=str(number),
+                    pixels=rng.standard_normal(spec.shape, np.float32)
+                    if spec.kind == "features"
+                    else rng.integers(0, 256, spec.shape, np.uint8),
+                    labels={name: float(name == shown) for name in classes},
+                    patient=str(number),
+                    sha256=nothing,
+                    spacing_mm=(1.0, 1.0, 1.0) if spec.kind == "volume" else None,
+                    statistics={},
+                    boxes=[(shown, 50.0, 60.0, 80.0, 90.0)] if spec.task == "detection" else (),
+                )
             )
 
 

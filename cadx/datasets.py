@@ -19,6 +19,7 @@ import re
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self, get_args
@@ -201,6 +202,122 @@ class DatasetInfo(Config):
         return tuple(f"label_{name}" for name in self.classes)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sample:
+    """One sample, as `DatasetWriter.add` takes it.
+
+    Attributes:
+        sample_id: unique, and free of identifiers: it appears in logs and reports.
+        pixels: of an image, H W or H W 3, uint8 or uint16, black = 0; of a volume, its voxels D H W; of a
+            slide, its thumbnail; of a bag, its features T E.
+        labels: class -> 1 or 0; a missing class is unlabelled. In a binary or multiclass task the
+            one class that is 1 suffices; none at all means unlabelled.
+        patient: pseudonym.
+        sha256: digest of the source file.
+        frame: of a source file with several frames, the number of this one, from 1; else 0.
+        site: hospital or centre.
+        scanner: make and model.
+        age: years.
+        sex: F, M, O or empty.
+        view: projection.
+        given_split: the set's official split, or empty.
+        spacing_mm: (row, column), or of a volume (slice, row, column), which must be known.
+        boxes: (class, x0, y0, x1, y1) in stored pixels, recorded as they are: `validate` judges them.
+        mask: uint8 on the grid of `pixels`, 0 = background.
+        tissue: of a slide, 0 or 1 on the grid of its thumbnail.
+        slide: the slide's file, which becomes part of the folder: a copy that shares its blocks on disks that can.
+        slide_mpp: of a slide, micrometres per pixel of its finest level.
+        findings: doubts about the geometry (`RawVolume.findings`).
+        phash: perceptual hash, or empty.
+        statistics: name -> value; the same names for every sample.
+        checks: name -> value, of `cadx.quality`; the same names for every sample.
+        clinical: name -> value, NaN where missing; the same names for every sample.
+        assumptions: what the source does not say and was taken as given.
+    """
+
+    sample_id: str
+    pixels: np.ndarray
+    labels: Mapping[str, float]
+    patient: str
+    sha256: Digest
+    frame: int = 0
+    site: str = ""
+    scanner: str = ""
+    age: float = math.nan
+    sex: str = ""
+    view: str = ""
+    given_split: str = ""
+    spacing_mm: Sequence[float] | None = None
+    boxes: Sequence[tuple[str, float, float, float, float]] = ()
+    mask: np.ndarray | None = None
+    tissue: np.ndarray | None = None
+    slide: Path | None = None
+    slide_mpp: float = math.nan
+    findings: Sequence[str] = ()
+    phash: str = ""
+    statistics: Mapping[str, float]
+    checks: Mapping[str, float] = field(default_factory=dict)
+    clinical: Mapping[str, float] = field(default_factory=dict)
+    assumptions: Sequence[str] = ()
+
+    @property
+    def layers(self) -> dict[str, np.ndarray]:
+        """The arrays on its grid that it has."""
+        layers = {"mask": self.mask, "tissue": self.tissue}
+        return {name: array for name, array in layers.items() if array is not None}
+
+    @property
+    def numbers(self) -> dict[str, Mapping[str, float]]:
+        """Its numbers, by the prefix of their columns."""
+        return {"stat": self.statistics, "check": self.checks, "clinical": self.clinical}
+
+    def check(self, kind: Kind) -> None:
+        """Refuse what is not as described above, in a set of this kind.
+
+        Raises:
+            ValueError: what is wrong, without naming the sample.
+        """
+        self._check_names()
+        _check_array(kind, self.pixels)
+        self._check_geometry(kind)
+        is_slide = kind == "slide"
+        if is_slide != (self.slide is not None) or is_slide != (self.slide_mpp > 0):
+            raise ValueError("samples of kind slide, and no others, come with slide and slide_mpp")
+        if is_slide != (self.tissue is not None):
+            raise ValueError("samples of kind slide, and no others, come with their tissue")
+
+    def _check_names(self) -> None:
+        if not isinstance(self.sample_id, str) or not re.fullmatch(r"(?!__metadata__$)[^/]+", self.sample_id):
+            raise ValueError("sample_id must be a text, not empty, without '/' and not '__metadata__'")
+        if not self.patient:
+            raise ValueError("patient is empty; give a pseudonym, or the sample_id where there is none")
+        if not _DIGEST.fullmatch(self.sha256):
+            raise ValueError("sha256 is not 'sha256:' and 64 hex digits; use files.digest_path")
+        if self.sex not in _SEXES:
+            raise ValueError(f"sex {self.sex!r} is not F, M, O or empty")
+        if self.given_split not in _GIVEN_SPLITS:
+            known = " ".join(_GIVEN_SPLITS[1:])
+            raise ValueError(f"given_split {self.given_split!r} is not {known} or empty")
+
+    def _check_geometry(self, kind: Kind) -> None:
+        num_axes = 3 if kind == "volume" else 2
+        grid = self.pixels.shape[:num_axes]
+        for name, array in self.layers.items():
+            if array.dtype != np.uint8 or array.shape != grid:
+                raise ValueError(
+                    f"its {name} is {array.dtype} of shape {array.shape}; give uint8 of shape {grid}"
+                )
+        if kind == "volume" and self.spacing_mm is None:
+            raise ValueError("a volume needs spacing_mm; give it in the catalogue's entry")
+        if self.spacing_mm is not None and not (
+            len(self.spacing_mm) == num_axes and all(math.isfinite(mm) and mm > 0 for mm in self.spacing_mm)
+        ):
+            raise ValueError(f"spacing_mm {self.spacing_mm} must be {num_axes} positive numbers, or None")
+        for name, *corners in self.boxes:
+            if not name or len(corners) != 4 or not all(math.isfinite(corner) for corner in corners):
+                raise ValueError("a box must be (class, x0, y0, x1, y1) with finite numbers")
+
+
 class DatasetWriter:
     """Writes a dataset folder sample by sample, holding one shard in memory; complete when its block ends.
 
@@ -264,174 +381,92 @@ class DatasetWriter:
         """Record a sample of the source that cannot be taken: it is named, not lost."""
         self._left_out.append(LeftOut(place=place, reason=reason))
 
-    def add(
-        self,
-        *,
-        sample_id: str,
-        pixels: np.ndarray,
-        labels: Mapping[str, float],
-        patient: str,
-        sha256: Digest,
-        site: str = "",
-        scanner: str = "",
-        age: float = math.nan,
-        sex: str = "",
-        view: str = "",
-        given_split: str = "",
-        spacing_mm: Sequence[float] | None = None,
-        statistics: Mapping[str, float],
-        frame: int = 0,
-        boxes: Sequence[tuple[str, float, float, float, float]] = (),
-        mask: np.ndarray | None = None,
-        tissue: np.ndarray | None = None,
-        slide: Path | None = None,
-        slide_mpp: float = math.nan,
-        findings: Sequence[str] = (),
-        phash: str = "",
-        checks: Mapping[str, float] | None = None,
-        clinical: Mapping[str, float] | None = None,
-        assumptions: Sequence[str] = (),
-    ) -> None:
+    def add(self, sample: Sample) -> None:
         """Add one sample.
 
-        Args:
-            sample_id: unique, and free of identifiers: it appears in logs and reports.
-            pixels: of an image, H W or H W 3, uint8 or uint16, black = 0; of a volume, its voxels D H W; of a
-                slide, its thumbnail; of a bag, its features T E.
-            labels: class -> 1 or 0; a missing class is unlabelled. In a binary or multiclass task the
-                one class that is 1 suffices; none at all means unlabelled.
-            patient: pseudonym.
-            sha256: digest of the source file.
-            site: hospital or centre.
-            scanner: make and model.
-            age: years.
-            sex: F, M, O or empty.
-            view: projection.
-            given_split: the set's official split, or empty.
-            spacing_mm: (row, column), or of a volume (slice, row, column), which must be known.
-            statistics: name -> value; the same names for every sample.
-            frame: of a source file with several frames, the number of this one, from 1; else 0.
-            boxes: (class, x0, y0, x1, y1) in stored pixels, recorded as they are: `validate` judges them.
-            mask: uint8 on the grid of `pixels`, 0 = background.
-            tissue: of a slide, 0 or 1 on the grid of its thumbnail.
-            slide: the slide's file, which becomes part of the folder: a copy that shares its blocks on disks that can.
-            slide_mpp: of a slide, micrometres per pixel of its finest level.
-            findings: doubts about the geometry (`RawVolume.findings`).
-            phash: perceptual hash, or empty.
-            checks: name -> value, of `cadx.quality`; the same names for every sample.
-            clinical: name -> value, NaN where missing; the same names for every sample.
-            assumptions: what the source does not say and was taken as given.
-
         Raises:
-            ValueError: if an argument is not as described.
+            ValueError: if a field is not as `Sample` describes it, or does not go with the samples before.
             OSError: if the disk is full.
         """
-        where = f"sample {sample_id!r}"
-        kind = self._info.kind
-        if not isinstance(sample_id, str) or not re.fullmatch(r"(?!__metadata__$)[^/]+", sample_id):
-            raise ValueError(
-                f"{where}: sample_id must be a text, not empty, without '/' and not '__metadata__'"
-            )
-        if sample_id in self._sample_ids:
-            raise ValueError(f"{where}: this sample_id was added before; make sample_id unique")
         try:
-            _check_array(kind, pixels)
+            sample.check(self._info.kind)
+            self._check_beside_others(sample)
+            row = self._row(sample)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-        if kind == "features" and self._samples and self._samples["width_px"][0] != pixels.shape[1]:
-            raise ValueError(
-                f"{where}: {pixels.shape[1]} features, the first sample has {self._samples['width_px'][0]}"
-            )
-        layers = {name: array for name, array in (("mask", mask), ("tissue", tissue)) if array is not None}
-        grid = pixels.shape if kind == "volume" else pixels.shape[:2]
-        for name, array in layers.items():
-            if array.dtype != np.uint8 or array.shape != grid:
-                raise ValueError(
-                    f"{where}: its {name} is {array.dtype} of shape {array.shape}; give uint8 of shape {grid}"
-                )
-        if (kind == "slide") != (slide is not None) or (kind == "slide") != (slide_mpp > 0):
-            raise ValueError(f"{where}: samples of kind slide, and no others, come with slide and slide_mpp")
-        if (kind == "slide") != (tissue is not None):
-            raise ValueError(f"{where}: samples of kind slide, and no others, come with their tissue")
-        if not patient:
-            raise ValueError(
-                f"{where}: patient is empty; give a pseudonym, or the sample_id where there is none"
-            )
-        if not _DIGEST.fullmatch(sha256):
-            raise ValueError(f"{where}: sha256 is not 'sha256:' and 64 hex digits; use files.digest_path")
-        if sex not in _SEXES:
-            raise ValueError(f"{where}: sex {sex!r} is not F, M, O or empty")
-        if given_split not in _GIVEN_SPLITS:
-            raise ValueError(
-                f"{where}: given_split {given_split!r} is not {' '.join(_GIVEN_SPLITS[1:])} or empty"
-            )
-        num_axes = 3 if kind == "volume" else 2
-        if kind == "volume" and spacing_mm is None:
-            raise ValueError(f"{where}: a volume needs spacing_mm; give it in the catalogue's entry")
-        if spacing_mm is not None and not (
-            len(spacing_mm) == num_axes and all(math.isfinite(value) and value > 0 for value in spacing_mm)
-        ):
-            raise ValueError(f"{where}: spacing_mm {spacing_mm} must be {num_axes} positive numbers, or None")
-        named = {"stat": statistics, "check": checks or {}, "clinical": clinical or {}}
-        for prefix, values in named.items():
-            if set(self._names.setdefault(prefix, tuple(values))) != set(values):
-                first = ", ".join(self._names[prefix])
-                raise ValueError(f"{where}: {prefix} values must have the first sample's names: {first}")
-        slice_mm, row_mm, column_mm = (math.nan,) * (3 - num_axes) + tuple(
-            spacing_mm or (math.nan,) * num_axes
-        )
-        row = {
-            "sample_id": sample_id,
-            "path": _shard_name(self._num_shards),
-            "mask_path": _shard_name(self._num_shards) if mask is not None else "",
-            "slide_path": f"slides/{sample_id}{slide.suffix.lower()}" if slide else "",
-            "sha256": sha256,
-            "frame": frame,
+            raise ValueError(f"sample {sample.sample_id!r}: {error}") from None
+        for column, value in row.items():
+            self._samples.setdefault(column, []).append(value)
+        for name, *corners in sample.boxes:
+            for column, value in zip(
+                self._boxes, (sample.sample_id, name, *map(float, corners)), strict=True
+            ):
+                self._boxes[column].append(value)
+        self._sample_ids.add(sample.sample_id)
+        self._assumptions.update(dict.fromkeys(sample.assumptions))
+        if sample.slide is not None:
+            self._take_slide(sample.slide, self.path / row["slide_path"])
+            self._slides[row["slide_path"]] = sample.sha256
+        arrays = {f"{name}/{sample.sample_id}": array for name, array in sample.layers.items()}
+        for key, array in {sample.sample_id: sample.pixels, **arrays}.items():
+            # A copy: the caller may reuse its buffer, or hold a view of a far larger array.
+            self._shard[key] = np.array(array, order="C")
+            self._shard_bytes += array.nbytes
+        if self._shard_bytes >= SHARD_BYTES or len(self._shard) >= SHARD_SAMPLES:
+            self._flush()
+
+    def _check_beside_others(self, sample: Sample) -> None:
+        """Refuse what does not go with the samples added before."""
+        if sample.sample_id in self._sample_ids:
+            raise ValueError("this sample_id was added before; make sample_id unique")
+        if self._info.kind == "features" and self._samples:
+            number, first = sample.pixels.shape[1], self._samples["width_px"][0]
+            if number != first:
+                raise ValueError(f"{number} features, the first sample has {first}")
+        for prefix, values in sample.numbers.items():
+            names = self._names.setdefault(prefix, tuple(values))
+            if set(names) != set(values):
+                raise ValueError(f"{prefix} values must have the first sample's names: {', '.join(names)}")
+
+    def _row(self, sample: Sample) -> dict[str, Any]:
+        """The sample's row of samples.parquet."""
+        pixels, kind = sample.pixels, self._info.kind
+        shard = _shard_name(self._num_shards)
+        spacing_mm = sample.spacing_mm or ()
+        slice_mm, row_mm, column_mm = (math.nan,) * (3 - len(spacing_mm)) + tuple(spacing_mm)
+        return {
+            "sample_id": sample.sample_id,
+            "path": shard,
+            "mask_path": shard if sample.mask is not None else "",
+            "slide_path": f"slides/{sample.sample_id}{sample.slide.suffix.lower()}" if sample.slide else "",
+            "sha256": sample.sha256,
+            "frame": sample.frame,
             "pixels_sha256": _pixels_digest(pixels),
-            "patient": patient,
-            "site": site,
-            "scanner": scanner,
-            "age": float(age),
-            "sex": sex,
-            "view": view,
-            "given_split": given_split,
+            "patient": sample.patient,
+            "site": sample.site,
+            "scanner": sample.scanner,
+            "age": float(sample.age),
+            "sex": sample.sex,
+            "view": sample.view,
+            "given_split": sample.given_split,
             "depth_px": pixels.shape[0] if kind == "volume" else 1,
-            "height_px": grid[-2],
-            "width_px": grid[-1],
+            "height_px": pixels.shape[1 if kind == "volume" else 0],
+            "width_px": pixels.shape[2 if kind == "volume" else 1],
             "channels": 3 if pixels.ndim == 3 and kind != "volume" else 1,
             "bits": 8 * pixels.itemsize,
             "dtype": str(pixels.dtype),
             "spacing_slice_mm": float(slice_mm),
             "spacing_row_mm": float(row_mm),
             "spacing_column_mm": float(column_mm),
-            "slide_mpp": float(slide_mpp),
-            "findings": "; ".join(findings),
-            "phash": phash,
+            "slide_mpp": float(sample.slide_mpp),
+            "findings": "; ".join(sample.findings),
+            "phash": sample.phash,
             **{
                 f"{prefix}_{name}": float(values[name])
-                for prefix, values in named.items()
+                for prefix, values in sample.numbers.items()
                 for name in self._names[prefix]
             },
-            **self._complete(labels, where),
+            **self._complete(sample.labels),
         }
-        for name, *corners in boxes:
-            if not name or len(corners) != 4 or not all(math.isfinite(corner) for corner in corners):
-                raise ValueError(f"{where}: a box must be (class, x0, y0, x1, y1) with finite numbers")
-            for column, value in zip(self._boxes, (sample_id, name, *map(float, corners)), strict=True):
-                self._boxes[column].append(value)
-        for column, value in row.items():
-            self._samples.setdefault(column, []).append(value)
-        self._sample_ids.add(sample_id)
-        self._assumptions.update(dict.fromkeys(assumptions))
-        if slide is not None:
-            self._take_slide(slide, self.path / row["slide_path"])
-            self._slides[row["slide_path"]] = sha256
-        # Copies: the caller may reuse its buffer, or hold a view of a far larger array.
-        self._shard[sample_id] = np.array(pixels, order="C")
-        self._shard |= {f"{name}/{sample_id}": np.array(array, order="C") for name, array in layers.items()}
-        self._shard_bytes += pixels.nbytes + sum(array.nbytes for array in layers.values())
-        if self._shard_bytes >= SHARD_BYTES or len(self._shard) >= SHARD_SAMPLES:
-            self._flush()
 
     def _take_slide(self, source: Path, target: Path) -> None:
         """Copy `source`, by reference where the disk can; no hard link, through which an edit would reach both."""
@@ -442,21 +477,21 @@ class DatasetWriter:
             except OSError:
                 shutil.copyfileobj(read, write, _COPY_BYTES)
 
-    def _complete(self, labels: Mapping[str, float], where: str) -> dict[str, float]:
+    def _complete(self, labels: Mapping[str, float]) -> dict[str, float]:
         """The row's label columns."""
         classes = self._info.classes
         if unknown := [name for name in labels if name not in classes]:
-            raise ValueError(f"{where}: label {unknown[0]!r} is not among the classes {', '.join(classes)}")
+            raise ValueError(f"label {unknown[0]!r} is not among the classes {', '.join(classes)}")
         values = {name: float(labels.get(name, math.nan)) for name in classes}
         if not all(value in (0, 1) or math.isnan(value) for value in values.values()):
-            raise ValueError(f"{where}: labels must be 1, 0, or NaN for unlabelled")
+            raise ValueError("labels must be 1, 0, or NaN for unlabelled")
         if self._info.task in ("binary", "multiclass"):
             positives = [name for name, value in values.items() if value == 1]
             if len(positives) == 1:
                 values = {name: float(name == positives[0]) for name in classes}
             elif positives or 0 in values.values():
                 raise ValueError(
-                    f"{where}: {len(positives)} classes are 1, a {self._info.task} task needs exactly one;"
+                    f"{len(positives)} classes are 1, a {self._info.task} task needs exactly one;"
                     " give no labels where it is unknown"
                 )
         return {f"label_{name}": value for name, value in values.items()}
@@ -527,7 +562,7 @@ class DatasetFolder:
         return {**self.__dict__, "_shards": OrderedDict()}
 
     def pixels(self, sample_id: str) -> np.ndarray:
-        """The sample's array, a copy of its own: see `DatasetWriter.add` for what that is of each kind.
+        """The sample's array, a copy of its own: see `Sample` for what that is of each kind.
 
         Raises:
             ValueError: if the dataset has no such sample, or its shard does not hold it.

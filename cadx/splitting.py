@@ -8,7 +8,7 @@ import math
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -140,6 +140,16 @@ def cross_validation(
     return folds
 
 
+def count_spelt_alike(names: Iterable[str]) -> int:
+    """How many of different names are another's but for capitals or the Unicode form of a letter.
+
+    >>> count_spelt_alike(["North", "NORTH", "South"])
+    2
+    """
+    spelt = Counter(unicodedata.normalize("NFC", name.casefold()) for name in names)
+    return sum(number for number in spelt.values() if number > 1)
+
+
 def leave_site_out(
     samples: pd.DataFrame,
     *,
@@ -172,8 +182,7 @@ def leave_site_out(
             f"site: {unknown} of {len(samples)} samples have none, and could be of the site left out;"
             " give their site in the catalogue, or use split.strategy = patient"
         )
-    spelt = Counter(unicodedata.normalize("NFC", one.casefold()) for one in sites)
-    if alike := sum(number for number in spelt.values() if number > 1):
+    if alike := count_spelt_alike(sites):
         raise ValueError(
             f"site: {alike} names differ from another in capitals or the Unicode form of a letter alone; write each in"
             " one way, in the headers or in a column site"

@@ -3,7 +3,6 @@
 import math
 import os
 import re
-import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,7 +37,7 @@ from cadx.catalog import (
     pseudonym,
     site_key,
 )
-from cadx.datasets import VOXEL_TYPES, DatasetWriter, SourceInfo, preview
+from cadx.datasets import VOXEL_TYPES, DatasetWriter, Sample, SourceInfo, preview
 from cadx.drift import image_statistics
 from cadx.files import digest_bytes, digest_path
 from cadx.layouts import FileEntry, Item, Orphan, list_items, read_bags
@@ -46,6 +45,7 @@ from cadx.quality import image_checks, perceptual_hash
 from cadx.reading.folders import is_hidden
 from cadx.reading.vocabulary import BURNED_IN, LABEL_IMAGES
 from cadx.settings import did_you_mean, explain
+from cadx.splitting import count_spelt_alike
 from cadx.types import Digest, Kind
 from components.contract import In, Keep, Out, Params, step
 
@@ -211,15 +211,17 @@ def _add_arrays(writer: DatasetWriter, name: str, entry: NpzEntry, path: Path) -
         for index in _progress(range(len(images)), f"Reading {name}, {split}"):
             sample_id, pixels = f"{split}-{index:05d}", images[index]
             writer.add(
-                sample_id=sample_id,
-                pixels=pixels,
-                labels=_array_labels(entry, labels[index], f"{name}: {split}_labels row {index}"),
-                patient=sample_id,
-                sha256=digest_bytes(np.ascontiguousarray(pixels).tobytes()),
-                given_split=SPLIT_WORDS[split],
-                spacing_mm=entry.spacing_mm if volumes else None,
-                assumptions=(*entry.assumptions, *assumed),
-                **_looked_at(preview(entry.kind, pixels)),
+                Sample(
+                    sample_id=sample_id,
+                    pixels=pixels,
+                    labels=_array_labels(entry, labels[index], f"{name}: {split}_labels row {index}"),
+                    patient=sample_id,
+                    sha256=digest_bytes(np.ascontiguousarray(pixels).tobytes()),
+                    given_split=SPLIT_WORDS[split],
+                    spacing_mm=entry.spacing_mm if volumes else None,
+                    assumptions=(*entry.assumptions, *assumed),
+                    **_looked_at(preview(entry.kind, pixels)),
+                )
             )
 
 
@@ -243,15 +245,17 @@ def _add_bags(writer: DatasetWriter, name: str, entry: BagsEntry, root: Path, ke
         named_as = bag.patient and (f"{bag.site}/{bag.patient}" if len(entry.tables) > 1 else bag.patient)
         named.add(named_as)
         writer.add(
-            sample_id=sample_id,
-            pixels=bag.features,
-            labels=bag.labels,
-            patient=_patient(entry, key, sample_id, named_as, bag.place),
-            sha256=digest_bytes(bag.features.tobytes()),
-            site=bag.site,
-            age=bag.age,
-            statistics=image_statistics(picture),
-            assumptions=entry.assumptions,
+            Sample(
+                sample_id=sample_id,
+                pixels=bag.features,
+                labels=bag.labels,
+                patient=_patient(entry, key, sample_id, named_as, bag.place),
+                sha256=digest_bytes(bag.features.tobytes()),
+                site=bag.site,
+                age=bag.age,
+                statistics=image_statistics(picture),
+                assumptions=entry.assumptions,
+            )
         )
     _check_spelling(name, entry, named, set(entry.tables))
 
@@ -261,7 +265,7 @@ def _add_bags(writer: DatasetWriter, name: str, entry: BagsEntry, root: Path, ke
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A sample's array and what goes with it: the arguments of `DatasetWriter.add` that its file decides."""
+    """A sample's array and what goes with it: the fields of a `Sample` that its file decides."""
 
     array: np.ndarray
     sha256: Digest
@@ -340,26 +344,28 @@ def _add_files(
         for loaded in read.samples:
             attributes, aged = _attributes(loaded.attributes | item.attributes, entry.deidentify)
             writer.add(
-                sample_id=f"{file_id}{loaded.piece}",
-                pixels=loaded.array,
-                labels=item.labels | loaded.labels,
-                patient=patient,
-                sha256=loaded.sha256,
-                given_split=item.given_split,
-                frame=item.frame or 0,
-                spacing_mm=loaded.spacing_mm,
-                statistics=loaded.statistics,
-                boxes=item.boxes,
-                mask=loaded.mask,
-                tissue=loaded.tissue,
-                slide=loaded.slide,
-                slide_mpp=loaded.slide_mpp,
-                findings=loaded.findings,
-                phash=loaded.phash,
-                checks=loaded.checks,
-                clinical=item.clinical,
-                assumptions=(*entry.assumptions, *loaded.assumptions, *aged),
-                **attributes,
+                Sample(
+                    sample_id=f"{file_id}{loaded.piece}",
+                    pixels=loaded.array,
+                    labels=item.labels | loaded.labels,
+                    patient=patient,
+                    sha256=loaded.sha256,
+                    given_split=item.given_split,
+                    frame=item.frame or 0,
+                    spacing_mm=loaded.spacing_mm,
+                    statistics=loaded.statistics,
+                    boxes=item.boxes,
+                    mask=loaded.mask,
+                    tissue=loaded.tissue,
+                    slide=loaded.slide,
+                    slide_mpp=loaded.slide_mpp,
+                    findings=loaded.findings,
+                    phash=loaded.phash,
+                    checks=loaded.checks,
+                    clinical=item.clinical,
+                    assumptions=(*entry.assumptions, *loaded.assumptions, *aged),
+                    **attributes,
+                )
             )
     if identified:
         raise ValueError(_identifiers_found(name, identified, num_identified, len(items), entry.kind))
@@ -591,8 +597,7 @@ def _check_spelling(name: str, entry: StoredEntry, patients: set[str], sites: se
     """Refuse names that are one but for capitals or the Unicode form of a letter: splits would part what is one."""
     told = {"sites": sites} if entry.patient == "per-image" else {"patients": patients, "sites": sites}
     for noun, names in told.items():
-        alike = Counter(unicodedata.normalize("NFC", text.casefold()) for text in names)
-        if count := sum(number for number in alike.values() if number > 1):
+        if count := count_spelt_alike(names):
             raise ValueError(
                 f"{name}: {count} names of {noun} differ from another in capitals or the Unicode form of a letter"
                 " alone; write each in one way, in the table or in the headers"

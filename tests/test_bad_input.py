@@ -13,7 +13,7 @@ from PIL import Image
 from test_reading import dicom_dataset, encode
 
 from cadx.__main__ import main
-from cadx.datasets import DatasetWriter, SourceInfo
+from cadx.datasets import DatasetWriter, Sample, SourceInfo
 from cadx.drift import image_statistics
 from cadx.files import digest_bytes
 
@@ -136,12 +136,14 @@ def split(tmp_path: Path) -> Callable[[str], list[str]]:
             sick = number % 4 == 0
             pixels = np.random.default_rng(number).integers(0, 255, (32, 24), dtype=np.uint8)
             writer.add(
-                sample_id=f"s{number}",
-                pixels=pixels,
-                labels={"sick" if sick else "healthy": 1.0},
-                patient=NAME if sick else f"p{number}",
-                sha256=digest_bytes(pixels.tobytes()),
-                statistics=image_statistics(pixels),
+                Sample(
+                    sample_id=f"s{number}",
+                    pixels=pixels,
+                    labels={"sick" if sick else "healthy": 1.0},
+                    patient=NAME if sick else f"p{number}",
+                    sha256=digest_bytes(pixels.tobytes()),
+                    statistics=image_statistics(pixels),
+                )
             )
     validation = tmp_path / "validation.json"
     words = [

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cadx.bundle import Bundle, Manifest, OperatingPoint, Provenance, versions, write_bundle
-from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo, read_splits, write_splits
+from cadx.datasets import DatasetFolder, DatasetWriter, Sample, SourceInfo, read_splits, write_splits
 from cadx.drift import image_statistics
 from cadx.files import digest_bytes, digest_path
 from cadx.models import ResNetConfig
@@ -64,17 +64,19 @@ def write_dataset(folder: Path, task: str = "binary", *, clustered: bool = True)
             findings = {"normal": not opacity and not stripe, "opacity": opacity, "stripe": stripe}
             patient = number // 2 if clustered else number
             writer.add(
-                sample_id=f"s{number:04d}",
-                pixels=pixels,
-                labels={name: float(findings[name]) for name in classes},
-                patient=f"pseudonym-{patient:04d}",
-                sha256=digest_bytes(pixels.tobytes()),
-                site=("north", "south")[patient % 2],
-                scanner="",
-                age=float("nan") if patient % 5 == 0 else 20.0 + patient % 70,
-                sex="FM"[patient % 2],
-                statistics=image_statistics(pixels),
-                assumptions=("pixel values were taken as linear",),
+                Sample(
+                    sample_id=f"s{number:04d}",
+                    pixels=pixels,
+                    labels={name: float(findings[name]) for name in classes},
+                    patient=f"pseudonym-{patient:04d}",
+                    sha256=digest_bytes(pixels.tobytes()),
+                    site=("north", "south")[patient % 2],
+                    scanner="",
+                    age=float("nan") if patient % 5 == 0 else 20.0 + patient % 70,
+                    sex="FM"[patient % 2],
+                    statistics=image_statistics(pixels),
+                    assumptions=("pixel values were taken as linear",),
+                )
             )
             splits.append((f"s{number:04d}", split, ""))
     write_splits(folder / "splits.parquet", pd.DataFrame(splits, columns=["sample_id", "split", "reason"]))

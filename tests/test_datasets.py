@@ -20,6 +20,7 @@ from cadx.datasets import (
     SAMPLE_COLUMNS,
     DatasetFolder,
     DatasetWriter,
+    Sample,
     SourceInfo,
     read_splits,
     schema_markdown,
@@ -49,7 +50,7 @@ def writer(path: Path, **changes: Any) -> DatasetWriter:
     return DatasetWriter(path, **(description | changes))
 
 
-def sample(index: int, **changes: Any) -> dict[str, Any]:
+def sample(index: int, **changes: Any) -> Sample:
     rng = np.random.default_rng(index)
     values: dict[str, Any] = {
         "sample_id": f"s{index}",
@@ -59,7 +60,7 @@ def sample(index: int, **changes: Any) -> dict[str, Any]:
         "sha256": SHA,
         "statistics": {"mean": float(index), "std": 1.0},
     }
-    return values | changes
+    return Sample(**(values | changes))
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DatasetFolder:
     monkeypatch.setattr(datasets, "SHARD_SAMPLES", 3)
     with writer(tmp_path / "made") as dataset:
         for index in range(10):
-            dataset.add(**sample(index, boxes=[("opacity", 1, 2, 3.5, 4)] if index == 7 else []))
+            dataset.add(sample(index, boxes=[("opacity", 1, 2, 3.5, 4)] if index == 7 else []))
     return DatasetFolder(tmp_path / "made")
 
 
@@ -80,7 +81,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     colour = np.arange(36, dtype=np.uint8).reshape(4, 3, 3)
     with writer(tmp_path / "made") as dataset:
         dataset.add(
-            **sample(
+            sample(
                 0,
                 pixels=gray16,
                 labels={"pneumonia": 1},
@@ -95,7 +96,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
                 assumptions=["patient: one per image"],
             )
         )
-        dataset.add(**sample(1, pixels=colour, labels={}, assumptions=["patient: one per image", "gray"]))
+        dataset.add(sample(1, pixels=colour, labels={}, assumptions=["patient: one per image", "gray"]))
     folder = DatasetFolder(tmp_path / "made")
     first, second = folder.samples.to_dict("records")
     expected = {
@@ -150,11 +151,11 @@ def test_a_volume_keeps_its_mask_and_gives_blocks_of_both(tmp_path: Path) -> Non
     mask = (voxels > -900).astype(np.uint8)
     with writer(tmp_path / "made", kind="volume") as dataset:
         dataset.add(
-            **sample(
+            sample(
                 0, pixels=voxels, mask=mask, spacing_mm=(2.5, 0.7, 0.8), findings=["oblique: by 3 degrees"]
             )
         )
-        dataset.add(**sample(1, pixels=voxels.astype(np.float32), spacing_mm=(1, 1, 1)))
+        dataset.add(sample(1, pixels=voxels.astype(np.float32), spacing_mm=(1, 1, 1)))
     folder = DatasetFolder(tmp_path / "made")
     row = folder.samples.iloc[0]
     assert tuple(row[["depth_px", "height_px", "width_px"]]) == (6, 5, 4)
@@ -178,7 +179,7 @@ def test_a_slide_travels_with_its_dataset_and_stays_what_it_was(tmp_path: Path) 
     tissue = np.eye(3, 4, dtype=np.uint8)
     with writer(tmp_path / "made", kind="slide") as dataset:
         dataset.add(
-            **sample(
+            sample(
                 0, pixels=thumbnail, tissue=tissue, slide=source, slide_mpp=0.5, sha256=digest_path(source)
             )
         )
@@ -196,7 +197,7 @@ def test_a_slide_travels_with_its_dataset_and_stays_what_it_was(tmp_path: Path) 
 def test_a_bag_of_features_may_have_missing_values(tmp_path: Path) -> None:
     features = np.array([[1, np.nan, 3], [4, 5, 6]], np.float32)
     with writer(tmp_path / "made", kind="features") as dataset:
-        dataset.add(**sample(0, pixels=features, clinical={"age_years": 4, "crp_mg_l": math.nan}))
+        dataset.add(sample(0, pixels=features, clinical={"age_years": 4, "crp_mg_l": math.nan}))
     folder = DatasetFolder(tmp_path / "made")
     np.testing.assert_array_equal(folder.pixels("s0"), features)
     assert folder.preview("s0").shape == (2, 3)
@@ -206,9 +207,9 @@ def test_a_bag_of_features_may_have_missing_values(tmp_path: Path) -> None:
 
 def test_bags_of_another_width_are_refused(tmp_path: Path) -> None:
     with writer(tmp_path / "made", kind="features") as dataset:
-        dataset.add(**sample(0, pixels=np.zeros((2, 7), np.float32)))
+        dataset.add(sample(0, pixels=np.zeros((2, 7), np.float32)))
         with pytest.raises(ValueError, match="sample 's1': 6 features, the first sample has 7"):
-            dataset.add(**sample(1, pixels=np.zeros((2, 6), np.float32)))
+            dataset.add(sample(1, pixels=np.zeros((2, 6), np.float32)))
 
 
 @pytest.mark.parametrize(
@@ -246,23 +247,23 @@ def test_what_does_not_fit_its_kind_is_refused(
         pytest.raises(ValueError, match=message) as error,
         writer(tmp_path / "made", kind=kind) as dataset,
     ):
-        dataset.add(**sample(0, **changes))
+        dataset.add(sample(0, **changes))
     assert "\n" not in str(error.value)
 
 
 def test_same_samples_give_same_bytes(tmp_path: Path, folder: DatasetFolder) -> None:
     with writer(tmp_path / "again") as dataset:
         for index in range(10):
-            dataset.add(**sample(index, boxes=[("opacity", 1, 2, 3.5, 4)] if index == 7 else []))
+            dataset.add(sample(index, boxes=[("opacity", 1, 2, 3.5, 4)] if index == 7 else []))
     assert digest_path(tmp_path / "again") == digest_path(folder.path)
 
 
 def test_exact_copies_share_a_digest_and_other_shapes_do_not(tmp_path: Path) -> None:
     pixels = np.arange(12, dtype=np.uint8)
     with writer(tmp_path / "made") as dataset:
-        dataset.add(**sample(0, pixels=pixels.reshape(3, 4)))
-        dataset.add(**sample(1, pixels=np.asfortranarray(pixels.reshape(3, 4))))
-        dataset.add(**sample(2, pixels=pixels.reshape(4, 3)))
+        dataset.add(sample(0, pixels=pixels.reshape(3, 4)))
+        dataset.add(sample(1, pixels=np.asfortranarray(pixels.reshape(3, 4))))
+        dataset.add(sample(2, pixels=pixels.reshape(4, 3)))
     first, copy, other = DatasetFolder(tmp_path / "made").samples["pixels_sha256"]
     assert first == copy != other
 
@@ -270,7 +271,7 @@ def test_exact_copies_share_a_digest_and_other_shapes_do_not(tmp_path: Path) -> 
 def test_a_reused_buffer_does_not_change_what_was_added(tmp_path: Path) -> None:
     buffer = np.full((4, 4), 7, np.uint8)
     with writer(tmp_path / "made") as dataset:
-        dataset.add(**sample(0, pixels=buffer))
+        dataset.add(sample(0, pixels=buffer))
         buffer[:] = 0
     assert (DatasetFolder(tmp_path / "made").pixels("s0") == 7).all()
 
@@ -281,7 +282,7 @@ def test_writing_holds_one_shard_in_memory(tmp_path: Path, monkeypatch: pytest.M
     tracemalloc.start()
     with writer(tmp_path / "made") as dataset:
         for index in range(100):
-            dataset.add(**sample(index, pixels=pixels))
+            dataset.add(sample(index, pixels=pixels))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(list((tmp_path / "made" / "shards").iterdir())) == 10
@@ -312,9 +313,9 @@ def test_writing_holds_one_shard_in_memory(tmp_path: Path, monkeypatch: pytest.M
 )
 def test_bad_sample_is_refused_in_one_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with writer(tmp_path / "made") as dataset:
-        dataset.add(**sample(0))
+        dataset.add(sample(0))
         with pytest.raises(ValueError, match=message) as error:
-            dataset.add(**sample(1, **changes))
+            dataset.add(sample(1, **changes))
     assert "\n" not in str(error.value)
     assert "p0" not in str(error.value)  # the patient
     folder = DatasetFolder(tmp_path / "made")
@@ -345,7 +346,7 @@ def test_an_empty_dataset_is_refused(tmp_path: Path) -> None:
 
 def test_an_interrupted_dataset_cannot_be_opened(tmp_path: Path) -> None:
     with contextlib.suppress(KeyboardInterrupt), writer(tmp_path / "made") as dataset:
-        dataset.add(**sample(0))
+        dataset.add(sample(0))
         raise KeyboardInterrupt
     with pytest.raises(ValueError, match=r"dataset\.json: no such file"):
         DatasetFolder(tmp_path / "made")
@@ -356,7 +357,7 @@ def test_a_full_disk_is_an_os_error_that_names_the_file(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with contextlib.ExitStack() as stack:
         dataset = stack.enter_context(writer(tmp_path / "made"))
-        dataset.add(**sample(0, pixels=np.zeros((400, 400), np.uint8)))
+        dataset.add(sample(0, pixels=np.zeros((400, 400), np.uint8)))
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
         try:
             with pytest.raises(OSError, match=r"00000\.safetensors: cannot be written"):
@@ -472,7 +473,7 @@ def test_an_unknown_sample_is_named(folder: DatasetFolder) -> None:
 def test_few_shards_stay_open(folder: DatasetFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "_OPEN_SHARDS", 2)
     for index in [0, 3, 6, 9, 0]:
-        np.testing.assert_array_equal(folder.pixels(f"s{index}"), sample(index)["pixels"])
+        np.testing.assert_array_equal(folder.pixels(f"s{index}"), sample(index).pixels)
     assert len(folder._shards) == 2
 
 
@@ -570,12 +571,14 @@ def test_pneumoniamnist_has_its_official_counts(mirror: Path, tmp_path: Path) ->
     with writer(tmp_path / "made", clustered=False) as dataset:
         for index, (pixels, label) in enumerate(zip(images, labels, strict=True)):
             dataset.add(
-                sample_id=f"train-{index:05d}",
-                pixels=pixels,
-                labels={("normal", "pneumonia")[label]: 1},
-                patient=f"train-{index:05d}",
-                sha256=Digest(SHA),
-                statistics={"mean": float(pixels.mean())},
+                Sample(
+                    sample_id=f"train-{index:05d}",
+                    pixels=pixels,
+                    labels={("normal", "pneumonia")[label]: 1},
+                    patient=f"train-{index:05d}",
+                    sha256=Digest(SHA),
+                    statistics={"mean": float(pixels.mean())},
+                )
             )
     folder = DatasetFolder(tmp_path / "made")
     found = analyze_class_imbalance(folder.samples[list(folder.info.label_columns)])

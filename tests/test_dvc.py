@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 from cadx import datasets
-from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
+from cadx.datasets import DatasetFolder, DatasetWriter, Sample, SourceInfo
 from cadx.drift import image_statistics
 from cadx.files import digest_bytes, digest_path
 
@@ -258,12 +258,14 @@ def pushed(tmp_path: Path, remote: Remote, monkeypatch: pytest.MonkeyPatch) -> C
         for row in range(60):
             pixels = rng.integers(0, 255, (32, 32), np.uint8)
             writer.add(
-                sample_id=f"s{row:02d}",
-                pixels=pixels,
-                labels={"sick" if row % 3 == 0 else "normal": 1.0},
-                patient=f"p{row}",
-                sha256=digest_bytes(pixels.tobytes()),
-                statistics=image_statistics(pixels),
+                Sample(
+                    sample_id=f"s{row:02d}",
+                    pixels=pixels,
+                    labels={"sick" if row % 3 == 0 else "normal": 1.0},
+                    patient=f"p{row}",
+                    sha256=digest_bytes(pixels.tobytes()),
+                    statistics=image_statistics(pixels),
+                )
             )
     checkout.dvc("add", "dataset")
     checkout.dvc("push")

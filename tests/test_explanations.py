@@ -17,7 +17,7 @@ from test_predicting_kinds import write_trained
 from torch import nn
 
 from cadx.bundle import Bundle
-from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
+from cadx.datasets import DatasetFolder, DatasetWriter, Sample, SourceInfo
 from cadx.evaluating.explanations import (
     CONTROL,
     Case,
@@ -250,10 +250,10 @@ def planted_volumes(path: Path) -> DatasetFolder:
             voxels = rng.integers(0, 60, (VOLUME_PX,) * 3).astype(np.int16)
             block = tuple(slice(start, start + 8) for start in rng.choice([1, VOLUME_PX - 9], 3))
             voxels[block] += 60 * np.int16(sick)
-            writer.add(
+            writer.add(Sample(
                 sample_id=f"v{number:02}", pixels=voxels, labels={("none", "nodule")[sick]: 1}, patient=f"p{number}",
                 sha256=digest_bytes(voxels.tobytes()), statistics={}, spacing_mm=(1.0, 1.0, 1.0),
-            )  # fmt: skip
+            ))  # fmt: skip
     return DatasetFolder(path)
 
 

@@ -19,7 +19,7 @@ import yaml
 
 from cadx.bundle import Bundle
 from cadx.catalog import PhantomEntry, load_catalog
-from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
+from cadx.datasets import DatasetFolder, DatasetWriter, Sample, SourceInfo
 from cadx.detection import calculate_map
 from cadx.files import digest_bytes, digest_path
 from cadx.models import ModelConfig, ResNetConfig, overruns_channels_last, pretrained_origin, to_device
@@ -109,13 +109,15 @@ def _add(writer: DatasetWriter, takes: str, number: int) -> None:
             if takes == "boxes":
                 extra = {"boxes": [("sick", left, top, left + 12, top + 14)]}
     writer.add(
-        sample_id=f"s{number}",
-        pixels=array,
-        labels={"sick" if sick else "well": 1} if takes != "boxes" else {"sick": float(sick)},
-        patient=f"p{number}",
-        sha256=digest_bytes(array.tobytes()),
-        statistics={"mean": float(number)},
-        **extra,
+        Sample(
+            sample_id=f"s{number}",
+            pixels=array,
+            labels={"sick" if sick else "well": 1} if takes != "boxes" else {"sick": float(sick)},
+            patient=f"p{number}",
+            sha256=digest_bytes(array.tobytes()),
+            statistics={"mean": float(number)},
+            **extra,
+        )
     )
 
 

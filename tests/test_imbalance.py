@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cadx.datasets import DatasetWriter, SourceInfo, write_splits
+from cadx.datasets import DatasetWriter, Sample, SourceInfo, write_splits
 from cadx.drift import image_statistics
 from cadx.files import digest_bytes
 from cadx.reporting import PALETTE
@@ -49,14 +49,16 @@ def cohort(
     ) as writer:
         for row, sample in enumerate(samples):
             writer.add(
-                **{
-                    "sample_id": f"s{row:05d}",
-                    "pixels": PIXELS,
-                    "patient": f"{SECRET}-{row}",
-                    "sha256": digest_bytes(b""),
-                    "statistics": STATISTICS,
-                    **sample,
-                }
+                Sample(
+                    **{
+                        "sample_id": f"s{row:05d}",
+                        "pixels": PIXELS,
+                        "patient": f"{SECRET}-{row}",
+                        "sha256": digest_bytes(b""),
+                        "statistics": STATISTICS,
+                        **sample,
+                    }
+                )
             )
     return path
 

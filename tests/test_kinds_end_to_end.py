@@ -11,7 +11,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from cadx.bundle import Bundle
-from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo, preview, read_splits, write_splits
+from cadx.datasets import DatasetFolder, DatasetWriter, Sample, SourceInfo, preview, read_splits, write_splits
 from cadx.detection import METRICS, calculate_map
 from cadx.drift import image_statistics
 from cadx.files import digest_bytes
@@ -72,13 +72,15 @@ def _cohort(folder: Path, kind: str) -> list[str]:
             sick = number % 3 == 0
             array, extra = _sample(kind, rng, sick)
             writer.add(
-                sample_id=sample_id,
-                pixels=array,
-                labels={("none", "nodule")[sick]: 1},
-                patient=f"p{number}",
-                sha256=digest_bytes(array.tobytes()),
-                statistics=image_statistics(preview(kind, array)),  # type: ignore[arg-type]
-                **extra,
+                Sample(
+                    sample_id=sample_id,
+                    pixels=array,
+                    labels={("none", "nodule")[sick]: 1},
+                    patient=f"p{number}",
+                    sha256=digest_bytes(array.tobytes()),
+                    statistics=image_statistics(preview(kind, array)),  # type: ignore[arg-type]
+                    **extra,
+                )
             )
     recommended = {"recommendation": {"loss": {"kind": "cross_entropy"}, "sampler": "natural"}}
     (folder / "imbalance.json").write_text(json.dumps(recommended))
@@ -245,14 +247,16 @@ def lesions(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     pixels[top : top + height, left : left + width] += brightness
                     boxes.append((name, left, top, left + width, top + height))
             writer.add(
-                sample_id=sample_id,
-                pixels=pixels,
-                labels={name: float(any(box[0] == name for box in boxes)) for name in LESIONS},
-                boxes=boxes,
-                patient=f"pseudonym-{number // 2}",
-                site="north" if number % 8 < 4 else "south",
-                sha256=digest_bytes(pixels.tobytes()),
-                statistics=image_statistics(pixels),
+                Sample(
+                    sample_id=sample_id,
+                    pixels=pixels,
+                    labels={name: float(any(box[0] == name for box in boxes)) for name in LESIONS},
+                    boxes=boxes,
+                    patient=f"pseudonym-{number // 2}",
+                    site="north" if number % 8 < 4 else "south",
+                    sha256=digest_bytes(pixels.tobytes()),
+                    statistics=image_statistics(pixels),
+                )
             )
     split = np.repeat(["train", "val", "calibration", "test"], [40, 8, 32, 32])
     write_splits(folder / "splits.parquet", pd.DataFrame({"sample_id": ids, "split": split, "reason": ""}))

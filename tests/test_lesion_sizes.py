@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
+from cadx.datasets import DatasetFolder, DatasetWriter, Sample, SourceInfo
 from cadx.evaluating import Classification, Settings
 from cadx.evaluating.lesion_sizes import largest_lesions
 from cadx.files import digest_bytes
@@ -35,15 +35,17 @@ def write(path: Path, *, masks: bool, spacing_mm: tuple[float, float] | None = S
                 mask[14, 14] = 1
             boxes = [("lesion", 2, 2, 2 + side, 2 + side), ("lesion", 14, 14, 15, 15)] if ill else []
             writer.add(
-                sample_id=f"s{number:03d}",
-                pixels=np.zeros((16, 16), np.uint8),
-                labels={"lesion": float(ill), "normal": float(not ill)},
-                patient=f"p{number:03d}",
-                sha256=digest_bytes(b"x"),
-                statistics={"mean": 0.0},
-                spacing_mm=spacing_mm,
-                boxes=[] if masks else boxes,
-                mask=mask if masks else None,
+                Sample(
+                    sample_id=f"s{number:03d}",
+                    pixels=np.zeros((16, 16), np.uint8),
+                    labels={"lesion": float(ill), "normal": float(not ill)},
+                    patient=f"p{number:03d}",
+                    sha256=digest_bytes(b"x"),
+                    statistics={"mean": 0.0},
+                    spacing_mm=spacing_mm,
+                    boxes=[] if masks else boxes,
+                    mask=mask if masks else None,
+                )
             )
     return DatasetFolder(path)
 

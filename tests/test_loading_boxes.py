@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
+from cadx.datasets import DatasetFolder, DatasetWriter, Sample, SourceInfo
 from cadx.detection import calculate_map
 from cadx.files import digest_bytes
 from cadx.loading.boxes import (
@@ -63,10 +63,10 @@ def write(path: Path, samples: dict[str, tuple[np.ndarray, list[Box]]], **option
         clustered=False, source=SourceInfo(title="drawn", licence="CC0-1.0", citation="none"),
     ) as writer:  # fmt: skip
         for name, (pixels, boxes) in samples.items():
-            writer.add(
+            writer.add(Sample(
                 sample_id=name, pixels=pixels, labels={}, patient=name, sha256=digest_bytes(pixels.tobytes()),
                 statistics={}, boxes=boxes, spacing_mm=spacing_mm,
-            )  # fmt: skip
+            ))  # fmt: skip
     return DatasetFolder(path)
 
 

@@ -12,7 +12,7 @@ import tifffile
 import torch
 from torch.utils.data import DataLoader
 
-from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
+from cadx.datasets import DatasetFolder, DatasetWriter, Sample, SourceInfo
 from cadx.files import digest_path
 from cadx.loading.slides import Bag, FeatureBagDataset, MILDataset, collate_bags, tissue_fractions
 from cadx.reading.slides import summarise_slide
@@ -67,16 +67,18 @@ def slide_dataset(folder: Path, slides: dict[str, Path], slide_mpp: float | None
         for number, (sample_id, path) in enumerate(slides.items()):
             summary = summarise_slide(path, slide_mpp=slide_mpp)
             writer.add(
-                sample_id=sample_id,
-                pixels=summary.thumbnail,
-                tissue=summary.tissue,
-                slide=path,
-                slide_mpp=summary.slide_mpp,
-                spacing_mm=summary.spacing_mm,
-                labels={("normal", "tumour")[number % 2]: 1},
-                patient=f"p{number}",
-                sha256=digest_path(path),
-                statistics={},
+                Sample(
+                    sample_id=sample_id,
+                    pixels=summary.thumbnail,
+                    tissue=summary.tissue,
+                    slide=path,
+                    slide_mpp=summary.slide_mpp,
+                    spacing_mm=summary.spacing_mm,
+                    labels={("normal", "tumour")[number % 2]: 1},
+                    patient=f"p{number}",
+                    sha256=digest_path(path),
+                    statistics={},
+                )
             )
     return DatasetFolder(folder)
 
@@ -312,12 +314,14 @@ def features(tmp_path: Path) -> DatasetFolder:
     with dataset(tmp_path / "features", "features") as writer:
         for number, length in enumerate((3, 40)):
             writer.add(
-                sample_id=f"bag{number}",
-                pixels=rng.normal(size=(length, 5)).astype(np.float32),
-                labels={"tumour": 1},
-                patient=f"p{number}",
-                sha256="sha256:" + "0" * 64,  # type: ignore[arg-type]
-                statistics={},
+                Sample(
+                    sample_id=f"bag{number}",
+                    pixels=rng.normal(size=(length, 5)).astype(np.float32),
+                    labels={"tumour": 1},
+                    patient=f"p{number}",
+                    sha256="sha256:" + "0" * 64,  # type: ignore[arg-type]
+                    statistics={},
+                )
             )
     return DatasetFolder(tmp_path / "features")
 

@@ -13,7 +13,7 @@ import torch
 from scipy import ndimage
 from torch.utils.data import DataLoader
 
-from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
+from cadx.datasets import DatasetFolder, DatasetWriter, Sample, SourceInfo
 from cadx.files import digest_bytes
 from cadx.loading.patches import VolumePreprocessing, VolumeSource
 from cadx.loading.volumes import GridPatches, Patch3DDataset
@@ -46,11 +46,11 @@ def write_dataset(
     ) as writer:  # fmt: skip
         for number, voxels in enumerate(volumes):
             mask = masks[number] if number < len(masks) else None
-            writer.add(
+            writer.add(Sample(
                 sample_id=f"v{number}", pixels=voxels, labels={"nodule": 1} if mask is not None else {"none": 1},
                 patient=f"p{number}", sha256=digest_bytes(voxels.tobytes()), statistics={},
                 spacing_mm=SPACING_MM if kind == "volume" else None, mask=mask,
-            )  # fmt: skip
+            ))  # fmt: skip
     return DatasetFolder(path)
 
 

@@ -24,7 +24,7 @@ from test_browser import browser, chromium, open_page  # noqa: F401 - fixtures
 from test_bundle import CLASSES, operating_point, train_bundle, write_dataset
 
 from cadx.bundle import Bundle
-from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo, read_splits, write_splits
+from cadx.datasets import DatasetFolder, DatasetWriter, Sample, SourceInfo, read_splits, write_splits
 from cadx.drift import image_statistics
 from cadx.files import digest_path, write_json
 from cadx.phantom.cohort import Faults, Shift
@@ -70,16 +70,18 @@ def write_phantom_dataset(folder: Path, *, with_places: bool = False) -> tuple[P
         for number, (file, label) in enumerate(zip(files, labels, strict=True)):
             image = read_image(file)
             writer.add(
-                sample_id=file.stem,
-                pixels=image.pixels,
-                labels={"normal": 1.0 - label, "opacity": float(label)},
-                patient=f"pseudonym-{number:04d}",
-                sha256=digest_path(file),
-                site=image.attributes["site"] if with_places else "",
-                scanner=image.attributes["scanner"] if with_places else "",
-                age=float("nan"),
-                sex="",
-                statistics=image_statistics(image.pixels),
+                Sample(
+                    sample_id=file.stem,
+                    pixels=image.pixels,
+                    labels={"normal": 1.0 - label, "opacity": float(label)},
+                    patient=f"pseudonym-{number:04d}",
+                    sha256=digest_path(file),
+                    site=image.attributes["site"] if with_places else "",
+                    scanner=image.attributes["scanner"] if with_places else "",
+                    age=float("nan"),
+                    sex="",
+                    statistics=image_statistics(image.pixels),
+                )
             )
     rows = [(file.stem, split, "") for file, split in zip(files, splits, strict=True)]
     write_splits(folder / "splits.parquet", pd.DataFrame(rows, columns=["sample_id", "split", "reason"]))

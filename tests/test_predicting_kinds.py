@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cadx.bundle import Manifest, Provenance, write_bundle
-from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
+from cadx.datasets import DatasetFolder, DatasetWriter, Sample, SourceInfo
 from cadx.files import digest_bytes, digest_path
 from cadx.loading.patches import VolumePreprocessing, VolumeSource
 from cadx.models import Detections, MILConfig, Output, ResNet3DConfig, ResNetConfig, YOLOConfig
@@ -145,13 +145,15 @@ def test_a_file_and_its_dataset_give_one_answer(tmp_path: Path) -> None:
             image.header.set_xyzt_units("mm")
             nibabel.save(image, files[-1])
             writer.add(
-                sample_id=f"s{number}",
-                pixels=voxels,
-                spacing_mm=(1.5, 1.0, 1.0),
-                labels={("none", "nodule")[number % 2]: 1},
-                patient=f"p{number}",
-                sha256=digest_path(files[-1]),
-                statistics={},
+                Sample(
+                    sample_id=f"s{number}",
+                    pixels=voxels,
+                    spacing_mm=(1.5, 1.0, 1.0),
+                    labels={("none", "nodule")[number % 2]: 1},
+                    patient=f"p{number}",
+                    sha256=digest_path(files[-1]),
+                    statistics={},
+                )
             )
     folder = DatasetFolder(tmp_path / "dataset")
     config = TrainingConfig.model_validate(

@@ -11,7 +11,7 @@ from rich.console import Console
 from test_benchmarking import benchmark, estimate, run, step
 
 from cadx.benchmarking import STEPS, Benchmark, Step, Training
-from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
+from cadx.datasets import DatasetFolder, DatasetWriter, Sample, SourceInfo
 from cadx.recommending import Facts, advise, facts_of, memory_at_hand, needed_mb, show
 from cadx.splitting import assign_splits, cross_validation
 from components.split import SplitParams
@@ -205,13 +205,15 @@ def cells(path: Path, images: Sequence[np.ndarray]) -> DatasetFolder:
     with writer:
         for number, pixels in enumerate(images):
             writer.add(
-                sample_id=str(number),
-                pixels=pixels,
-                labels={"red": 1.0, "white": float(number == 0)},
-                patient=str(number // 2),
-                sha256="sha256:" + "0" * 64,  # type: ignore[arg-type]
-                statistics={},
-                boxes=[("red", 2.0, 2.0, 11.0, 6.0)],
+                Sample(
+                    sample_id=str(number),
+                    pixels=pixels,
+                    labels={"red": 1.0, "white": float(number == 0)},
+                    patient=str(number // 2),
+                    sha256="sha256:" + "0" * 64,  # type: ignore[arg-type]
+                    statistics={},
+                    boxes=[("red", 2.0, 2.0, 11.0, 6.0)],
+                )
             )
     return DatasetFolder(path)
 
@@ -254,12 +256,14 @@ def test_no_more_folds_are_advised_than_training_takes(tmp_path: Path, ill: list
     with writer:
         for number, patient in enumerate(patients):
             writer.add(
-                sample_id=str(number),
-                pixels=np.zeros((8, 8), np.uint8),
-                labels={"ill" if patient < len(ill) else "well": 1.0},
-                patient=str(patient),
-                sha256="sha256:" + "0" * 64,  # type: ignore[arg-type]
-                statistics={},
+                Sample(
+                    sample_id=str(number),
+                    pixels=np.zeros((8, 8), np.uint8),
+                    labels={"ill" if patient < len(ill) else "well": 1.0},
+                    patient=str(patient),
+                    sha256="sha256:" + "0" * 64,  # type: ignore[arg-type]
+                    statistics={},
+                )
             )
     folder = DatasetFolder(tmp_path / "dataset")
     advice = advise(facts_of(folder, FRACTIONS), 16_000, measured())

@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from cadx.datasets import DatasetWriter, SourceInfo, write_splits
+from cadx.datasets import DatasetWriter, Sample, SourceInfo, write_splits
 from cadx.files import digest_bytes
 from cadx.training.loop import fit
 from components.contract import ROOT, read_params
@@ -75,12 +75,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels = rng.integers(0, 200, (32, 32)).astype(np.uint8)
             pixels[4:12, 4:12] += 20 * np.uint8(sick)
             writer.add(
-                sample_id=f"s{number:03}",
-                pixels=pixels,
-                labels={"sick" if sick else "normal": 1},
-                patient=f"p{number}",
-                sha256=digest_bytes(pixels.tobytes()),
-                statistics={"mean": float(pixels.mean() / 255)},
+                Sample(
+                    sample_id=f"s{number:03}",
+                    pixels=pixels,
+                    labels={"sick" if sick else "normal": 1},
+                    patient=f"p{number}",
+                    sha256=digest_bytes(pixels.tobytes()),
+                    statistics={"mean": float(pixels.mean() / 255)},
+                )
             )
     _write_splits(folder / "splits.parquet", last="test")
     recommendation = {"loss": {"kind": "focal", "gamma": 1.5}, "sampler": "balanced"}

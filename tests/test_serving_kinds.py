@@ -33,7 +33,7 @@ from test_serving import NAMES, PATIENT, encoded, gray, lines, post, release_of,
 from test_serving import dicom as dicom_of_a_patient
 
 from cadx.bundle import Bundle, write_bundle
-from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
+from cadx.datasets import DatasetFolder, DatasetWriter, Sample, SourceInfo
 from cadx.drift import image_statistics
 from cadx.files import digest_bytes, write_json
 from cadx.gating import Decision
@@ -564,13 +564,15 @@ def datasets(folder: Path) -> dict[str, DatasetFolder]:
     ) as writer:
         for number in range(3):
             writer.add(
-                sample_id=f"v{number}",
-                pixels=np.roll(VOXELS, 3 * number, 0),
-                spacing_mm=(1.37, 0.703125, 0.7),
-                labels={"finding": 1},
-                patient=f"p{number}",
-                sha256=digest_bytes(bytes(number)),
-                statistics={},
+                Sample(
+                    sample_id=f"v{number}",
+                    pixels=np.roll(VOXELS, 3 * number, 0),
+                    spacing_mm=(1.37, 0.703125, 0.7),
+                    labels={"finding": 1},
+                    patient=f"p{number}",
+                    sha256=digest_bytes(bytes(number)),
+                    statistics={},
+                )
             )
     files = {
         f"s{number}": write_slide(
@@ -724,13 +726,15 @@ def one_image(folder: Path) -> DatasetFolder:
     ) as writer:
         pixels = gray(1)
         writer.add(
-            sample_id="d0",
-            pixels=pixels,
-            labels={},
-            boxes=[("finding", 1.0, 2.0, 9.0, 8.0)],
-            patient="p0",
-            sha256=digest_bytes(pixels.tobytes()),
-            statistics=image_statistics(pixels),
+            Sample(
+                sample_id="d0",
+                pixels=pixels,
+                labels={},
+                boxes=[("finding", 1.0, 2.0, 9.0, 8.0)],
+                patient="p0",
+                sha256=digest_bytes(pixels.tobytes()),
+                statistics=image_statistics(pixels),
+            )
         )
     return DatasetFolder(folder)
 

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cadx.datasets import DatasetWriter, SourceInfo, read_splits
+from cadx.datasets import DatasetWriter, Sample, SourceInfo, read_splits
 from cadx.drift import image_statistics
 from cadx.files import digest_bytes, digest_path, write_json
 from components.split import SplitParams, split
@@ -37,11 +37,13 @@ def cohort(
                 **(changes or {}).get(row, {}),
             }
             writer.add(
-                sample_id=f"s{row:03d}",
-                pixels=pixels,
-                sha256=digest_bytes(pixels.tobytes()),
-                statistics=image_statistics(pixels),
-                **sample,
+                Sample(
+                    sample_id=f"s{row:03d}",
+                    pixels=pixels,
+                    sha256=digest_bytes(pixels.tobytes()),
+                    statistics=image_statistics(pixels),
+                    **sample,
+                )
             )
     return path
 

@@ -18,7 +18,7 @@ import torch
 from scipy.special import softmax
 
 from cadx.bundle import Bundle
-from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo, read_splits, write_splits
+from cadx.datasets import DatasetFolder, DatasetWriter, Sample, SourceInfo, read_splits, write_splits
 from cadx.files import digest_bytes, digest_path
 from cadx.models import ResNetConfig
 from cadx.predicting.folds import out_of_fold
@@ -71,13 +71,15 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels = rng.integers(0, 100, (32, 32)).astype(np.uint8)
             pixels[4:16, 4:16] += 60 * np.uint8(sick)
             writer.add(
-                sample_id=f"s{number:03}",
-                pixels=pixels,
-                labels={"sick" if sick else "normal": 1},
-                patient=f"p{number}",
-                sha256=digest_bytes(pixels.tobytes()),
-                statistics={"mean": float(pixels.mean() / 255)},
-                assumptions=("black is 0",),
+                Sample(
+                    sample_id=f"s{number:03}",
+                    pixels=pixels,
+                    labels={"sick" if sick else "normal": 1},
+                    patient=f"p{number}",
+                    sha256=digest_bytes(pixels.tobytes()),
+                    statistics={"mean": float(pixels.mean() / 255)},
+                    assumptions=("black is 0",),
+                )
             )
     ids = [f"s{number:03}" for number in range(NUM_SAMPLES)]
     split = ["val" if number % 4 == 0 else "train" for number in range(NUM_SAMPLES)]

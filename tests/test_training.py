@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from sklearn.metrics import roc_auc_score
 
-from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
+from cadx.datasets import DatasetFolder, DatasetWriter, Sample, SourceInfo
 from cadx.files import digest_bytes
 from cadx.models import DenseNetConfig, ResNetConfig
 from cadx.sampling import BalancedSampler, EpochSampler
@@ -57,14 +57,16 @@ def _write(path: Path, task: str, labels: np.ndarray) -> DatasetFolder:
             if len(row) > 2 and row[2] == 1:
                 pixels[20::4] += 90
             writer.add(
-                sample_id=f"s{number:03}",
-                pixels=pixels,
-                labels={
-                    name: value for name, value in zip(classes, row, strict=True) if not math.isnan(value)
-                },
-                patient=f"p{number}",
-                sha256=digest_bytes(pixels.tobytes()),
-                statistics={"mean": float(pixels.mean() / 255)},
+                Sample(
+                    sample_id=f"s{number:03}",
+                    pixels=pixels,
+                    labels={
+                        name: value for name, value in zip(classes, row, strict=True) if not math.isnan(value)
+                    },
+                    patient=f"p{number}",
+                    sha256=digest_bytes(pixels.tobytes()),
+                    statistics={"mean": float(pixels.mean() / 255)},
+                )
             )
     return DatasetFolder(path)
 

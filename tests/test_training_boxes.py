@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo
+from cadx.datasets import DatasetFolder, DatasetWriter, Sample, SourceInfo
 from cadx.files import digest_bytes
 from cadx.models import Detections
 from cadx.training import TrainingConfig
@@ -39,13 +39,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> DatasetFolder:
             pixels[10:22, 12:24] += 150
             pixels[60:72, 80:92] += 80
             writer.add(
-                sample_id=f"s{number}",
-                pixels=pixels,
-                labels={"lesion": 1},
-                boxes=[("lesion", 12, 10, 24, 22)],
-                patient=f"p{number}",
-                sha256=digest_bytes(pixels.tobytes()),
-                statistics={"mean": float(number)},
+                Sample(
+                    sample_id=f"s{number}",
+                    pixels=pixels,
+                    labels={"lesion": 1},
+                    boxes=[("lesion", 12, 10, 24, 22)],
+                    patient=f"p{number}",
+                    sha256=digest_bytes(pixels.tobytes()),
+                    statistics={"mean": float(number)},
+                )
             )
     return DatasetFolder(path)
 

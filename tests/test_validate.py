@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cadx.datasets import DatasetFolder, DatasetWriter, SourceInfo, preview
+from cadx.datasets import DatasetFolder, DatasetWriter, Sample, SourceInfo, preview
 from cadx.drift import image_statistics
 from cadx.files import digest_bytes, digest_path, write_json
 from cadx.quality import image_checks, perceptual_hash
@@ -54,9 +54,11 @@ def cohort(
                 **(changes or {}).get(row, {}),
             }
             writer.add(
-                **sample,
-                sha256=digest_bytes(sample["sample_id"].encode()),
-                statistics=image_statistics(sample["pixels"]),
+                Sample(
+                    **sample,
+                    sha256=digest_bytes(sample["sample_id"].encode()),
+                    statistics=image_statistics(sample["pixels"]),
+                )
             )
     return path
 
@@ -115,13 +117,15 @@ def test_pneumoniamnist_has_exactly_eight_val_images_that_are_copies_of_train_im
             images, labels = source[f"{part}_images"], source[f"{part}_labels"][:, 0]
             for row, (pixels, label) in enumerate(zip(images, labels, strict=True)):
                 writer.add(
-                    sample_id=f"{part}-{row:05d}",
-                    pixels=pixels,
-                    labels={classes[int(label)]: 1.0},
-                    patient=f"{part}-{row:05d}",
-                    sha256=digest_bytes(pixels.tobytes()),
-                    given_split=part,
-                    statistics=image_statistics(pixels),
+                    Sample(
+                        sample_id=f"{part}-{row:05d}",
+                        pixels=pixels,
+                        labels={classes[int(label)]: 1.0},
+                        patient=f"{part}-{row:05d}",
+                        sha256=digest_bytes(pixels.tobytes()),
+                        given_split=part,
+                        statistics=image_statistics(pixels),
+                    )
                 )
     result = judge(tmp_path, tmp_path / "d")
 
@@ -502,13 +506,15 @@ def test_both_zero_area_boxes_of_bccd_are_named(tmp_path: Path, mirror: Path):
                 has_area = x1 > x0 and y1 > y0
                 boxes.append((item.findtext("name"), max(x0 - has_area, 0), max(y0 - has_area, 0), x1, y1))
             writer.add(
-                sample_id=name,
-                pixels=pixels,
-                labels={},
-                patient=name,
-                sha256=digest_bytes(name.encode()),
-                statistics=image_statistics(pixels),
-                boxes=boxes,
+                Sample(
+                    sample_id=name,
+                    pixels=pixels,
+                    labels={},
+                    patient=name,
+                    sha256=digest_bytes(name.encode()),
+                    statistics=image_statistics(pixels),
+                    boxes=boxes,
+                )
             )
     result = judge(tmp_path, tmp_path / "d", class_without_images="warn")
     assert failed(result)["invalid_box"] == ["BloodImage_00338", "BloodImage_00343"]
@@ -573,7 +579,7 @@ def collection(path: Path, kind: str, samples: list[dict[str, Any]]) -> Path:
                 "statistics": image_statistics(picture_of),
                 "checks": image_checks(picture_of),
             }
-            writer.add(**defaults | sample)
+            writer.add(Sample(**defaults | sample))
     return path
 
 
