@@ -20,6 +20,7 @@ from cadx.reading.folders import is_hidden
 from cadx.reading.images import read_image
 from cadx.reading.vocabulary import BURNED_IN
 from cadx.settings import did_you_mean
+from cadx.types import Task
 
 _USUAL_NAMES = {
     "file": ("file", "filename", "file_name", "path", "image", "image_path", "image_index", "dicom", "datei"),
@@ -62,6 +63,31 @@ class _Layout(NamedTuple):
     counts: dict[str, int]
     files: list[Path]
     given: set[str]
+    flag: str = ""
+
+    @property
+    def task(self) -> Task:
+        """What its labels ask for."""
+        if "label_columns" in self.fields:
+            return "multilabel"
+        return "binary" if len(self.counts) == 2 else "multiclass"
+
+    @property
+    def has_splits(self) -> bool:
+        """Whether it brings its own train, val and test."""
+        return {"train", "val", "test"} <= self.given
+
+
+class _Labels(NamedTuple):
+    """What a table says of its classes.
+
+    Attributes:
+        fields: of the entry.
+        counts, flag: as in `_Layout`.
+    """
+
+    fields: dict[str, Any]
+    counts: dict[str, int]
     flag: str = ""
 
 
@@ -114,20 +140,13 @@ def describe_folder(folder: Path, *, positive: str = "") -> Described:
     folder = folder.resolve()
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
+    _refuse_volumes(folder)
     notes = [
         "modality, licence and title are yours to fill in",
         "deidentify is on: nothing in the data set repeats a file name or an identifier; "
         "turn it off if sample ids should be the file names and the files hold no identifiers",
     ]
-    # It refuses links, closed folders, and names that are no text.
-    there = candidate_files(folder)
-    if volumes := sum(path.name.lower().endswith(_VOLUME_SUFFIXES) for path in there):
-        raise ValueError(
-            f"{folder.name}: {volumes} of {len(there)} files are volumes (NIfTI), and only images are described here;"
-            " write an entry of kind volume into data/catalog.yaml by hand (docs/data.md, A folder of one's own), or"
-            " move them away"
-        )
-    layout = _described_table(folder, notes) or _describe_class_folders(folder)
+    layout = _describe_tables(folder, notes) or _describe_class_folders(folder)
     if (folder / _BOX_TABLE).is_file() and "boxes" not in layout.fields:
         notes.append(
             f"{_BOX_TABLE} is passed over: beside a table with a row per image it is read by its columns"
@@ -135,43 +154,14 @@ def describe_folder(folder: Path, *, positive: str = "") -> Described:
         )
     seen = _looked_into(layout.files)
     _check_classes(folder.name, layout, seen)
-    classes = tuple(layout.counts)
-    task = (
-        "multilabel" if "label_columns" in layout.fields else "binary" if len(classes) == 2 else "multiclass"
-    )
-    if positive and positive not in classes:
-        hint = did_you_mean(positive, classes)
-        raise ValueError(f"positive {positive!r} is not among the classes {', '.join(classes)}{hint}")
-    if positive and task != "binary":
-        raise ValueError(
-            f"positive is for two classes, and {folder.name} is {task} ({', '.join(classes)}); leave it out"
-        )
-    chosen = {}
-    if task == "binary":
-        chosen["positive"], why = (positive, "") if positive else _positive(layout)
-        if not positive:
-            notes.append(
-                f"positive is {chosen['positive']!r}, {why}: correct it if another one is looked for"
-            )
+    found = _positive(folder.name, layout, positive, notes)
     policy = _patient_policy(layout, seen, notes)
-    notes += _about_sizes(layout.counts)
-    if seen.coloured:
-        notes.append(
-            f"{seen.coloured} of {seen.files} sampled files are in colour, so preprocessing.channels is 3: set it to 1"
-            " if their colour means nothing"
-        )
-    splits = {"train", "val", "test"} <= layout.given
-    if layout.given and not splits:
-        notes.append(
-            f"official splits are kept, but only {' and '.join(sorted(layout.given))} are there, so split.strategy is"
-            " patient"
-        )
-    if splits:
-        notes.append("split.strategy is given: train, val and test stay as they are")
+    notes += [*_about_sizes(layout.counts), *_about_colour(seen), *_about_splits(layout)]
     content = {
         "title": folder.name,
-        "task": task,
-        "classes": classes,
+        "task": layout.task,
+        "classes": tuple(layout.counts),
+        "positive": found,
         "modality": "medical image",
         "licence": "private: not for distribution",
         "citation": "none",
@@ -179,7 +169,6 @@ def describe_folder(folder: Path, *, positive: str = "") -> Described:
         "deidentify": True,
         "patient": policy,
         **layout.fields,
-        **chosen,
     }
     cls = TableEntry if layout.fields["format"] == "table" else FolderEntry
     try:
@@ -194,7 +183,17 @@ def describe_folder(folder: Path, *, positive: str = "") -> Described:
         what = type(error).__name__
         raise ValueError(f"{folder.name}: a file in it cannot be read ({what}); check its rights") from None
     channels = 3 if seen.coloured else 1
-    return Described(entry.model_copy(update={"digest": digest}), splits, tuple(notes), channels)
+    return Described(entry.model_copy(update={"digest": digest}), layout.has_splits, tuple(notes), channels)
+
+
+def _refuse_volumes(folder: Path) -> None:
+    there = candidate_files(folder)  # which itself refuses links, closed folders, and names that are no text
+    if volumes := sum(path.name.lower().endswith(_VOLUME_SUFFIXES) for path in there):
+        raise ValueError(
+            f"{folder.name}: {volumes} of {len(there)} files are volumes (NIfTI), and only images are described here;"
+            " write an entry of kind volume into data/catalog.yaml by hand (docs/data.md, A folder of one's own), or"
+            " move them away"
+        )
 
 
 def _check_listing(folder: Path, entry: FolderEntry | TableEntry) -> str:
@@ -275,13 +274,33 @@ def _name_words(text: str) -> set[str]:
     return {word for word in words if word.isalpha() and len(word) > 1}
 
 
-def _positive(layout: _Layout) -> tuple[str, str]:
-    """The class that is probably looked for, and why."""
+def _positive(name: str, layout: _Layout, wanted: str, notes: list[str]) -> str | None:
+    """The class to be found: the one that is wanted, else the one that probably is; None where a task has none."""
+    classes = ", ".join(layout.counts)
+    if wanted and wanted not in layout.counts:
+        hint = did_you_mean(wanted, tuple(layout.counts))
+        raise ValueError(f"positive {wanted!r} is not among the classes {classes}{hint}")
+    if layout.task == "binary":
+        if wanted:
+            return wanted
+        likely, why = _likely_positive(layout)
+        notes.append(f"positive is {likely!r}, {why}: correct it if another one is looked for")
+        return likely
+    if wanted:
+        raise ValueError(
+            f"positive is for two classes, and {name} is {layout.task} ({classes}); leave it out"
+        )
+    return None
+
+
+def _likely_positive(layout: _Layout) -> tuple[str, str]:
+    """The class of two that is probably looked for, and why."""
     if layout.flag:
         return layout.flag, "which its column names"
     one, other = layout.counts
-    if bool(_SAYS_NO.fullmatch(one.lower())) != bool(_SAYS_NO.fullmatch(other.lower())):
-        return (other if _SAYS_NO.fullmatch(one.lower()) else one), "as the other says that nothing was found"
+    says_no = _SAYS_NO.fullmatch(one.lower()) is not None
+    if says_no != (_SAYS_NO.fullmatch(other.lower()) is not None):
+        return (other if says_no else one), "as the other says that nothing was found"
     if layout.counts[one] == layout.counts[other]:
         return other, "the second of two that are as frequent"
     return min(layout.counts, key=lambda name: layout.counts[name]), "the rarest class"
@@ -292,6 +311,24 @@ def _about_sizes(counts: Mapping[str, int]) -> Iterator[str]:
     if counts[rarest] < _FEW_IMAGES:
         number = "1 image" if counts[rarest] == 1 else f"{counts[rarest]} images"
         yield f"class {rarest!r} has {number}: intervals will be wide, and a split needs one in each part"
+
+
+def _about_colour(seen: _Seen) -> Iterator[str]:
+    if seen.coloured:
+        yield (
+            f"{seen.coloured} of {seen.files} sampled files are in colour, so preprocessing.channels is 3: set it to 1"
+            " if their colour means nothing"
+        )
+
+
+def _about_splits(layout: _Layout) -> Iterator[str]:
+    if layout.has_splits:
+        yield "split.strategy is given: train, val and test stay as they are"
+    elif layout.given:
+        yield (
+            f"official splits are kept, but only {' and '.join(sorted(layout.given))} are there, so split.strategy is"
+            " patient"
+        )
 
 
 # --- A folder per class -------------------------------------------------------------------------------
@@ -334,7 +371,7 @@ def _describe_class_folders(folder: Path) -> _Layout:
 # --- A table ------------------------------------------------------------------------------------------
 
 
-def _described_table(folder: Path, notes: list[str]) -> _Layout | None:
+def _describe_tables(folder: Path, notes: list[str]) -> _Layout | None:
     """The first table with a row per image; None where there is no table at all."""
     tables = sorted(
         path
@@ -358,31 +395,15 @@ def _described_table(folder: Path, notes: list[str]) -> _Layout | None:
 
 
 def _describe_table(folder: Path, table: Path, notes: list[str]) -> _Layout | None:
+    """A table with a row per image; None where no columns are named for file and label."""
     rows = read_rows(table)
-    columns = {re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_"): name for name in rows[0]}
-    known = {
-        meaning: next((columns[name] for name in names if name in columns), None)
-        for meaning, names in _USUAL_NAMES.items()
-    }
+    known = _usual_columns(rows[0])
     file_column, label_column = known.pop("file"), known.pop("label")
     flags = {name[len("label_") :]: name for name in rows[0] if name.startswith("label_")}
     if file_column is None or not (label_column or flags):
         return None
     root, files = _files_of(folder, table.name, rows, file_column)
-    fields: dict[str, Any] = {"format": "table", "table": table.name, "file_column": file_column}
-    if root != folder:
-        fields["images"] = root.name
-    given: set[str] = set()
-    if column := known["split"]:
-        words = {row[column].lower() for row in rows}
-        given = {SPLIT_WORDS[word] for word in words & SPLIT_WORDS.keys()}
-        if not words <= SPLIT_WORDS.keys():
-            known["split"], given = None, set()
-            notes.append(
-                f"column {column} is passed over: some of its cells are not train, val, calibration or test"
-            )
-    if optional := {meaning: name for meaning, name in known.items() if name}:
-        fields["columns"] = optional
+    given = _official_splits(rows, known, notes)
     if label_column is not None and flags:
         notes.append(
             f"columns passed over: {', '.join(flags.values())}, as column {label_column} is the label; take it out of"
@@ -391,43 +412,84 @@ def _describe_table(folder: Path, table: Path, notes: list[str]) -> _Layout | No
     taken = {file_column, label_column, *flags.values(), *known.values()}
     if others := [name for name in rows[0] if name not in taken]:
         notes.append(f"columns passed over: {', '.join(others)}; name them {', '.join(known)} to be read")
-    flag = ""
-    if label_column is None and len(flags) == 1:
-        (flag, label_column), *_ = flags.items()
-        cells = {row[label_column] for row in rows} - {""}
-        truth = next((words for words in _TRUTH if cells <= words.keys()), None)
-        if truth is None:
-            raise ValueError(
-                f"{table.name}: column {label_column} holds something else than 0, 1 and empty cells"
-            )
-        fields["values"] = {cell: flag if yes else f"no_{flag}" for cell, yes in truth.items()}
-    if label_column is not None:
-        values = fields.get("values", {})
-        fields["label_column"] = label_column
-        cells_by_class = Counter(
-            values.get(row[label_column], row[label_column]) for row in rows if row[label_column]
-        )
-        counts = {name: cells_by_class[name] for name in (values.values() or sorted(cells_by_class))}
-        unlabelled = sum(not row[label_column] for row in rows)
-    else:
-        fields["label_columns"] = flags
-        counts = {name: sum(row[column] in ("1", "1.0") for row in rows) for name, column in flags.items()}
-        unlabelled = 0
-    if unlabelled:
-        notes.append(f"{unlabelled} of {len(rows)} rows have no label: their images teach nothing")
-    if "values" not in fields and (joined := _joined(counts)):
-        raise ValueError(
-            f"{table.name}: {joined} of {len(counts)} labels in column {label_column} are others joined by | or a"
-            " semicolon; give each finding a column label_<class> of 0 and 1 in place of it, or write + where a"
-            " combination is a class"
-        )
-    if len(counts) > _MOST_CLASSES or ("label_columns" not in fields and len(counts) < 2):
-        raise ValueError(f"{table.name}: column {label_column} holds {len(counts)} classes; is it the label?")
+    labels = _describe_labels(table.name, rows, label_column, flags, notes)
+    fields = {"format": "table", "table": table.name, "file_column": file_column, **labels.fields}
+    if root != folder:
+        fields["images"] = root.name
+    if optional := {meaning: name for meaning, name in known.items() if name}:
+        fields["columns"] = optional
     box_table = folder / _BOX_TABLE
     boxes = read_rows(box_table, may_be_empty=True) if box_table.is_file() else []
     if boxes and set(_BOX_COLUMNS) <= set(boxes[0]):
         fields["boxes"] = {"table": _BOX_TABLE, "x1": "x1", "y1": "y1"}
-    return _Layout(fields, counts, files, given, flag)
+    return _Layout(fields, labels.counts, files, given, labels.flag)
+
+
+def _usual_columns(names: Iterable[str]) -> dict[str, str | None]:
+    """What a column is for -> its name, however it is written; None where no column is for that."""
+    columns = {re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_"): name for name in names}
+    return {
+        meaning: next((columns[usual] for usual in usuals if usual in columns), None)
+        for meaning, usuals in _USUAL_NAMES.items()
+    }
+
+
+def _official_splits(rows: Sequence[Row], known: dict[str, str | None], notes: list[str]) -> set[str]:
+    """The splits that a table names; a column of other words is taken out of `known`."""
+    column = known["split"]
+    if column is None:
+        return set()
+    words = {row[column].lower() for row in rows}
+    if words <= SPLIT_WORDS.keys():
+        return {SPLIT_WORDS[word] for word in words}
+    known["split"] = None
+    notes.append(f"column {column} is passed over: some of its cells are not train, val, calibration or test")
+    return set()
+
+
+def _describe_labels(
+    table: str, rows: Sequence[Row], label_column: str | None, flags: dict[str, str], notes: list[str]
+) -> _Labels:
+    """The classes of a table: of its label column, else of its only flag, else one for each flag."""
+    if label_column is None and len(flags) > 1:
+        labels = _Labels(
+            {"label_columns": flags},
+            {name: sum(row[column] in ("1", "1.0") for row in rows) for name, column in flags.items()},
+        )
+    elif label_column is None:
+        ((flag, label_column),) = flags.items()
+        values = _values_of_flag(table, rows, flag, label_column)
+        cells = Counter(values[row[label_column]] for row in rows if row[label_column])
+        labels = _Labels(
+            {"label_column": label_column, "values": values},
+            {name: cells[name] for name in values.values()},
+            flag,
+        )
+    else:
+        cells = Counter(row[label_column] for row in rows if row[label_column])
+        labels = _Labels({"label_column": label_column}, {name: cells[name] for name in sorted(cells)})
+    if label_column and (unlabelled := sum(not row[label_column] for row in rows)):
+        notes.append(f"{unlabelled} of {len(rows)} rows have no label: their images teach nothing")
+    if not labels.flag and (joined := _joined(labels.counts)):
+        raise ValueError(
+            f"{table}: {joined} of {len(labels.counts)} labels in column {label_column} are others joined by | or a"
+            " semicolon; give each finding a column label_<class> of 0 and 1 in place of it, or write + where a"
+            " combination is a class"
+        )
+    if len(labels.counts) > _MOST_CLASSES or (label_column and len(labels.counts) < 2):
+        raise ValueError(
+            f"{table}: column {label_column} holds {len(labels.counts)} classes; is it the label?"
+        )
+    return labels
+
+
+def _values_of_flag(table: str, rows: Sequence[Row], flag: str, column: str) -> dict[str, str]:
+    """Cell -> class, of a column that says no and yes: `no_` and the flag's name, or the flag's name."""
+    cells = {row[column] for row in rows} - {""}
+    truth = next((words for words in _TRUTH if cells <= words.keys()), None)
+    if truth is None:
+        raise ValueError(f"{table}: column {column} holds something else than 0, 1 and empty cells")
+    return {cell: flag if yes else f"no_{flag}" for cell, yes in truth.items()}
 
 
 def _joined(labels: Iterable[str]) -> int:
