@@ -21,6 +21,7 @@ from cadx.catalog import (
     SPLIT_WORDS,
     BagsEntry,
     CocoEntry,
+    Columns,
     FilesEntry,
     FolderEntry,
     PairsEntry,
@@ -231,41 +232,31 @@ def _table_items(entry: TableEntry, root: Path, orphans: list[Orphan] | None) ->
     needed = [entry.file_column, entry.label_column, *entry.label_columns.values(), entry.mask_column]
     _require_columns(entry.table, rows, [*needed, *columns.model_dump().values(), *entry.clinical.values()])
     boxes = _boxes(entry, root) if entry.boxes else {}
-    boxed = set(boxes)
-    items: dict[str, Item] = {}
+    listed: set[str] = set()
     masks_alone: set[Path] = set()  # their rows are orphans already
+    items: dict[str, Item] = {}
     for row in rows:
         place = f"{entry.table} row {row.number}"
         relative = _within(row[entry.file_column], f"{place}: column {entry.file_column}")
+        listed.add(relative.as_posix())
         path = root / entry.images / relative
         if not (path.is_file() or (entry.kind == "volume" and path.is_dir())):
             orphan = Orphan(place, "label_without_image", f"its {entry.kind} file is not there")
             _unless_taken(orphans, [orphan], f"{place}: {orphan.reason}; add it, remove the row")
-            boxes.pop(relative.as_posix(), None)
             if entry.mask_column:
                 masks_alone.add(root / row[entry.mask_column])
             continue
-        mask = None
-        if entry.mask_column and row[entry.mask_column]:
-            mask = root / _within(row[entry.mask_column], f"{place}: column {entry.mask_column}")
-            if not mask.is_file():
-                raise ValueError(f"{place}: its mask file is not there; add it, or empty the cell")
-        frame = _frame(row[columns.frame], f"{place}, column {columns.frame}") if columns.frame else None
+        mask = _row_mask(entry, root, row, place)
+        frame = _frame(_cell(row, columns.frame), f"{place}, column {columns.frame}")
         known_as = relative.as_posix() if frame is None else f"{relative.as_posix()}/{frame}"
         if known_as in items:
             what = "file" if frame is None else "frame"
             raise ValueError(f"{place}: the same {what} as {items[known_as].place}; keep one row")
-        attributes: dict[str, Any] = {
-            "site": row[columns.site] if columns.site else "",
-            "scanner": row[columns.scanner] if columns.scanner else "",
-            "age": _age(row[columns.age], f"{place}, column {columns.age}") if columns.age else math.nan,
-            "sex": _sex(row[columns.sex], f"{place}, column {columns.sex}") if columns.sex else "",
-            "view": row[columns.view] if columns.view else "",
-        }
-        split = row[columns.split].lower() if columns.split else ""
+        attributes = _row_attributes(columns, row, place)
+        split = _cell(row, columns.split).lower()
         if split and split not in SPLIT_WORDS:
             raise ValueError(f"{place}, column {columns.split}: not train, val, calibration or test")
-        item_boxes = boxes.pop(relative.as_posix(), [])
+        item_boxes = boxes.get(relative.as_posix(), [])
         items[known_as] = Item(
             place=place,
             path=path,
@@ -274,8 +265,8 @@ def _table_items(entry: TableEntry, root: Path, orphans: list[Orphan] | None) ->
             labels=_present(entry.classes, item_boxes)
             if entry.task == "detection"
             else _row_labels(entry, row, place),
-            attributes={key: value for key, value in attributes.items() if value == value and value != ""},
-            patient=_known(row[columns.patient]) if columns.patient else "",
+            attributes=attributes,
+            patient=_known(_cell(row, columns.patient)),
             given_split=SPLIT_WORDS[split] if split else "",
             boxes=item_boxes,
             mask=mask,
@@ -286,18 +277,46 @@ def _table_items(entry: TableEntry, root: Path, orphans: list[Orphan] | None) ->
                 if column != columns.age
             },
         )
-    if boxes:
-        table = f"{entry.boxes and entry.boxes.table}"
-        alone = [
-            Orphan(f"{table}, file {number} in sorted order", "label_without_image", "its boxes have no row")
-            for number, name in enumerate(sorted(boxed), start=1)
-            if name in boxes
-        ]
-        refusal = f"{table}: boxes of {len(boxes)} files that have no row; add rows, take the boxes out"
-        _unless_taken(orphans, alone, refusal)
+    if entry.boxes:
+        _find_boxes_without_row(entry.boxes.table, boxes, listed, orphans)
     _find_files_without_row(entry.table, root / entry.images, list(items.values()), orphans, masks_alone)
     _require_pairs(list(items.values()), orphans)
     return list(items.values())
+
+
+def _row_mask(entry: TableEntry, root: Path, row: Row, place: str) -> Path | None:
+    cell = _cell(row, entry.mask_column)
+    if not cell:
+        return None
+    mask = root / _within(cell, f"{place}: column {entry.mask_column}")
+    if not mask.is_file():
+        raise ValueError(f"{place}: its mask file is not there; add it, or empty the cell")
+    return mask
+
+
+def _row_attributes(columns: Columns, row: Row, place: str) -> dict[str, Any]:
+    """What a row says of group and machine, without what it leaves open."""
+    attributes: dict[str, Any] = {
+        "site": _cell(row, columns.site),
+        "scanner": _cell(row, columns.scanner),
+        "age": _age(_cell(row, columns.age), f"{place}, column {columns.age}"),
+        "sex": _sex(_cell(row, columns.sex), f"{place}, column {columns.sex}"),
+        "view": _cell(row, columns.view),
+    }
+    return {key: value for key, value in attributes.items() if value == value and value != ""}
+
+
+def _find_boxes_without_row(
+    table: str, boxed: Iterable[str], listed: set[str], orphans: list[Orphan] | None
+) -> None:
+    """Find files, by the names that a table of boxes has for them, that no row names."""
+    alone = [
+        Orphan(f"{table}, file {number} in sorted order", "label_without_image", "its boxes have no row")
+        for number, name in enumerate(sorted(boxed), start=1)
+        if name not in listed
+    ]
+    refusal = f"{table}: boxes of {len(alone)} files that have no row; add rows, take the boxes out"
+    _unless_taken(orphans, alone, refusal)
 
 
 def _find_files_without_row(
@@ -593,41 +612,11 @@ def _coco_items(entry: CocoEntry, root: Path, orphans: list[Orphan] | None) -> l
     items: dict[str, Item] = {}
     for split, name in files.items():
         where = f"annotations of {split}" if split else "annotations"
-        try:
-            data = (root / name).read_bytes().removeprefix(codecs.BOM_UTF8)
-            content = _CocoFile.model_validate_json(data)
-        except FileNotFoundError:
-            raise ValueError(f"{where}: the file is not in the source; correct the entry") from None
-        except ValidationError as error:
-            at = (
-                ".".join(map(str, error.errors(include_url=False, include_input=False)[0]["loc"]))
-                or "its start"
-            )
-            raise ValueError(
-                f"{where}: not in COCO's form of images, annotations, categories (at {at})"
-            ) from None
-        classes = {category.id: category.name for category in content.categories}
-        if len(classes) != len(content.categories):
-            raise ValueError(f"{where}: a category id stands twice")
-        images = {image.id: image for image in content.images}
-        if len(images) != len(content.images):
-            raise ValueError(f"{where}: an image id stands twice")
-        boxes: dict[int | str, list[Box]] = {image: [] for image in images}
-        for number, found in enumerate(content.annotations, start=1):
-            if found.image_id not in images:
-                raise ValueError(f"{where}: annotation {number} is of an image that is not listed")
-            if classes.get(found.category_id) not in entry.classes:
-                raise ValueError(f"{where}: annotation {number} is of none of {', '.join(entry.classes)}")
-            if found.iscrowd:
-                raise ValueError(
-                    f"{where}: annotation {number} is of a crowd (iscrowd), which is no box of one object;"
-                    " give each object its box, or take it out"
-                )
-            x, y, width, height = found.bbox
-            boxes[found.image_id].append((classes[found.category_id], x, y, x + width, y + height))
-        for number, (image, listed) in enumerate(images.items(), start=1):
+        content = _coco_content(root / name, where)
+        boxes = _coco_boxes(entry, content, where)
+        for number, image in enumerate(content.images, start=1):
             place = f"{where}, image {number}"
-            relative = _within(listed.file_name, f"{place}: file_name")
+            relative = _within(image.file_name, f"{place}: file_name")
             if not (root / entry.images / relative).is_file():
                 orphan = Orphan(place, "label_without_image", "its file is not there")
                 _unless_taken(orphans, [orphan], f"{place}: {orphan.reason}; add it, remove the image")
@@ -638,16 +627,54 @@ def _coco_items(entry: CocoEntry, root: Path, orphans: list[Orphan] | None) -> l
                 place=place,
                 path=root / entry.images / relative,
                 relative=relative,
-                labels=_present(entry.classes, boxes[image]),
+                labels=_present(entry.classes, boxes[image.id]),
                 given_split=split,
-                boxes=boxes[image],
-                size_px=_size_px(listed.height, listed.width),
+                boxes=boxes[image.id],
+                size_px=_size_px(image.height, image.width),
             )
     _require_pairs(list(items.values()), orphans)
     if not items:
         raise ValueError("annotations: no image is listed")
     _find_files_without_row("annotations", root / entry.images, list(items.values()), orphans)
     return list(items.values())
+
+
+def _coco_content(path: Path, where: str) -> _CocoFile:
+    """A file of annotations, refused where one id would stand for two things."""
+    try:
+        content = _CocoFile.model_validate_json(path.read_bytes().removeprefix(codecs.BOM_UTF8))
+    except FileNotFoundError:
+        raise ValueError(f"{where}: the file is not in the source; correct the entry") from None
+    except ValidationError as error:
+        steps = error.errors(include_url=False, include_input=False)[0]["loc"]
+        at = ".".join(map(str, steps)) or "its start"
+        raise ValueError(
+            f"{where}: not in COCO's form of images, annotations, categories (at {at})"
+        ) from None
+    if len({category.id for category in content.categories}) != len(content.categories):
+        raise ValueError(f"{where}: a category id stands twice")
+    if len({image.id for image in content.images}) != len(content.images):
+        raise ValueError(f"{where}: an image id stands twice")
+    return content
+
+
+def _coco_boxes(entry: CocoEntry, content: _CocoFile, where: str) -> dict[int | str, list[Box]]:
+    """The boxes of each image, by its id."""
+    classes = {category.id: category.name for category in content.categories}
+    boxes: dict[int | str, list[Box]] = {image.id: [] for image in content.images}
+    for number, found in enumerate(content.annotations, start=1):
+        if found.image_id not in boxes:
+            raise ValueError(f"{where}: annotation {number} is of an image that is not listed")
+        if classes.get(found.category_id) not in entry.classes:
+            raise ValueError(f"{where}: annotation {number} is of none of {', '.join(entry.classes)}")
+        if found.iscrowd:
+            raise ValueError(
+                f"{where}: annotation {number} is of a crowd (iscrowd), which is no box of one object;"
+                " give each object its box, or take it out"
+            )
+        x, y, width, height = found.bbox
+        boxes[found.image_id].append((classes[found.category_id], x, y, x + width, y + height))
+    return boxes
 
 
 def read_bags(entry: BagsEntry, root: Path, *, oldest_years: float = math.inf) -> Iterator[Bag]:
@@ -740,6 +767,11 @@ def _frame(cell: str, where: str) -> int | None:
     if cell and not (cell.isascii() and cell.isdigit() and int(cell) >= 1):
         raise ValueError(f"{where}: not the number of a frame, counted from 1, or empty")
     return int(cell) if cell else None
+
+
+def _cell(row: Row, column: str | None) -> str:
+    """What a row says in a column that a table may lack, "" without it."""
+    return row[column] if column else ""
 
 
 def _known(cell: str) -> str:
