@@ -633,6 +633,15 @@ def test_transparency_lies_over_black_and_is_recorded():
     assert image.assumptions == ("transparent pixels were laid over black",)
 
 
+def test_sixteen_bit_gray_keeps_its_bits_where_one_value_is_marked_transparent():
+    pixels = np.array([[0, 300], [4096, 65535]], np.uint16)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG", transparency=300)
+    image = read_image(stream.getvalue())
+    np.testing.assert_array_equal(image.pixels, pixels)
+    assert image.assumptions == ()
+
+
 def test_one_bit_png_is_black_and_white():
     stream = io.BytesIO()
     Image.fromarray(np.eye(4, dtype=bool)).save(stream, "PNG")

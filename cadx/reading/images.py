@@ -187,18 +187,10 @@ def _read_picture(data: bytes, kind: Format, frame: int | None) -> RawImage:
     # Pillow gives 16-bit colour with 8 bits and does not say so; byte 24 is the depth in the PNG header.
     if kind == "PNG" and data[24] == 16 and not picture.mode.startswith("I"):
         assumptions.append("16-bit colour was read with 8 bits")
-    if "transparency" in picture.info and picture.mode in ("P", "L", "RGB"):
-        picture = picture.convert("RGBA")
-    if picture.mode in ("LA", "RGBA", "PA"):
-        if picture.mode != "RGBA":
-            picture = picture.convert("RGBA")
-        opacity = picture.getchannel("A")
-        picture = picture.convert("RGB")
-        if opacity.getextrema() != (255, 255):
-            assumptions.append("transparent pixels were laid over black")
-            canvas = Image.new("RGB", picture.size)
-            canvas.paste(picture, mask=opacity)
-            picture = canvas
+    # A value of 16-bit gray may be marked too, but RGBA would cost eight bits of all others.
+    marks_transparent = "transparency" in picture.info and picture.mode in ("P", "L", "RGB")
+    if marks_transparent or picture.mode in ("LA", "RGBA", "PA"):
+        picture = _over_black(picture.convert("RGBA"), assumptions)
     elif picture.mode == "P":
         picture = picture.convert("RGB")
     elif picture.mode == "1":
@@ -212,6 +204,18 @@ def _read_picture(data: bytes, kind: Format, frame: int | None) -> RawImage:
     if kind == "JPEG":
         require_whole_jpeg(data, picture.height * picture.width)
     return RawImage(pixels=gray_if_equal(pixels), assumptions=tuple(assumptions))
+
+
+def _over_black(picture: Image.Image, assumptions: list[str]) -> Image.Image:
+    """RGBA as RGB; what shines through is an assumption."""
+    opacity = picture.getchannel("A")
+    picture = picture.convert("RGB")
+    if opacity.getextrema() == (255, 255):
+        return picture
+    assumptions.append("transparent pixels were laid over black")
+    canvas = Image.new("RGB", picture.size)
+    canvas.paste(picture, mask=opacity)
+    return canvas
 
 
 def _opened(data: bytes, kind: Format) -> Image.Image:

@@ -505,44 +505,25 @@ def _nifti_geometry(
     """
     pixdim = np.asarray(header["pixdim"][1:4], np.float64)
     has_pixdim = bool(((pixdim > 0) & (pixdim < _LARGEST)).all())
-    has_qform, has_sform = int(header["qform_code"]) > 0, int(header["sform_code"]) > 0
-    if has_qform and not has_pixdim:
-        raise Refusal("a qform without lengths in pixdim; export it again")
-    if header["pixdim"][0] == 0:
-        header["pixdim"][0] = 1  # the standard's rule for qfac, of which nibabel alone knows 1 and -1
-    doubt = ""
-    qform = np.asarray(header.get_qform()[:3, :3], np.float64) if has_qform else None
-    sform = np.asarray(header.get_sform()[:3, :3], np.float64) if has_sform else None
-    if sform is not None:
-        if not (np.abs(sform) < _LARGEST).all() or not abs(np.linalg.det(sform)) > 0:
-            raise Refusal("its sform is no affine; export it again")
-        lengths = np.linalg.norm(sform, axis=0)
-        if has_pixdim and not np.allclose(lengths, pixdim, rtol=_SPACING_TOLERANCE, atol=0):
-            doubt = f"{'qform' if has_qform else 'pixdim'} and sform disagree on the spacing"
-    if qform is not None and sform is not None:
-        if np.linalg.det(qform) * np.linalg.det(sform) < 0:
-            raise Refusal("qform and sform disagree on handedness, left or right; export it again")
-        if not np.array_equal(_orientation(qform), _orientation(sform)):
-            raise Refusal("qform and sform disagree on which way the axes run; export it again")
+    form, doubt = _coded_form(header, pixdim if has_pixdim else None)
     units = int(header["xyzt_units"]) & 7
     unit_mm = _UNITS_MM.get(units, 1.0)
-    steps, origin_mm = sform if sform is not None else qform, None
-    if steps is None:
-        if uncoded_axes is None:
-            raise Refusal(
-                "neither qform nor sform says which way its axes run, and sides may be swapped; export it with one, or"
-                " give orientation in the catalogue's entry"
-            )
+    origin_mm = None
+    if form is not None:
+        steps, origin_mm = form[:, :3], form[:, 3] * unit_mm
+        if not (np.abs(origin_mm) < _LARGEST).all():
+            raise Refusal("its affine puts it at no place in space; export it again")
+    elif uncoded_axes is None:
+        raise Refusal(
+            "neither qform nor sform says which way its axes run, and sides may be swapped; export it with one, or"
+            " give orientation in the catalogue's entry"
+        )
+    else:
         assumptions.append(f"neither qform nor sform: axes {uncoded_axes} were taken as given")
         axes = axcodes2ornt(uncoded_axes)  # type: ignore[no-untyped-call]
         steps = np.zeros((3, 3))
         steps[axes[:, 0].astype(int), range(3)] = axes[:, 1] * (pixdim if has_pixdim else 1.0)
         doubt = "" if has_pixdim else "no spacing in qform, sform or pixdim"
-    else:
-        form = header.get_sform() if has_sform else header.get_qform()
-        origin_mm = np.asarray(form[:3, 3], np.float64) * unit_mm
-        if not (np.abs(origin_mm) < _LARGEST).all():
-            raise Refusal("its affine puts it at no place in space; export it again")
     if doubt:
         return steps, origin_mm, _take_given(given_mm, doubt, assumptions)
     if units and units not in _UNITS_MM:
@@ -550,6 +531,34 @@ def _nifti_geometry(
     if not units:
         assumptions.append("the header names no unit of length: mm was taken")
     return steps * unit_mm, origin_mm, None
+
+
+def _coded_form(header: Any, pixdim: np.ndarray | None) -> tuple[np.ndarray | None, str]:
+    """The sform, else the qform, 3 x 4 in the header's own unit, None where none is coded; and a doubt of its spacing.
+
+    Refused where the two tell different sides or axes; `pixdim` are the header's lengths, None where it has none.
+    """
+    has_qform, has_sform = int(header["qform_code"]) > 0, int(header["sform_code"]) > 0
+    if has_qform and pixdim is None:
+        raise Refusal("a qform without lengths in pixdim; export it again")
+    if header["pixdim"][0] == 0:
+        header["pixdim"][0] = 1  # the standard's rule for qfac, of which nibabel alone knows 1 and -1
+    qform = np.asarray(header.get_qform()[:3], np.float64) if has_qform else None
+    if not has_sform:
+        return qform, ""
+    sform = np.asarray(header.get_sform()[:3], np.float64)
+    steps = sform[:, :3]
+    if not (np.abs(steps) < _LARGEST).all() or not abs(np.linalg.det(steps)) > 0:
+        raise Refusal("its sform is no affine; export it again")
+    if qform is not None:
+        if np.linalg.det(qform[:, :3]) * np.linalg.det(steps) < 0:
+            raise Refusal("qform and sform disagree on handedness, left or right; export it again")
+        if not np.array_equal(_orientation(qform[:, :3]), _orientation(steps)):
+            raise Refusal("qform and sform disagree on which way the axes run; export it again")
+    lengths = np.linalg.norm(steps, axis=0)
+    if pixdim is not None and not np.allclose(lengths, pixdim, rtol=_SPACING_TOLERANCE, atol=0):
+        return sform, f"{'pixdim' if qform is None else 'qform'} and sform disagree on the spacing"
+    return sform, ""
 
 
 def _skip(stream: BinaryIO, num_bytes: int) -> None:
