@@ -198,70 +198,14 @@ def new(folder: Path, /, *, name: str = "", positive: str = "") -> None:
     positive
         The class to be found; by default the one that does not say that nothing was found, else the rarest.
     """
-    import yaml
-    from ruamel.yaml import YAML
-
-    from cadx.describing import describe_folder
-    from cadx.files import replacing
-    from components.contract import ROOT
+    from cadx.describing import describe_folder, experiment_sections, image_recipe
 
     name = name or re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-")
-    # As serving.archive.NAME_PATTERN, but no dot, at which DVC parts the name of a section from its keys.
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
-        raise ValueError(
-            f"name {name!r}: give one of a-z, 0-9, '_' and '-' (no dot) with --name, a letter or digit first"
-        )
-    catalog, params, stages = ROOT / "data/catalog.yaml", ROOT / "params.yaml", ROOT / "dvc.yaml"
-    planned = _planned(stages, "experiments")
-    for file, held in ((catalog, _read_mapping(catalog)), (params, _read_mapping(params)), (stages, planned)):
-        if name in held:
-            raise ValueError(f"{file.name} already holds {name!r}; choose another name with --name")
+    _require_new_name(name)
     described = describe_folder(folder, positive=positive)
-    chosen = {
-        "ingest": {"source": name},
-        "split": {"strategy": "given" if described.has_splits else "patient"},
-        "train": {
-            "model": {"family": "resnet", "depth": 18},
-            "preprocessing": {
-                "channels": described.channels,
-                "height_px": 224,
-                "width_px": 224,
-                "intensity": "image",
-            },
-            "augmentation": {
-                "rotation_degrees": 10,
-                "translation_fraction": 0.05,
-                "scale_fraction": 0.1,
-                "brightness": 0.3,
-                "contrast": 0.2,
-            },
-            "ema_decay": 0.99,
-        },
-        # Score the test split only once the recipe is frozen.
-        "evaluate": {"split": "val"},
-    }
-    # DVC wants a section of every step.
-    recipe = {name: {step.name: chosen.get(step.name, {}) for step in STEPS}}
-    yaml_editor = YAML()
-    yaml_editor.indent(mapping=2, sequence=4, offset=2)  # as it stands: one line is added
-    yaml_editor.width = 10_000
-    pipeline = yaml_editor.load(stages.read_text(encoding="utf-8"))
-    pipeline["vars"][0]["experiments"].append(name)
-    with replacing(catalog) as new_catalog, replacing(params) as new_params, replacing(stages) as new_stages:
-        new_catalog.write_text(
-            catalog.read_text(encoding="utf-8")
-            + "\n"
-            + yaml.safe_dump(
-                {name: described.entry.model_dump(mode="json", exclude_defaults=True)}, sort_keys=False
-            ),
-            encoding="utf-8",
-        )
-        new_params.write_text(
-            params.read_text(encoding="utf-8") + "\n" + yaml.safe_dump(recipe, sort_keys=False),
-            encoding="utf-8",
-        )
-        with new_stages.open("w", encoding="utf-8") as stream:
-            yaml_editor.dump(pipeline, stream)
+    train = image_recipe(224, described.channels, {"family": "resnet", "depth": 18})
+    sections = experiment_sections(name, train, has_splits=described.has_splits)
+    _register(name, described.entry.model_dump(mode="json", exclude_defaults=True), sections)
     for note in described.notes:
         print(f"note: {note}")
     print(f"added {name!r} to data/catalog.yaml, params.yaml and dvc.yaml; look them over, then type")
@@ -783,84 +727,86 @@ def _champion(group: Group) -> App:
         help_epilogue="",
         group=group,
     )
-
-    @app.command
-    def show(experiment: str = "", /, *, registry: str = _REGISTRY) -> None:
-        """Show the champion and its history, of an experiment or of all.
-
-        Example: `cadx champion show phantom-xray`.
-
-        Parameters
-        ----------
-        experiment
-            All of them by default.
-        registry
-            MLflow's, a database or a server.
-        """
-        from cadx.registry import Registry, show_history
-
-        show_history(Registry(registry, create=False), experiment)
-
-    @app.command
-    def promote(
-        experiment: str,
-        /,
-        *,
-        seed: int = 0,
-        replace: bool = False,
-        reports: Path = Path("data/reports"),
-        registry: str = _REGISTRY,
-    ) -> None:
-        """Make the bundle of a seed the champion, if the gate let it through and compared it with the present one.
-
-        Example: `cadx champion promote phantom-xray --seed 0`.
-
-        Parameters
-        ----------
-        experiment
-            A section of params.yaml whose steps have run.
-        seed
-            Of the bundle.
-        replace
-            Also where the gate has not compared it with the present champion.
-        reports
-            Where the steps write what people read.
-        registry
-            MLflow's, a database or a server.
-        """
-        from cadx.registry import Registry
-
-        told = reports / experiment / str(seed)
-        made = Registry(registry).promote(
-            experiment,
-            decision=told / "decision.json",
-            metrics=told / "metrics.json",
-            predictions=told / "predictions.parquet",
-            replace=replace,
-        )
-        print(f"{experiment}: version {made.version} is the champion, bundle {made.bundle}")
-
-    @app.command
-    def export(experiment: str, /, *, output: Path, registry: str = _REGISTRY) -> None:
-        """Write the champion's predictions, which `cadx gate --champion` compares a challenger with.
-
-        Example: `cadx champion export phantom-xray --output champion.parquet`.
-
-        Parameters
-        ----------
-        experiment
-            Whose champion.
-        output
-            The predictions file.
-        registry
-            MLflow's, a database or a server.
-        """
-        from cadx.registry import Registry
-
-        made = Registry(registry, create=False).export(experiment, output)
-        print(f"wrote {output}: version {made.version}, bundle {made.bundle}")
-
+    app.command(show_champion, name="show")
+    app.command(promote_champion, name="promote")
+    app.command(export_champion, name="export")
     return app
+
+
+def show_champion(experiment: str = "", /, *, registry: str = _REGISTRY) -> None:
+    """Show the champion and its history, of an experiment or of all.
+
+    Example: `cadx champion show phantom-xray`.
+
+    Parameters
+    ----------
+    experiment
+        All of them by default.
+    registry
+        MLflow's, a database or a server.
+    """
+    from cadx.registry import Registry, show_history
+
+    show_history(Registry(registry, create=False), experiment)
+
+
+def promote_champion(
+    experiment: str,
+    /,
+    *,
+    seed: int = 0,
+    replace: bool = False,
+    reports: Path = Path("data/reports"),
+    registry: str = _REGISTRY,
+) -> None:
+    """Make the bundle of a seed the champion, if the gate let it through and compared it with the present one.
+
+    Example: `cadx champion promote phantom-xray --seed 0`.
+
+    Parameters
+    ----------
+    experiment
+        A section of params.yaml whose steps have run.
+    seed
+        Of the bundle.
+    replace
+        Also where the gate has not compared it with the present champion.
+    reports
+        Where the steps write what people read.
+    registry
+        MLflow's, a database or a server.
+    """
+    from cadx.registry import Registry
+
+    told = reports / experiment / str(seed)
+    made = Registry(registry).promote(
+        experiment,
+        decision=told / "decision.json",
+        metrics=told / "metrics.json",
+        predictions=told / "predictions.parquet",
+        replace=replace,
+    )
+    print(f"{experiment}: version {made.version} is the champion, bundle {made.bundle}")
+
+
+def export_champion(experiment: str, /, *, output: Path, registry: str = _REGISTRY) -> None:
+    """Write the champion's predictions, which `cadx gate --champion` compares a challenger with.
+
+    Example: `cadx champion export phantom-xray --output champion.parquet`.
+
+    Parameters
+    ----------
+    experiment
+        Whose champion.
+    output
+        The predictions file.
+    registry
+        MLflow's, a database or a server.
+    """
+    from cadx.registry import Registry
+
+    made = Registry(registry, create=False).export(experiment, output)
+    print(f"wrote {output}: version {made.version}, bundle {made.bundle}")
 
 
 def benchmark(
@@ -975,7 +921,7 @@ def recommend(
         measured,
         gpu=is_gpu,
     )
-    show_advice(facts, advice, {step.name: advice.sections.get(step.name, {}) for step in STEPS})
+    show_advice(facts, advice, _all_steps(advice.sections))
 
 
 def doctor() -> None:
@@ -1057,6 +1003,53 @@ def _read_mapping(file: Path) -> dict[str, Any]:
     if not isinstance(held, dict):
         raise ValueError(f"{file}: holds no entry; take it from version control again")
     return held
+
+
+def _require_new_name(name: str) -> None:
+    """Refuse a name of which no experiment can be, or that one of the project's files holds."""
+    from components.contract import ROOT
+
+    # As serving.archive.NAME_PATTERN, but no dot, at which DVC parts the name of a section from its keys.
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
+        raise ValueError(
+            f"name {name!r}: give one of a-z, 0-9, '_' and '-' (no dot) with --name, a letter or digit first"
+        )
+    stages = ROOT / "dvc.yaml"
+    held = {file.name: _read_mapping(file) for file in (ROOT / "data/catalog.yaml", ROOT / "params.yaml")}
+    held[stages.name] = _planned(stages, "experiments")
+    for file, names in held.items():
+        if name in names:
+            raise ValueError(f"{file} already holds {name!r}; choose another name with --name")
+
+
+def _register(name: str, entry: dict[str, Any], sections: dict[str, Any]) -> None:
+    """Add an entry to the catalogue, and its experiment to params.yaml and dvc.yaml."""
+    import yaml
+    from ruamel.yaml import YAML
+
+    from cadx.files import replacing
+    from components.contract import ROOT
+
+    catalog, params, stages = ROOT / "data/catalog.yaml", ROOT / "params.yaml", ROOT / "dvc.yaml"
+    yaml_editor = YAML()
+    yaml_editor.indent(mapping=2, sequence=4, offset=2)  # as it stands: one line is added
+    yaml_editor.width = 10_000
+    pipeline = yaml_editor.load(stages.read_text(encoding="utf-8"))
+    pipeline["vars"][0]["experiments"].append(name)
+    with replacing(catalog) as new_catalog, replacing(params) as new_params, replacing(stages) as new_stages:
+        for file, new_file, content in (
+            (catalog, new_catalog, entry),
+            (params, new_params, _all_steps(sections)),
+        ):
+            added = yaml.safe_dump({name: content}, sort_keys=False)
+            new_file.write_text(f"{file.read_text(encoding='utf-8')}\n{added}", encoding="utf-8")
+        with new_stages.open("w", encoding="utf-8") as stream:
+            yaml_editor.dump(pipeline, stream)
+
+
+def _all_steps(sections: dict[str, Any]) -> dict[str, Any]:
+    """An experiment's sections as DVC wants them: one of every step."""
+    return {step.name: sections.get(step.name, {}) for step in STEPS}
 
 
 def _planned(stages: Path, what: Literal["experiments", "seeds"]) -> Any:

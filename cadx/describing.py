@@ -1,4 +1,4 @@
-"""A hospital's own folder of images -> an entry of the catalogue, and what should be looked over in it.
+"""A hospital's own folder of images -> an entry of the catalogue, what should be looked over in it, and an experiment.
 
 Recognised are a table with a row per image, else a folder per class (also within train, val, test). Nothing is
 guessed in silence: what was assumed is a note, and what would be taken amiss later is refused here.
@@ -184,6 +184,38 @@ def describe_folder(folder: Path, *, positive: str = "") -> Described:
         raise ValueError(f"{folder.name}: a file in it cannot be read ({what}); check its rights") from None
     channels = 3 if seen.coloured else 1
     return Described(entry.model_copy(update={"digest": digest}), layout.has_splits, tuple(notes), channels)
+
+
+def image_recipe(side_px: int, channels: int, model: dict[str, Any]) -> dict[str, Any]:
+    """The `train` section for classes of whole images: careful augmentation, each image's own brightness undone."""
+    return {
+        "model": model,
+        "preprocessing": {
+            "channels": channels,
+            "height_px": side_px,
+            "width_px": side_px,
+            "intensity": "image",
+        },
+        "augmentation": {
+            "rotation_degrees": 10,
+            "translation_fraction": 0.05,
+            "scale_fraction": 0.1,
+            "brightness": 0.3,
+            "contrast": 0.2,
+        },
+        "ema_decay": 0.99,
+    }
+
+
+def experiment_sections(source: str, train: dict[str, Any], *, has_splits: bool) -> dict[str, Any]:
+    """What a new experiment on a data set says beside the defaults: sections of params.yaml, by step."""
+    return {
+        "ingest": {"source": source},
+        "split": {"strategy": "given" if has_splits else "patient"},
+        "train": train,
+        # Score the test split only once the recipe is frozen.
+        "evaluate": {"split": "val"},
+    }
 
 
 def _refuse_volumes(folder: Path) -> None:

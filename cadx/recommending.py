@@ -8,7 +8,7 @@ less, as long as nothing measured speaks for more.
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
@@ -21,6 +21,7 @@ from rich.console import Console
 
 from cadx.benchmarking import Benchmark, Run, Step, network_text
 from cadx.datasets import DatasetFolder
+from cadx.describing import experiment_sections, image_recipe
 from cadx.reporting import estimate_text
 from cadx.splitting import assign_splits, cross_validation
 from cadx.types import Kind, Task
@@ -93,6 +94,27 @@ class Candidate(NamedTuple):
     run: str | None
     values: int
 
+    @property
+    def name(self) -> str:
+        """The network in words."""
+        return network_text(self.train["model"])
+
+
+class _Fit(NamedTuple):
+    """A recipe, made to fit into memory as far as it can be.
+
+    Attributes:
+        candidate: as it was.
+        train: section of params.yaml, with what saves memory.
+        needs_mb: what training takes, margin included.
+        how: memory is saved, or where the figure is from, in words.
+    """
+
+    candidate: Candidate
+    train: dict[str, Any]
+    needs_mb: float
+    how: str
+
 
 class Advice(NamedTuple):
     """What is advised, and why.
@@ -161,27 +183,6 @@ def memory_at_hand() -> tuple[float, bool]:
     return min(free, free if text == "max" else int(text)) / 1e6, False
 
 
-def image_recipe(side_px: int, channels: int, model: dict[str, Any]) -> dict[str, Any]:
-    """The `train` section for classes of whole images: careful augmentation, each image's own brightness undone."""
-    return {
-        "model": model,
-        "preprocessing": {
-            "channels": channels,
-            "height_px": side_px,
-            "width_px": side_px,
-            "intensity": "image",
-        },
-        "augmentation": {
-            "rotation_degrees": 10,
-            "translation_fraction": 0.05,
-            "scale_fraction": 0.1,
-            "brightness": 0.3,
-            "contrast": 0.2,
-        },
-        "ema_decay": 0.99,
-    }
-
-
 def advise(facts: Facts, memory_mb: float, benchmark: Benchmark, *, gpu: bool = False) -> Advice:
     """The family and the recipe for a data set and so much memory.
 
@@ -195,74 +196,65 @@ def advise(facts: Facts, memory_mb: float, benchmark: Benchmark, *, gpu: bool = 
         ValueError: one line, if no family fits, or nothing was measured that tells.
     """
     others: dict[str, str] = {}
-    fitting: list[tuple[Candidate, dict[str, Any], float, str]] = []
-    least: list[float] = []
+    fitting: list[_Fit] = []
+    least_mb: list[float] = []
     for candidate in _candidates(facts):
-        name = network_text(candidate.train["model"])
-        found = _fitted(candidate, memory_mb, benchmark, gpu=gpu)
-        if found is None:
-            others[name] = "its memory was never measured: `cadx benchmark`"
-            continue
-        train, needs_mb, how = found
-        if needs_mb > memory_mb:
-            others[name] = f"needs {needs_mb / 1000:.1f} GB even so ({how})"
-            least.append(needs_mb)
+        fit = _fitted(candidate, memory_mb, benchmark, gpu=gpu)
+        if fit is None:
+            others[candidate.name] = "its memory was never measured: `cadx benchmark`"
+        elif fit.needs_mb > memory_mb:
+            others[candidate.name] = f"needs {fit.needs_mb / 1000:.1f} GB even so ({fit.how})"
+            least_mb.append(fit.needs_mb)
         else:
-            fitting.append((candidate, train, needs_mb, how))
+            fitting.append(fit)
     if not fitting:
-        least_text = f"the least takes {min(least) / 1000:.1f} GB" if least else "no figure tells of any"
+        least = f"the least takes {min(least_mb) / 1000:.1f} GB" if least_mb else "no figure tells of any"
         raise ValueError(
-            f"{facts.name}: no family fits {memory_mb / 1000:.1f} GB; {least_text}: free memory, or use another machine"
+            f"{facts.name}: no family fits {memory_mb / 1000:.1f} GB; {least}: free memory, or use another machine"
         )
-    chosen, train, needs_mb, how = fitting[0]
-    reasons = [*_about_data(facts)]
-    for candidate, *_ in fitting[1:]:
-        name = network_text(candidate.train["model"])
-        pair = _same_data(benchmark, chosen, candidate, facts)
+    best = _best(fitting, benchmark, facts, others)
+    memory = (
+        f"memory: {best.needs_mb / 1000:.1f} GB of {memory_mb / 1000:.1f} GB at hand"
+        f" ({best.how}, from {_figure(best.candidate)})"
+    )
+    return Advice(
+        experiment_sections(facts.name, best.train, has_splits=facts.given_splits),
+        best.needs_mb,
+        (*_about_data(facts), memory, _about_family(best.candidate, benchmark, facts)),
+        others,
+    )
+
+
+def _best(fitting: Sequence[_Fit], benchmark: Benchmark, facts: Facts, others: dict[str, str]) -> _Fit:
+    """The lightest that fits, unless a figure on common data speaks for another; why not the rest goes to `others`."""
+    best = fitting[0]
+    for fit in fitting[1:]:
+        pair = _same_data(benchmark, best.candidate, fit.candidate, facts)
         if pair is None:
-            others[name] = "more to train, and no figure on common data says that it is better"
+            others[fit.candidate.name] = "more to train, and no figure on common data says that it is better"
             continue
         ours, theirs = pair
         if _worse(ours, theirs):
-            others[network_text(chosen.train["model"])] = _beaten(ours, theirs)
-            chosen, train, needs_mb, how = next(item for item in fitting if item[0] is candidate)
+            others[best.candidate.name] = _beaten(ours, theirs)
+            best = fit
         elif _worse(theirs, ours):
-            others[name] = _beaten(theirs, ours)
+            others[fit.candidate.name] = _beaten(theirs, ours)
         else:
-            others[name] = (
+            others[fit.candidate.name] = (
                 f"no better on {ours.data}: {_quality(theirs)} against {_quality(ours)} (runs of docs/benchmark.json)"
             )
-    reasons.append(
-        f"memory: {needs_mb / 1000:.1f} GB of {memory_mb / 1000:.1f} GB at hand ({how}, from {_figure(chosen)})"
-    )
-    evidence = next((run for run in benchmark.runs if run.experiment == chosen.run), None) or next(
-        (
-            run
-            for run in benchmark.runs
-            if run.family == chosen.train["model"]["family"] and run.kind == facts.kind
-        ),
-        None,
-    )
-    if evidence:
-        reasons.append(
-            f"the family works: {_quality(evidence)} on {evidence.data} (run {evidence.experiment})"
-        )
-    else:
-        reasons.append(
-            "no experiment of this family has been run here: `cadx benchmark` says which there are"
-        )
-    return Advice(
-        {
-            "ingest": {"source": facts.name},
-            "split": {"strategy": "given" if facts.given_splits else "patient"},
-            "train": train,
-            # Score the test split only once the recipe is frozen.
-            "evaluate": {"split": "val"},
-        },
-        needs_mb,
-        tuple(reasons),
-        others,
-    )
+    return best
+
+
+def _about_family(chosen: Candidate, benchmark: Benchmark, facts: Facts) -> str:
+    """What a run of the very recipe reached, else one of its family on such samples."""
+    family = chosen.train["model"]["family"]
+    runs = [run for run in benchmark.runs if run.experiment == chosen.run] or [
+        run for run in benchmark.runs if (run.family, run.kind) == (family, facts.kind)
+    ]
+    if not runs:
+        return "no experiment of this family has been run here: `cadx benchmark` says which there are"
+    return f"the family works: {_quality(runs[0])} on {runs[0].data} (run {runs[0].experiment})"
 
 
 def show(facts: Facts, advice: Advice, section: dict[str, Any], console: Console | None = None) -> None:
@@ -410,16 +402,14 @@ def _most_folds(folder: DatasetFolder, fractions: Mapping[str, float]) -> int:
     return 0
 
 
-def _fitted(
-    candidate: Candidate, memory_mb: float, benchmark: Benchmark, *, gpu: bool
-) -> tuple[dict[str, Any], float, str] | None:
-    """The recipe, made to fit by what costs time and not weights; what it needs; and how. None: nobody knows."""
+def _fitted(candidate: Candidate, memory_mb: float, benchmark: Benchmark, *, gpu: bool) -> _Fit | None:
+    """A candidate, made to fit by what costs time and not weights; None where its memory was never measured."""
     train = candidate.train
     if candidate.step is None:
         run = next((run for run in benchmark.runs if run.experiment == candidate.run), None)
         if run is None or run.training is None:
             return None
-        return train, run.training.peak_memory_mb * _MARGIN, "as that run took"
+        return _Fit(candidate, train, run.training.peak_memory_mb * _MARGIN, "as that run took")
     steps = {step.checkpointing: step for step in benchmark.steps if step.name == candidate.step}
     if len(steps) < 2:
         return None
@@ -433,7 +423,7 @@ def _fitted(
     extra = ({"checkpointing": True} if checkpointing else {}) | (
         {"accumulation": parts} if parts > 1 else {}
     )
-    return train | extra, needs_mb, how
+    return _Fit(candidate, train | extra, needs_mb, how)
 
 
 def needed_mb(step: Step, values: int, *, gpu: bool) -> float:
