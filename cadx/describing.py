@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from cadx.catalog import SPLIT_WORDS, FolderEntry, Row, TableEntry, candidate_files, digest_source, read_rows
 from cadx.layouts import UNKNOWN, Orphan, as_posix, list_items
-from cadx.reading.dicom import dicom_identifiers, patient_names
+from cadx.reading.dicom import dicom_identifiers, discreet, header_text, parse_header, patient_names
 from cadx.reading.folders import is_hidden
 from cadx.reading.images import read_image
 from cadx.reading.vocabulary import BURNED_IN
@@ -43,6 +43,12 @@ _PERSON_NAME = re.compile(r"\w\^\w")
 _BOX_TABLE = "boxes.csv"
 _BOX_COLUMNS = ("file", "class", "x0", "y0", "x1", "y1")
 _VOLUME_SUFFIXES = (".nii", ".nii.gz")
+_NO_IMAGES = {
+    b"PK\x03\x04": ("zips, as volumes may be", "volume"),
+    **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), ("TIFF, as whole slides are", "slide")),
+}
+"""First bytes of a file that no image has -> what such files are, and of which kind their entry may be."""
+_BY_HAND = "into data/catalog.yaml by hand (docs/data.md, A folder of one's own)"
 _SAMPLED_FILES = 24
 _MOST_CLASSES = 50
 _FEW_IMAGES = 50
@@ -97,6 +103,8 @@ class _Seen(NamedTuple):
     Attributes:
         files: how many were looked into.
         unreadable: how many of them cannot be read.
+        others: what in `_NO_IMAGES` they are, once for each that is.
+        slices: how many lie beside another slice of their series.
         coloured: how many of the others are in colour.
         patients: whom the others name, once for each file that names somebody.
         names: the words of each name in their headers.
@@ -105,6 +113,8 @@ class _Seen(NamedTuple):
 
     files: int
     unreadable: int
+    others: list[tuple[str, str]]
+    slices: int
     coloured: int
     patients: list[str]
     names: list[set[str]]
@@ -153,9 +163,11 @@ def describe_folder(folder: Path, *, positive: str = "") -> Described:
             f" {', '.join(_BOX_COLUMNS)} (pixels from 0, x1 and y1 one beyond)"
         )
     seen = _looked_into(layout.files)
+    _refuse_other_kinds(folder.name, seen)
     _check_classes(folder.name, layout, seen)
     found = _positive(folder.name, layout, positive, notes)
     policy = _patient_policy(layout, seen, notes)
+    notes += _about_slices(seen)
     notes += [*_about_sizes(layout.counts), *_about_colour(seen), *_about_splits(layout)]
     content = {
         "title": folder.name,
@@ -223,8 +235,16 @@ def _refuse_volumes(folder: Path) -> None:
     if volumes := sum(path.name.lower().endswith(_VOLUME_SUFFIXES) for path in there):
         raise ValueError(
             f"{folder.name}: {volumes} of {len(there)} files are volumes (NIfTI), and only images are described here;"
-            " write an entry of kind volume into data/catalog.yaml by hand (docs/data.md, A folder of one's own), or"
-            " move them away"
+            f" write an entry of kind volume {_BY_HAND}, or move them away"
+        )
+
+
+def _refuse_other_kinds(name: str, seen: _Seen) -> None:
+    if len(seen.others) == seen.files and len(set(seen.others)) == 1:
+        what, kind = seen.others[0]
+        raise ValueError(
+            f"{name}: all of {seen.files} sampled files are {what}, and only images are described here; write an entry"
+            f" of kind {kind} {_BY_HAND}, or export images as DICOM, PNG or JPEG"
         )
 
 
@@ -343,6 +363,14 @@ def _about_sizes(counts: Mapping[str, int]) -> Iterator[str]:
     if counts[rarest] < _FEW_IMAGES:
         number = "1 image" if counts[rarest] == 1 else f"{counts[rarest]} images"
         yield f"class {rarest!r} has {number}: intervals will be wide, and a split needs one in each part"
+
+
+def _about_slices(seen: _Seen) -> Iterator[str]:
+    if seen.slices:
+        yield (
+            f"{seen.slices} of {seen.files} sampled files lie beside other slices of their series, and every slice"
+            f" counts as an image: where a label is of the whole series, write an entry of kind volume {_BY_HAND}"
+        )
 
 
 def _about_colour(seen: _Seen) -> Iterator[str]:
@@ -561,23 +589,40 @@ def _files_of(folder: Path, table: str, rows: Sequence[Row], column: str) -> tup
 
 def _looked_into(files: Sequence[Path]) -> _Seen:
     """What a sample of the files holds, spread over all of them."""
-    sample = files[:: max(1, len(files) // _SAMPLED_FILES)]
+    step = max(1, len(files) // _SAMPLED_FILES)
     patients: list[str] = []
     names: list[set[str]] = []
     identifiers: set[str] = set()
-    unreadable = coloured = 0
-    for path in sample:
+    others: list[tuple[str, str]] = []
+    num_seen = unreadable = slices = coloured = 0
+    for path, beside in [*zip(files, (*files[1:], *files[:1]), strict=True)][::step]:
+        num_seen += 1
         try:
             identifiers.update(dicom_identifiers(path))
             names += _names_in(path)
+            with path.open("rb") as stream:
+                if other := _NO_IMAGES.get(stream.read(4)):
+                    others.append(other)
             image = read_image(path)
+            slices += path != beside and _are_slices(path, beside)
         except (ValueError, OSError):
             unreadable += 1
             continue
         coloured += image.pixels.ndim == 3
         if image.patient is not None:
             patients.append(image.patient)
-    return _Seen(len(sample), unreadable, coloured, patients, names, identifiers)
+    return _Seen(num_seen, unreadable, others, slices, coloured, patients, names, identifiers)
+
+
+def _are_slices(*paths: Path) -> bool:
+    """Whether files are slices of one series: a radiograph has no place in space."""
+    try:
+        with discreet():
+            headers = [parse_header(path.read_bytes()) for path in paths]
+    except Exception:  # no DICOM, or damaged: pydicom raises every type there is
+        return False
+    placed = all("ImagePositionPatient" in header for header in headers)
+    return placed and len({header_text(header, "SeriesInstanceUID") for header in headers}) == 1
 
 
 def _names_in(path: Path) -> list[set[str]]:

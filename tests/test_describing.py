@@ -1,18 +1,23 @@
 """A hospital's own folder as an entry: what is recognised, what is said, and what is refused."""
 
 import os
+import shutil
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from pydicom import dcmread
 from test_catalog import write_catalog
 from test_dicom import dicom, encode
+from test_volumes import phantom, write_series
 
 from cadx.catalog import FolderEntry, TableEntry, load_catalog
 from cadx.describing import describe_folder
 from cadx.files import digest_path
 from cadx.phantom.cohort import Faults
+from cadx.phantom.slide import SlidePhantom
 from cadx.phantom.xray import XrayPhantom, write_xray_cohort
 
 
@@ -360,3 +365,65 @@ def test_a_folder_that_may_not_be_opened_is_not_left_out(tmp_path):
 def test_a_misspelt_positive_class_is_guessed(tmp_path):
     with pytest.raises(ValueError, match="did you mean 'pneumonia'"):
         describe_folder(classes(tmp_path / "own", normal=1, pneumonia=1), positive="pneumonai")
+
+
+# --- Volumes and slides -------------------------------------------------------------------------------
+
+
+def series(folder: Path, *, placed: bool = True) -> Path:
+    """A folder per class, in each of which two patients have a folder of slices."""
+    for name, patient in product(("ill", "well"), ("p1", "p2")):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        path = write_series(
+            folder / name / patient,
+            phantom(),
+            PatientID=name + patient,
+            SeriesInstanceUID=f"1.{len(name)}.{patient[1]}",
+        )
+        if not placed:
+            for file in path.iterdir():
+                header = dcmread(file)
+                del header.ImagePositionPatient
+                header.save_as(file)
+    return folder
+
+
+def test_slices_of_a_series_are_said_where_each_would_be_an_image(tmp_path):
+    described, _, notes, _ = describe_folder(series(tmp_path / "own"))
+    assert described.kind == "image"
+    (said,) = [note for note in notes if "slices of their series" in note]
+    assert "write an entry of kind volume" in said
+    several = describe_folder(series(tmp_path / "radiographs", placed=False)).notes
+    assert not any("series" in note for note in several), "two views of one series are two images"
+
+
+def test_a_series_with_a_damaged_slice_is_said_too(tmp_path):
+    own = series(tmp_path / "own")
+    damaged = sorted((own / "ill/p1").iterdir())[1]
+    damaged.write_bytes(damaged.read_bytes()[:400])
+    notes = describe_folder(own).notes
+    assert any("slices of their series" in note for note in notes)
+    assert any("1 of 20 sampled files cannot be read" in note for note in notes)
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [("zip", "volume"), ("svs", "slide")])
+def test_volumes_in_zips_and_whole_slides_are_no_images(tmp_path, suffix, kind):
+    if suffix == "zip":
+        own = series(tmp_path / "own")
+        for folder in own.glob("*/*"):
+            shutil.make_archive(str(folder), "zip", folder)
+            shutil.rmtree(folder)
+    else:
+        SlidePhantom(num_patients=4, size_um=256, slides_per_patient=1, prevalence=0.5).write(
+            tmp_path / "slides"
+        )
+        own = tmp_path / "own"
+        for number, path in enumerate((tmp_path / "slides/images").iterdir()):
+            place = own / ("ill", "well")[number % 2] / f"{number}.svs"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(place)
+    with pytest.raises(ValueError, match=f"all of 4 sampled files are .* write an entry of kind {kind} into"):
+        describe_folder(own)
+    write_png(own / "ill/one.png")
+    notes = describe_folder(own).notes
+    assert any("4 of 5 sampled files cannot be read" in note for note in notes), "one of them is an image"
