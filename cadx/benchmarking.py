@@ -419,44 +419,38 @@ def measure(
         if name not in sections:
             raise ValueError(f"{params}: no experiment {name!r}{did_you_mean(name, sections)}")
     entries = load_catalog(catalog)
-    found_runs, missing = (before.runs, before.missing) if before and not runs else ((), ())
-    kept: dict[str, Run | Missing] = {}
-    if before and experiments:
-        kept = {found.experiment: found for found in before.runs}
-        kept |= {found.experiment: found for found in before.missing}
-    found_steps = before.steps if before and not steps else ()
+    results: list[Run | Missing] = [*before.runs, *before.missing] if before else []
+    found_steps = before.steps if before else ()
     with Progress(console=Console(stderr=True), transient=True) as progress:
         if runs:
+            before_by_name = {result.experiment: result for result in results} if experiments else {}
+            results = []
             bar = progress.add_task("experiments", total=len(sections))
-            made: list[Run] = []
-            without: list[Missing] = []
             for name, section in sections.items():
                 progress.update(bar, description=f"{name}: its numbers, and an answer's time and memory")
                 entry = entries[section["ingest"]["source"]]
-                if name in kept and name not in experiments:
-                    result = kept[name]
-                else:
-                    result = measure_run(name, section, entry, work / name, reports / name)
-                (made if isinstance(result, Run) else without).append(result)  # type: ignore[arg-type]
+                kept = None if name in experiments else before_by_name.get(name)
+                results.append(kept or measure_run(name, section, entry, work / name, reports / name))
                 progress.advance(bar)
-            found_runs, missing = tuple(made), tuple(without)
         if steps:
-            bar = progress.add_task("steps", total=2 * len(STEPS))
-            measured: list[Step] = []
-            for spec in STEPS:
-                progress.update(bar, description=f"{spec.name}: memory of a training step")
-                for step in measure_step(spec):
-                    measured.append(step)
-                    progress.advance(bar)
-            found_steps = tuple(measured)
+            found_steps = tuple(_measured_steps(progress))
     return Benchmark(
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
         commit=_commit(),
         machine=machine,
-        runs=found_runs,
+        runs=tuple(result for result in results if isinstance(result, Run)),
         steps=found_steps,
-        missing=missing,
+        missing=tuple(result for result in results if isinstance(result, Missing)),
     )
+
+
+def _measured_steps(progress: Progress) -> Iterator[Step]:
+    bar = progress.add_task("steps", total=2 * len(STEPS))
+    for spec in STEPS:
+        progress.update(bar, description=f"{spec.name}: memory of a training step")
+        for step in measure_step(spec):
+            yield step
+            progress.advance(bar)
 
 
 def measure_run(

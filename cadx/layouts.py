@@ -518,21 +518,7 @@ def _voc_items(entry: VocEntry, root: Path, orphans: list[Orphan] | None) -> lis
         for folder, what in ((entry.images, "images"), (entry.annotations, "annotations"))
     )
     _find_alone(paths, notes, ("image", "annotation"), orphans)
-    given: dict[str, str] = {}
-    for split, listing in entry.splits.items():
-        try:
-            text = (root / listing).read_text(encoding="utf-8-sig") if (root / listing).is_file() else ""
-        except UnicodeDecodeError:
-            raise ValueError(f"splits.{split}: its list is not UTF-8; save it so") from None
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        if not lines:
-            raise ValueError(f"splits.{split}: its list is missing or empty")
-        for number, stem in enumerate(lines, start=1):
-            if stem not in paths and stem not in notes:  # what is alone was found above
-                raise ValueError(f"splits.{split}: line {number} names an image that is not there")
-            if stem in given:
-                raise ValueError(f"splits.{split}: line {number} names an image of split {given[stem]}")
-            given[stem] = split
+    given = _voc_splits(entry, root, {*paths, *notes})  # what is alone was found above
     items = []
     for number, stem in enumerate(sorted(paths), start=1):
         if stem not in notes:
@@ -555,6 +541,26 @@ def _voc_items(entry: VocEntry, root: Path, orphans: list[Orphan] | None) -> lis
     if not items:
         raise ValueError("the folder of images is empty")
     return items
+
+
+def _voc_splits(entry: VocEntry, root: Path, known: set[str]) -> dict[str, str]:
+    """The split of each image that a list names, by its stem, which has to be `known`."""
+    given: dict[str, str] = {}
+    for split, listing in entry.splits.items():
+        try:
+            text = (root / listing).read_text(encoding="utf-8-sig") if (root / listing).is_file() else ""
+        except UnicodeDecodeError:
+            raise ValueError(f"splits.{split}: its list is not UTF-8; save it so") from None
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        if not lines:
+            raise ValueError(f"splits.{split}: its list is missing or empty")
+        for number, stem in enumerate(lines, start=1):
+            if stem not in known:
+                raise ValueError(f"splits.{split}: line {number} names an image that is not there")
+            if stem in given:
+                raise ValueError(f"splits.{split}: line {number} names an image of split {given[stem]}")
+            given[stem] = split
+    return given
 
 
 def _by_stem(paths: Iterable[Path], what: str) -> dict[str, Path]:
@@ -706,38 +712,46 @@ def read_bags(entry: BagsEntry, root: Path, *, oldest_years: float = math.inf) -
             if not key:
                 raise ValueError(f"{place}: column {entry.bag_column} is empty, so it has no bag")
             bags.setdefault(key, []).append((place, row))
-        for members in bags.values():
-            place, first = members[0]
-            for name in filter(None, (entry.label_column, entry.patient_column)):
-                if any(row[name] != first[name] for _, row in members):
-                    raise ValueError(f"{place}: rows of its bag have different values in column {name}")
-            cell = first[entry.label_column]
-            if cell and cell != entry.missing and cell not in entry.values:
-                raise ValueError(
-                    f"{place}, column {entry.label_column}: a label that is none of the entry's values"
-                )
-            values = [
-                [
-                    math.nan
-                    if row[column] == entry.missing
-                    else _number(row[column], f"{where}, column {column}")
-                    for column in features
-                ]
-                for where, row in members
-            ]
-            if entry.age_column:
-                at = features.index(entry.age_column)
-                for instance in values:  # not min(), which drops a NaN
-                    instance[at] = oldest_years if instance[at] > oldest_years else instance[at]
-            patient = first[entry.patient_column] if entry.patient_column else ""
-            yield Bag(
-                place=place,
-                features=np.array(values, np.float32),
-                labels={entry.values[cell]: 1.0} if cell in entry.values else {},
-                site=site,
-                patient="" if patient == entry.missing else _known(patient),
-                age=values[0][features.index(entry.age_column)] if entry.age_column else math.nan,
-            )
+        yield from (_bag(entry, site, features, members, oldest_years) for members in bags.values())
+
+
+def _bag(
+    entry: BagsEntry,
+    site: str,
+    features: Sequence[str],
+    members: Sequence[tuple[str, dict[str, str]]],
+    oldest_years: float,
+) -> Bag:
+    """One bag out of its rows, each with its place."""
+    place, first = members[0]
+    for name in filter(None, (entry.label_column, entry.patient_column)):
+        if any(row[name] != first[name] for _, row in members):
+            raise ValueError(f"{place}: rows of its bag have different values in column {name}")
+    cell = first[entry.label_column]
+    if cell and cell != entry.missing and cell not in entry.values:
+        raise ValueError(f"{place}, column {entry.label_column}: a label that is none of the entry's values")
+    values = [
+        [
+            math.nan if row[column] == entry.missing else _number(row[column], f"{where}, column {column}")
+            for column in features
+        ]
+        for where, row in members
+    ]
+    age = math.nan
+    if entry.age_column:
+        at = features.index(entry.age_column)
+        for instance in values:  # not min(), which drops a NaN
+            instance[at] = oldest_years if instance[at] > oldest_years else instance[at]
+        age = values[0][at]
+    patient = first[entry.patient_column] if entry.patient_column else ""
+    return Bag(
+        place=place,
+        features=np.array(values, np.float32),
+        labels={entry.values[cell]: 1.0} if cell in entry.values else {},
+        site=site,
+        patient="" if patient == entry.missing else _known(patient),
+        age=age,
+    )
 
 
 def _present(classes: Iterable[str], boxes: Iterable[Box]) -> dict[str, float]:
