@@ -530,15 +530,17 @@ def _describe_labels(
         labels = _Labels({"label_column": label_column}, {name: cells[name] for name in sorted(cells)})
     if label_column and (unlabelled := sum(not row[label_column] for row in rows)):
         notes.append(f"{unlabelled} of {len(rows)} rows have no label: their images teach nothing")
+    column = f"column {label_column}" if label_column else "the columns label_<class>"
     if not labels.flag and (joined := _joined(labels.counts)):
         raise ValueError(
-            f"{table}: {joined} of {len(labels.counts)} labels in column {label_column} are others joined by | or a"
+            f"{table}: {joined} of {len(labels.counts)} labels in {column} are others joined by | or a"
             " semicolon; give each finding a column label_<class> of 0 and 1 in place of it, or write + where a"
             " combination is a class"
         )
     if len(labels.counts) > _MOST_CLASSES or (label_column and len(labels.counts) < 2):
         raise ValueError(
-            f"{table}: column {label_column} holds {len(labels.counts)} classes; is it the label?"
+            f"{table}: {len(labels.counts)} classes in {column}, where 2 to {_MOST_CLASSES} were expected; is that the"
+            " label?"
         )
     return labels
 

@@ -308,6 +308,20 @@ REFUSED = {
     "labels.csv: 2 of 4 labels in column label are others joined by . or a semicolon; give": lambda own: (
         table(own, "file,label", "a.png,Mass", "b.png,Edema | Mass", "c.png,Edema", "d.png,Mass;Hernia")
     ),
+    "1 of 2 labels in the columns label_<class> are others joined by": lambda own: table(
+        own, "file,label_Mass,label_Mass;Hernia", "a.png,1,0", "b.png,0,1"
+    ),
+    "51 classes in the columns label_<class>, where 2 to 50 were expected; is that the label": lambda own: (
+        table(
+            own,
+            ",".join(["file", *(f"label_{n}" for n in range(51))]),
+            "a.png" + ",0" * 51,
+            "b.png" + ",1" * 51,
+        )
+    ),
+    "t.csv: 1 classes in column label, where 2 to 50 were expected": lambda own: table(
+        own, "file,label", "a.png,x", "b.png,x", name="t.csv"
+    ),
     "row 3: its path leads out of own": lambda own: table(own, "file,label", "a.png,x", "../b.png,y"),
     "row 3: its file is neither in own nor one folder below; so it is in 1 of 2 rows": lambda own: (
         table(own, "file,label", "a.png,x", "b.png,y") / "b.png"
