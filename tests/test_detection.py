@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from monai.metrics import compute_froc_curve_data, compute_froc_score
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from scipy import stats
 
 from cadx import metrics
 from cadx.detection import (
@@ -559,3 +560,46 @@ def test_an_interval_that_rests_on_few_patients_with_lesions_says_so() -> None:
     mean = calculate_detection_metrics(answers, two, names, classes=["mass", "cyst"], resamples=50).metrics
     assert "too few (7 patients with lesions)" in mean["ap"].method
     assert "too few" not in mean["froc"].method
+
+
+@pytest.mark.parametrize("crowded", [False, True])
+def test_intervals_count_effective_patients_where_few_hold_most_lesions(crowded: bool) -> None:
+    """By heads they held the AP50 in 89 of 100 sets of a long tail, and did not say so."""
+    sizes = np.r_[[40] * 3, [1] * 60] if crowded else np.r_[[4] * 3, [3] * 60]
+    patients = np.repeat(np.arange(63), sizes)
+    rng, names = np.random.default_rng(2), [f"i{number}" for number in range(patients.size)]
+    truth = lesions(*((name, "mass", 0, 0, 100, 100) for name in names))
+    hits = truth.assign(score=rng.random(patients.size), x0=rng.integers(0, 70, patients.size))
+    answers = pd.concat([hits, truth[::2].assign(score=0.4, x0=200, x1=300)])
+    one: dict[str, Any] = {"classes": ["mass"], "patients": patients, "resamples": 200}
+    made = calculate_detection_metrics(answers, truth, names, **one).metrics
+    told = f"too few ({sizes.sum() ** 2 / (sizes**2).sum():.3g} patients with lesions)"
+    differences = paired_differences(answers, answers[:90], truth, names, **one).values()
+    for estimate in (made["ap"], made["ar"], made["froc"], made["sensitivity_at_0.5_fp"], *differences):
+        assert (told in estimate.method) == bool(doubts_of(estimate.method)) == crowded, estimate.method
+    # On the logit scale a limit lies Student's t of them standard deviations from the middle.
+    data = read_boxes(answers, truth, names, ["mass"], patients, 100)
+    (part,) = match_classes(data, IOU_THRESHOLDS, tuple(AREAS_PX2.values()))
+    drawn = mean_of(coco_tables(part, data, metrics.resample(63, 200, 0)), "recall", list(range(10)), 0)
+    low, high = (np.log(end / (1 - end)) for end in (made["ar"].low, made["ar"].high))
+    spread = np.log(drawn / (1 - drawn)).std(ddof=1)
+    worth = sizes.sum() ** 2 / (sizes**2).sum() if crowded else 63
+    assert (high - low) / 2 / spread == pytest.approx(stats.t.ppf(0.975, worth - 1), rel=1e-6)
+
+
+@pytest.mark.parametrize("crowded", [False, True])
+def test_few_patients_with_most_images_are_told_where_false_boxes_count(crowded: bool) -> None:
+    """Here these hold no lesion, and so have no say in recall."""
+    patients = np.r_[np.arange(60), np.repeat(np.arange(60, 64), 60) if crowded else np.arange(60, 300)]
+    names = [f"i{number}" for number in range(300)]
+    truth = lesions(*((name, "mass", 0, 0, 10, 10) for name in names[:60]))
+    false = lesions(*((name, "mass", 50, 0, 60, 10) for name in names[::3]))
+    scores = np.random.default_rng(0).random(145).round(3)
+    answers = pd.concat([truth[:45], false]).assign(score=scores)
+    one: dict[str, Any] = {"classes": ["mass"], "patients": patients, "resamples": 100}
+    made = calculate_detection_metrics(answers, truth, names, score_threshold=0.2, **one).metrics
+    differences = paired_differences(answers, answers[:90], truth, names, **one).values()
+    told = f"too few effective patients ({300**2 / (60 + 4 * 60**2):.3g})"
+    for estimate in (made["ap50"], made["froc"], made["false_positives_per_image"], *differences):
+        assert (told in estimate.method) == bool(doubts_of(estimate.method)) == crowded, estimate.method
+    assert not doubts_of(made["ar"].method)

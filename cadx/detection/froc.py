@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 from cadx.detection.average_precision import counted
 from cadx.detection.matching import AREAS_PX2, ImageSet, Matches, check_iou, match_classes, read_boxes
 from cadx.metrics import ranking
+from cadx.metrics.areas import patients_worth
 from cadx.metrics.estimates import (
     BoolArray,
     FloatArray,
@@ -96,9 +97,9 @@ def froc_curve(
     )
 
 
-def count_holders(data: ImageSet, image: IntArray) -> int:
-    """Patients of some images: of those with lesions, that hold any."""
-    return len(np.unique(data.patient[image]))
+def count_holders(data: ImageSet, image: IntArray) -> float:
+    """Patients that hold lesions, of which each one's image is given; `patients_worth` where few hold most of them."""
+    return patients_worth(data.patient[image])
 
 
 def froc_limits(

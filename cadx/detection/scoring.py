@@ -232,7 +232,7 @@ def paired_differences(
     ]
     data = models[0]
     image, column = data.lesions.image, data.lesions.column
-    fewest = min((count_holders(data, image[column == one]) for one in np.unique(column)), default=0)
+    fewest = min((count_holders(data, image[column == one]) for one in np.unique(column)), default=0.0)
     weights = _itself_and_resamples(data, resamples, seed)
     values: dict[str, list[FloatArray]] = {"ap": [], "ap50": [], "froc": []}
     for model in models:
@@ -249,10 +249,13 @@ def paired_differences(
         pool = pool_classes(match_classes(model, (iou_threshold,), (AREAS_PX2["all"],)))
         values["froc"].append(sensitivities(data, pool, weights, FROC_RATES).mean(axis=1))
     rarest = {"ap": fewest, "ap50": fewest, "froc": count_holders(data, image)}
-    return {name: _paired(a - b, len(image), rarest[name]) for name, (a, b) in values.items()}
+    crowd = _crowding(data)
+    return {
+        name: _paired(a - b, len(image), _rarity(rarest[name]) or crowd) for name, (a, b) in values.items()
+    }
 
 
-def _paired(gap: FloatArray, n: int, fewest: int) -> Difference:
+def _paired(gap: FloatArray, n: int, doubt: str) -> Difference:
     """The difference in the first of 1+R values, with what the others say of it; arguments as of `_resampled`."""
     drawn = gap[1:][~np.isnan(gap[1:])]
     if not n or not len(drawn):
@@ -261,8 +264,7 @@ def _paired(gap: FloatArray, n: int, fewest: int) -> Difference:
         return Difference(value=value, low=None, high=None, p=None, n=n, method=why)
     low, high = (float(end) for end in np.percentile(drawn, TAILS))
     p = min(1.0, 2 * (min((drawn <= 0).sum(), (drawn >= 0).sum()) + 1) / (len(drawn) + 1))
-    told = (f"paired patient bootstrap, percentile, {len(drawn)} resamples", _rarity(fewest))
-    method = "; ".join(filter(None, told))
+    method = "; ".join(filter(None, (f"paired patient bootstrap, percentile, {len(drawn)} resamples", doubt)))
     return Difference(value=float(gap[0]), low=low, high=high, p=float(p), n=n, method=method)
 
 
@@ -312,7 +314,9 @@ def _coco_estimates(
         ).round(12)
         fewest = min(count_holders(data, own) for own in images if len(own))
         holders = count_holders(data, np.concatenate(images))
-        part = _resampled(values, n, holders, fewest, interpolated=what == "precision")
+        # Recall knows nothing of false boxes, and so nothing of images without lesions.
+        doubt = _rarity(fewest) or (_crowding(data) if what == "precision" else "")
+        part = _resampled(values, n, holders, doubt, interpolated=what == "precision")
         if len(matches) > 1:
             missing = sum(not len(own) for own in images)
             what_of = f"mean of {len(matches) - missing} classes" + (
@@ -327,26 +331,36 @@ def _coco_estimates(
     return estimates
 
 
-def _resampled(values: FloatArray, n: int, patients: int, fewest: int, *, interpolated: bool = False) -> Part:
+def _resampled(
+    values: FloatArray, n: int, patients: float, doubt: str, *, interpolated: bool = False
+) -> Part:
     """The mean over seeds of S 1+R values, the first of the set itself.
 
     Args:
         values: S 1+R.
         n: lesions.
         patients: that have any.
-        fewest: of them, of the class that the fewest have.
+        doubt: what speaks against the interval, "" for nothing.
         interpolated: whether it is an average of interpolated precision.
     """
     replicates = values[:, 1:].mean(axis=0)
     part = part_of_boxes(values[:, 0], replicates, n, patients, interpolated=interpolated)
-    return with_doubt(part, _rarity(fewest))
+    return with_doubt(part, doubt)
 
 
-def _rarity(patients: int) -> str:
+def _rarity(patients: float) -> str:
     """What is said of an interval that rests on few patients with lesions, "" if they are enough."""
     if patients >= areas.MIN_PER_CLASS:
         return ""
-    return f"too few ({patients} patients with lesions): {ROUGHLY}"
+    return f"too few ({patients:.3g} patients with lesions): {ROUGHLY}"
+
+
+def _crowding(data: ImageSet) -> str:
+    """What is said of an interval of false boxes where few patients have most images, "" where they have not."""
+    worth = areas.patients_worth(data.patient)
+    if worth >= min(data.num_patients, areas.MIN_PER_CLASS):
+        return ""
+    return f"too few effective patients ({worth:.3g}): {ROUGHLY}"
 
 
 def _of_images(data: ImageSet, pools: Sequence[Pool]) -> dict[str, Part]:
@@ -386,7 +400,8 @@ def _froc(data: ImageSet, pools: Sequence[Pool], weights: Weights) -> dict[str, 
     rates = np.stack([sensitivities(data, found, weights, FROC_RATES) for found in pools])  # S 1+R 7
     patients = count_holders(data, pools[0].lesion_image)
     values = {"froc": rates.mean(axis=2)} | dict(zip(names, np.moveaxis(rates, 2, 0), strict=True))
-    parts = {name: _resampled(value, n, patients, patients) for name, value in values.items()}
+    doubt = _rarity(patients) or _crowding(data)
+    parts = {name: _resampled(value, n, patients, doubt) for name, value in values.items()}
     for name in names:
         value, method = parts[name].by_seed.mean(), parts[name].estimate.method
         errors = min(value, 1 - value) * n
@@ -434,6 +449,8 @@ def _called(data: ImageSet, pools: Sequence[Pool], weights: Weights) -> dict[str
         # So many patients leave no room for crowds that would matter: at most 5 in 100 have any (Clopper-Pearson).
         word = HOLDS_LESS if data.num_patients < MIN_WITHOUT_FALSE_BOXES else ROUGHLY
         rate = with_doubt(rate, f"too few ({holders} patients with false boxes): {word}")
+    else:
+        rate = with_doubt(rate, _crowding(data))
     return {
         "sensitivity": _sensitivity(data, pools),
         "precision": share(cases, right & own, own, "no box is called"),

@@ -10,12 +10,13 @@ from cadx.doubts import HOLDS_LESS, ROUGHLY
 from cadx.metrics.estimates import (
     EPSILON,
     LEVEL,
-    BoolArray,
     Cases,
     Difference,
     FloatArray,
+    IntArray,
     Part,
     Z,
+    effective_patients,
     estimate_of,
     missing_class,
     nothing,
@@ -120,13 +121,18 @@ def area(cases: Cases) -> Part:
 
 
 def patients_of_rarer_class(cases: Cases) -> float:
-    """Patients of the rarer class; effective ones where these are fewer than half, as few have most of its cases."""
+    """The smaller of `patients_worth` of positives and of negatives."""
+    return min(patients_worth(cases.patient[cases.y]), patients_worth(cases.patient[~cases.y]))
 
-    def count(which: BoolArray) -> float:
-        patients, effective = cases.count_patients(which), cases.effective_patients(which)
-        return effective if effective < patients / 2 else patients
 
-    return min(count(cases.y), count(~cases.y))
+def patients_worth(patient: IntArray) -> float:
+    """Patients of some cases; effective ones where these are fewer than half, as few have most of the cases.
+
+    Args:
+        patient: n, the number of each case's patient.
+    """
+    patients, effective = len(np.unique(patient)), effective_patients(patient)
+    return effective if effective < patients / 2 else patients
 
 
 def _auc_variance(share: FloatArray, cases: Cases) -> float:
