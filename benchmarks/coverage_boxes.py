@@ -20,6 +20,9 @@ from cadx.metrics import Difference, Estimate
 
 SECTION = "Boxes"
 
+LONG_TAIL_REPEATS = 300
+"""Sets of a line in which few patients have many images and most have one: a share is known to within 2.5 points."""
+
 RESAMPLES = 1000
 """As a report's: the correction of the bias is a mean over them."""
 _TRUTH_IMAGES = 200_000
@@ -28,6 +31,7 @@ _FALSE = 4.0  # false boxes an image
 _SKILL, _LESS = 1.5, 0.5  # of the two detectors: how far lesions' logits lie above 0, and by how much less
 _SIDES_PX, _SHARES = (20.0, 60.0, 150.0), (0.3, 0.4, 0.3)  # of lesions: small, medium and large ones
 _OFFSET = 0.25  # the most that a box is moved, in parts of its side: an IoU of 0.6 to 1
+_MOST = 10  # the part of all images that one patient of the long tail has at most
 _CLASS = "lesion"
 
 FloatArray = NDArray[np.float64]
@@ -35,13 +39,24 @@ IntArray = NDArray[np.intp]
 
 
 class Cell(NamedTuple):
-    """One setting."""
+    """One setting; `per_patient` is 0 where images a patient have a long tail."""
 
     images: int
     per_patient: int
 
+    @property
+    def images_of_a_patient(self) -> str:
+        """As the page says it."""
+        return str(self.per_patient or f"1 to {self.images // _MOST}")
 
-_CELLS = (Cell(60, 1), Cell(200, 1), Cell(200, 2), Cell(300, 3))  # dear (ten minutes each), hence few
+    @property
+    def repeats(self) -> int:
+        """Simulated sets."""
+        return REPEATS if self.per_patient else LONG_TAIL_REPEATS
+
+
+# Dear (ten minutes each), hence few. The sets of a long tail have about 60 patients, and 150.
+_CELLS = (Cell(60, 1), Cell(200, 1), Cell(200, 2), Cell(300, 3), Cell(200, 0), Cell(600, 0))
 _PAIRED_CELLS = (Cell(200, 1), Cell(300, 3))
 
 
@@ -70,11 +85,16 @@ def draw(cell: Cell, rng: np.random.Generator) -> Drawn:
     """Half of the images hold lesions, 1.5 each; one in ten is found at no score.
 
     A patient's images tend to be alike in whether they hold any, in how well lesions score, and in false boxes.
+    In a long tail the images of a patient follow a Pareto distribution of index 1.1, up to a tenth of all.
     """
     image = np.arange(cell.images)
-    patients = image // cell.per_patient
+    if cell.per_patient:
+        patients = image // cell.per_patient
+    else:
+        sizes = np.minimum(1 + rng.pareto(1.1, cell.images), cell.images // _MOST).astype(np.intp)
+        patients = np.repeat(image, sizes)[: cell.images]
     size = int(patients[-1]) + 1
-    chance = rng.beta(1, 1, size)[patients] if cell.per_patient > 1 else np.full(cell.images, 0.5)
+    chance = rng.beta(1, 1, size)[patients] if cell.per_patient != 1 else np.full(cell.images, 0.5)
     count = (rng.random(cell.images) < chance) * (1 + rng.poisson(0.5, cell.images))
     owner = np.repeat(image, count)
     place = np.arange(owner.size) - np.repeat(np.cumsum(count) - count, count)
@@ -183,7 +203,7 @@ def _measure(
 ) -> dict[str, Held]:
     """How often what is told of drawn sets holds what is true; `stream` keeps their random numbers apart."""
     rng, tally = np.random.default_rng([stream, *cell]), Tally()
-    for _ in range(REPEATS):
+    for _ in range(cell.repeats):
         tally.add(told(draw(cell, rng)))
     return {name: tally.held(name, value) for name, value in true.items()}
 
@@ -196,7 +216,9 @@ def _text(one: list[tuple[Cell, dict[str, Held]]], two: list[tuple[Cell, dict[st
     prose = (
         f"Written by `python -m benchmarks coverage_boxes`: {REPEATS:,} simulated test sets a line, {RESAMPLES} "
         "resamples a set. Half of the images hold lesions, 1.5 each, of all three sizes; there are "
-        f"{_FALSE:g} false boxes an image. True values are those of a set of {_TRUTH_IMAGES:,} images. A share is "
+        f"{_FALSE:g} false boxes an image. In the last 2 lines, of {LONG_TAIL_REPEATS} sets each, most patients have "
+        "one image and a few up to a tenth of all (Pareto, index 1.1): about 60 patients, and 150. True values are "
+        f"those of a set of {_TRUTH_IMAGES:,} images. A share is "
         'promised where fewer than half of the reports say "too few" beside the interval, or give none; elsewhere it '
         f"stands in brackets. {summary(everything)}"
     )
@@ -234,7 +256,7 @@ def _text(one: list[tuple[Cell, dict[str, Held]]], two: list[tuple[Cell, dict[st
 def _table(names: list[str], cells: list[tuple[Cell, dict[str, Held]]]) -> list[str]:
     return table(
         ("images", "a patient", *map(_title, names)),
-        [(cell.images, cell.per_patient, *(held[name] for name in names)) for cell, held in cells],
+        [(cell.images, cell.images_of_a_patient, *(held[name] for name in names)) for cell, held in cells],
     )
 
 
