@@ -38,24 +38,26 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from cadx.datasets import DatasetFolder
+from cadx.datasets import DatasetFolder, DatasetInfo
 from cadx.files import digest_path, write_json
 from cadx.layouts import OrphanRule
 from cadx.quality import PRECEDENCE, DuplicateKind, box_problems, checked_samples, feature_table
 from cadx.reporting import PALETTE, Page, boxes_by_group, counted, draw_boxes, side_by_side
 from cadx.sampling import analyze_class_imbalance
+from cadx.types import Kind
 from components.contract import In, Out, Params, step
 
 Severity = Literal["stop", "quarantine", "warn"]
 TableSeverity = Literal["stop", "warn"]
 OrphanSeverity = Literal["stop", "quarantine"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Expectation = tuple[str, dict[str, Any]]  # class name in great_expectations.expectations, its arguments
 
 OFFICIAL_SPLITS = ("train", "val", "calibration", "test")
 NOUNS = {"image": "image", "volume": "volume", "slide": "slide", "features": "bag"}
@@ -64,6 +66,27 @@ NUM_SHOWN = 9
 NUM_ROWS_SHOWN = 500
 INVALID_BOX = "invalid_box"
 FAULTY_COLOUR = "#E3000F"
+
+
+class _Form(NamedTuple):
+    """The arrays that the readers of a kind give, and what another one is said to be."""
+
+    channels: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    fault: str
+
+
+_PICTURE = _Form((1, 3), ("uint8", "uint16"), "without pixels, or neither gray nor colour of 8 or 16 bits")
+FORMS: dict[Kind, _Form] = {
+    "image": _PICTURE,
+    "volume": _Form(
+        (1,), ("uint8", "uint16", "int16", "float32"), "without voxels, or of a type that no reader gives"
+    ),
+    "slide": _PICTURE,
+    "features": _Form(
+        (1,), ("float32",), "without instances, or with another number of features than the others"
+    ),
+}
 
 
 class ValidateParams(Params):
@@ -132,25 +155,25 @@ def validate(*, dataset: In, validation: Out, report: Out, params: ValidateParam
     folder.verify()
     limits = ("blank_std", "min_side_px", "min_slices", "near_distance_bits", "near_likeness")
     checked = checked_samples(folder, **{name: getattr(params, name) for name in limits})
-    tables = [(_sample_rules(folder, checked, params), checked)]
+    tables = [(_sample_rules(folder.info, checked, params), checked)]
     if folder.info.left_out:
-        tables.append((_left_out_rules(folder, params), _left_out_table(folder)))
+        tables.append((_left_out_rules(folder.info), _left_out_table(folder)))
     if len(folder.boxes):
         boxes = box_problems(folder.boxes, folder.samples, folder.info.classes)
-        tables.append((_box_rules(params), boxes))
+        tables.append((_box_rules(), boxes))
     if folder.info.kind == "features":
-        tables.append((_feature_rules(params), feature_table(folder)))
+        tables.append((_feature_rules(), feature_table(folder)))
     outcomes: list[_Outcome] = []
     expectations: list[dict[str, Any]] = []
     for rules, table in tables:
-        judged, evaluated = _judge(rules, table)
+        judged, evaluated = _judge(rules, table, params)
         outcomes, expectations = outcomes + judged, expectations + evaluated
     quarantined = _quarantined(checked, outcomes)
     kept = checked[~checked["sample_id"].isin(list(quarantined))]
-    of_classes, more = _judge(_class_rules(kept, params), _class_table(folder, kept))
+    of_classes, more = _judge(_class_rules(kept), _class_table(folder, kept), params)
     outcomes, expectations = outcomes + of_classes, expectations + more
 
-    stopped = [outcome for outcome in outcomes if not outcome.passed and outcome.rule.severity == "stop"]
+    stopped = [outcome for outcome in outcomes if not outcome.passed and outcome.severity == "stop"]
     if stopped:
         raise ValueError(_refusal(stopped, folder.info.name))
     failed = [item for item in expectations if not item["success"]]
@@ -162,7 +185,7 @@ def validate(*, dataset: In, validation: Out, report: Out, params: ValidateParam
             "rules": [
                 {
                     "name": outcome.rule.name,
-                    "severity": outcome.rule.severity,
+                    "severity": outcome.severity,
                     "passed": outcome.passed,
                     "count": len(outcome.rows),
                     "message": outcome.message,
@@ -191,26 +214,30 @@ def validate(*, dataset: In, validation: Out, report: Out, params: ValidateParam
 class _Rule:
     """One rule: the expectations that decide it, and the words for when it fails.
 
+    Its severity is the field of its name in `ValidateParams`; without one it is "stop".
+
     Attributes:
-        expectations: (class name in great_expectations.expectations, its arguments).
+        expectations: each of them holds for every row of the table.
         says: rows that failed -> what is wrong with them.
         fix: what the user can do.
         is_shown: whether a look at the samples helps: the report shows them.
+        applies: whether the dataset can be asked.
         original_column: for copies, the column that names what each is a copy of.
     """
 
     name: str
-    severity: Severity
-    expectations: tuple[tuple[str, dict[str, Any]], ...]
+    expectations: Sequence[Expectation]
     says: Callable[[pd.DataFrame], str]
     fix: str
     is_shown: bool = False
     original_column: str = ""
+    applies: bool = True
 
 
 @dataclass(frozen=True)
 class _Outcome:
     rule: _Rule
+    severity: Severity
     rows: list[int]  # of the judged table
     message: str
     sample_ids: list[str]  # none for a rule on features or classes
@@ -221,231 +248,280 @@ class _Outcome:
         return not self.rows
 
 
-def _values(column: str, allowed: Sequence[Any]) -> tuple[str, dict[str, Any]]:
+def _values(column: str, allowed: Sequence[Any]) -> Expectation:
     return "ExpectColumnValuesToBeInSet", {"column": column, "value_set": list(allowed)}
 
 
-def _between(column: str, low: float | None, high: float | None = None) -> tuple[str, dict[str, Any]]:
+def _between(column: str, low: float | None, high: float | None = None) -> Expectation:
     return "ExpectColumnValuesToBeBetween", {"column": column, "min_value": low, "max_value": high}
 
 
-def _sample_rules(folder: DatasetFolder, checked: pd.DataFrame, params: ValidateParams) -> list[_Rule]:
-    """The rules on samples, in the order of the report; those whose columns the dataset has."""
-    info = folder.info
+def _none_of(column: str, unwanted: Sequence[Any]) -> Expectation:
+    return "ExpectColumnValuesToNotBeInSet", {"column": column, "value_set": list(unwanted)}
+
+
+def _count_of(one: str, words: str, many: str = "") -> Callable[[pd.DataFrame], str]:
+    return lambda rows: f"{counted(len(rows), one, many)} {words}"
+
+
+def _sample_rules(info: DatasetInfo, checked: pd.DataFrame, params: ValidateParams) -> list[_Rule]:
+    """The rules on samples that apply to this dataset, in the order of the report.
+
+    To add one: a `_Rule` in its group, and its severity in `ValidateParams`.
+    """
+    rules = [
+        *_label_rules(info),
+        *_patient_rules(info),
+        *_form_rules(info, checked, params),
+        *_quality_rules(info, checked, params),
+        *_geometry_rules(info),
+        *_content_rules(info, checked, params),
+        *_copy_rules(info),
+    ]
+    return [rule for rule in rules if rule.applies]
+
+
+def _label_rules(info: DatasetInfo) -> list[_Rule]:
+    """Each sample can be found, and its labels are such as the task has."""
     noun = NOUNS[info.kind]
-    of_whom = (
-        f"a{'n' if noun == 'image' else ''} {noun} of another patient"
-        if info.clustered
-        else f"another {noun}"
-    )
-    whose = "find out whose image it is" if info.clustered else "remove the copies at the source"
-    rules: list[_Rule] = []
-
-    def says(text: str, one: str = noun, many: str = "") -> Callable[[pd.DataFrame], str]:
-        return lambda rows: f"{counted(len(rows), one, many)} {text}"
-
-    def rule(
-        name: str,
-        expectations: Sequence[tuple[str, dict[str, Any]]],
-        words: str | Callable[[pd.DataFrame], str],
-        fix: str,
-        *,
-        is_shown: bool = False,
-        original_column: str = "",
-    ) -> None:
-        severity: Severity = getattr(params, name, "stop")
-        words = says(words) if isinstance(words, str) else words
-        rules.append(_Rule(name, severity, tuple(expectations), words, fix, is_shown, original_column))
-
-    def copies(name: str, words: Callable[[pd.DataFrame], str], fix: str) -> None:
-        column = "near_duplicate" if name.startswith("near") else "duplicate"
-        unwanted = {"column": column, "value_set": [name]}
-        expectation = ("ExpectColumnValuesToNotBeInSet", unwanted)
-        rule(name, [expectation], words, fix, original_column=f"{column}_of")
-
-    rule(
-        "identity",
-        [
-            ("ExpectColumnValuesToNotBeNull", {"column": "sample_id"}),
-            ("ExpectColumnValuesToBeUnique", {"column": "sample_id"}),
-            ("ExpectColumnValuesToNotBeNull", {"column": "patient"}),
-            ("ExpectColumnValueLengthsToBeBetween", {"column": "patient", "min_value": 1}),
-            _values("path", sorted(info.files)),
-        ],
-        "without a unique sample_id, a patient or a shard",
-        "make the dataset again with `cadx ingest`",
-    )
-    rule(
-        "label_values",
-        [_values(column, (0, 1)) for column in info.label_columns],
-        "with a label that is not 0, 1 or missing",
-        "correct the labels at their source",
-    )
-    if info.task in ("binary", "multiclass"):
-        rule(
+    return [
+        _Rule(
+            "identity",
+            [
+                ("ExpectColumnValuesToNotBeNull", {"column": "sample_id"}),
+                ("ExpectColumnValuesToBeUnique", {"column": "sample_id"}),
+                ("ExpectColumnValuesToNotBeNull", {"column": "patient"}),
+                ("ExpectColumnValueLengthsToBeBetween", {"column": "patient", "min_value": 1}),
+                _values("path", sorted(info.files)),
+            ],
+            _count_of(noun, "without a unique sample_id, a patient or a shard"),
+            "make the dataset again with `cadx ingest`",
+        ),
+        _Rule(
+            "label_values",
+            [_values(column, (0, 1)) for column in info.label_columns],
+            _count_of(noun, "with a label that is not 0, 1 or missing"),
+            "correct the labels at their source",
+        ),
+        _Rule(
             "one_hot",
             [_values("is_one_hot", [True])],
-            f"without exactly one class; the task is {info.task}",
+            _count_of(noun, f"without exactly one class; the task is {info.task}"),
             "correct the labels, or make the task multilabel",
-        )
-    if info.task != "detection":  # boxes are its labels
-        rule(
+            applies=info.task in ("binary", "multiclass"),
+        ),
+        _Rule(
             "unlabelled",
             [_values("is_labelled", [True])],
-            "without any label: no part of training or scoring",
+            _count_of(noun, "without any label: no part of training or scoring"),
             "label them, or leave them out",
-        )
-    rule(
-        "given_split",
-        [_values("given_split", PRECEDENCE)],
-        "with an unknown official split",
-        f"use {', '.join(PRECEDENCE[:-1])} or nothing",
-    )
-    rule(
-        "patient_across_splits",
-        [_values("is_patient_elsewhere", [False])],
-        lambda rows: (
-            f"{counted(rows['patient'].nunique(), 'patient')} with {noun}s in several official splits"
-            f" ({counted(len(rows), noun)} outside the patient's most precious one)"
+            applies=info.task != "detection",  # boxes are its labels
         ),
-        "use split.strategy = patient",
-    )
-    rule(
-        "age_range",
-        [_between("age", 0, 120)],
-        "with an age outside 0 to 120 years",
-        "correct the ages at their source",
-    )
-    rule(
-        "sex_values",
-        [_values("sex", ("F", "M", "O", ""))],
-        "with a sex other than F, M, O or unknown",
-        "correct them at their source",
-    )
-    dtypes = {"volume": ("uint8", "uint16", "int16", "float32"), "features": ("float32",)}
-    form = [
-        *(_between(column, 1) for column in ("depth_px", "height_px", "width_px")),
-        _values("channels", (1,) if info.kind in dtypes else (1, 3)),
-        _values("dtype", dtypes.get(info.kind, ("uint8", "uint16"))),
     ]
-    if info.kind == "features":
-        form.append(_values("width_px", [int(checked["width_px"].mode()[0])]))
-    rule(
-        "image_size",
-        form,
-        {
-            "volume": "without voxels, or of a type that no reader gives",
-            "features": "without instances, or with another number of features than the others",
-        }.get(info.kind, "without pixels, or neither gray nor colour of 8 or 16 bits"),
-        "make the dataset again with `cadx ingest`",
-    )
-    if info.kind == "features":
-        rule(
+
+
+def _patient_rules(info: DatasetInfo) -> list[_Rule]:
+    """Who stands in which official split, and what is known of them."""
+    noun = NOUNS[info.kind]
+    return [
+        _Rule(
+            "given_split",
+            [_values("given_split", PRECEDENCE)],
+            _count_of(noun, "with an unknown official split"),
+            f"use {', '.join(PRECEDENCE[:-1])} or nothing",
+        ),
+        _Rule(
+            "patient_across_splits",
+            [_values("is_patient_elsewhere", [False])],
+            lambda rows: (
+                f"{counted(rows['patient'].nunique(), 'patient')} with {noun}s in several official splits"
+                f" ({counted(len(rows), noun)} outside the patient's most precious one)"
+            ),
+            "use split.strategy = patient",
+        ),
+        _Rule(
+            "age_range",
+            [_between("age", 0, 120)],
+            _count_of(noun, "with an age outside 0 to 120 years"),
+            "correct the ages at their source",
+        ),
+        _Rule(
+            "sex_values",
+            [_values("sex", ("F", "M", "O", ""))],
+            _count_of(noun, "with a sex other than F, M, O or unknown"),
+            "correct them at their source",
+        ),
+    ]
+
+
+def _form_rules(info: DatasetInfo, checked: pd.DataFrame, params: ValidateParams) -> list[_Rule]:
+    """The arrays are such as a reader of this kind gives, and hold something."""
+    noun, is_bag = NOUNS[info.kind], info.kind == "features"
+    form = FORMS[info.kind]
+    few = f" or fewer than {params.min_slices} slices" if info.kind == "volume" else ""
+    return [
+        _Rule(
+            "image_size",
+            [
+                *(_between(column, 1) for column in ("depth_px", "height_px", "width_px")),
+                _values("channels", form.channels),
+                _values("dtype", form.dtypes),
+                *([_values("width_px", [int(checked["width_px"].mode()[0])])] if is_bag else []),
+            ],
+            _count_of(noun, form.fault),
+            "make the dataset again with `cadx ingest`",
+        ),
+        _Rule(
             "missing_features",
             [_values("is_finite", [True])],
-            "with features that are missing or infinite",
+            _count_of(noun, "with features that are missing or infinite"),
             "fill them in where they are made, or leave these bags out",
-        )
-    else:
-        few = f" or fewer than {params.min_slices} slices" if info.kind == "volume" else ""
-        rule(
+            applies=is_bag,
+        ),
+        _Rule(
             "tiny_image",
             [_values("is_tiny", [False])],
-            f"with a side under {params.min_side_px} pixels{few}",
+            _count_of(noun, f"with a side under {params.min_side_px} pixels{few}"),
             "lower validate.min_side_px if they are meant",
             is_shown=True,
-        )
-        rule(
+            applies=not is_bag,
+        ),
+        _Rule(
             "blank_image",
             [_values("is_blank", [False])],
-            "of one gray all over",
+            _count_of(noun, "of one gray all over"),
             "look at the source: a failed exposure, or an export without pixels",
             is_shown=True,
-        )
-    # A volume is seen by a stretched slice, which says nothing of its range.
-    for name, column, expectation, words, fix in _quality_rules(params):
-        of_volumes = name in ("blurred_image", "burned_in_text")
-        if column in checked and (info.kind == "image" or (info.kind == "volume" and of_volumes)):
-            rule(name, [expectation], words, fix, is_shown=True)
-    if info.kind == "volume":
-        for code, words, fix in (
-            ("missing_slices", "missing slices", "export the whole series"),
-            ("duplicate_slices", "slices that stand twice", "export each slice once"),
-            ("uneven_spacing", "uneven spacing of slices", "use a series with even spacing, or resample it"),
-            ("gantry_tilt", "a tilted gantry", "correct the tilt before the export"),
-            ("oblique", "oblique axes", "the closest axes were taken: resample it where directions matter"),
-        ):
-            rule(code, [_values(f"has_{code}", [False])], f"with {words}", fix, is_shown=True)
-    rule(
-        "spacing_outlier",
-        [_values("is_spacing_outlier", [False])],
-        "whose spacing stands apart from the others'",
-        "look whether its unit is meant; a resampling step makes them alike",
-        is_shown=True,
-    )
-    if "mask_agrees" in checked:
-        rule(
-            "mask_contradicts_label",
-            [_values("mask_agrees", [True])],
-            "whose mask is empty though its label is positive, or the reverse",
-            "decide which is right, at the source",
-            is_shown=True,
-        )
-    if info.kind == "slide":
-        rule(
-            "without_tissue",
-            [_between("tissue_fraction", params.min_tissue_fraction)],
-            "without tissue",
-            "scan it again, or correct the thresholds of the tissue mask",
-            is_shown=True,
-        )
-    copies(
-        "contradicting_labels",
-        says("with equal pixels and contradicting labels"),
-        "decide which label is right, at the source",
-    )
-    copies(
-        "duplicate_across_splits",
-        lambda rows: _says_leaks(rows, noun, "kept_split"),
-        "remove the copies at the source",
-    )
-    unless_published = "remove them at the source, unless scores are to compare with published ones"
-    for name, words, fix in (
-        ("duplicate_across_patients", f"of {of_whom}", whose),
-        ("duplicate_within_test", "inside the official test split", unless_published),
-        ("duplicate_within_patient", "within a patient", "export each image once"),
-    ):
-        copies(name, says(words, "further copy", "further copies"), fix)
-    copies(
-        "near_duplicate_across_splits",
-        lambda rows: _says_leaks(rows, noun, "near_kept_split", "nearly equal"),
-        "look at the pairs, and remove copies at the source",
-    )
-    copies("near_duplicate_across_patients", says(f"nearly equal to {of_whom}"), whose)
-    return rules
+            applies=not is_bag,
+        ),
+    ]
 
 
-def _quality_rules(params: ValidateParams) -> list[tuple[str, str, tuple[str, dict[str, Any]], str, str]]:
-    """Rules on what `cadx.quality.image_checks` measured: name, column, expectation, words, fix."""
+def _quality_rules(info: DatasetInfo, checked: pd.DataFrame, params: ValidateParams) -> list[_Rule]:
+    """What `cadx.quality.image_checks` measured, where the dataset holds it, is within its limits."""
     clipped, used = f"{params.max_clipped_fraction:.0%}", f"{params.min_range_fraction:.0%}"
+    # A volume is seen by a stretched slice, which says nothing of its range.
+    seen, ranged = ("image", "volume"), ("image",)
     return [
-        (name, f"check_{check}", _between(f"check_{check}", low, high), words, fix)
-        for name, check, low, high, words, fix in (
-            ("blurred_image", "blur", None, params.blurred_from, "that look blurred",
+        _Rule(
+            name,
+            [_between(f"check_{check}", low, high)],
+            _count_of(NOUNS[info.kind], words),
+            fix,
+            is_shown=True,
+            applies=info.kind in kinds and f"check_{check}" in checked,
+        )
+        for name, kinds, check, low, high, words, fix in (
+            ("blurred_image", seen, "blur", None, params.blurred_from, "that look blurred",
              "look at them: motion, focus, or a reduced copy"),
-            ("clipped_image", "clipped_fraction", None, params.max_clipped_fraction,
+            ("clipped_image", ranged, "clipped_fraction", None, params.max_clipped_fraction,
              f"with over {clipped} of their pixels cut off at black or white",
              "export them with a wider display window"),
-            ("narrow_range", "range_fraction", params.min_range_fraction, None,
+            ("narrow_range", ranged, "range_fraction", params.min_range_fraction, None,
              f"that use under {used} of the range of their format",
              "export them over the full range: 12 bits in 16 look black"),
-            ("burned_in_text", "text_score", None, params.text_from, "in which letters seem to stand",
+            ("burned_in_text", seen, "text_score", None, params.text_from, "in which letters seem to stand",
              "look whether they name a patient; mask them at the source, or leave these images out"),
         )
     ]  # fmt: skip
 
 
-def _box_rules(params: ValidateParams) -> list[_Rule]:
+def _geometry_rules(info: DatasetInfo) -> list[_Rule]:
+    """What readers doubted of volumes, and whether a spacing is like the others'."""
+    noun = NOUNS[info.kind]
+    doubts = (
+        ("missing_slices", "missing slices", "export the whole series"),
+        ("duplicate_slices", "slices that stand twice", "export each slice once"),
+        ("uneven_spacing", "uneven spacing of slices", "use a series with even spacing, or resample it"),
+        ("gantry_tilt", "a tilted gantry", "correct the tilt before the export"),
+        ("oblique", "oblique axes", "the closest axes were taken: resample it where directions matter"),
+    )
+    return [
+        *(
+            _Rule(
+                finding,
+                [_values(f"has_{finding}", [False])],
+                _count_of(noun, f"with {words}"),
+                fix,
+                is_shown=True,
+                applies=info.kind == "volume",
+            )
+            for finding, words, fix in doubts
+        ),
+        _Rule(
+            "spacing_outlier",
+            [_values("is_spacing_outlier", [False])],
+            _count_of(noun, "whose spacing stands apart from the others'"),
+            "look whether its unit is meant; a resampling step makes them alike",
+            is_shown=True,
+        ),
+    ]
+
+
+def _content_rules(info: DatasetInfo, checked: pd.DataFrame, params: ValidateParams) -> list[_Rule]:
+    """Masks agree with labels, and slides show tissue."""
+    noun = NOUNS[info.kind]
+    return [
+        _Rule(
+            "mask_contradicts_label",
+            [_values("mask_agrees", [True])],
+            _count_of(noun, "whose mask is empty though its label is positive, or the reverse"),
+            "decide which is right, at the source",
+            is_shown=True,
+            applies="mask_agrees" in checked,
+        ),
+        _Rule(
+            "without_tissue",
+            [_between("tissue_fraction", params.min_tissue_fraction)],
+            _count_of(noun, "without tissue"),
+            "scan it again, or correct the thresholds of the tissue mask",
+            is_shown=True,
+            applies=info.kind == "slide",
+        ),
+    ]
+
+
+def _copy_rules(info: DatasetInfo) -> list[_Rule]:
+    """No image stands there twice."""
+    noun = NOUNS[info.kind]
+    another, whose = f"another {noun}", "remove the copies at the source"
+    if info.clustered:
+        another = f"a{'n' if noun == 'image' else ''} {noun} of another patient"
+        whose = "find out whose image it is"
+    further = partial(_count_of, "further copy", many="further copies")
+
+    def rule(column: str, name: str, says: Callable[[pd.DataFrame], str], fix: str) -> _Rule:
+        return _Rule(name, [_none_of(column, [name])], says, fix, original_column=f"{column}_of")
+
+    equal, near = partial(rule, "duplicate"), partial(rule, "near_duplicate")
+    return [
+        equal(
+            "contradicting_labels",
+            _count_of(noun, "with equal pixels and contradicting labels"),
+            "decide which label is right, at the source",
+        ),
+        equal(
+            "duplicate_across_splits",
+            lambda rows: _says_leaks(rows, noun, "kept_split"),
+            "remove the copies at the source",
+        ),
+        equal("duplicate_across_patients", further(f"of {another}"), whose),
+        equal(
+            "duplicate_within_test",
+            further("inside the official test split"),
+            "remove them at the source, unless scores are to compare with published ones",
+        ),
+        equal("duplicate_within_patient", further("within a patient"), "export each image once"),
+        near(
+            "near_duplicate_across_splits",
+            lambda rows: _says_leaks(rows, noun, "near_kept_split", "nearly equal"),
+            "look at the pairs, and remove copies at the source",
+        ),
+        near("near_duplicate_across_patients", _count_of(noun, f"nearly equal to {another}"), whose),
+    ]
+
+
+def _box_rules() -> list[_Rule]:
     """The rules on boxes; a faulty one is named by its sample, its class and its corners."""
 
     def says(text: str) -> Callable[[pd.DataFrame], str]:
@@ -454,15 +530,13 @@ def _box_rules(params: ValidateParams) -> list[_Rule]:
     return [
         _Rule(
             "unknown_box",
-            params.unknown_box,
-            (_values("is_of_a_sample", [True]), _values("is_of_a_class", [True])),
+            [_values("is_of_a_sample", [True]), _values("is_of_a_class", [True])],
             says("of a sample or a class that the dataset does not have"),
             "correct the boxes at their source",
         ),
         _Rule(
             INVALID_BOX,
-            params.invalid_box,
-            (_values("has_area", [True]), _values("is_inside", [True])),
+            [_values("has_area", [True]), _values("is_inside", [True])],
             says("without area, or outside the image"),
             "correct the boxes at their source",
             is_shown=True,
@@ -481,12 +555,11 @@ def _named_boxes(rows: pd.DataFrame) -> str:
     return named + (", ..." if len(rows) > len(shown) else "")
 
 
-def _feature_rules(params: ValidateParams) -> list[_Rule]:
+def _feature_rules() -> list[_Rule]:
     return [
         _Rule(
             "constant_feature",
-            params.constant_feature,
-            (("ExpectColumnValuesToNotBeInSet", {"column": "range", "value_set": [0.0]}),),
+            [_none_of("range", [0.0])],
             lambda rows: (
                 f"{counted(len(rows), 'feature')} with one value in all bags, first column {rows['feature'].iloc[0]}"
             ),
@@ -495,14 +568,13 @@ def _feature_rules(params: ValidateParams) -> list[_Rule]:
     ]
 
 
-def _class_rules(kept: pd.DataFrame, params: ValidateParams) -> list[_Rule]:
+def _class_rules(kept: pd.DataFrame) -> list[_Rule]:
     """The rules on what is left of each class."""
 
     def rule(name: str, column: str, least: int, words: str, fix: str) -> _Rule:
         return _Rule(
             name,
-            getattr(params, name),
-            (_between(column, least),),
+            [_between(column, least)],
             lambda rows: f"{counted(len(rows), 'class', 'classes')} {words}: {', '.join(rows['class'])}",
             fix,
         )
@@ -534,15 +606,14 @@ def _says_leaks(rows: pd.DataFrame, noun: str, kept_column: str, like: str = "")
     )
 
 
-def _left_out_rules(folder: DatasetFolder, params: ValidateParams) -> list[_Rule]:
+def _left_out_rules(info: DatasetInfo) -> list[_Rule]:
     """The source gave a sample for each of its files, and none without its partner."""
-    noun = NOUNS[folder.info.kind]
+    noun = NOUNS[info.kind]
 
     def rule(name: str, one: str, words: str, fix: str) -> _Rule:
         return _Rule(
             name,
-            getattr(params, name),
-            (_values(f"is_free_of_{name}", [True]),),
+            [_values(f"is_free_of_{name}", [True])],
             lambda rows: f"{counted(len(rows), one)} of the source {words} and stayed out",
             f"{fix}; dataset.json lists where each is",
         )
@@ -590,7 +661,9 @@ def _class_table(folder: DatasetFolder, kept: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _judge(rules: Sequence[_Rule], table: pd.DataFrame) -> tuple[list[_Outcome], list[dict[str, Any]]]:
+def _judge(
+    rules: Sequence[_Rule], table: pd.DataFrame, params: ValidateParams
+) -> tuple[list[_Outcome], list[dict[str, Any]]]:
     """What Great Expectations says of `table`: an outcome per rule, and a record per expectation."""
     # Read on import: without it every validation is reported to the vendor.
     os.environ["GX_ANALYTICS_ENABLED"] = "false"
@@ -639,7 +712,8 @@ def _judge(rules: Sequence[_Rule], table: pd.DataFrame) -> tuple[list[_Outcome],
         sample_ids = list(dict.fromkeys(map(str, failing.get("sample_id", ()))))
         originals = failing[rule.original_column].tolist() if rule.original_column else []
         message = rule.says(failing) if rows_in_order else ""
-        outcomes.append(_Outcome(rule, rows_in_order, message, sample_ids, originals))
+        severity: Severity = getattr(params, rule.name, "stop")
+        outcomes.append(_Outcome(rule, severity, rows_in_order, message, sample_ids, originals))
     return outcomes, records
 
 
@@ -647,7 +721,7 @@ def _quarantined(checked: pd.DataFrame, outcomes: Sequence[_Outcome]) -> dict[st
     """sample_id -> reason, of every sample that a failed rule keeps out, in the order of the table."""
     reasons: dict[str, list[str]] = {}
     for outcome in outcomes:
-        if outcome.rule.severity == "quarantine":
+        if outcome.severity == "quarantine":
             for sample_id in outcome.sample_ids:
                 reasons.setdefault(sample_id, []).append(outcome.rule.name)
     columns = ["sample_id", "duplicate", "duplicate_of", "near_duplicate", "near_duplicate_of"]
@@ -695,7 +769,7 @@ def _page(
         ]
     )
     for outcome in failed:
-        kept_out = outcome.rule.severity == "quarantine" or outcome.rule.name == "left_out"
+        kept_out = outcome.severity == "quarantine" or outcome.rule.name == "left_out"
         consequence = "Kept out of every split." if kept_out else "Kept."
         page.callout("warn", f"{outcome.message}. {consequence} To remedy: {outcome.rule.fix}.")
     if not failed:
@@ -717,7 +791,7 @@ def _page(
             {
                 "rule": outcome.rule.name.replace("_", " "),
                 "found": len(outcome.rows),
-                "if it fails": outcome.rule.severity,
+                "if it fails": outcome.severity,
                 "result": "passed" if outcome.passed else outcome.message,
             }
             for outcome in outcomes
