@@ -1,21 +1,25 @@
 """Make probabilities honest, choose the operating point and fit prediction sets, on the calibration split alone."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pandas as pd
 from pydantic import Field
 
 from cadx import calibration, conformal, detection
-from cadx.bundle import REFERENCE_DECIMALS, Bundle, OperatingPoint
+from cadx.bundle import REFERENCE_DECIMALS, Bundle, Manifest, OperatingPoint
 from cadx.datasets import DatasetFolder, read_splits
-from cadx.metrics import Scores, score
+from cadx.metrics import score
 from cadx.predicting.table import answer_table, decide, detection_table, image_answers
 from cadx.types import Estimate, Task
 from components.contract import In, Out, Params, step
 
 if TYPE_CHECKING:
     from cadx.predicting.predictor import Predictor
+
+    Answering = list[tuple[Predictor, list[str]]]
 
 
 class CalibrateParams(Params):
@@ -88,166 +92,168 @@ def calibrate(*, dataset: In, splits: In, trained: In, bundle: Out, params: Cali
         raise ValueError(
             f"calibrate.threshold {params.threshold:g}: of several classes the most probable is called; leave it out"
         )
-    from cadx.predicting.folds import out_of_fold  # torch takes seconds: bad input is refused before
-    from cadx.predicting.predictor import Predictor
+    from cadx.predicting.predictor import Predictor  # torch takes seconds: bad input is refused before
 
     predictor = Predictor(opened, uncalibrated_ok=True)
-    if params.split == "folds":
-        answering = list(out_of_fold(predictor, folder, splits))
-    else:
-        assigned = read_splits(splits)
-        answering = [(predictor, assigned.loc[assigned["split"] == "calibration", "sample_id"].tolist())]
+    answering = _answering(predictor, folder, splits, params.split)
     sample_ids = [name for _, names in answering for name in names]
+    samples = folder.samples.iloc[folder.rows(sample_ids)]
+    patients = samples["patient"].to_numpy(object) if manifest.clustered else None
+    origin = {name: samples[name].to_numpy(object) for name in ("site", "scanner")}
     if task == "detection":
-        _complete_boxes(opened, bundle, folder, answering, splits, params)
+        found, lesions = _found_boxes(answering, folder, classes, splits)
+        point = _box_operating_point(found, lesions, sample_ids, patients, manifest, params)
+        heldout = image_answers(found, sample_ids, classes, point.thresholds).assign(**origin)
+        opened.complete(bundle, temperature=None, operating_point=point, heldout=heldout)
         return
+
     labels = folder.labels(sample_ids).astype(np.float64)
     _require_every_class(labels, classes, task, splits)
-
-    said = [one.logits(one.stored(folder, names)) for one, names in answering]
-    logits = np.concatenate([part for part, _ in said])
-    features = np.concatenate([part for _, part in said])
-    if len(answering) > 1:  # what is served has the features of all networks side by side
-        _, features = predictor.logits(predictor.stored(folder, sample_ids))
-    temperature, bias = 1.0, np.zeros(len(classes))
+    logits, features = _answers(predictor, answering, folder)
+    temperature, bias, isotonic = 1.0, np.zeros(len(classes)), {}
     if params.method != "none":
         temperature, bias = calibration.fit_temperature_and_bias(logits, labels, task)
     probabilities = calibration.apply(logits, temperature, task, bias)
-    isotonic = {}
     if params.method == "isotonic":
         isotonic = calibration.fit_isotonic(probabilities, labels, task, classes, positive)
         probabilities = calibration.apply_isotonic(probabilities, isotonic, task, classes)
 
-    called = (
-        [] if task == "multiclass" else [name for name in classes if task == "multilabel" or name == positive]
-    )
-    chosen = called if params.threshold is None else []
-    thresholds = dict.fromkeys(called, params.threshold or 0.0) | {
-        name: calibration.operating_threshold(
-            probabilities[:, classes.index(name)],
-            labels[:, classes.index(name)],
-            sensitivity=params.sensitivity,
-        )
-        for name in chosen
-    }
-    calls = decide(probabilities, thresholds, task, classes, positive)
-    samples = folder.samples.iloc[folder.rows(sample_ids)]
-    patients = samples["patient"].to_numpy(object) if manifest.clustered else None
-    scores = score(
-        labels,
-        probabilities,
-        calls,
-        task=task,
-        classes=classes,
-        positive=positive,
-        patients=patients,
-        resamples=0,
-    )
+    point = _operating_point(probabilities, labels, patients, manifest, params)
+    calls = decide(probabilities, point.thresholds, task, classes, positive)
     opened.complete(
         bundle,
         temperature=temperature,
         bias=bias.tolist(),
         isotonic=isotonic,
         prevalence={name: float(np.nanmean(labels[:, column])) for column, name in enumerate(classes)},
-        operating_point=OperatingPoint(
-            target_metric="sensitivity" if chosen else None,
-            target_value=params.sensitivity if chosen else None,
-            thresholds=thresholds,
-            split=params.split,
-            n=scores.n,
-            achieved=_achieved(scores, called or list(classes)),
-            resampled={
-                name: tuple(
-                    calibration.resampled_thresholds(
-                        probabilities[:, classes.index(name)],
-                        labels[:, classes.index(name)],
-                        patients,
-                        sensitivity=params.sensitivity,
-                    )
-                    .round(REFERENCE_DECIMALS)
-                    .tolist()
-                )
-                for name in chosen
-            },
-        ),
+        operating_point=point,
         conformal=None
         if not params.coverage
         else conformal.fit(probabilities, labels, task, classes, coverage=params.coverage, patients=patients),
-        heldout=answer_table(probabilities, calls, task, classes).assign(
-            site=samples["site"].to_numpy(object),
-            scanner=samples["scanner"].to_numpy(object),
-            embedding=list(features),
-        ),
+        heldout=answer_table(probabilities, calls, task, classes).assign(**origin, embedding=list(features)),
     )
 
 
-def _complete_boxes(
-    opened: Bundle,
-    bundle: Path,
-    folder: DatasetFolder,
-    answering: "list[tuple[Predictor, list[str]]]",
-    splits: Path,
+def _answering(
+    predictor: "Predictor", folder: DatasetFolder, splits: Path, split: Literal["calibration", "folds"]
+) -> "Answering":
+    """Who answers for which samples: all networks for the calibration split, or each fold's for those unseen."""
+    if split == "folds":
+        from cadx.predicting.folds import out_of_fold
+
+        return list(out_of_fold(predictor, folder, splits))
+    assigned = read_splits(splits)
+    return [(predictor, assigned.loc[assigned["split"] == "calibration", "sample_id"].tolist())]
+
+
+def _answers(
+    predictor: "Predictor", answering: "Answering", folder: DatasetFolder
+) -> tuple[np.ndarray, np.ndarray]:
+    """N K logits of those that answer, and N F features as the bundle will serve them."""
+    said = [one.logits(one.stored(folder, names)) for one, names in answering]
+    logits, features = (np.concatenate(parts) for parts in zip(*said, strict=True))
+    if len(answering) > 1:  # what is served has the features of all networks side by side
+        sample_ids = [name for _, names in answering for name in names]
+        _, features = predictor.logits(predictor.stored(folder, sample_ids))
+    return logits, features
+
+
+def _operating_point(
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    patients: np.ndarray | None,
+    manifest: Manifest,
     params: CalibrateParams,
-) -> None:
-    """Choose each class's score threshold; the scores themselves stay as they are."""
-    manifest = opened.manifest
+) -> OperatingPoint:
+    """The probability from which each class is called, declared or chosen, and what it reached on these samples."""
+    task, classes, positive = manifest.task, manifest.classes, manifest.positive
+    called = [name for name in classes if task == "multilabel" or (task == "binary" and name == positive)]
+    chosen = called if params.threshold is None else []
+    of = {name: (probabilities[:, column], labels[:, column]) for column, name in enumerate(classes)}
+    thresholds = {} if params.threshold is None else dict.fromkeys(called, params.threshold)
+    resampled = {}
+    for name in chosen:
+        thresholds[name] = calibration.operating_threshold(*of[name], sensitivity=params.sensitivity)
+        again = calibration.resampled_thresholds(*of[name], patients, sensitivity=params.sensitivity)
+        resampled[name] = tuple(again.round(REFERENCE_DECIMALS).tolist())
+    scores = score(
+        labels,
+        probabilities,
+        decide(probabilities, thresholds, task, classes, positive),
+        task=task,
+        classes=classes,
+        positive=positive,
+        patients=patients,
+        resamples=0,
+    )
+    return OperatingPoint(
+        target_metric="sensitivity" if chosen else None,
+        target_value=params.sensitivity if chosen else None,
+        thresholds=thresholds,
+        split=params.split,
+        n=scores.n,
+        achieved=_achieved(scores.by_class, called or list(classes), ("sensitivity", "specificity")),
+        resampled=resampled,
+    )
+
+
+def _found_boxes(
+    answering: "Answering", folder: DatasetFolder, classes: tuple[str, ...], splits: Path
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What is found in these samples, and their lesions: both tables of boxes."""
     sample_ids = [name for _, names in answering for name in names]
     lesions = folder.boxes[folder.boxes["sample_id"].isin(sample_ids)]
-    if missing := [name for name in manifest.classes if name not in set(lesions["class"])]:
+    if missing := [name for name in classes if name not in set(lesions["class"])]:
         raise ValueError(
             f"{splits}: no lesion of class {missing[0]!r} in the calibration split; "
             "give it a larger share in split.fractions, split again"
         )
     answers = (answer for one, names in answering for answer in one.detect(one.stored(folder, names)))
-    found = detection_table(dict(zip(sample_ids, answers, strict=True)), manifest.classes)
-    declared = params.threshold
-    thresholds = {
-        name: declared
-        if declared is not None
-        else detection.operating_point(
-            found[found["class"] == name],
-            lesions[lesions["class"] == name],
-            sample_ids,
-            classes=[name],
-            sensitivity=params.sensitivity,
-            false_positives_per_image=params.false_positives_per_image,
-        ).threshold
-        for name in manifest.classes
-    }
-    samples = folder.samples.iloc[folder.rows(sample_ids)]
+    return detection_table(dict(zip(sample_ids, answers, strict=True)), classes), lesions
+
+
+def _box_operating_point(
+    found: pd.DataFrame,
+    lesions: pd.DataFrame,
+    sample_ids: list[str],
+    patients: np.ndarray | None,
+    manifest: Manifest,
+    params: CalibrateParams,
+) -> OperatingPoint:
+    """The score from which each class's boxes count, declared or chosen, and what it reached on these samples."""
+    target: dict[str, Any] = {}
+    if params.threshold is not None:
+        thresholds = dict.fromkeys(manifest.classes, params.threshold)
+    else:
+        thresholds = {
+            name: detection.operating_point(
+                found[found["class"] == name],
+                lesions[lesions["class"] == name],
+                sample_ids,
+                classes=[name],
+                sensitivity=params.sensitivity,
+                false_positives_per_image=params.false_positives_per_image,
+            ).threshold
+            for name in manifest.classes
+        }
+        by = "sensitivity" if params.false_positives_per_image is None else "false_positives_per_image"
+        target = {"target_metric": by, "target_value": getattr(params, by)}
     scores = detection.calculate_detection_metrics(
         found,
         lesions,
         sample_ids,
         classes=manifest.classes,
-        patients=samples["patient"].to_numpy(object) if manifest.clustered else None,
+        patients=patients,
         score_threshold=thresholds,
         seed=manifest.seed,
     )
-    target: dict[str, Any] = {}
-    if declared is None and params.false_positives_per_image is not None:
-        target = {
-            "target_metric": "false_positives_per_image",
-            "target_value": params.false_positives_per_image,
-        }
-    elif declared is None:
-        target = {"target_metric": "sensitivity", "target_value": params.sensitivity}
-    said = ("sensitivity", "precision", "false_positives_per_image")
-    opened.complete(
-        bundle,
-        temperature=None,
-        operating_point=OperatingPoint(
-            **target,
-            thresholds=thresholds,
-            split=params.split,
-            n=scores.n,
-            achieved={
-                name: {metric: estimates[metric] for metric in said}
-                for name, estimates in scores.by_class.items()
-            },
-        ),
-        heldout=image_answers(found, sample_ids, manifest.classes, thresholds).assign(
-            site=samples["site"].to_numpy(object), scanner=samples["scanner"].to_numpy(object)
+    return OperatingPoint(
+        **target,
+        thresholds=thresholds,
+        split=params.split,
+        n=scores.n,
+        achieved=_achieved(
+            scores.by_class, manifest.classes, ("sensitivity", "precision", "false_positives_per_image")
         ),
     )
 
@@ -268,8 +274,7 @@ def _require_every_class(labels: np.ndarray, classes: tuple[str, ...], task: Tas
                 )
 
 
-def _achieved(scores: Scores, names: list[str]) -> dict[str, dict[str, Estimate]]:
-    return {
-        name: {metric: scores.by_class[name][metric] for metric in ("sensitivity", "specificity")}
-        for name in names
-    }
+def _achieved(
+    by_class: Mapping[str, Mapping[str, Estimate]], names: Sequence[str], metrics: Sequence[str]
+) -> dict[str, dict[str, Estimate]]:
+    return {name: {metric: by_class[name][metric] for metric in metrics} for name in names}
