@@ -33,7 +33,7 @@ imbalance.json (null = undefined: the factor of a class without images, the perc
                         between the images with and without a class; detection: the largest count of boxes
                         / the smallest. Classes that no image shows, or in multilabel every image, are left out
         decided_by      the class that the factor belongs to
-        loss            a LossConfig
+        loss            a LossConfig; for detection the default, which no detector takes: its losses are its own
         sampler         "natural" or "balanced"
         reason          one sentence
         notes           what deserves care, in sentences
@@ -51,17 +51,12 @@ Rules of the recommendation, by the factor:
 
 Volumes, slides and bags are weighed by the label of the whole: it is what is drawn, and what the loss judges.
 
-For detection, the loss is chosen by the background and the sampler by the images:
+For detection, the sampler alone is recommended, since a detector's losses are its model's own:
 
-    loss        focal where a dense detector meets at least 20 negative locations for a positive one. Its
-                locations are those of a pyramid of strides 8 to 128 (Lin et al. 2017, section 4), and a box
-                makes at most 9 of them positive, those around its centre (centre sampling with a radius of
-                1.5 strides: Tian et al. 2022, "FCOS: A Simple and Strong Anchor-Free Object Detector", 3.1)
-    sampler     balanced where images without boxes are 1.5 times as many as those with, or drawing the images
-                of each class equally often would make the classes' boxes at least twice as equal
-                (repeat-factor sampling has the same aim: Gupta et al. 2019, "LVIS", appendix B.2)
-    weights     effective number (Cui et al. 2019), where boxes are unequal by 1.5 times or more and drawing
-                helps little, because the classes stand in the same images
+    balanced    where images without boxes are 1.5 times as many as those with, or boxes are unequal by 1.5
+                times or more and drawing the images of each class equally often would make them at least
+                twice as equal (repeat-factor sampling has the same aim: Gupta et al. 2019, "LVIS", app. B.2)
+    natural     elsewhere. Classes that stand in the same images stay unequal however these are drawn
 
 Never a balanced sampler with class weights: each makes the classes count equally, and both together
 correct twice. Balanced training shifts the probabilities towards the rare classes; `calibrate` moves them
@@ -81,7 +76,7 @@ from cadx.files import digest_path, write_json
 from cadx.reporting import INK, MUTED, PALETTE, Page, figure, panels
 from cadx.sampling import BOX_SIZES_PX, ClassBalance, analyze_class_imbalance, count_box_sizes
 from cadx.types import Config, Kind, Task
-from cadx.weighting import LossConfig, Weighting
+from cadx.weighting import LossConfig
 from components.contract import In, Out, Params, step
 
 SPLITS = ("train", "val", "calibration", "test", "excluded")
@@ -94,8 +89,6 @@ ARTICLES: dict[Kind, str] = {
 }
 SPREAD = ("minimum", "q25", "median", "q75", "maximum")
 HATCHES = ("", "//", "..")  # with the colours: sizes stay apart in gray print too
-STRIDES_PX = (8, 16, 32, 64, 128)  # of a dense detector's pyramid
-LOCATIONS_PER_BOX = 9
 HELPFUL = 2.0
 RARE_PIXELS_PERCENT = 5.0
 UNEQUAL_BAGS = 10
@@ -111,7 +104,7 @@ Balance = dict[str, ClassBalance]
 
 
 class ImbalanceParams(Params):
-    """Where the recommendation changes."""
+    """Where the recommendation changes; `focal_from` and `focal_gamma` are for classification."""
 
     balanced_from: Annotated[float, Field(ge=1)] = 1.5
     focal_from: Annotated[float, Field(ge=1)] = 20.0
@@ -131,7 +124,7 @@ class Recommendation(Config):
 
 @step
 def imbalance(*, dataset: In, splits: In, imbalance: Out, report: Out, params: ImbalanceParams) -> None:
-    """Count the classes by split, site, scanner and patient; recommend a loss and a sampler.
+    """Count the classes by split, site, scanner and patient; recommend a sampler and, but for boxes, a loss.
 
     Raises:
         ValueError: if the splits belong to another dataset, or train has no labelled image.
@@ -185,10 +178,7 @@ def imbalance(*, dataset: In, splits: In, imbalance: Out, report: Out, params: I
                 index=in_train["sample_id"], columns=list(info.classes), fill_value=0
             )
             recommendation = recommend_detection(
-                teaching,
-                num_boxes=num_boxes.set_axis(in_train.index),
-                sizes_px=in_train[["height_px", "width_px"]].to_numpy(),
-                params=params,
+                teaching, num_boxes=num_boxes.set_axis(in_train.index), params=params
             )
         else:
             recommendation = recommend(teaching, task=info.task, params=params)
@@ -266,14 +256,13 @@ def recommend(teaching: Teaching, *, task: Task, params: ImbalanceParams) -> Rec
 
 
 def recommend_detection(
-    teaching: Teaching, *, num_boxes: pd.DataFrame, sizes_px: np.ndarray, params: ImbalanceParams
+    teaching: Teaching, *, num_boxes: pd.DataFrame, params: ImbalanceParams
 ) -> Recommendation:
-    """A loss and a sampler for these training images with boxes, by the rules at the top of this module.
+    """A sampler for these training images with boxes, by the rules at the top of this module.
 
     Args:
         teaching: the training images; a class's label is 1 where the image has a box of it.
         num_boxes: N K, how many boxes of each class they have.
-        sizes_px: N 2, heights and widths of the images.
         params: where the recommendation changes.
 
     Raises:
@@ -282,12 +271,9 @@ def recommend_detection(
     >>> cells = pd.DataFrame({"red": [1.0, 1.0], "white": [1.0, 1.0]})
     >>> teaching = Teaching(cells, patients=pd.Series(["p", "q"]), sites=pd.Series(["", ""]))
     >>> number = pd.DataFrame({"red": [12, 9], "white": [1, 1]})
-    >>> sizes_px = np.array([[480, 640]] * 2)
-    >>> advice = recommend_detection(
-    ...     teaching, num_boxes=number, sizes_px=sizes_px, params=ImbalanceParams()
-    ... )
-    >>> advice.factor, advice.loss.kind, advice.loss.weights, advice.sampler
-    (10.5, 'focal', 'effective_number', 'natural')
+    >>> advice = recommend_detection(teaching, num_boxes=number, params=ImbalanceParams())
+    >>> advice.factor, advice.decided_by, advice.sampler
+    (10.5, 'white', 'natural')
     """
     labels = teaching.labels
     images = _positives(labels)
@@ -298,50 +284,30 @@ def recommend_detection(
     helped = factor / float(drawn.max() / drawn.min())
     num_empty = int((labels == 0).all(axis=1).sum())
     emptiness = num_empty / (len(labels) - num_empty)
-    locations = sum(int(np.ceil(sizes_px / stride).prod(axis=1).sum()) for stride in STRIDES_PX)
-    positive = min(LOCATIONS_PER_BOX * int(counts.sum()), locations)
-    background = (locations - positive) / positive
 
-    weights: Weighting = "none"
     sampler: Literal["natural", "balanced"] = "natural"
     if emptiness >= params.balanced_from:
         sampler = "balanced"
-        choice = (
-            f"images without boxes are {emptiness:.1f} times as many as those with: draw them as often as images"
+        reason = (
+            f"Images without boxes are {emptiness:.1f} times as many as those with: draw them as often as images"
             " of each class."
         )
     elif factor < params.balanced_from:
-        choice = f"the classes' boxes are nearly equal (factor {factor:.1f}): draw images as they come."
+        reason = f"The classes' boxes are nearly equal (factor {factor:.1f}): draw images as they come."
     elif helped >= HELPFUL:
         sampler = "balanced"
-        choice = (
-            f"boxes are unequal (factor {factor:.1f}, {name}): draw images of each class equally often, and do"
-            " not weigh the classes as well, which would correct twice."
-        )
+        reason = f"Boxes are unequal (factor {factor:.1f}, {name}): draw images of each class equally often."
     else:
-        weights = "effective_number"
-        choice = (
-            f"boxes are unequal (factor {factor:.1f}, {name}) in the same images, where drawing images helps"
-            " little: weigh the classes."
-        )
-    if background >= params.focal_from:
-        loss = LossConfig(kind="focal", gamma=params.focal_gamma, weights=weights)
         reason = (
-            f"A dense detector meets {background:,.0f} negative locations for a positive one, so let the loss turn"
-            " down the many that are easy"
-        )
-    else:
-        loss = LossConfig(weights=weights)
-        reason = (
-            f"Boxes fill the images ({background:.1f} negative locations for a positive one), so there are few"
-            " easy negatives to turn down"
+            f"Boxes are unequal (factor {factor:.1f}, {name}), but in the same images, where drawing some more often"
+            " helps little: draw images as they come."
         )
     return Recommendation(
         factor=factor,
         decided_by=name,
-        loss=loss,
+        loss=LossConfig(),
         sampler=sampler,
-        reason=f"{reason}; {choice}",
+        reason=reason,
         notes=_notes_on_classes(teaching, balanced=sampler == "balanced"),
     )
 
@@ -486,15 +452,17 @@ def _page(folder: DatasetFolder, found: Mapping[str, Any], advice: Recommendatio
     info = folder.info
     noun = NOUNS[info.kind]
     page = Page("Class imbalance", f"{info.name} · {info.modality} · {info.task}")
-    page.facts(
-        [
-            ("classes", len(info.classes)),
-            ("imbalance factor in train", f"{advice.factor:,.1f}"),
-            ("sampler", advice.sampler),
+    facts: list[tuple[str, Any]] = [
+        ("classes", len(info.classes)),
+        ("imbalance factor in train", f"{advice.factor:,.1f}"),
+        ("sampler", advice.sampler),
+    ]
+    if info.task != "detection":  # a detector's losses are its own
+        facts += [
             ("loss", advice.loss.kind.replace("_", " ")),
             ("class weights", advice.loss.weights.replace("_", " ")),
         ]
-    )
+    page.facts(facts)
     page.text(f"For training: {advice.reason[:1].lower()}{advice.reason[1:]}")
     for note in advice.notes:
         page.callout("warn", note)

@@ -411,37 +411,38 @@ def test_boxes_by_class_size_site_split_and_image(tmp_path: Path):
     assert [height / heights[1] for height in heights] == pytest.approx([2, 1, 0, 1], abs=0.01)
 
 
-def detection(rows: list[tuple[int, int]], side_px: int = 640) -> Recommendation:
+def detection(rows: list[tuple[int, int]]) -> Recommendation:
     """The advice for images with these numbers of boxes of the classes a and b."""
     num_boxes = pd.DataFrame(rows, columns=["a", "b"])
-    sizes_px = np.full((len(rows), 2), side_px)
     images = teaching((num_boxes > 0).astype(float))
-    return recommend_detection(images, num_boxes=num_boxes, sizes_px=sizes_px, params=ImbalanceParams())
+    return recommend_detection(images, num_boxes=num_boxes, params=ImbalanceParams())
 
 
 @pytest.mark.parametrize(
-    ("rows", "sampler", "weights", "why"),
+    ("rows", "sampler", "why"),
     [
-        ([(2, 2)] * 30, "natural", "none", "nearly equal"),
-        ([(12, 1)] * 30, "natural", "effective_number", "in the same images"),  # as in blood smears
-        ([(4, 0)] * 90 + [(0, 4)] * 10, "balanced", "none", "draw images of each class equally often"),
-        ([(1, 1)] * 10 + [(0, 0)] * 90, "balanced", "none", "without boxes are 9.0 times as many"),
+        ([(2, 2)] * 30, "natural", "nearly equal"),
+        ([(12, 1)] * 30, "natural", "in the same images"),  # as in blood smears
+        ([(4, 0)] * 90 + [(0, 4)] * 10, "balanced", "draw images of each class equally often"),
+        ([(1, 1)] * 10 + [(0, 0)] * 90, "balanced", "without boxes are 9.0 times as many"),
     ],
 )
-def test_boxes_are_balanced_by_drawing_where_that_helps_and_by_weights_elsewhere(
-    rows: list[tuple[int, int]], sampler: str, weights: str, why: str
-):
+def test_boxes_are_balanced_by_drawing_where_that_helps(rows: list[tuple[int, int]], sampler: str, why: str):
     advice = detection(rows)
-    assert (advice.sampler, advice.loss.weights) == (sampler, weights)
+    assert advice.sampler == sampler
     assert why in advice.reason
 
 
-def test_the_loss_of_a_detector_follows_its_background():
-    # 640 px: 80^2 + 40^2 + 20^2 + 10^2 + 5^2 = 8525 locations, 27 of them positive.
-    few, many = detection([(2, 1)] * 4), detection([(40, 40)] * 4)
-    assert (few.loss.kind, many.loss.kind) == ("focal", "cross_entropy")
-    assert "meets 315 negative locations" in few.reason
-    assert "(10.8 negative locations" in many.reason
+def test_no_loss_is_recommended_to_detectors_which_bring_their_own(tmp_path: Path):
+    dataset = cohort(tmp_path / "d", [boxed({"a": [2] * 12, "b": [3]})] * 30, ("a", "b"), "detection")
+    advice = count(tmp_path, dataset)["recommendation"]
+    assert advice["factor"] == 12
+    assert advice["loss"] == LossConfig().model_dump()
+    head = (tmp_path / "imbalance.html").read_text().split("<main>")[1].split("Overall")[0]
+    assert "sampler" in head
+    assert "boxes are unequal (factor 12.0, b)" in head
+    for word in ("loss", "focal", "weigh"):
+        assert word not in head
 
 
 def test_a_detection_set_without_boxes_in_train_is_refused(tmp_path: Path):
