@@ -63,7 +63,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
@@ -188,33 +188,8 @@ def monitor(
             f"{compacted.torn} cut short); give the folder that CADX_REQUEST_LOG names, and the bundle that is served"
         )
     current = _rounded(read_requests(requests, opened.digest, last=params.window))
-    watched = [manifest.positive] if manifest.positive else list(manifest.classes)
-    findings: list[Finding] = []
-    prevalence: list[Prevalence] = []
-    if enough := len(current) >= params.minimum_n:
-        findings = compare_requests(
-            reference,
-            heldout,
-            current,
-            watched,
-            alpha=params.alpha * FOR_DRIFT,
-            minimum_effect=params.minimum_effect,
-            minimum_n=params.minimum_n,
-        )
-        if manifest.task != "detection":  # a box's score is no probability
-            prevalence = compare_prevalence(
-                heldout,
-                current,
-                watched,
-                alpha=params.alpha * FOR_PREVALENCE,
-                minimum_effect=params.minimum_effect,
-            )
     labelled, num_labels, num_unmatched = _labelled(requests, labels, opened, params.labelled_window)
-    outcomes = [] if labelled.empty else _outcomes(labelled, manifest, params)
-
-    moved = sorted((finding for finding in findings if finding.drifted), key=lambda finding: -finding.effect)
-    shifted = [one for one in prevalence if one.moved]
-    broken = [outcome for outcome in outcomes if outcome.broken]
+    seen = _watch(reference, heldout, current, labelled, manifest, params)
     skipped = {
         "torn": compacted.torn,
         "other_bundles": others,
@@ -236,37 +211,37 @@ def monitor(
         "alpha": params.alpha,
         "minimum_effect": params.minimum_effect,
         "minimum_n": params.minimum_n,
-        "columns": [finding._asdict() for finding in findings],
-        "prevalence": [_flat(one) for one in prevalence],
+        "columns": [finding._asdict() for finding in seen.findings],
+        "prevalence": [_flat(one) for one in seen.prevalence],
         "unknown": unknown_places(heldout, current),
         "n_labels": num_labels,
         "n_unmatched": num_unmatched,
         "n_labelled": len(labelled),
-        "outcomes": [_flat(outcome) for outcome in outcomes],
-        "drifted": bool(moved or shifted) if enough else None,
-        "retrain": bool(moved or shifted or broken),
+        "outcomes": [_flat(outcome) for outcome in seen.outcomes],
+        "drifted": bool(seen.moved or seen.shifted) if seen.findings else None,
+        "retrain": bool(seen.moved or seen.shifted or seen.broken),
         "trigger": {
-            "moved": [f"{finding.slice}: {finding.name}" for finding in moved],
-            "prevalence": [one.of for one in shifted],
-            "broken": [_named(outcome) for outcome in broken],
+            "moved": [f"{finding.slice}: {finding.name}" for finding in seen.moved],
+            "prevalence": [one.of for one in seen.shifted],
+            "broken": [_named(outcome) for outcome in seen.broken],
         },
-        "message": _message(moved, shifted, broken, findings, len(current), params.minimum_n),
+        "message": _message(seen, len(current), params.minimum_n),
         "share_with_warnings": float((current["num_warnings"] > 0).mean()),
         "share_referred": float(current["refer"].mean()),
         "assumptions": _assumptions(manifest),
         "evidently": None,
     }
-    _page(record, moved, findings, prevalence, outcomes, reference, heldout, current).write(report)
-    if enough:
-        title = f"{manifest.experiment}, seed {manifest.seed}: drift, quantity by quantity"
-        page, record["evidently"] = _evidently(findings, reference, heldout, current, params)
-        evidently.write_text(_headed(page, title, record), encoding="utf-8")
+    _page(record, seen, reference, heldout, current).write(report)
+    title = f"{manifest.experiment}, seed {manifest.seed}: drift"
+    if seen.findings:
+        page, record["evidently"] = _evidently(seen.findings, reference, heldout, current, params)
+        evidently.write_text(_headed(page, f"{title}, quantity by quantity", record), encoding="utf-8")
     else:
-        empty = Page(f"{manifest.experiment}, seed {manifest.seed}: drift", f"Bundle {opened.digest}")
+        empty = Page(title, f"Bundle {opened.digest}")
         empty.callout("warn", record["message"])
         empty.write(evidently)
     write_json(drift, record)
-    _write_prometheus(prometheus, record, findings, prevalence, outcomes)
+    _write_prometheus(prometheus, record, seen)
     if num_unmatched:
         print(f"{labels}: {_unmatched(record)}; take them from the answers", file=sys.stderr)
     if record["retrain"]:
@@ -277,6 +252,63 @@ def monitor(
                 print(f"{refusal}; the alarm stands in the report", file=sys.stderr)
         raise Alarm(f"{record['message']}; look at the report")
     print(record["message"])
+
+
+class _Seen(NamedTuple):
+    """What the watch has found: comparisons (none: too few requests), prevalences, and what labels say."""
+
+    findings: list[Finding]
+    prevalence: list[Prevalence]
+    outcomes: list[Outcome]
+
+    @property
+    def moved(self) -> list[Finding]:
+        """What has drifted, the furthest first."""
+        drifted = (finding for finding in self.findings if finding.drifted)
+        return sorted(drifted, key=lambda finding: -finding.effect)
+
+    @property
+    def shifted(self) -> list[Prevalence]:
+        """Classes of which another share comes."""
+        return [one for one in self.prevalence if one.moved]
+
+    @property
+    def broken(self) -> list[Outcome]:
+        """What is no longer as declared."""
+        return [outcome for outcome in self.outcomes if outcome.broken]
+
+
+def _watch(
+    reference: pd.DataFrame,
+    heldout: pd.DataFrame,
+    current: pd.DataFrame,
+    labelled: pd.DataFrame,
+    manifest: Manifest,
+    params: MonitorParams,
+) -> _Seen:
+    """Each question of the watch with its share of alpha, as far as requests and labels suffice for it."""
+    watched = [manifest.positive] if manifest.positive else list(manifest.classes)
+    findings: list[Finding] = []
+    prevalence: list[Prevalence] = []
+    if len(current) >= params.minimum_n:
+        findings = compare_requests(
+            reference,
+            heldout,
+            current,
+            watched,
+            alpha=params.alpha * FOR_DRIFT,
+            minimum_effect=params.minimum_effect,
+            minimum_n=params.minimum_n,
+        )
+        if manifest.task != "detection":  # a box's score is no probability
+            prevalence = compare_prevalence(
+                heldout,
+                current,
+                watched,
+                alpha=params.alpha * FOR_PREVALENCE,
+                minimum_effect=params.minimum_effect,
+            )
+    return _Seen(findings, prevalence, [] if labelled.empty else _outcomes(labelled, manifest, params))
 
 
 def _rounded(requests: pd.DataFrame) -> pd.DataFrame:
@@ -369,14 +401,8 @@ def _named(outcome: Outcome) -> str:
     return f"{outcome.name} of {outcome.of}"
 
 
-def _message(
-    moved: Sequence[Finding],
-    shifted: Sequence[Prevalence],
-    broken: Sequence[Outcome],
-    findings: Sequence[Finding],
-    n: int,
-    minimum_n: int,
-) -> str:
+def _message(seen: _Seen, n: int, minimum_n: int) -> str:
+    findings, moved = seen.findings, seen.moved
     if not findings:
         said = f"too few requests for a verdict, {n} of {minimum_n}: neither alarm nor all-clear"
     elif not moved:
@@ -391,14 +417,14 @@ def _message(
         more = f" and {len(moved) - NUM_NAMED} more" if len(moved) > NUM_NAMED else ""
         said = f"{len(moved)} of {len(findings)} comparisons drifted: {', '.join(named)}{more}"
     altered = any(finding.group == "statistics" for finding in moved)
-    for one in shifted:
+    for one in seen.shifted:
         share, low, high = (
             100 * (number or 0) for number in (one.estimate.value, one.estimate.low, one.estimate.high)
         )
         said += f"; prevalence of {one.of} is about {share:.3g} % (95 % interval {low:.3g} to {high:.3g} %)"
         said += f", reference {100 * one.reference:.3g} %"
         said += ", if that is not for the images, which have changed too" if altered else ""
-    for outcome in broken:
+    for outcome in seen.broken:
         said += f"; {_named(outcome)} is {outcome.estimate.value:.3f}, declared {_declared(outcome)}"
     return said
 
@@ -408,15 +434,13 @@ def _message(
 
 def _page(
     record: Mapping[str, Any],
-    moved: Sequence[Finding],
-    findings: Sequence[Finding],
-    prevalence: Sequence[Prevalence],
-    outcomes: Sequence[Outcome],
+    seen: _Seen,
     reference: pd.DataFrame,
     heldout: pd.DataFrame,
     current: pd.DataFrame,
 ) -> Page:
     """The summary, for somebody who has to decide what to do next."""
+    findings, moved, outcomes = seen.findings, seen.moved, seen.outcomes
     window = record["window"]
     page = Page(f"{record['experiment']}, seed {record['seed']}: watch", f"Bundle {record['bundle']}")
     calm = not record["retrain"] and record["drifted"] is not None
@@ -462,7 +486,7 @@ def _page(
                 "chance": one.p_value,
                 "moved": "YES" if one.moved else "no",
             }
-            for one in prevalence
+            for one in seen.prevalence
         ],
         "The share of each class among these requests, told from calibrated probabilities without labels. It holds "
         "where the ill and the well look as they did and only their share has changed; where images have changed, it "
@@ -675,13 +699,7 @@ def _headed(page: str, title: str, record: Mapping[str, Any]) -> str:
 # --- For machines ---------------------------------------------------------------------------------------
 
 
-def _write_prometheus(
-    path: Path,
-    record: Mapping[str, Any],
-    findings: Sequence[Finding],
-    prevalence: Sequence[Prevalence],
-    outcomes: Sequence[Outcome],
-) -> None:
+def _write_prometheus(path: Path, record: Mapping[str, Any], seen: _Seen) -> None:
     """The watch's figures in Prometheus' text form, as its node exporter reads them from a folder."""
     from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
 
@@ -711,7 +729,7 @@ def _write_prometheus(
         "Lines of the request log that were not compared",
         [({"reason": reason}, number) for reason, number in record["skipped"].items()],
     )
-    places = [({"slice": finding.slice, "quantity": finding.name}, finding) for finding in findings]
+    places = [({"slice": finding.slice, "quantity": finding.name}, finding) for finding in seen.findings]
     gauge("drift_distance", "Distance from the reference, 0 to 1", [(of, f.effect) for of, f in places])
     gauge("drift_p", "P-value after Holm's correction", [(of, f.adjusted_p) for of, f in places])
     gauge("drift_found", "1 where the quantity has drifted", [(of, float(f.drifted)) for of, f in places])
@@ -720,7 +738,7 @@ def _write_prometheus(
         "Share of the class among the requests, without labels, with the ends of its 95 % interval",
         [
             ({"class": one.of, "bound": bound}, number)
-            for one in prevalence
+            for one in seen.prevalence
             for bound in ("value", "low", "high")
             if (number := getattr(one.estimate, bound)) is not None
         ],
@@ -728,7 +746,7 @@ def _write_prometheus(
     gauge(
         "prevalence_moved",
         "1 where it is another than among the reference",
-        [({"class": one.of}, float(one.moved)) for one in prevalence],
+        [({"class": one.of}, float(one.moved)) for one in seen.prevalence],
     )
     gauge("labelled_requests", "Requests with labels", [({}, record["n_labelled"])])
     gauge("labels_unmatched", "Labels of no request in the log", [({}, record["n_unmatched"])])
@@ -737,7 +755,7 @@ def _write_prometheus(
         "Live metric with the ends of its 95 % interval",
         [
             ({"metric": outcome.name, "class": outcome.of, "bound": bound}, number)
-            for outcome in outcomes
+            for outcome in seen.outcomes
             for bound in ("value", "low", "high")
             if (number := getattr(outcome.estimate, bound)) is not None
         ],
@@ -745,6 +763,6 @@ def _write_prometheus(
     gauge(
         "outcome_broken",
         "1 where the live interval excludes the declared value",
-        [({"metric": outcome.name, "class": outcome.of}, float(outcome.broken)) for outcome in outcomes],
+        [({"metric": outcome.name, "class": outcome.of}, float(outcome.broken)) for outcome in seen.outcomes],
     )
     write_to_textfile(str(path), registry)
