@@ -39,7 +39,7 @@ MAX_CONNECTIONS = 32
 
 
 class _Retry(urllib3.Retry):
-    """Tries again, but not what no answer came to in time: it would take as long again."""
+    """Tries again, but not what no answer came to in time: whether that helps is for `Client` to say."""
 
     def increment(self, *args: Any, **kwargs: Any) -> "_Retry":
         if isinstance(error := kwargs.get("error"), urllib3.exceptions.ReadTimeoutError):
@@ -93,6 +93,10 @@ class Refused(ValueError):
         super().__init__(f"{address}: refused ({status}): {reason}")
         self.status = status
         self.reason = reason
+
+
+class Unanswered(ConnectionError):
+    """The server took the request and gave no answer in time."""
 
 
 class _Record(BaseModel):
@@ -291,7 +295,7 @@ class Client:
 
         Raises:
             Refused: with the server's reason; status 400 is for what was sent.
-            ConnectionError: if the server cannot be reached.
+            ConnectionError: if the server cannot be reached, or has not answered in time twice.
             OSError: if the file cannot be read.
         """
         return self._ask(Answer, _content(image), attention, version, golden, "image")
@@ -375,9 +379,21 @@ class Client:
         if golden:
             headers["Golden"] = "true"
         patience_s = self._response_timeout_s or RESPONSE_TIMEOUTS_S[kind]
-        content = self._endpoint.request(
-            "POST", path, body=body, headers=headers, read_timeout_s=patience_s + _LONGER_S
+        ask = partial(
+            self._endpoint.request,
+            *("POST", path),
+            body=body,
+            headers=headers,
+            read_timeout_s=patience_s + _LONGER_S,
         )
+        try:
+            content = ask()
+        except Unanswered:
+            # TorchServe forgets those that it is collecting into a batch in the moment when their worker dies, and
+            # tells them nothing. Volumes and slides are no batches: what takes them too long would do so again.
+            if kind != "image":
+                raise
+            content = ask()
         try:
             return form.model_validate_json(content)
         except ValidationError:
@@ -437,7 +453,7 @@ class Endpoint:
 
         Raises:
             Refused: if its status is no success.
-            ConnectionError: one line, if there is no answer.
+            ConnectionError: one line, if there is no answer; Unanswered, if it did not come in time.
             ValueError: if the key file holds no token, or what was fetched is none; without that text.
         """
         # The server hangs up on more than it takes, and its answer may be lost on the way.
@@ -481,6 +497,10 @@ class Endpoint:
             )
         except urllib3.exceptions.HTTPError as error:
             cause = error.reason if isinstance(error, urllib3.exceptions.MaxRetryError) else error
+            if isinstance(cause, urllib3.exceptions.ReadTimeoutError):
+                raise Unanswered(
+                    f"{self.address}: no answer within {read_timeout_s:g} s; see the server's logs"
+                ) from None
             if isinstance(cause, urllib3.exceptions.SSLError):
                 raise ConnectionError(f"{self.address}: {_tls_fault(cause)}") from None
             what = type(cause or error).__name__

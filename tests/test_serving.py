@@ -714,6 +714,31 @@ def test_the_client_waits_for_a_worker_that_died(server: TorchServe, client: Cli
     assert workers(server) != [before]
 
 
+@pytest.mark.slow
+def test_an_image_that_torchserve_forgot_with_its_worker_is_asked_about_again(
+    server: TorchServe, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker died while the server was collecting a batch: to what it has collected, it never says a word."""
+    reply = client.predict(SENT["PNG"]).model_dump_json()
+    write_handler(server.model_store / "collects.mar", "collects", f"return [{reply!r}] * len(data)")
+    management = Management(server.management, key_file=server.key_file)
+    management.register("collects.mar", batch_size=4, max_batch_delay_ms=3000)
+    monkeypatch.setattr("serving.client._LONGER_S", 0.0)
+    patience_s = 10
+    waiting = Client(server.inference, "collects", key_file=server.key_file, response_timeout_s=patience_s)
+    started = time.monotonic()
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(waiting.predict, SENT["PNG"])
+        time.sleep(1)  # it is alone, and the server waits for three more
+        (worker,) = workers(server, "collects")
+        os.kill(worker, signal.SIGKILL)
+        assert answer.result().decision in ("normal", "opacity")
+    assert time.monotonic() - started > patience_s, (
+        "TorchServe forgets nothing any more: say so in docs/endpoints.md"
+    )
+    management.unregister("collects", "1.0")
+
+
 @pytest.fixture
 def proxy() -> Iterator[tuple[str, list[int], list[str]]]:
     """Its address; the statuses it answers with, in turn, 0 being to hang up, then 200; what it was asked.
@@ -1303,11 +1328,11 @@ def test_stopping_leaves_no_process_and_no_secret(server: TorchServe, client: Cl
     server.stop()
 
 
-def workers(server: TorchServe) -> list[int]:
-    """The process numbers of the model's workers."""
+def workers(server: TorchServe, model: str = MODEL) -> list[int]:
+    """The process numbers of a model's workers."""
     key = json.loads(server.key_file.read_text())["management"]["key"]
     described = urllib3.request(
-        "GET", f"{server.management}/models/{MODEL}", headers={"Authorization": f"Bearer {key}"}
+        "GET", f"{server.management}/models/{model}", headers={"Authorization": f"Bearer {key}"}
     ).json()
     return [worker["pid"] for worker in described[0]["workers"]]
 
