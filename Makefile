@@ -24,7 +24,7 @@ export GX_ANALYTICS_ENABLED := false
 repro = dvc repro $(if $(word 2,$(2)),summarise@$(1)) $(foreach seed,$(2),package@$(1)-$(seed))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-all test-gpu reproduce check bench evidence lock clean images base-image kubeflow-local
+.PHONY: help setup run test test-all test-gpu reproduce check check-rest check-types bench evidence lock clean images base-image kubeflow-local
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -60,13 +60,17 @@ test-all: setup  ## the slow, container and browser tests
 test-gpu: setup  ## the tests that need an accelerator
 	python -m pytest -rs -m gpu
 
-check: setup  ## style, types, layers, contract, manifests, dependency audit
+check: check-rest check-types  ## style, types, layers, contract, manifests, dependency audit
+
+check-rest: setup
 	ruff check .
 	ruff format --check .
-	mypy
 	lint-imports
 	python -m pytest tests/test_contract.py tests/test_manifests.py
 	python .ci/audit.py
+
+check-types: setup
+	mypy
 
 images:  ## container images and their sizes: make images BASE_IMAGE=python:3.11-slim@sha256:... IMAGES="steps serving"
 	@for image in $(IMAGES); do \
