@@ -23,7 +23,7 @@ import pytest
 import yaml
 from test_deliver import bring, serving_script
 from test_deploy import make as make_packaged
-from test_dvc import Checkout, pushed, server  # noqa: F401 - fixtures
+from test_dvc import Checkout, added, pushed, server  # noqa: F401 - fixtures
 from test_fetch import asked, remote  # noqa: F401 - fixtures
 from test_nodes import assert_same_weights, node_variables, train_here
 from test_train import PARAMS, inputs  # noqa: F401

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_dvc import KEYS, SHARD, Checkout, S3Remote, Server, damaged, pushed, server  # noqa: F401
+from test_dvc import KEYS, SHARD, Checkout, S3Remote, Server, added, damaged, pushed, server  # noqa: F401
 
 from cadx.files import digest_path
 from components.fetch import fetch
