@@ -597,23 +597,34 @@ def _looked_into(files: Sequence[Path]) -> _Seen:
     identifiers: set[str] = set()
     others: list[tuple[str, str]] = []
     num_seen = unreadable = slices = coloured = 0
-    for path, beside in [*zip(files, (*files[1:], *files[:1]), strict=True)][::step]:
+    ordered = sorted(set(files))  # a table may name the slices of a series far from each other
+    following = dict(zip(ordered, (*ordered[1:], *ordered[:1]), strict=True))
+    for path in files[::step]:
+        beside = following[path]
         num_seen += 1
         try:
             identifiers.update(dicom_identifiers(path))
             names += _names_in(path)
-            with path.open("rb") as stream:
-                if other := _NO_IMAGES.get(stream.read(4)):
-                    others.append(other)
             image = read_image(path)
             slices += path != beside and _are_slices(path, beside)
         except (ValueError, OSError):
             unreadable += 1
+            others += _other_kind(path)
             continue
         coloured += image.pixels.ndim == 3
         if image.patient is not None:
             patients.append(image.patient)
     return _Seen(num_seen, unreadable, others, slices, coloured, patients, names, identifiers)
+
+
+def _other_kind(path: Path) -> list[tuple[str, str]]:
+    """What in `_NO_IMAGES` a file is that is no image, if it is any."""
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(4)
+    except OSError:
+        return []
+    return [_NO_IMAGES[start]] if start in _NO_IMAGES else []
 
 
 def _are_slices(*paths: Path) -> bool:
@@ -624,7 +635,8 @@ def _are_slices(*paths: Path) -> bool:
     except Exception:  # no DICOM, or damaged: pydicom raises every type there is
         return False
     placed = all("ImagePositionPatient" in header for header in headers)
-    return placed and len({header_text(header, "SeriesInstanceUID") for header in headers}) == 1
+    series = {header_text(header, "SeriesInstanceUID") for header in headers}
+    return placed and len(series) == 1 and "" not in series
 
 
 def _names_in(path: Path) -> list[set[str]]:

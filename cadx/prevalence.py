@@ -143,7 +143,10 @@ def _variance_of_fit(reference: FloatArray, current: FloatArray, shares: FloatAr
     of_well = (steepness * (1 + well - 2 * reference)).mean(axis=1) / (1 - mean)
     of_current = _by_intercept_and_slope(current)[1].mean(axis=1)
     gradient = of_current[:, None] - np.outer(of_ill, shares) - np.outer(of_well, 1 - shares)
-    variance: FloatArray = (gradient * np.linalg.solve(steepness @ logit_terms.T, gradient)).sum(axis=0)
+    # A normal prior of standard deviation 1: where the reference's probabilities are all but 0 and 1, they say nothing
+    # of intercept and slope, and a few requests in between would make the interval as wide as one likes.
+    information = steepness @ logit_terms.T + np.eye(2)
+    variance: FloatArray = (gradient * np.linalg.solve(information, gradient)).sum(axis=0)
     return variance
 
 

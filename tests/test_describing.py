@@ -441,3 +441,14 @@ def test_volumes_in_zips_and_whole_slides_are_no_images(tmp_path, suffix, kind):
     write_png(own / "ill/one.png")
     notes = describe_folder(own).notes
     assert any("4 of 5 sampled files cannot be read" in note for note in notes), "one of them is an image"
+
+
+def test_neither_a_missing_series_nor_another_kinds_first_bytes_decide(tmp_path):
+    own = series(tmp_path / "own")
+    for number, file in enumerate(sorted(own.glob("*/*/*"))):
+        header = dcmread(file)
+        header.preamble = b"II*\0" + bytes(124)  # DICOM allows it: viewers of TIFF can open such a file too
+        header.PatientID = str(number)
+        del header.SeriesInstanceUID
+        header.save_as(file)
+    assert not any("series" in note for note in describe_folder(own).notes)

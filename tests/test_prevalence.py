@@ -130,3 +130,11 @@ def test_where_nothing_has_changed_it_alarms_as_rarely_as_declared() -> None:
         for run in range(runs)
     )
     assert 0 < alarms <= stats.binom.ppf(0.999, runs, alpha)
+
+
+def test_a_few_uncertain_requests_do_not_widen_the_interval_of_a_model_that_separates():
+    """Images of calibration that are all but 0 and 1 say nothing of a fit's noise, which then is not without bounds."""
+    reference = np.repeat([0.0, 1.0], [140, 60])
+    current = np.repeat([0.0, 1.0, 0.5], [1400, 595, 5])
+    told = estimate_prevalence(reference, current)
+    assert told.high - told.low < 0.05
