@@ -121,7 +121,7 @@ def estimate_prevalence(reference: np.ndarray, current: np.ndarray) -> Estimate:
     variance = (squares - expected**2) / len(current) + (
         shares**2 * known[0, 0] + 2 * shares * (1 - shares) * known[0, 1] + (1 - shares) ** 2 * known[1, 1]
     )
-    variance += _variance_of_fit(reference, current, shares)
+    variance += _variance_of_fit(reference, current, shares, ill=ill, well=well)
     possible = shares[(current.mean() - expected) ** 2 <= Z**2 * variance]
     low, high = (possible[0], possible[-1]) if len(possible) else (share, share)
     method = "scaled probability average; score interval, both samples and the calibration"
@@ -130,15 +130,16 @@ def estimate_prevalence(reference: np.ndarray, current: np.ndarray) -> Estimate:
     return estimate_of(share, low, high, len(current), method)
 
 
-def _variance_of_fit(reference: FloatArray, current: FloatArray, shares: FloatArray) -> FloatArray:
+def _variance_of_fit(
+    reference: FloatArray, current: FloatArray, shares: FloatArray, *, ill: float, well: float
+) -> FloatArray:
     """What the calibration's noise adds to the variance of the mean of `current` less what each share lets expect.
 
     By the delta method. It is independent of that of the reference's moments: given the images, labels have no say in
-    these, and the fit's error is one of labels.
+    these, and the fit's error is one of labels. `ill` and `well` are the mean probabilities of both groups.
     """
     logit_terms, steepness = _by_intercept_and_slope(reference)
-    mean, square = float(reference.mean()), float((reference**2).mean())
-    ill, well = square / mean, (mean - square) / (1 - mean)
+    mean = float(reference.mean())
     of_ill = (steepness * (2 * reference - ill)).mean(axis=1) / mean
     of_well = (steepness * (1 + well - 2 * reference)).mean(axis=1) / (1 - mean)
     of_current = _by_intercept_and_slope(current)[1].mean(axis=1)
