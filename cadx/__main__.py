@@ -182,29 +182,30 @@ def results(
 
 
 def new(folder: Path, /, *, name: str = "", positive: str = "") -> None:
-    """Turn a folder of your own images into a catalogue entry and an experiment.
+    """Turn a folder of your own images, volumes or slides into a catalogue entry and an experiment.
 
-    The folder holds one folder per class (also within train, val and test), or a CSV file with a row per image:
-    columns file and label, or label_<class>; also patient, site, scanner, age, sex, view and split. Nothing is copied.
+    Images are DICOM, PNG or JPEG; volumes are NIfTI files, or folders or zips of DICOM slices; slides are TIFF. The
+    folder holds one folder per class (also within train, val and test), or a CSV file with a row per sample: columns
+    file and label, or label_<class>; also mask, patient, site, scanner, age, sex, view and split. Nothing is copied.
 
     Example: `cadx new ~/images/chest --positive pneumonia`, then `make reproduce EXPERIMENT=chest`.
 
     Parameters
     ----------
     folder
-        The images.
+        The images, volumes or slides.
     name
         The experiment's name; the folder's by default, with - for other signs than a-z and 0-9.
     positive
         The class to be found; by default the one that does not say that nothing was found, else the rarest.
     """
-    from cadx.describing import describe_folder, experiment_sections, image_recipe
+    from cadx.describing import describe_folder
+    from cadx.recipes import experiment_sections
 
     name = name or re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-")
     _require_new_name(name)
     described = describe_folder(folder, positive=positive)
-    train = image_recipe(224, described.channels, {"family": "resnet", "depth": 18})
-    sections = experiment_sections(name, train, has_splits=described.has_splits)
+    sections = experiment_sections(name, described.train, has_splits=described.has_splits)
     _register(name, described.entry.model_dump(mode="json", exclude_defaults=True), sections)
     for note in described.notes:
         print(f"note: {note}")

@@ -1,26 +1,34 @@
-"""A hospital's own folder of images -> an entry of the catalogue, what should be looked over in it, and an experiment.
+"""A hospital's own folder of images, volumes or slides -> an entry of the catalogue, and what to look over in it.
 
-Recognised are a table with a row per image, else a folder per class (also within train, val, test). Nothing is
+Recognised are a table with a row per sample, else a folder per class (also within train, val, test). Nothing is
 guessed in silence: what was assumed is a note, and what would be taken amiss later is refused here.
 """
 
 import re
 import unicodedata
+import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from pydantic import ValidationError
 
 from cadx.catalog import SPLIT_WORDS, FolderEntry, Row, TableEntry, candidate_files, digest_source, read_rows
 from cadx.layouts import UNKNOWN, Orphan, as_posix, list_items
 from cadx.reading.dicom import dicom_identifiers, discreet, header_text, parse_header, patient_names
 from cadx.reading.folders import is_hidden
+from cadx.reading.identifiers import file_identifiers
 from cadx.reading.images import read_image
-from cadx.reading.vocabulary import BURNED_IN
+from cadx.reading.slides import open_slide
+from cadx.reading.source import HEAD_BYTES, MAX_FILE_BYTES, read_bytes, sniff
+from cadx.reading.vocabulary import BURNED_IN, LABEL_IMAGES
+from cadx.reading.volumes import read_volume
+from cadx.recipes import image_recipe, slide_recipe, volume_recipe
 from cadx.settings import did_you_mean
-from cadx.types import Task
+from cadx.types import Kind, Task
 
 _USUAL_NAMES = {
     "file": ("file", "filename", "file_name", "path", "image", "image_path", "image_index", "dicom", "datei"),
@@ -31,6 +39,7 @@ _USUAL_NAMES = {
     "age": ("age", "patient_age", "age_years", "alter"),
     "sex": ("sex", "gender", "patient_sex", "patient_gender", "geschlecht"),
     "view": ("view", "view_position", "projection"),
+    "mask": ("mask", "mask_path", "mask_file", "segmentation", "seg", "maske", "segmentierung"),
     "split": ("split", "set", "subset", "partition"),
 }
 """What a column is for -> how people head it, lower case, other characters than letters and digits as one _."""
@@ -42,32 +51,40 @@ _SAYS_NO = re.compile(
 _PERSON_NAME = re.compile(r"\w\^\w")
 _BOX_TABLE = "boxes.csv"
 _BOX_COLUMNS = ("file", "class", "x0", "y0", "x1", "y1")
-_VOLUME_SUFFIXES = (".nii", ".nii.gz")
-_NO_IMAGES = {
-    b"PK\x03\x04": ("zips, as volumes may be", "volume"),
-    **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), ("TIFF, as whole slides are", "slide")),
+_NIFTI_SUFFIXES = (".nii", ".nii.gz")
+_FIRST_BYTES: dict[bytes, Kind] = {
+    b"PK\x03\x04": "volume",
+    **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "slide"),
 }
-"""First bytes of a file that no image has -> what such files are, and of which kind their entry may be."""
-_BY_HAND = "into data/catalog.yaml by hand (docs/data.md, A folder of one's own)"
+"""First bytes of a zip, as of slices, and of TIFF, as whole slides are -> the kind of samples; no image has them."""
+_FORMS = {
+    "image": "DICOM, PNG or JPEG",
+    "volume": "NIfTI files, zips or folders of DICOM slices",
+    "slide": "whole slides (TIFF)",
+}
+_MASK_WORD = re.compile(r"(^|[^a-z])(mask|maske|seg|segmentation|labels?|roi)([^a-z]|$)", re.IGNORECASE)
 _SAMPLED_FILES = 24
+_SAMPLED_VOLUMES = 6  # which are read whole
 _MOST_CLASSES = 50
-_FEW_IMAGES = 50
+_FEW_SAMPLES = 50
 
 
 class _Layout(NamedTuple):
     """What a folder holds.
 
     Attributes:
+        kind: of the samples.
         fields: of the entry.
-        counts: images per class, in the order of the classes.
-        files: the images.
+        counts: samples per class, in the order of the classes.
+        samples: their files, or folders of slices.
         given: the official splits that occur.
         flag: the class of a table's only flag, which is the one that is looked for.
     """
 
+    kind: Kind
     fields: dict[str, Any]
     counts: dict[str, int]
-    files: list[Path]
+    samples: list[Path]
     given: set[str]
     flag: str = ""
 
@@ -97,28 +114,29 @@ class _Labels(NamedTuple):
     flag: str = ""
 
 
-class _Seen(NamedTuple):
-    """What a sample of the files holds.
+@dataclass
+class _Seen:
+    """What some of the samples hold.
 
     Attributes:
-        files: how many were looked into.
-        unreadable: how many of them cannot be read.
-        others: what in `_NO_IMAGES` they are, once for each that is.
-        slices: how many lie beside another slice of their series.
-        coloured: how many of the others are in colour.
-        patients: whom the others name, once for each file that names somebody.
+        number: how many were looked into.
+        reasons: of those that cannot be read, why.
+        patients: whom the others name, once for each that names somebody.
         names: the words of each name in their headers.
-        identifiers: the elements that name a patient.
+        identifiers: what in their files may name a patient.
+        modalities: what their headers say.
+        coloured: how many images are in colour.
+        volumes: of those that were read, voxels and mm along depth, height and width, and whether values are signed.
     """
 
-    files: int
-    unreadable: int
-    others: list[tuple[str, str]]
-    slices: int
-    coloured: int
-    patients: list[str]
-    names: list[set[str]]
-    identifiers: set[str]
+    number: int
+    reasons: list[str] = field(default_factory=list)
+    patients: list[str] = field(default_factory=list)
+    names: list[set[str]] = field(default_factory=list)
+    identifiers: set[str] = field(default_factory=set)
+    modalities: set[str] = field(default_factory=set)
+    coloured: int = 0
+    volumes: list[tuple[tuple[int, ...], tuple[float, ...], bool]] = field(default_factory=list)
 
 
 class Described(NamedTuple):
@@ -128,53 +146,54 @@ class Described(NamedTuple):
         entry: for the catalogue.
         has_splits: whether it brings its own train, val and test.
         notes: what was assumed and should be looked over.
-        channels: 3 if any sampled image is in colour, else 1.
+        train: section of params.yaml that suits such samples.
     """
 
     entry: FolderEntry | TableEntry
     has_splits: bool
     notes: tuple[str, ...]
-    channels: int
+    train: dict[str, Any]
 
 
 def describe_folder(folder: Path, *, positive: str = "") -> Described:
-    """An entry for a folder of one's own images, with what was assumed of it.
+    """An entry for a folder of one's own images, volumes or slides, with what was assumed of it.
 
     The positive class is `positive`, or the one that does not say that nothing was found, or the rarest.
 
     Raises:
-        ValueError: one line, if volumes are there, or neither a table nor a folder per class, `positive` is no class,
-            something would be lost or mistaken, or `ingest` could not list the images. It repeats no file name and no
-            cell but the classes.
+        ValueError: one line, if there is neither a table nor a folder per class, samples are of several kinds,
+            `positive` is no class, something would be lost or mistaken, or `ingest` could not list the samples. It
+            repeats no file name and no cell but the classes.
     """
     folder = folder.resolve()
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    _refuse_volumes(folder)
-    notes = [
-        "modality, licence and title are yours to fill in",
-        "deidentify is on: nothing in the data set repeats a file name or an identifier; "
-        "turn it off if sample ids should be the file names and the files hold no identifiers",
-    ]
-    layout = _describe_tables(folder, notes) or _describe_class_folders(folder)
+    there = candidate_files(folder)  # which itself refuses links, closed folders, and names that are no text
+    notes = ["modality, licence and title are yours to fill in"]
+    layout = _describe_tables(folder, notes) or _describe_class_folders(folder, notes)
+    if layout.kind != "volume" and (nifti := sum(map(_is_nifti, there))):
+        raise ValueError(
+            f"{folder.name}: {nifti} of {len(there)} files are volumes (NIfTI), the samples are {layout.kind}s; move"
+            " the volumes away, into a folder of their own for an entry of their own"
+        )
     if (folder / _BOX_TABLE).is_file() and "boxes" not in layout.fields:
         notes.append(
-            f"{_BOX_TABLE} is passed over: beside a table with a row per image it is read by its columns"
+            f"{_BOX_TABLE} is passed over: beside a table with a row per sample it is read by its columns"
             f" {', '.join(_BOX_COLUMNS)} (pixels from 0, x1 and y1 one beyond)"
         )
-    seen = _looked_into(layout.files)
-    _refuse_other_kinds(folder.name, seen)
+    seen = _look_at(layout)
     _check_classes(folder.name, layout, seen)
     found = _positive(folder.name, layout, positive, notes)
     policy = _patient_policy(layout, seen, notes)
-    notes += _about_slices(seen)
-    notes += [*_about_sizes(layout.counts), *_about_colour(seen), *_about_splits(layout)]
+    notes += [*_about_sizes(layout), *_about_kind(layout, seen), *_about_splits(layout)]
+    modality = next(iter(seen.modalities)) if len(seen.modalities) == 1 else f"medical {layout.kind}"
     content = {
         "title": folder.name,
+        "kind": layout.kind,
         "task": layout.task,
         "classes": tuple(layout.counts),
         "positive": found,
-        "modality": "medical image",
+        "modality": modality,
         "licence": "private: not for distribution",
         "citation": "none",
         "file": str(folder),
@@ -194,58 +213,37 @@ def describe_folder(folder: Path, *, positive: str = "") -> Described:
     except OSError as error:  # its text repeats a file's name
         what = type(error).__name__
         raise ValueError(f"{folder.name}: a file in it cannot be read ({what}); check its rights") from None
-    channels = 3 if seen.coloured else 1
-    return Described(entry.model_copy(update={"digest": digest}), layout.has_splits, tuple(notes), channels)
+    train = _recipe(layout, seen)
+    return Described(entry.model_copy(update={"digest": digest}), layout.has_splits, tuple(notes), train)
 
 
-def image_recipe(side_px: int, channels: int, model: dict[str, Any]) -> dict[str, Any]:
-    """The `train` section for classes of whole images: careful augmentation, each image's own brightness undone."""
-    return {
-        "model": model,
-        "preprocessing": {
-            "channels": channels,
-            "height_px": side_px,
-            "width_px": side_px,
-            "intensity": "image",
-        },
-        "augmentation": {
-            "rotation_degrees": 10,
-            "translation_fraction": 0.05,
-            "scale_fraction": 0.1,
-            "brightness": 0.3,
-            "contrast": 0.2,
-        },
-        "ema_decay": 0.99,
-    }
+def _is_nifti(path: Path) -> bool:
+    return path.name.lower().endswith(_NIFTI_SUFFIXES)
 
 
-def experiment_sections(source: str, train: dict[str, Any], *, has_splits: bool) -> dict[str, Any]:
-    """What a new experiment on a data set says beside the defaults: sections of params.yaml, by step."""
-    return {
-        "ingest": {"source": source},
-        "split": {"strategy": "given" if has_splits else "patient"},
-        "train": train,
-        # Score the test split only once the recipe is frozen.
-        "evaluate": {"split": "val"},
-    }
-
-
-def _refuse_volumes(folder: Path) -> None:
-    there = candidate_files(folder)  # which itself refuses links, closed folders, and names that are no text
-    if volumes := sum(path.name.lower().endswith(_VOLUME_SUFFIXES) for path in there):
+def _kind_of(name: str, samples: Sequence[Path]) -> Kind:
+    """The kind of which all samples are; image where a few others are among images."""
+    kinds = Counter(map(_kind_of_one, samples))
+    if len(kinds) == 1:
+        return next(iter(kinds))
+    if any(_is_nifti(path) or path.is_dir() for path in samples):
+        counted = ", ".join(f"{count} {_FORMS[kind]}" for kind, count in kinds.most_common())
         raise ValueError(
-            f"{folder.name}: {volumes} of {len(there)} files are volumes (NIfTI), and only images are described here;"
-            f" write an entry of kind volume {_BY_HAND}, or move them away"
+            f"{name}: samples of several kinds ({counted}); make an entry for each, or move away what is none"
         )
+    return "image"  # ingest lists the others, one by one
 
 
-def _refuse_other_kinds(name: str, seen: _Seen) -> None:
-    if len(seen.others) == seen.files and len(set(seen.others)) == 1:
-        what, kind = seen.others[0]
-        raise ValueError(
-            f"{name}: all of {seen.files} sampled files are {what}, and only images are described here; write an entry"
-            f" of kind {kind} {_BY_HAND}, or export images as DICOM, PNG or JPEG"
-        )
+def _kind_of_one(path: Path) -> Kind:
+    if path.is_dir() or _is_nifti(path):
+        return "volume"
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(HEAD_BYTES)
+    except OSError:
+        return "image"
+    # DICOM may begin like a TIFF, so that viewers of TIFF can open it too.
+    return "image" if sniff(head) else _FIRST_BYTES.get(head[:4], "image")
 
 
 def _check_listing(folder: Path, entry: FolderEntry | TableEntry) -> str:
@@ -256,8 +254,8 @@ def _check_listing(folder: Path, entry: FolderEntry | TableEntry) -> str:
     for split in entry.split_folders if isinstance(entry, FolderEntry) else ():
         if lacking := [name for name in entry.classes if not candidate_files(folder / split / name)]:
             raise ValueError(
-                f"{folder.name}: {split} holds no image of class {', '.join(lacking)}; put some there, or all images"
-                " into one folder per class, without splits"
+                f"{folder.name}: {split} holds no {entry.kind} of class {', '.join(lacking)}; put some there, or all"
+                f" {entry.kind}s into one folder per class, without splits"
             )
     alone: list[Orphan] = []
     try:
@@ -299,7 +297,7 @@ def _check_classes(name: str, layout: _Layout, seen: _Seen) -> None:
         raise ValueError(f"{name}: the folder of class {empty[0]!r} is empty; remove it")
     if unknown := [one for one in classes if one.lower() in UNKNOWN]:
         raise ValueError(
-            f"{name}: {sum(layout.counts[one] for one in unknown)} images are labelled {', '.join(unknown)};"
+            f"{name}: {sum(layout.counts[one] for one in unknown)} {layout.kind}s are labelled {', '.join(unknown)};"
             " give them a class, or take them out"
         )
     alike = Counter(one.casefold() for one in classes)
@@ -358,27 +356,67 @@ def _likely_positive(layout: _Layout) -> tuple[str, str]:
     return min(layout.counts, key=lambda name: layout.counts[name]), "the rarest class"
 
 
-def _about_sizes(counts: Mapping[str, int]) -> Iterator[str]:
-    rarest = min(counts, key=lambda name: counts[name])
-    if counts[rarest] < _FEW_IMAGES:
-        number = "1 image" if counts[rarest] == 1 else f"{counts[rarest]} images"
+def _about_sizes(layout: _Layout) -> Iterator[str]:
+    rarest = min(layout.counts, key=lambda name: layout.counts[name])
+    if layout.counts[rarest] < _FEW_SAMPLES:
+        number = f"{layout.counts[rarest]} {layout.kind}" + ("" if layout.counts[rarest] == 1 else "s")
         yield f"class {rarest!r} has {number}: intervals will be wide, and a split needs one in each part"
 
 
-def _about_slices(seen: _Seen) -> Iterator[str]:
-    if seen.slices:
+def _about_kind(layout: _Layout, seen: _Seen) -> Iterator[str]:
+    if layout.kind == "slide":
+        yield "kind is slide: files stay as they are, with every tag; a file whose tags name somebody is refused"
+    else:
         yield (
-            f"{seen.slices} of {seen.files} sampled files lie beside other slices of their series, and every slice"
-            f" counts as an image: where a label is of the whole series, write an entry of kind volume {_BY_HAND}"
+            "deidentify is on: nothing in the data set repeats a file name or an identifier; "
+            "turn it off if sample ids should be the file names and the files hold no identifiers"
         )
-
-
-def _about_colour(seen: _Seen) -> Iterator[str]:
+    if layout.kind == "volume":
+        yield (
+            "a patch shows what masks mark"
+            if "mask_column" in layout.fields
+            else "no masks are named, so a patch holds a whole volume: small lesions need a CSV with the columns file,"
+            " label and mask"
+        )
+        if not _in_hu(seen):
+            yield (
+                "values are not known to be in HU: of CT, write so under modality and give preprocessing.window_hu,"
+                " such as [-1000, 1000]"
+            )
     if seen.coloured:
         yield (
-            f"{seen.coloured} of {seen.files} sampled files are in colour, so preprocessing.channels is 3: set it to 1"
-            " if their colour means nothing"
+            f"{seen.coloured} of {seen.number} sampled files are in colour, so preprocessing.channels is 3: set it to"
+            " 1 if their colour means nothing"
         )
+
+
+def _in_hu(seen: _Seen) -> bool:
+    return seen.modalities == {"CT"} and all(is_signed for _, _, is_signed in seen.volumes)
+
+
+def _recipe(layout: _Layout, seen: _Seen) -> dict[str, Any]:
+    """The `train` section that suits what was seen; the largest of it, so that few are larger."""
+    if layout.kind == "slide":
+        return slide_recipe()
+    if layout.kind == "image":
+        return image_recipe(224, 3 if seen.coloured else 1, {"family": "resnet", "depth": 18})
+    has_masks = "mask_column" in layout.fields
+    spacing_mm = size_px = None
+    if seen.volumes:
+        shapes, steps = (np.array([volume[at] for volume in seen.volumes]) for at in (0, 1))
+        spacing_mm = np.median(steps, 0)
+        size_px = np.median(shapes, 0) if has_masks else (shapes * steps).max(0) / spacing_mm
+    is_small = has_masks or size_px is None or max(size_px) <= 32
+    light = {"family": "resnet3d", "depth": 10, "width": 0.5, "stem": "small"}
+    return volume_recipe(
+        light if is_small else {"family": "resnet3d", "depth": 18, "width": 0.5},
+        (32, 32, 32) if size_px is None else size_px.tolist(),
+        None if spacing_mm is None else spacing_mm.tolist(),
+        most_px=32 if is_small else 64,
+        step_px=8 if is_small else 16,
+        has_masks=has_masks,
+        in_hu=_in_hu(seen),
+    )
 
 
 def _about_splits(layout: _Layout) -> Iterator[str]:
@@ -398,7 +436,7 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
 
 
-def _describe_class_folders(folder: Path) -> _Layout:
+def _describe_class_folders(folder: Path, notes: list[str]) -> _Layout:
     inner = _folders(folder)
     splits = {path.name: SPLIT_WORDS[path.name.lower()] for path in inner if path.name.lower() in SPLIT_WORDS}
     if splits and len(splits) < len(inner) and len(splits) > 1:
@@ -407,32 +445,65 @@ def _describe_class_folders(folder: Path) -> _Layout:
             " are not; put class folders into each split, and the rest elsewhere"
         )
     by_split = bool(splits) and len(splits) == len(inner)
-    counts: Counter[str] = Counter()
-    files: list[Path] = []
-    for parent in inner if by_split else [folder]:
-        for path in _folders(parent):
-            images = candidate_files(path)
-            counts[path.name] += len(images)
-            files.extend(images)
-    if not 2 <= len(counts) <= _MOST_CLASSES:
+    held = {
+        path: candidate_files(path)
+        for parent in (inner if by_split else [folder])
+        for path in _folders(parent)
+    }
+    classes = sorted({path.name for path in held})
+    if not 2 <= len(classes) <= _MOST_CLASSES:
         raise ValueError(
-            f"{folder.name}: {len(counts)} folders with files where 2 to {_MOST_CLASSES}, one for each class, were"
+            f"{folder.name}: {len(classes)} folders with files where 2 to {_MOST_CLASSES}, one for each class, were"
             " expected; make one for each class, or add a CSV with the columns file and label"
         )
-    fields = {"format": "folder"} | ({"split_folders": splits} if by_split else {})
+    files = [path for found in held.values() for path in found]
+    kind = _kind_of(folder.name, files)
+    if kind == "volume":
+        _check_class_volumes(folder.name, held)
+    elif kind == "image" and (slices := _number_of_slices(files)):
+        if all(file.parent.parent == path for path, found in held.items() for file in found):
+            kind = "volume"
+            held = {path: sorted({file.parent for file in found}) for path, found in held.items()}
+            notes.append(
+                "kind is volume, as each folder in that of a class holds slices of a series; where slices have labels"
+                " of their own, give a CSV with a row per slice"
+            )
+        else:
+            notes.append(_slices_are_images(slices, files))
+    counts: Counter[str] = Counter()
+    for path, found in held.items():
+        counts[path.name] += len(found)
     return _Layout(
-        fields,
-        {name: counts[name] for name in sorted(counts)},
-        files,
+        kind,
+        {"format": "folder"} | ({"split_folders": splits} if by_split else {}),
+        {name: counts[name] for name in classes},
+        [path for found in held.values() for path in found],
         set(splits.values()) if by_split else set(),
     )
+
+
+def _check_class_volumes(name: str, held: Mapping[Path, list[Path]]) -> None:
+    """Refuse files of volumes in the folders of classes that are no samples, or would not be found."""
+    files = [path for found in held.values() for path in found]
+    for count, what in (
+        (sum(_MASK_WORD.search(path.name) is not None for path in files), "are named like masks"),
+        (
+            sum(file.parent != path for path, found in held.items() for file in found),
+            "lie deeper than in the folder of their class",
+        ),
+    ):
+        if count:
+            raise ValueError(
+                f"{name}: {count} of {len(files)} volumes {what}; give a CSV with the columns file and label, and mask"
+                " where there are masks"
+            )
 
 
 # --- A table ------------------------------------------------------------------------------------------
 
 
 def _describe_tables(folder: Path, notes: list[str]) -> _Layout | None:
-    """The first table with a row per image; None where there is no table at all."""
+    """The first table with a row per sample; None where there is no table at all."""
     tables = sorted(
         path
         for path in folder.iterdir()
@@ -441,7 +512,7 @@ def _describe_tables(folder: Path, notes: list[str]) -> _Layout | None:
     found = [(table, layout) for table in tables if (layout := _describe_table(folder, table, notes))]
     if len(found) > 1:
         raise ValueError(
-            f"{', '.join(table.name for table, _ in found)}: each has a row per image; keep one of them there"
+            f"{', '.join(table.name for table, _ in found)}: each has a row per sample; keep one of them there"
         )
     if tables and not found:
         wanted = f"{', '.join(_USUAL_NAMES['file'])} and {', '.join(_USUAL_NAMES['label'])} or label_<class>"
@@ -455,14 +526,18 @@ def _describe_tables(folder: Path, notes: list[str]) -> _Layout | None:
 
 
 def _describe_table(folder: Path, table: Path, notes: list[str]) -> _Layout | None:
-    """A table with a row per image; None where no columns are named for file and label."""
+    """A table with a row per sample; None where no columns are named for file and label."""
     rows = read_rows(table)
     known = _usual_columns(rows[0])
     file_column, label_column = known.pop("file"), known.pop("label")
     flags = {name[len("label_") :]: name for name in rows[0] if name.startswith("label_")}
     if file_column is None or not (label_column or flags):
         return None
-    root, files = _files_of(folder, table.name, rows, file_column)
+    root, samples = _files_of(folder, table.name, rows, file_column)
+    kind = _kind_of(folder.name, samples)
+    if kind == "image" and (slices := _number_of_slices(samples)):
+        notes.append(_slices_are_images(slices, samples))
+    mask_column = _mask_column(folder, rows, known["mask"], notes)
     given = _official_splits(rows, known, notes)
     if label_column is not None and flags:
         notes.append(
@@ -476,13 +551,15 @@ def _describe_table(folder: Path, table: Path, notes: list[str]) -> _Layout | No
     fields = {"format": "table", "table": table.name, "file_column": file_column, **labels.fields}
     if root != folder:
         fields["images"] = root.name
-    if optional := {meaning: name for meaning, name in known.items() if name}:
+    if mask_column:
+        fields["mask_column"] = mask_column
+    if optional := {meaning: name for meaning, name in known.items() if name and meaning != "mask"}:
         fields["columns"] = optional
     box_table = folder / _BOX_TABLE
     boxes = read_rows(box_table, may_be_empty=True) if box_table.is_file() else []
     if boxes and set(_BOX_COLUMNS) <= set(boxes[0]):
         fields["boxes"] = {"table": _BOX_TABLE, "x1": "x1", "y1": "y1"}
-    return _Layout(fields, labels.counts, files, given, labels.flag)
+    return _Layout(kind, fields, labels.counts, samples, given, labels.flag)
 
 
 def _usual_columns(names: Iterable[str]) -> dict[str, str | None]:
@@ -492,6 +569,20 @@ def _usual_columns(names: Iterable[str]) -> dict[str, str | None]:
         meaning: next((columns[usual] for usual in usuals if usual in columns), None)
         for meaning, usuals in _USUAL_NAMES.items()
     }
+
+
+def _mask_column(folder: Path, rows: Sequence[Row], column: str | None, notes: list[str]) -> str | None:
+    """The column that names masks; None where its cells are no files, such as 0 and 1."""
+    cells = {row[column] for row in rows} - {""} if column else set()
+    if cells and all(
+        not (path := as_posix(cell)).is_absolute() and (folder / path).is_file() for cell in cells
+    ):
+        return column
+    if cells:
+        notes.append(
+            f"column {column} is passed over: some of its cells are no paths of files, from {folder.name} on"
+        )
+    return None
 
 
 def _official_splits(rows: Sequence[Row], known: dict[str, str | None], notes: list[str]) -> set[str]:
@@ -566,7 +657,7 @@ def _joined(labels: Iterable[str]) -> int:
 
 
 def _files_of(folder: Path, table: str, rows: Sequence[Row], column: str) -> tuple[Path, list[Path]]:
-    """The folder that a table's paths start from, and its files."""
+    """The folder that a table's paths start from, and the files, or folders of slices, that they lead to."""
     paths = [as_posix(row[column]) for row in rows]
     for row, path in zip(rows, paths, strict=True):
         if path.is_absolute() or ".." in path.parts:
@@ -575,9 +666,9 @@ def _files_of(folder: Path, table: str, rows: Sequence[Row], column: str) -> tup
                 " in it"
             )
     roots = [folder, *_folders(folder)]
-    root = max(roots, key=lambda one: sum((one / path).is_file() for path in paths))
+    root = max(roots, key=lambda one: sum((one / path).exists() for path in paths))
     files = [root / path for path in paths]
-    missing = [row.number for row, path in zip(rows, files, strict=True) if not path.is_file()]
+    missing = [row.number for row, path in zip(rows, files, strict=True) if not path.exists()]
     if missing:
         raise ValueError(
             f"{table} row {missing[0]}: its file is neither in {folder.name} nor one folder below; so it is in"
@@ -586,45 +677,103 @@ def _files_of(folder: Path, table: str, rows: Sequence[Row], column: str) -> tup
     return root, files
 
 
-# --- Patients -----------------------------------------------------------------------------------------
+# --- What the files hold ------------------------------------------------------------------------------
 
 
-def _looked_into(files: Sequence[Path]) -> _Seen:
-    """What a sample of the files holds, spread over all of them."""
-    step = max(1, len(files) // _SAMPLED_FILES)
-    patients: list[str] = []
-    names: list[set[str]] = []
-    identifiers: set[str] = set()
-    others: list[tuple[str, str]] = []
-    num_seen = unreadable = slices = coloured = 0
+def _spread(paths: Sequence[Path], number: int) -> list[Path]:
+    """About so many of them, from all places."""
+    return list(paths[:: max(1, len(paths) // number)])
+
+
+def _look_at(layout: _Layout) -> _Seen:
+    sampled = _spread(layout.samples, _SAMPLED_FILES)
+    whole = set(_spread(sampled, _SAMPLED_VOLUMES)) if layout.kind == "volume" else set(sampled)
+    seen = _Seen(len(sampled))
+    for path in sampled:
+        try:
+            _look_at_header(path, layout.kind, seen)
+            if path in whole:
+                _look_at_sample(path, layout.kind, seen)
+        except ValueError as error:
+            seen.reasons.append(str(error))
+        except OSError as error:
+            seen.reasons.append(f"cannot be opened ({type(error).__name__})")
+    return seen
+
+
+def _look_at_header(path: Path, kind: Kind, seen: _Seen) -> None:
+    """What a sample's file says of its patient, of a series its first slice.
+
+    Raises:
+        ValueError, OSError: if it cannot be read.
+    """
+    header = _first_slice(path) if kind == "volume" else path
+    if isinstance(header, bytes):
+        seen.identifiers.update(dicom_identifiers(header))
+    else:
+        seen.identifiers.update(file_identifiers(header, is_slide=kind == "slide"))
+    if kind == "slide":
+        return  # whose one file may be larger than memory
+    data = read_bytes(header)
+    if sniff(data[:HEAD_BYTES]) != "DICOM":
+        return
+    seen.names += _names_in(data)
+    with discreet():
+        elements = parse_header(data)
+        patient, modality = header_text(elements, "PatientID"), header_text(elements, "Modality")
+    seen.patients += [patient] * bool(patient)
+    seen.modalities |= {modality} - {""} if kind == "volume" else set()
+
+
+def _first_slice(path: Path) -> Path | bytes:
+    """The file of a volume that has a header: itself, or the first in a folder or, as bytes, in a zip."""
+    if path.is_dir():
+        return candidate_files(path)[0]
+    if _is_nifti(path) or not zipfile.is_zipfile(path):
+        return path
+    with zipfile.ZipFile(path) as archive:
+        members = [member for member in archive.infolist() if not member.is_dir()]
+        if not members or members[0].file_size > MAX_FILE_BYTES:
+            return path
+        try:
+            return archive.read(members[0])
+        except Exception as error:  # damaged, encrypted, packed in a way that nobody knows
+            raise ValueError(f"its zip cannot be read ({type(error).__name__})") from None
+
+
+def _look_at_sample(path: Path, kind: Kind, seen: _Seen) -> None:
+    """What a sample holds.
+
+    Raises:
+        ValueError, OSError: if it cannot be read.
+    """
+    if kind == "slide":
+        open_slide(path).close()
+    elif kind == "volume":
+        volume = read_volume(path)
+        is_signed = volume.voxels.dtype.kind in "if"
+        seen.volumes.append((volume.voxels.shape, volume.spacing_mm, is_signed))
+    else:
+        image = read_image(path)
+        seen.coloured += image.pixels.ndim == 3
+
+
+def _number_of_slices(files: Sequence[Path]) -> int:
+    """How many of a sample of files lie beside another slice of their series."""
     ordered = sorted(set(files))  # a table may name the slices of a series far from each other
     following = dict(zip(ordered, (*ordered[1:], *ordered[:1]), strict=True))
-    for path in files[::step]:
-        beside = following[path]
-        num_seen += 1
-        try:
-            identifiers.update(dicom_identifiers(path))
-            names += _names_in(path)
-            image = read_image(path)
-            slices += path != beside and _are_slices(path, beside)
-        except (ValueError, OSError):
-            unreadable += 1
-            others += _other_kind(path)
-            continue
-        coloured += image.pixels.ndim == 3
-        if image.patient is not None:
-            patients.append(image.patient)
-    return _Seen(num_seen, unreadable, others, slices, coloured, patients, names, identifiers)
+    return sum(
+        path != following[path] and _are_slices(path, following[path])
+        for path in _spread(files, _SAMPLED_FILES)
+    )
 
 
-def _other_kind(path: Path) -> list[tuple[str, str]]:
-    """What in `_NO_IMAGES` a file is that is no image, if it is any."""
-    try:
-        with path.open("rb") as stream:
-            start = stream.read(4)
-    except OSError:
-        return []
-    return [_NO_IMAGES[start]] if start in _NO_IMAGES else []
+def _slices_are_images(slices: int, files: Sequence[Path]) -> str:
+    return (
+        f"{slices} of {len(_spread(files, _SAMPLED_FILES))} sampled files lie beside other slices of their series, and"
+        " every slice counts as an image: where a label is of the whole series, give a CSV whose column file names the"
+        " folder of each series"
+    )
 
 
 def _are_slices(*paths: Path) -> bool:
@@ -639,10 +788,10 @@ def _are_slices(*paths: Path) -> bool:
     return placed and len(series) == 1 and "" not in series
 
 
-def _names_in(path: Path) -> list[set[str]]:
-    """The words of each name in a file's header, without title and degree; of none with a digit, a pseudonym's sign."""
+def _names_in(data: bytes) -> list[set[str]]:
+    """The words of each name in a DICOM header, without title and degree; of none with a digit, a pseudonym's sign."""
     called = (
-        name for names in patient_names(path) for name in names.split("=") if not re.search(r"\d", name)
+        name for names in patient_names(data) for name in names.split("=") if not re.search(r"\d", name)
     )
     # Family, given and middle name are the first three parts, PS3.5 6.2.1.2.
     return [_name_words(" ".join(name.split("^")[:3])) for name in called]
@@ -650,25 +799,41 @@ def _names_in(path: Path) -> list[set[str]]:
 
 def _patient_policy(layout: _Layout, seen: _Seen, notes: list[str]) -> str:
     """Whether patients are known, from a sample of the files and the table's columns."""
-    if seen.unreadable:
-        notes.append(f"{seen.unreadable} of {seen.files} sampled files cannot be read: ingest will list them")
+    readable = seen.number - len(seen.reasons)
+    if seen.reasons:
+        notes.append(
+            f"{len(seen.reasons)} of {seen.number} sampled files cannot be read: ingest will list them; the first:"
+            f" {seen.reasons[0]}"
+        )
     if BURNED_IN in seen.identifiers:
         notes.append(
             f"{BURNED_IN} is not NO: ingest refuses such files; mask the pixels at the source and set it to NO"
         )
     if dropped := seen.identifiers - {BURNED_IN}:
-        notes.append(f"the files carry identifiers ({', '.join(sorted(dropped))}): they will be dropped")
+        named = ", ".join(sorted(dropped))
+        if layout.kind != "slide":
+            notes.append(f"the files carry identifiers ({named}): they will be dropped")
+        else:
+            notes.append(
+                f"the files carry what may name a patient ({named}): ingest refuses such slides; clean them at their"
+                " source"
+                + (
+                    ", or look at those pictures and declare label_images_are_clean"
+                    if dropped <= set(LABEL_IMAGES)
+                    else ""
+                )
+            )
     if "patient" in layout.fields.get("columns", {}):
         return "hmac"
     if seen.patients:
-        if lacking := seen.files - seen.unreadable - len(seen.patients):
+        if lacking := readable - len(seen.patients):
             notes.append(
-                f"{lacking} of {seen.files} sampled files name no patient: ingest refuses those; a CSV with the"
+                f"{lacking} of {seen.number} sampled files name no patient: ingest refuses those; a CSV with the"
                 " columns file, label and patient can name them"
             )
         return "hmac"
     notes.append(
-        "no patients were found, so every image counts as one: if patients have several images, give a CSV with the"
-        " columns file, label and patient, or images of one patient will stand in train and test"
+        f"no patients were found, so every {layout.kind} counts as one: if patients have several {layout.kind}s, give a"
+        f" CSV with the columns file, label and patient, or {layout.kind}s of one patient will stand in train and test"
     )
     return "per-image"

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from cadx.benchmarking import Benchmark, Run, Step, network_text
 from cadx.datasets import DatasetFolder
-from cadx.describing import experiment_sections, image_recipe
+from cadx.recipes import experiment_sections, image_recipe, slide_recipe, volume_recipe
 from cadx.reporting import estimate_text
 from cadx.splitting import assign_splits, cross_validation
 from cadx.types import Kind, Task
@@ -49,7 +49,9 @@ class Facts(NamedTuple):
         given_splits: the set has official splits.
         size_px: median depth, height, width; of bags 1, instances, numbers.
         channels: 3 if any image is in colour, else 1.
-        anisotropy: slice distance / distance within the slice; 1 where unknown.
+        spacing_mm: of volumes, median distance between slices, rows, columns; None where unknown.
+        extent_mm: of volumes, depth, height, width within which 19 of 20 stay; None where unknown.
+        has_masks: some sample has one.
         signed: values below 0 occur in its files' type, as in CT.
         modality: in the data set's own words.
         folds: most that cross-validation can have beside calibration and test, 5 at most; 0: not even two. None where
@@ -66,7 +68,9 @@ class Facts(NamedTuple):
     given_splits: bool
     size_px: tuple[int, int, int]
     channels: int = 1
-    anisotropy: float = 1.0
+    spacing_mm: tuple[float, float, float] | None = None
+    extent_mm: tuple[float, float, float] | None = None
+    has_masks: bool = False
     signed: bool = False
     modality: str = ""
     folds: int | None = None
@@ -144,8 +148,11 @@ def facts_of(folder: DatasetFolder, fractions: Mapping[str, float]) -> Facts:
     is_small = len(samples) < FEW_SAMPLES and not given_splits
     classifies = info.kind in ("image", "features") and info.task != "detection"
     size = [int(samples[name].median()) for name in ("depth_px", "height_px", "width_px")]
-    spacing = samples[["spacing_slice_mm", "spacing_row_mm"]].median()
-    ratio = float(spacing["spacing_slice_mm"] / spacing["spacing_row_mm"]) if info.kind == "volume" else 1.0
+    spacing_mm = extent_mm = None
+    if info.kind == "volume":
+        steps = samples[["spacing_slice_mm", "spacing_row_mm", "spacing_column_mm"]].to_numpy()
+        lengths = steps * samples[["depth_px", "height_px", "width_px"]].to_numpy()
+        spacing_mm, extent_mm = np.median(steps, 0).tolist(), np.quantile(lengths, 0.95, axis=0).tolist()
     lesion = None
     boxes = folder.boxes
     if info.task == "detection" and len(boxes):
@@ -162,7 +169,9 @@ def facts_of(folder: DatasetFolder, fractions: Mapping[str, float]) -> Facts:
         given_splits=given_splits,
         size_px=(size[0], size[1], size[2]),
         channels=int(samples["channels"].max()),
-        anisotropy=ratio if math.isfinite(ratio) else 1.0,
+        spacing_mm=spacing_mm,
+        extent_mm=extent_mm,
+        has_masks=bool((samples["mask_path"] != "").any()),
         signed=bool(samples["dtype"].isin(["int16", "float32"]).all()),
         modality=info.modality,
         folds=_most_folds(folder, fractions) if is_small and classifies else None,
@@ -220,7 +229,7 @@ def advise(facts: Facts, memory_mb: float, benchmark: Benchmark, *, gpu: bool = 
     return Advice(
         experiment_sections(facts.name, best.train, has_splits=facts.given_splits),
         best.needs_mb,
-        (*_about_data(facts), memory, _about_family(best.candidate, benchmark, facts)),
+        (*_about_data(facts, best.train), memory, _about_family(best.candidate, benchmark, facts)),
         others,
     )
 
@@ -297,21 +306,7 @@ def _candidates(facts: Facts) -> Iterator[Candidate]:
     elif facts.kind == "volume":
         yield from _volumes(facts)
     elif facts.kind == "slide":
-        model = {
-            "family": "mil",
-            "hidden_dim": 64,
-            "attention_dim": 32,
-            "encoder": {"depth": 18, "width": 0.25, "frozen": False},
-        }
-        made = {"channels": 3, "height_px": 64, "width_px": 64, "tile_px": 64, "mpp": 1.0}
-        train = {
-            "model": model,
-            "preprocessing": made,
-            "max_instances": 48,
-            "ema_decay": 0.98,
-            "monitor": "loss",
-        }
-        yield Candidate(train | {"epochs": 30, "batch_size": 4}, None, "phantom-slide", 48 * 3 * 64**2)
+        yield Candidate(slide_recipe(), None, "phantom-slide", 48 * 3 * 64**2)
     else:
         _, instances, channels = facts.size_px
         model = {"family": "mil", "hidden_dim": 64, "attention_dim": 32}
@@ -356,27 +351,40 @@ def _detectors(facts: Facts) -> Iterator[Candidate]:
 
 
 def _volumes(facts: Facts) -> Iterator[Candidate]:
-    window = {"window_hu": [-1000, 1000]} if facts.in_hu else {}
-    shared = {"loss": {}, "augmentation": {"horizontal_flip": True}, "ema_decay": 0.98}
-    small = [min(32, 8 * math.ceil(side / 8)) for side in facts.size_px]
     light = {"family": "resnet3d", "depth": 10, "width": 0.5, "stem": "small"}
-    train = {
-        "model": light,
-        "preprocessing": {"patch_px": small, **window},
-        **shared,
-        "epochs": 16,
-        "batch_size": 16,
-    }
-    yield Candidate(train, "3D ResNet-10, small stem", None, math.prod(small))
+    train = _volume_recipe(facts, light, most_px=32, step_px=8)
+    patch_px = train["preprocessing"]["patch_px"]
+    yield Candidate(
+        train | {"epochs": 16, "batch_size": 16}, "3D ResNet-10, small stem", None, math.prod(patch_px)
+    )
     if min(facts.size_px[1:]) >= 64:
-        large = [min(96, 16 * math.ceil(side / 16)) for side in facts.size_px]
-        deep: dict[str, Any] = {"family": "resnet3d", "depth": 18}
-        if facts.anisotropy >= 3:
-            deep["stem"] = "thick_slices"
-        train = {"model": deep, "preprocessing": {"patch_px": large, **window}, **shared, "epochs": 16}
-        # A stem that keeps the slices has four times the activations.
-        values = math.prod(large) * (4 if "stem" in deep else 1)
-        yield Candidate(train | {"batch_size": 2}, "3D ResNet", None, values)
+        train = _volume_recipe(facts, {"family": "resnet3d", "depth": 18}, most_px=96, step_px=16)
+        values = math.prod(train["preprocessing"]["patch_px"])
+        if _anisotropy(facts, train) >= 3:
+            train["model"]["stem"] = "thick_slices"
+            values *= 4  # the activations of a stem that keeps the slices
+        yield Candidate(train | {"epochs": 16, "batch_size": 2}, "3D ResNet", None, values)
+
+
+def _volume_recipe(facts: Facts, model: dict[str, Any], *, most_px: int, step_px: int) -> dict[str, Any]:
+    size_px: Sequence[float] = facts.size_px
+    if facts.spacing_mm and facts.extent_mm and not facts.has_masks:
+        size_px = [mm / step for mm, step in zip(facts.extent_mm, facts.spacing_mm, strict=True)]
+    return volume_recipe(
+        model,
+        size_px,
+        facts.spacing_mm,
+        most_px=most_px,
+        step_px=step_px,
+        has_masks=facts.has_masks,
+        in_hu=facts.in_hu,
+    )
+
+
+def _anisotropy(facts: Facts, train: Mapping[str, Any]) -> float:
+    """Distance of slices / distance within a slice, of what the network sees; 1 where unknown."""
+    spacing_mm = train["preprocessing"].get("spacing_mm") or facts.spacing_mm
+    return spacing_mm[0] / spacing_mm[1] if spacing_mm else 1.0
 
 
 def _sizes(facts: Facts, batch_size: int) -> dict[str, Any]:
@@ -442,7 +450,7 @@ def needed_mb(step: Step, values: int, *, gpu: bool) -> float:
     ) * _MARGIN
 
 
-def _about_data(facts: Facts) -> Iterator[str]:
+def _about_data(facts: Facts, train: Mapping[str, Any]) -> Iterator[str]:
     rarest = min(facts.classes, key=lambda name: facts.classes[name])
     if facts.classes[rarest] < 100:
         yield f"{rarest!r} has {facts.classes[rarest]} samples: a light network, and intervals will be wide"
@@ -461,8 +469,10 @@ def _about_data(facts: Facts) -> Iterator[str]:
         yield f"voxels of {facts.modality!r} are in HU: a window of -1000 to 1000, the same for all"
     elif facts.kind == "volume":
         yield f"voxels of {facts.modality!r} are not known to be in HU: no window, each volume's own mean and spread"
-    if facts.anisotropy >= 3:
-        yield f"slices lie {facts.anisotropy:.1f} times as far apart as pixels: a stem that keeps them"
+    if facts.kind == "volume" and not facts.has_masks:
+        yield "no masks: a label is of a whole volume, and a patch holds all of it"
+    if train["model"].get("stem") == "thick_slices":
+        yield f"slices lie {_anisotropy(facts, train):.1f} times as far apart as pixels: a stem that keeps them"
     if facts.kind == "features" and facts.size_px[1] <= 1:
         yield "one row a sample: a table and no bag; the network is then a plain classifier"
 

@@ -7,18 +7,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 from pydicom import dcmread
 from test_catalog import write_catalog
 from test_dicom import dicom, encode
-from test_volumes import phantom, write_series
+from test_volumes import phantom, write_nifti, write_series
 
 from cadx.catalog import FolderEntry, TableEntry, load_catalog
 from cadx.describing import describe_folder
 from cadx.files import digest_path
+from cadx.loading import VolumePreprocessing
+from cadx.loading.patches import VolumeSource
 from cadx.phantom.cohort import Faults
 from cadx.phantom.slide import SlidePhantom
+from cadx.phantom.volume import VolumePhantom
 from cadx.phantom.xray import XrayPhantom, write_xray_cohort
+from cadx.reading.volumes import read_volume
+from components.train import TrainParams
 
 
 def write_png(path: Path, value: int = 0) -> None:
@@ -178,13 +184,13 @@ def test_one_file_without_a_patient_does_not_make_every_image_a_patient(tmp_path
 
 def test_colour_is_seen_and_said(tmp_path):
     described = describe_folder(classes(tmp_path / "own", naevus=3, melanoma=3))
-    assert described.channels == 1
+    assert described.train["preprocessing"]["channels"] == 1
     assert not any("colour" in note for note in described.notes)
     colours = np.zeros((8, 8, 3), np.uint8)
     colours[..., 0] = 200
     Image.fromarray(colours).save(tmp_path / "own/naevus/1.png")
     described = describe_folder(tmp_path / "own")
-    assert described.channels == 3
+    assert described.train["preprocessing"]["channels"] == 3
     assert any(
         "1 of 6 sampled files are in colour, so preprocessing.channels is 3" in n for n in described.notes
     )
@@ -269,14 +275,24 @@ def with_a_name_that_is_no_text(own: Path) -> None:
     Path(os.fsdecode(os.fsencode(own / "ill") + b"/m\xe4.png")).write_bytes(b"")
 
 
-def of_volumes(own: Path) -> None:
-    for name in ("ill/Meier.nii.gz", "well/Roth.NII"):
-        (own / name).parent.mkdir()
-        (own / name).write_bytes(b"\x1f\x8b")
+def write_volume(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_nifti(path, phantom())
 
 
 REFUSED = {
-    "own: 2 of 2 files are volumes .NIfTI.* entry of kind volume into data/catalog.yaml by hand": of_volumes,
+    "own: samples of several kinds .2 DICOM, PNG or JPEG, 1 NIfTI files, zips or folders of DICOM.*make an entry": (
+        lambda own: write_volume(classes(own, ill=1, well=1) / "ill/Meier.NII")
+    ),
+    "own: 1 of 4 files are volumes .NIfTI., the samples are images; move the volumes away": lambda own: (
+        write_volume(table(own, "file,label", "a.png,ill", "b.png,well") / "Meier.nii.gz")
+    ),
+    "own: 1 of 3 volumes are named like masks; give a CSV": lambda own: [
+        write_volume(own / name) for name in ("ill/1.nii.gz", "ill/1_mask.nii.gz", "well/2.nii.gz")
+    ],
+    "own: 1 of 2 volumes lie deeper than in the folder of their class; give a CSV": lambda own: [
+        write_volume(own / name) for name in ("ill/Meier/1.nii.gz", "well/2.nii.gz")
+    ],
     "2 of 2 classes are named like patients; make a folder for each class": named_like_patients,
     "2 of 2 classes are named like patients": named_like_their_files_patients,
     "4 of 5 classes are named like patients": named_as_their_files_name_patients,
@@ -287,7 +303,7 @@ REFUSED = {
     "labels.csv: no columns for file and label; name them .*, or move the table away": lambda own: table(
         classes(own, ill=2, well=2), "Bild,Art", "x.png,1"
     ),
-    "labels.csv, old.csv: each has a row per image": lambda own: table(
+    "labels.csv, old.csv: each has a row per sample": lambda own: table(
         table(own, "file,label", "a.png,x", "b.png,y"), "file,label", "a.png,y", "b.png,x", name="old.csv"
     ),
     "test, train are named like splits, the other 1 folders are not": lambda own: [
@@ -402,45 +418,122 @@ def series(folder: Path, *, placed: bool = True) -> Path:
     return folder
 
 
-def test_slices_of_a_series_are_said_where_each_would_be_an_image(tmp_path):
-    described, _, notes, _ = describe_folder(series(tmp_path / "own"))
+def test_folders_of_slices_are_volumes(tmp_path):
+    described, _, notes, train = describe_folder(series(tmp_path / "own"))
+    assert (described.kind, described.modality, described.patient) == ("volume", "CT", "hmac")
+    assert any("class 'ill' has 2 volumes" in note for note in notes)
+    assert any("kind is volume, as each folder in that of a class holds slices" in note for note in notes)
+    assert train["preprocessing"]["window_hu"] == [-1000, 1000]
+    several = describe_folder(series(tmp_path / "radiographs", placed=False))
+    assert several.entry.kind == "image", "two views of one series are two images"
+    assert not any("series" in note for note in several.notes)
+
+
+def test_deeper_folders_of_slices_are_images_unless_a_table_names_them(tmp_path):
+    own = series(tmp_path / "own")
+    for place in own.glob("*/*"):
+        (place / "CT chest").mkdir()
+        for file in place.glob("*.dcm"):
+            file.rename(place / "CT chest" / file.name)
+    described, _, notes, _ = describe_folder(own)
     assert described.kind == "image"
     (said,) = [note for note in notes if "slices of their series" in note]
-    assert "write an entry of kind volume" in said
-    several = describe_folder(series(tmp_path / "radiographs", placed=False)).notes
-    assert not any("series" in note for note in several), "two views of one series are two images"
+    assert "give a CSV whose column file names the folder of each series" in said
+    (own / "labels.csv").write_text(
+        "file,label\n"
+        + "".join(f"{place.relative_to(own)},{place.parts[-3]}\n" for place in own.glob("*/*/*"))
+    )
+    assert describe_folder(own).entry.kind == "volume"
 
 
-def test_a_series_with_a_damaged_slice_is_said_too(tmp_path):
+def test_a_series_with_a_damaged_slice_is_said(tmp_path):
     own = series(tmp_path / "own")
     damaged = sorted((own / "ill/p1").iterdir())[1]
     damaged.write_bytes(damaged.read_bytes()[:400])
-    notes = describe_folder(own).notes
-    assert any("slices of their series" in note for note in notes)
-    assert any("1 of 20 sampled files cannot be read" in note for note in notes)
+    described, _, notes, _ = describe_folder(own)
+    assert described.kind == "volume"
+    assert any("1 of 4 sampled files cannot be read: ingest will list them; the first: " in n for n in notes)
 
 
 @pytest.mark.parametrize(("suffix", "kind"), [("zip", "volume"), ("svs", "slide")])
-def test_volumes_in_zips_and_whole_slides_are_no_images(tmp_path, suffix, kind):
+def test_volumes_in_zips_and_whole_slides_are_known_by_their_bytes(tmp_path, suffix, kind):
+    own = tmp_path / "own"
     if suffix == "zip":
-        own = series(tmp_path / "own")
-        for folder in own.glob("*/*"):
+        for folder in series(own).glob("*/*"):
             shutil.make_archive(str(folder), "zip", folder)
             shutil.rmtree(folder)
     else:
         SlidePhantom(num_patients=4, size_um=256, slides_per_patient=1, prevalence=0.5).write(
             tmp_path / "slides"
         )
-        own = tmp_path / "own"
         for number, path in enumerate((tmp_path / "slides/images").iterdir()):
             place = own / ("ill", "well")[number % 2] / f"{number}.svs"
             place.parent.mkdir(parents=True, exist_ok=True)
             path.rename(place)
-    with pytest.raises(ValueError, match=f"all of 4 sampled files are .* write an entry of kind {kind} into"):
-        describe_folder(own)
+    described, _, notes, train = describe_folder(own)
+    assert described.kind == kind
+    assert described.patient == ("hmac" if suffix == "zip" else "per-image")
+    assert train["model"]["family"] == ("resnet3d" if suffix == "zip" else "mil")
+    assert not any("cannot be read" in note for note in notes)
     write_png(own / "ill/one.png")
-    notes = describe_folder(own).notes
-    assert any("4 of 5 sampled files cannot be read" in note for note in notes), "one of them is an image"
+    described, _, notes, _ = describe_folder(own)
+    assert described.kind == "image", "as one of them is"
+    assert any("4 of 5 sampled files cannot be read" in note for note in notes)
+
+
+def test_a_cohort_of_volumes_or_slides_is_described_as_its_maker_does(tmp_path):
+    for cohort in (VolumePhantom(num_patients=5), SlidePhantom(num_patients=5, size_um=256)):
+        own = tmp_path / cohort.modality
+        cohort.write(own)
+        described = describe_folder(own)
+        given = described.entry.model_dump(exclude_defaults=True, exclude={"digest"})
+        made = TableEntry.model_validate(given | cohort.layout(described.entry.classes))
+        assert described.entry == made.model_copy(update={"digest": described.entry.digest})
+
+
+@pytest.mark.parametrize("has_masks", [True, False])
+def test_a_patch_shows_what_masks_mark_or_holds_every_volume(tmp_path, has_masks):
+    own = tmp_path / "own"
+    VolumePhantom(num_patients=6).write(own)
+    if not has_masks:
+        rows = [row.rsplit(",", 1)[0] for row in (own / "labels.csv").read_text().splitlines()]
+        (own / "labels.csv").write_text("\n".join(rows) + "\n")
+        shutil.rmtree(own / "masks")
+    _, _, notes, train = describe_folder(own)
+    assert any("small lesions need a CSV" in note for note in notes) == (not has_masks)
+    made = TrainParams.model_validate(train).preprocessing
+    assert isinstance(made, VolumePreprocessing)
+    assert (made.spacing_mm is None) == has_masks
+    for path in (own / "images").iterdir():
+        volume = read_volume(path)
+        grid_px = made.grid_px(VolumeSource.of_array(volume.voxels, volume.spacing_mm))
+        is_whole = all(side <= most for side, most in zip(grid_px, made.patch_px, strict=True))
+        assert is_whole == (not has_masks)
+
+
+def test_a_column_of_masks_names_files(tmp_path):
+    rows = ("a.png,x,0", "b.png,y,1")
+    described, _, notes, _ = describe_folder(table(tmp_path / "own", "file,label,seg", *rows))
+    assert isinstance(described, TableEntry)
+    assert described.mask_column is None
+    assert "column seg is passed over: some of its cells are no paths of files, from own on" in notes
+
+
+def test_slides_that_may_name_somebody_are_said_to_be_refused(tmp_path):
+    for number, name in enumerate(("ill", "well")):
+        (tmp_path / "own" / name).mkdir(parents=True)
+        tifffile.imwrite(
+            tmp_path / "own" / name / f"{number}.tif",
+            np.full((256, 256, 3), 200 + number, np.uint8),
+            tile=(128, 128),
+            photometric="rgb",
+            description="Jane Doe",
+            resolution=(20000, 20000),
+            resolutionunit="CENTIMETER",
+        )
+    notes = describe_folder(tmp_path / "own").notes
+    assert any("ingest refuses such slides; clean them at their source" in note for note in notes)
+    assert not any("Doe" in note or "will be dropped" in note for note in notes)
 
 
 def test_neither_a_missing_series_nor_another_kinds_first_bytes_decide(tmp_path):

@@ -458,6 +458,17 @@ def test_what_cadx_new_describes_can_be_ingested(run, tmp_path):
     assert 1 < folder.samples["patient"].nunique() <= PHANTOM["num_patients"]
 
 
+def test_volumes_that_cadx_new_describes_can_be_ingested(run, tmp_path):
+    for name, patient in (("ill", "A"), ("ill", "B"), ("well", "C")):
+        (tmp_path / "own" / name).mkdir(parents=True, exist_ok=True)
+        write_series(tmp_path / "own" / name / patient, phantom(), PatientID=patient, PatientName="Doe^Jane")
+    described = describe_folder(tmp_path / "own").entry
+    samples = run(described.model_dump(mode="json", exclude_defaults=True)).samples
+    assert samples["label_ill"].tolist() == [1, 1, 0]
+    assert samples["patient"].nunique() == 3
+    assert samples[["depth_px", "height_px", "width_px"]].to_numpy().tolist() == [[5, 6, 7]] * 3
+
+
 # --- Pieces of volumes --------------------------------------------------------------------------------
 
 AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])

@@ -12,6 +12,8 @@ from test_benchmarking import benchmark, estimate, run, step
 
 from cadx.benchmarking import STEPS, Benchmark, Step, Training
 from cadx.datasets import DatasetFolder, DatasetWriter, Sample, SourceInfo
+from cadx.loading import VolumePreprocessing
+from cadx.loading.patches import VolumeSource
 from cadx.recommending import Facts, advise, facts_of, memory_at_hand, needed_mb, show
 from cadx.splitting import assign_splits, cross_validation
 from components.split import SplitParams
@@ -55,7 +57,9 @@ THICK_CT = Facts(
     700,
     False,
     (60, 512, 512),
-    anisotropy=5.0,
+    spacing_mm=(4.0, 0.8, 0.8),
+    extent_mm=(240.0, 409.6, 409.6),
+    has_masks=True,
     signed=True,
     modality="chest CT",
 )
@@ -73,7 +77,9 @@ FACTS = {
     ),
     "volume": Facts("adrenal", "volume", "binary", LIGHT, 1584, 1584, True, (28, 28, 28)),
     "thick CT": THICK_CT,
-    "MR": THICK_CT._replace(name="mr", anisotropy=1.0, modality="T1-weighted MRI"),
+    "MR": THICK_CT._replace(
+        name="mr", spacing_mm=(0.8, 0.8, 0.8), extent_mm=(48.0, 409.6, 409.6), modality="T1-weighted MRI"
+    ),
     "slide": Facts("slides", "slide", "binary", LIGHT, 130, 130, False, (1, 200, 300)),
     "features": Facts("musk", "features", "binary", LIGHT, 92, 92, False, (1, 5, 166)),
 }
@@ -129,6 +135,21 @@ def test_ct_alone_has_a_window(modality: str, signed: bool, window: list[int] | 
         said = [reason for reason in advice.reasons if "HU" in reason]
         assert len(said) == 1
         assert ("not known" in said[0]) == (window is None)
+
+
+@pytest.mark.parametrize("memory_mb", [1400, 64_000])
+def test_without_masks_a_patch_holds_nearly_every_volume(memory_mb: float) -> None:
+    facts = THICK_CT._replace(extent_mm=(300.0, 450.0, 450.0), has_masks=False)
+    advice = advise(facts, memory_mb, measured())
+    made = TrainParams.model_validate(advice.sections["train"]).preprocessing
+    assert isinstance(made, VolumePreprocessing)
+    largest = VolumeSource.of_array(np.empty((75, 562, 562), np.int16), (4.0, 0.8, 0.8))
+    assert all(side <= most for side, most in zip(made.grid_px(largest), made.patch_px, strict=True))
+    assert advice.sections["train"]["model"].get("stem") != "thick_slices", "on that grid no slices are thick"
+    assert any("no masks" in reason for reason in advice.reasons)
+    assert (
+        advise(THICK_CT, memory_mb, measured()).sections["train"]["preprocessing"].get("spacing_mm") is None
+    )
 
 
 @pytest.mark.parametrize("name", FACTS)

@@ -1,0 +1,98 @@
+"""What a new experiment says in params.yaml beside the defaults, for `cadx new` and `cadx recommend`."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+_SLIVER = 1e-6  # of a step: less is rounding, and no reason for a larger patch
+
+
+def image_recipe(side_px: int, channels: int, model: dict[str, Any]) -> dict[str, Any]:
+    """The `train` section for classes of whole images: careful augmentation, each image's own brightness undone."""
+    return {
+        "model": model,
+        "preprocessing": {
+            "channels": channels,
+            "height_px": side_px,
+            "width_px": side_px,
+            "intensity": "image",
+        },
+        "augmentation": {
+            "rotation_degrees": 10,
+            "translation_fraction": 0.05,
+            "scale_fraction": 0.1,
+            "brightness": 0.3,
+            "contrast": 0.2,
+        },
+        "ema_decay": 0.99,
+    }
+
+
+def volume_recipe(
+    model: dict[str, Any],
+    size_px: Sequence[float],
+    spacing_mm: Sequence[float] | None,
+    *,
+    most_px: int,
+    step_px: int,
+    has_masks: bool,
+    in_hu: bool,
+) -> dict[str, Any]:
+    """The `train` section for volumes.
+
+    With masks a patch shows what they mark at the volumes' own spacing. Without, a label is of a whole volume, of which
+    a small patch may show nothing: one patch holds all of it, on a coarser grid where that takes one.
+
+    Args:
+        model: its section.
+        size_px: depth, height, width of a usual volume; without masks of a large one, which has to go in.
+        spacing_mm: between the voxels of a usual volume, in which sizes are given; None where unknown, and then nothing
+            is resampled.
+        most_px: longest side of a patch.
+        step_px: sides are multiples of it.
+        has_masks: some volumes have one.
+        in_hu: voxels are in HU, and one window suits all.
+    """
+    patch_px = [min(most_px, step_px * math.ceil(side / step_px - _SLIVER)) for side in size_px]
+    preprocessing: dict[str, Any] = {"patch_px": patch_px}
+    train: dict[str, Any] = {"model": model, "preprocessing": preprocessing}
+    if not has_masks:
+        train |= {"patches_per_sample": 1, "positive_fraction": 0}
+        reach = [max(1.0, side / patch) for side, patch in zip(size_px, patch_px, strict=True)]
+        if spacing_mm is not None and max(reach) > 1:
+            # Up, so that the last voxels do not make a second patch.
+            preprocessing["spacing_mm"] = [
+                math.ceil(1000 * mm * factor) / 1000 for mm, factor in zip(spacing_mm, reach, strict=True)
+            ]
+    if in_hu:
+        preprocessing["window_hu"] = [-1000, 1000]
+    return train | {"loss": {}, "augmentation": {"horizontal_flip": True}, "ema_decay": 0.98}
+
+
+def slide_recipe() -> dict[str, Any]:
+    """The `train` section for whole slides: attention over tiles, whose encoder learns with it."""
+    return {
+        "model": {
+            "family": "mil",
+            "hidden_dim": 64,
+            "attention_dim": 32,
+            "encoder": {"depth": 18, "width": 0.25, "frozen": False},
+        },
+        "preprocessing": {"channels": 3, "height_px": 64, "width_px": 64, "tile_px": 64, "mpp": 1.0},
+        "max_instances": 48,
+        "ema_decay": 0.98,
+        "monitor": "loss",
+        "epochs": 30,
+        "batch_size": 4,
+    }
+
+
+def experiment_sections(source: str, train: dict[str, Any], *, has_splits: bool) -> dict[str, Any]:
+    """What a new experiment on a data set says beside the defaults: sections of params.yaml, by step."""
+    return {
+        "ingest": {"source": source},
+        "split": {"strategy": "given" if has_splits else "patient"},
+        "train": train,
+        # Score the test split only once the recipe is frozen.
+        "evaluate": {"split": "val"},
+    }
