@@ -26,7 +26,7 @@ from cadx.reading.slides import open_slide
 from cadx.reading.source import HEAD_BYTES, MAX_FILE_BYTES, read_bytes, sniff
 from cadx.reading.vocabulary import BURNED_IN, LABEL_IMAGES
 from cadx.reading.volumes import read_volume
-from cadx.recipes import image_recipe, slide_recipe, volume_recipe
+from cadx.recipes import image_recipe, schedule, slide_recipe, volume_recipe
 from cadx.settings import did_you_mean
 from cadx.types import Kind, Task
 
@@ -399,7 +399,8 @@ def _recipe(layout: _Layout, seen: _Seen) -> dict[str, Any]:
     if layout.kind == "slide":
         return slide_recipe()
     if layout.kind == "image":
-        return image_recipe(224, 3 if seen.coloured else 1, {"family": "resnet", "depth": 18})
+        train = image_recipe(224, 3 if seen.coloured else 1, {"family": "resnet", "depth": 18})
+        return train | schedule(len(layout.samples), 32)
     has_masks = "mask_column" in layout.fields
     spacing_mm = size_px = None
     if seen.volumes:
@@ -408,7 +409,7 @@ def _recipe(layout: _Layout, seen: _Seen) -> dict[str, Any]:
         size_px = np.median(shapes, 0) if has_masks else (shapes * steps).max(0) / spacing_mm
     is_small = has_masks or size_px is None or max(size_px) <= 32
     light = {"family": "resnet3d", "depth": 10, "width": 0.5, "stem": "small"}
-    return volume_recipe(
+    train = volume_recipe(
         light if is_small else {"family": "resnet3d", "depth": 18, "width": 0.5},
         (32, 32, 32) if size_px is None else size_px.tolist(),
         None if spacing_mm is None else spacing_mm.tolist(),
@@ -417,6 +418,7 @@ def _recipe(layout: _Layout, seen: _Seen) -> dict[str, Any]:
         has_masks=has_masks,
         in_hu=_in_hu(seen),
     )
+    return train | schedule(len(layout.samples), 16 if is_small else 8)
 
 
 def _about_splits(layout: _Layout) -> Iterator[str]:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+FEW_SAMPLES = 1000
+"""Under so many a network sees each more often, and a held-out val is small: cross-validation uses every case."""
 _SLIVER = 1e-6  # of a step: less is rounding, and no reason for a larger patch
 
 
@@ -67,6 +69,18 @@ def volume_recipe(
     if in_hu:
         preprocessing["window_hu"] = [-1000, 1000]
     return train | {"loss": {}, "augmentation": {"horizontal_flip": True}, "ema_decay": 0.98}
+
+
+def schedule(num_samples: int, most: int) -> dict[str, Any]:
+    """Batches of `most` or of fewer, so that few samples make several steps an epoch, and epochs: more where few are.
+
+    >>> schedule(5000, 32), schedule(100, 32)
+    ({'batch_size': 32, 'epochs': 16}, {'batch_size': 6, 'epochs': 40})
+    """
+    return {
+        "batch_size": min(most, max(4, num_samples // 16)),
+        "epochs": 16 if num_samples >= FEW_SAMPLES else 40,
+    }
 
 
 def slide_recipe() -> dict[str, Any]:

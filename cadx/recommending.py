@@ -21,13 +21,11 @@ from rich.console import Console
 
 from cadx.benchmarking import Benchmark, Run, Step, network_text
 from cadx.datasets import DatasetFolder
-from cadx.recipes import experiment_sections, image_recipe, slide_recipe, volume_recipe
+from cadx.recipes import FEW_SAMPLES, experiment_sections, image_recipe, schedule, slide_recipe, volume_recipe
 from cadx.reporting import estimate_text
 from cadx.splitting import assign_splits, cross_validation
 from cadx.types import Kind, Task
 
-FEW_SAMPLES = 1000
-"""Under so many a held-out val is small: cross-validation uses every case."""
 _MOST_FOLDS = 5
 _MARGIN = 1.15
 _STATE_BYTES = 16  # of a parameter: itself, its gradient, and AdamW's two moments
@@ -355,7 +353,7 @@ def _volumes(facts: Facts) -> Iterator[Candidate]:
     train = _volume_recipe(facts, light, most_px=32, step_px=8)
     patch_px = train["preprocessing"]["patch_px"]
     yield Candidate(
-        train | {"epochs": 16, "batch_size": 16}, "3D ResNet-10, small stem", None, math.prod(patch_px)
+        train | schedule(facts.num_samples, 16), "3D ResNet-10, small stem", None, math.prod(patch_px)
     )
     if min(facts.size_px[1:]) >= 64:
         train = _volume_recipe(facts, {"family": "resnet3d", "depth": 18}, most_px=96, step_px=16)
@@ -363,7 +361,7 @@ def _volumes(facts: Facts) -> Iterator[Candidate]:
         if _anisotropy(facts, train) >= 3:
             train["model"]["stem"] = "thick_slices"
             values *= 4  # the activations of a stem that keeps the slices
-        yield Candidate(train | {"epochs": 16, "batch_size": 2}, "3D ResNet", None, values)
+        yield Candidate(train | schedule(facts.num_samples, 2), "3D ResNet", None, values)
 
 
 def _volume_recipe(facts: Facts, model: dict[str, Any], *, most_px: int, step_px: int) -> dict[str, Any]:
@@ -389,11 +387,7 @@ def _anisotropy(facts: Facts, train: Mapping[str, Any]) -> float:
 
 def _sizes(facts: Facts, batch_size: int) -> dict[str, Any]:
     """Batch, epochs and folds for so many samples."""
-    found: dict[str, Any] = {"batch_size": min(batch_size, max(4, facts.num_samples // 16))}
-    found["epochs"] = 16 if facts.num_samples >= FEW_SAMPLES else 40
-    if facts.folds:
-        found["folds"] = facts.folds
-    return found
+    return schedule(facts.num_samples, batch_size) | ({"folds": facts.folds} if facts.folds else {})
 
 
 def _most_folds(folder: DatasetFolder, fractions: Mapping[str, float]) -> int:
