@@ -186,7 +186,8 @@ def new(folder: Path, /, *, name: str = "", positive: str = "") -> None:
 
     Images are DICOM, PNG or JPEG; volumes are NIfTI files, or folders or zips of DICOM slices; slides are TIFF. The
     folder holds one folder per class (also within train, val and test), or a CSV file with a row per sample: columns
-    file and label, or label_CLASS; also mask, patient, site, scanner, age, sex, view and split. Nothing is copied.
+    file and label, or label_CLASS; also mask, patient, site, scanner, age, sex, view and split. For a detector it holds
+    boxes in COCO's or Pascal VOC's form, or in boxes.csv beside a CSV without labels. Nothing is copied.
 
     Example: `cadx new ~/images/chest --positive pneumonia`, then `make reproduce EXPERIMENT=chest`.
 

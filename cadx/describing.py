@@ -1,9 +1,11 @@
 """A hospital's own folder of images, volumes or slides -> an entry of the catalogue, and what to look over in it.
 
-Recognised are a table with a row per sample, else a folder per class (also within train, val, test). Nothing is
-guessed in silence: what was assumed is a note, and what would be taken amiss later is refused here.
+Recognised are boxes in COCO's or Pascal VOC's form, else a table with a row per sample, else a folder per class (also
+within train, val, test). Nothing is guessed in silence: what was assumed is a note, and what would be taken amiss later
+is refused here.
 """
 
+import json
 import re
 import unicodedata
 import zipfile
@@ -16,8 +18,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import ValidationError
 
-from cadx.catalog import SPLIT_WORDS, FolderEntry, Row, TableEntry, candidate_files, digest_source, read_rows
-from cadx.layouts import UNKNOWN, Orphan, as_posix, list_items
+from cadx.catalog import (
+    SPLIT_WORDS,
+    CocoEntry,
+    FolderEntry,
+    Row,
+    TableEntry,
+    VocEntry,
+    candidate_files,
+    digest_source,
+    read_rows,
+)
+from cadx.layouts import UNKNOWN, Box, FileEntry, Item, Orphan, as_posix, list_items
 from cadx.reading.dicom import dicom_identifiers, discreet, header_text, parse_header, patient_names
 from cadx.reading.folders import is_hidden
 from cadx.reading.identifiers import file_identifiers
@@ -26,7 +38,7 @@ from cadx.reading.slides import open_slide
 from cadx.reading.source import HEAD_BYTES, MAX_FILE_BYTES, read_bytes, sniff
 from cadx.reading.vocabulary import BURNED_IN, LABEL_IMAGES
 from cadx.reading.volumes import read_volume
-from cadx.recipes import image_recipe, schedule, slide_recipe, volume_recipe
+from cadx.recipes import detector_recipe, image_recipe, lesion_sizes_px, schedule, slide_recipe, volume_recipe
 from cadx.settings import did_you_mean
 from cadx.types import Kind, Task
 
@@ -63,6 +75,12 @@ _FORMS = {
     "slide": "whole slides (TIFF)",
 }
 _MASK_WORD = re.compile(r"(^|[^a-z])(mask|maske|seg|segmentation|labels?|roi)([^a-z]|$)", re.IGNORECASE)
+_ENTRIES: dict[str, type[FileEntry]] = {
+    "coco": CocoEntry,
+    "voc": VocEntry,
+    "table": TableEntry,
+    "folder": FolderEntry,
+}
 _SAMPLED_FILES = 24
 _SAMPLED_VOLUMES = 6  # which are read whole
 _MOST_CLASSES = 50
@@ -75,7 +93,7 @@ class _Layout(NamedTuple):
     Attributes:
         kind: of the samples.
         fields: of the entry.
-        counts: samples per class, in the order of the classes.
+        counts: samples per class, in the order of the classes; of a detection, such as have a box of it.
         samples: their files, or folders of slices.
         given: the official splits that occur.
         flag: the class of a table's only flag, which is the one that is looked for.
@@ -91,6 +109,10 @@ class _Layout(NamedTuple):
     @property
     def task(self) -> Task:
         """What its labels ask for."""
+        if self.fields["format"] in ("coco", "voc") or (
+            "boxes" in self.fields and self.fields.keys().isdisjoint(("label_column", "label_columns"))
+        ):
+            return "detection"
         if "label_columns" in self.fields:
             return "multilabel"
         return "binary" if len(self.counts) == 2 else "multiclass"
@@ -126,6 +148,7 @@ class _Seen:
         identifiers: what in their files may name a patient.
         modalities: what their headers say.
         coloured: how many images are in colour.
+        longest_px: longer side of each image.
         volumes: of those that were read, voxels and mm along depth, height and width, and whether values are signed.
     """
 
@@ -136,6 +159,7 @@ class _Seen:
     identifiers: set[str] = field(default_factory=set)
     modalities: set[str] = field(default_factory=set)
     coloured: int = 0
+    longest_px: list[int] = field(default_factory=list)
     volumes: list[tuple[tuple[int, ...], tuple[float, ...], bool]] = field(default_factory=list)
 
 
@@ -149,7 +173,7 @@ class Described(NamedTuple):
         train: section of params.yaml that suits such samples.
     """
 
-    entry: FolderEntry | TableEntry
+    entry: FileEntry
     has_splits: bool
     notes: tuple[str, ...]
     train: dict[str, Any]
@@ -161,16 +185,21 @@ def describe_folder(folder: Path, *, positive: str = "") -> Described:
     The positive class is `positive`, or the one that does not say that nothing was found, or the rarest.
 
     Raises:
-        ValueError: one line, if there is neither a table nor a folder per class, samples are of several kinds,
-            `positive` is no class, something would be lost or mistaken, or `ingest` could not list the samples. It
-            repeats no file name and no cell but the classes.
+        ValueError: one line, if there are neither boxes nor a table nor a folder per class, samples are of several
+            kinds, `positive` is no class, something would be lost or mistaken, or `ingest` could not list the samples.
+            It repeats no file name and no cell but the classes.
     """
     folder = folder.resolve()
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     there = candidate_files(folder)  # which itself refuses links, closed folders, and names that are no text
     notes = ["modality, licence and title are yours to fill in"]
-    layout = _describe_tables(folder, notes) or _describe_class_folders(folder, notes)
+    layout = (
+        _describe_coco(folder, notes)
+        or _describe_voc(folder)
+        or _describe_tables(folder, notes)
+        or _describe_class_folders(folder, notes)
+    )
     if layout.kind != "volume" and (nifti := sum(map(_is_nifti, there))):
         raise ValueError(
             f"{folder.name}: {nifti} of {len(there)} files are volumes (NIfTI), the samples are {layout.kind}s; move"
@@ -201,19 +230,23 @@ def describe_folder(folder: Path, *, positive: str = "") -> Described:
         "patient": policy,
         **layout.fields,
     }
-    cls = TableEntry if layout.fields["format"] == "table" else FolderEntry
     try:
-        entry = cls.model_validate(content)
+        entry = _ENTRIES[layout.fields["format"]].model_validate(content)
     except ValidationError as error:
         raise ValueError(f"{folder.name}: {error.errors(include_input=False)[0]['msg']}") from None
     try:
-        if note := _check_listing(folder, entry):
-            notes.append(note)
+        items = _list(folder, entry, notes)
         digest = digest_source(folder)
     except OSError as error:  # its text repeats a file's name
         what = type(error).__name__
         raise ValueError(f"{folder.name}: a file in it cannot be read ({what}); check its rights") from None
-    train = _recipe(layout, seen)
+    boxes = [box for item in items for box in item.boxes]
+    if layout.task == "detection":
+        notes.append(
+            f"{sum(not item.boxes for item in items)} of {len(items)} images have no box: they count as images in which"
+            " there is nothing to find"
+        )
+    train = _recipe(layout, seen, boxes)
     return Described(entry.model_copy(update={"digest": digest}), layout.has_splits, tuple(notes), train)
 
 
@@ -246,10 +279,11 @@ def _kind_of_one(path: Path) -> Kind:
     return "image" if sniff(head) else _FIRST_BYTES.get(head[:4], "image")
 
 
-def _check_listing(folder: Path, entry: FolderEntry | TableEntry) -> str:
-    """Refuse what `ingest` would refuse before it opens an image; say what it leaves to a parameter, "" for nothing.
+def _list(folder: Path, entry: FileEntry, notes: list[str]) -> list[Item]:
+    """The samples, as `ingest` will list them; refused is what it would refuse before it opens one.
 
-    With other advice where its own is to correct the entry, which is not written yet.
+    With other advice where its own is to correct the entry, which is not written yet. What it leaves to a parameter is
+    a note.
     """
     for split in entry.split_folders if isinstance(entry, FolderEntry) else ():
         if lacking := [name for name in entry.classes if not candidate_files(folder / split / name)]:
@@ -262,22 +296,27 @@ def _check_listing(folder: Path, entry: FolderEntry | TableEntry) -> str:
         items = list_items(entry, folder, alone)
     except ValueError as error:
         raise ValueError(f"{folder.name}: {error}") from None
-    if alone and isinstance(entry, TableEntry):
-        return (
-            f"{len(alone)} files have no row ({alone[0].place}): ingest refuses them; give each a row, with an empty"
-            " label where nobody knows it, or set ingest.orphans to leave_out"
-        )
-    if alone:
+    if alone and isinstance(entry, FolderEntry):
         raise ValueError(
             f"{folder.name}: {len(alone)} files are left over ({alone[0].place}: {alone[0].reason}); move each into the"
             " folder of a class, or move them away"
+        )
+    if alone and isinstance(entry, TableEntry):
+        notes.append(
+            f"{len(alone)} files have no row ({alone[0].place}): ingest refuses them; give each a row, with an empty"
+            " label where nobody knows it, or set ingest.orphans to leave_out"
+        )
+    elif alone:
+        notes.append(
+            f"{len(alone)} files are alone ({alone[0].place}: {alone[0].reason}): ingest refuses them; complete each,"
+            " or set ingest.orphans to leave_out"
         )
     named = sum(bool(item.patient) for item in items)
     if 0 < named < len(items):
         raise ValueError(
             f"{folder.name}: {len(items) - named} of {len(items)} rows name no patient; fill in all of them, or none"
         )
-    return ""
+    return items
 
 
 def _check_classes(name: str, layout: _Layout, seen: _Seen) -> None:
@@ -394,18 +433,23 @@ def _in_hu(seen: _Seen) -> bool:
     return seen.modalities == {"CT"} and all(is_signed for _, _, is_signed in seen.volumes)
 
 
-def _recipe(layout: _Layout, seen: _Seen) -> dict[str, Any]:
-    """The `train` section that suits what was seen; the largest of it, so that few are larger."""
+def _recipe(layout: _Layout, seen: _Seen, boxes: Sequence[Box]) -> dict[str, Any]:
+    """The `train` section that suits what was seen, and all boxes."""
+    channels = 3 if seen.coloured else 1
+    if layout.task == "detection":
+        lesion_px = lesion_sizes_px(np.array([corners for _, *corners in boxes]))
+        return detector_recipe("yolo", int(np.median(seen.longest_px or [512])), lesion_px, channels)
     if layout.kind == "slide":
         return slide_recipe()
     if layout.kind == "image":
-        train = image_recipe(224, 3 if seen.coloured else 1, {"family": "resnet", "depth": 18})
+        train = image_recipe(224, channels, {"family": "resnet", "depth": 18})
         return train | schedule(len(layout.samples), 32)
     has_masks = "mask_column" in layout.fields
     spacing_mm = size_px = None
     if seen.volumes:
         shapes, steps = (np.array([volume[at] for volume in seen.volumes]) for at in (0, 1))
         spacing_mm = np.median(steps, 0)
+        # Without masks of the largest, so that few are larger.
         size_px = np.median(shapes, 0) if has_masks else (shapes * steps).max(0) / spacing_mm
     is_small = has_masks or size_px is None or max(size_px) <= 32
     light = {"family": "resnet3d", "depth": 10, "width": 0.5, "stem": "small"}
@@ -429,6 +473,117 @@ def _about_splits(layout: _Layout) -> Iterator[str]:
             f"official splits are kept, but only {' and '.join(sorted(layout.given))} are there, so split.strategy is"
             " patient"
         )
+
+
+# --- Boxes --------------------------------------------------------------------------------------------
+
+
+def _describe_coco(folder: Path, notes: list[str]) -> _Layout | None:
+    """Boxes in COCO's JSON, of one file or of one for each split; None where there is none."""
+    inner = _folders(folder)
+    found = {
+        path: content
+        for place in (folder, *inner)
+        for path in sorted(place.glob("*.json"))
+        if not is_hidden(path.name) and (content := _coco_content(path))
+    }
+    if not found:
+        return None
+    by_split = {
+        SPLIT_WORDS[word]: path
+        for path in found
+        for word in re.split(r"[^a-z]+", path.stem.lower())
+        if word in SPLIT_WORDS
+    }
+    if len(found) == 1:
+        by_split = {}
+    elif sorted(by_split.values()) != sorted(found):
+        raise ValueError(
+            f"{folder.name}: {len(found)} files are in COCO's form; name each after its split (train, val, test), or"
+            " join them into one"
+        )
+    try:
+        names = [as_posix(image["file_name"]) for content in found.values() for image in content["images"]]
+        categories = {
+            (path, category["id"]): category["name"]
+            for path, content in found.items()
+            for category in content["categories"]
+        }
+        counts = _images_per_class(
+            (categories[path, box["category_id"]], (path, box["image_id"]))
+            for path, content in found.items()
+            for box in content["annotations"]
+        )
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f"{folder.name}: a file in COCO's form has an image without file_name, a category without id or name, or an"
+            " annotation of neither; write it anew"
+        ) from None
+    if unused := sorted(set(categories.values()) - counts.keys()):
+        notes.append(f"categories without a box are passed over: {', '.join(unused)}")
+    roots = [folder, *inner, *(path for place in inner for path in _folders(place))]
+    root = max(roots, key=lambda one: sum((one / name).is_file() for name in names))
+    files = {path: path.relative_to(folder).as_posix() for path in found}
+    fields: dict[str, Any] = {
+        "format": "coco",
+        "annotations": {split: files[path] for split, path in by_split.items()} or files[next(iter(found))],
+    }
+    if root != folder:
+        fields["images"] = root.relative_to(folder).as_posix()
+    samples = [path for name in names if (path := root / name).is_file()]
+    return _Layout("image", fields, counts, samples, set(by_split))
+
+
+def _coco_content(path: Path) -> dict[str, Any] | None:
+    """What a JSON file holds that has COCO's three parts; None for any other."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    is_coco = isinstance(content, dict) and {"images", "categories", "annotations"} <= content.keys()
+    return content if is_coco else None
+
+
+def _describe_voc(folder: Path) -> _Layout | None:
+    """Boxes in Pascal VOC's XML, a folder of them beside one of images; None where there is none."""
+    held = {path: candidate_files(path) for path in _folders(folder)}
+    annotations = [
+        path
+        for path, files in held.items()
+        if files and all(file.suffix.lower() == ".xml" for file in files) and _voc_names(files[0]) is not None
+    ]
+    if len(annotations) != 1 or len(held) == 1:
+        return None
+    notes = held.pop(annotations[0])
+    stems = {path.stem for path in notes}
+    # Masks of a VOC data set have the names of its images, too.
+    images = max(
+        held, key=lambda one: (one.name == "JPEGImages", len(stems & {path.stem for path in held[one]}))
+    )
+    lists = {
+        SPLIT_WORDS[path.stem.lower()]: path.relative_to(folder).as_posix()
+        for path in sorted(folder.glob("ImageSets/Main/*.txt"))
+        if path.stem.lower() in SPLIT_WORDS
+    }
+    fields: dict[str, Any] = {"format": "voc", "images": images.name, "annotations": annotations[0].name}
+    if lists:
+        fields["splits"] = lists
+    counts = _images_per_class((name, path) for path in notes for name in _voc_names(path) or ())
+    return _Layout("image", fields, counts, held[images], set(lists))
+
+
+def _voc_names(path: Path) -> set[str] | None:
+    """The classes of which an annotation has boxes; None where it is none: `ingest` says what is wrong with it."""
+    from defusedxml import DefusedXmlException
+    from defusedxml.ElementTree import ParseError, parse
+
+    try:
+        annotation = parse(path).getroot()
+    except (ParseError, DefusedXmlException, LookupError, ValueError, RecursionError):
+        return None
+    if annotation is None or annotation.tag != "annotation":
+        return None
+    return {(element.findtext("name") or "").strip() for element in annotation.iter("object")}
 
 
 # --- A folder per class -------------------------------------------------------------------------------
@@ -511,7 +666,14 @@ def _describe_tables(folder: Path, notes: list[str]) -> _Layout | None:
         for path in folder.iterdir()
         if path.suffix.lower() in (".csv", ".tsv") and path.name != _BOX_TABLE and not is_hidden(path.name)
     )
-    found = [(table, layout) for table in tables if (layout := _describe_table(folder, table, notes))]
+    boxes = _read_boxes(folder)
+    found: list[tuple[Path, _Layout]] = []
+    for detects in (
+        (False, True) if boxes else (False,)
+    ):  # where no table has labels, boxes say what is present
+        for table in () if found else tables:
+            layout = _describe_table(folder, table, boxes, notes, detects=detects)
+            found += [(table, layout)] if layout else []
     if len(found) > 1:
         raise ValueError(
             f"{', '.join(table.name for table, _ in found)}: each has a row per sample; keep one of them there"
@@ -527,17 +689,19 @@ def _describe_tables(folder: Path, notes: list[str]) -> _Layout | None:
     return found[0][1] if found else None
 
 
-def _describe_table(folder: Path, table: Path, notes: list[str]) -> _Layout | None:
-    """A table with a row per sample; None where no columns are named for file and label."""
+def _describe_table(
+    folder: Path, table: Path, boxes: Sequence[Row], notes: list[str], *, detects: bool
+) -> _Layout | None:
+    """A table with a row per sample, with labels or, for what `detects`, without; None for any other."""
     rows = read_rows(table)
     known = _usual_columns(rows[0])
     file_column, label_column = known.pop("file"), known.pop("label")
     flags = {name[len("label_") :]: name for name in rows[0] if name.startswith("label_")}
-    if file_column is None or not (label_column or flags):
+    if file_column is None or bool(label_column or flags) == detects:
         return None
     root, samples = _files_of(folder, table.name, rows, file_column)
     kind = _kind_of(folder.name, samples)
-    if kind == "image" and (slices := _number_of_slices(samples)):
+    if kind == "image" and not detects and (slices := _number_of_slices(samples)):
         notes.append(_slices_are_images(slices, samples))
     mask_column = _mask_column(folder, rows, known["mask"], notes)
     given = _official_splits(rows, known, notes)
@@ -549,7 +713,11 @@ def _describe_table(folder: Path, table: Path, notes: list[str]) -> _Layout | No
     taken = {file_column, label_column, *flags.values(), *known.values()}
     if others := [name for name in rows[0] if name not in taken]:
         notes.append(f"columns passed over: {', '.join(others)}; name them {', '.join(known)} to be read")
-    labels = _describe_labels(table.name, rows, label_column, flags, notes)
+    labels = (
+        _Labels({}, _images_per_class((row["class"], as_posix(row["file"])) for row in boxes))
+        if detects
+        else _describe_labels(table.name, rows, label_column, flags, notes)
+    )
     fields = {"format": "table", "table": table.name, "file_column": file_column, **labels.fields}
     if root != folder:
         fields["images"] = root.name
@@ -557,11 +725,29 @@ def _describe_table(folder: Path, table: Path, notes: list[str]) -> _Layout | No
         fields["mask_column"] = mask_column
     if optional := {meaning: name for meaning, name in known.items() if name and meaning != "mask"}:
         fields["columns"] = optional
-    box_table = folder / _BOX_TABLE
-    boxes = read_rows(box_table, may_be_empty=True) if box_table.is_file() else []
-    if boxes and set(_BOX_COLUMNS) <= set(boxes[0]):
+    if boxes and not detects:
+        notes.append(
+            f"{_BOX_TABLE} is kept beside the labels, which are learnt: to learn to find boxes, take the columns of"
+            " labels out of the table"
+        )
+    if boxes:
         fields["boxes"] = {"table": _BOX_TABLE, "x1": "x1", "y1": "y1"}
     return _Layout(kind, fields, labels.counts, samples, given, labels.flag)
+
+
+def _read_boxes(folder: Path) -> list[Row]:
+    """The rows of the table of boxes that have corners; none where its columns are others."""
+    table = folder / _BOX_TABLE
+    rows = read_rows(table, may_be_empty=True) if table.is_file() else []
+    if not rows or not set(_BOX_COLUMNS) <= set(rows[0]):
+        return []
+    return [row for row in rows if any(row[corner] for corner in _BOX_COLUMNS[2:])]
+
+
+def _images_per_class(boxes: Iterable[tuple[str, Any]]) -> dict[str, int]:
+    """Class -> in how many images it has a box, by pairs of both."""
+    counts = Counter(name for name, _ in set(boxes))
+    return {name: counts[name] for name in sorted(counts)}
 
 
 def _usual_columns(names: Iterable[str]) -> dict[str, str | None]:
@@ -758,6 +944,7 @@ def _look_at_sample(path: Path, kind: Kind, seen: _Seen) -> None:
     else:
         image = read_image(path)
         seen.coloured += image.pixels.ndim == 3
+        seen.longest_px.append(max(image.pixels.shape[:2]))
 
 
 def _number_of_slices(files: Sequence[Path]) -> int:
@@ -802,6 +989,9 @@ def _names_in(data: bytes) -> list[set[str]]:
 def _patient_policy(layout: _Layout, seen: _Seen, notes: list[str]) -> str:
     """Whether patients are known, from a sample of the files and the table's columns."""
     readable = seen.number - len(seen.reasons)
+    columns = (
+        f"file and patient beside {_BOX_TABLE}" if layout.task == "detection" else "file, label and patient"
+    )
     if seen.reasons:
         notes.append(
             f"{len(seen.reasons)} of {seen.number} sampled files cannot be read: ingest will list them; the first:"
@@ -831,11 +1021,11 @@ def _patient_policy(layout: _Layout, seen: _Seen, notes: list[str]) -> str:
         if lacking := readable - len(seen.patients):
             notes.append(
                 f"{lacking} of {seen.number} sampled files name no patient: ingest refuses those; a CSV with the"
-                " columns file, label and patient can name them"
+                f" columns {columns} can name them"
             )
         return "hmac"
     notes.append(
         f"no patients were found, so every {layout.kind} counts as one: if patients have several {layout.kind}s, give a"
-        f" CSV with the columns file, label and patient, or {layout.kind}s of one patient will stand in train and test"
+        f" CSV with the columns {columns}, or {layout.kind}s of one patient will stand in train and test"
     )
     return "per-image"

@@ -2,10 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 FEW_SAMPLES = 1000
 """Under so many a network sees each more often, and a held-out val is small: cross-validation uses every case."""
+_SMALLEST_LESION_PX = 8
 _SLIVER = 1e-6  # of a step: less is rounding, and no reason for a larger patch
 
 
@@ -81,6 +84,72 @@ def schedule(num_samples: int, most: int) -> dict[str, Any]:
         "batch_size": min(most, max(4, num_samples // 16)),
         "epochs": 16 if num_samples >= FEW_SAMPLES else 40,
     }
+
+
+def detector_recipe(
+    family: Literal["yolo", "faster_rcnn"],
+    longest_px: int,
+    lesion_px: tuple[float, float, float] | None,
+    channels: int,
+) -> dict[str, Any]:
+    """The `train` section for boxes: images shrunk to 512 px, or tiles where small lesions would vanish by that.
+
+    Args:
+        family: of the detector.
+        longest_px: longer side of a usual image.
+        lesion_px: of `lesion_sizes_px`.
+        channels: 3 if images are in colour, else 1.
+    """
+    low, middle, high = lesion_px or (16.0, 32.0, 64.0)
+    scale = min(1.0, 512 / longest_px)
+    made: dict[str, Any]
+    tiles: dict[str, Any] = {}
+    if low * scale < _SMALLEST_LESION_PX and scale < 1:
+        made, scale = {"height_px": 256, "width_px": 256, "fit": "tile"}, 1.0
+        tiles = {"patches_per_sample": 8, "positive_fraction": 0.8}
+    else:
+        side_px = min(512, 32 * math.ceil(longest_px / 32))
+        made = {"height_px": side_px, "width_px": side_px}
+    if family == "yolo":
+        first = 8 if low * scale >= 32 else 4
+        last = first
+        while last < min(16, high * scale / 2):
+            last *= 2
+        strides = [stride for stride in (4, 8, 16) if first <= stride <= last]
+        model: dict[str, Any] = {"family": family, "width": 0.5, "strides": strides}
+    else:
+        sizes = [max(4, round(middle * scale * factor / 2)) for factor in (1, 2, 4, 8)]
+        model = {
+            "family": family,
+            "depth": 50,
+            "fpn_channels": 256,
+            "anchor_sizes_px": [[px] for px in sizes],
+        }
+    return {
+        "model": model,
+        "preprocessing": {"channels": channels} | made,
+        "augmentation": {"horizontal_flip": True, "scale_fraction": 0.15},
+        **tiles,
+        "loss": {},
+        "sampler": "natural",
+        "epochs": 30,
+        "ema_decay": 0.995,
+        "grad_clip": 10,
+        "batch_size": 8 if family == "yolo" else 4,
+    }
+
+
+def lesion_sizes_px(corners: np.ndarray) -> tuple[float, float, float] | None:
+    """Square root of the boxes' areas: 5th, 50th and 95th percentile; None where there is no box.
+
+    Args:
+        corners: N 4, x0 y0 x1 y1 in pixels, half-open.
+    """
+    if not len(corners):
+        return None
+    x0, y0, x1, y1 = corners.T
+    low, middle, high = np.quantile(np.sqrt((x1 - x0) * (y1 - y0)), [0.05, 0.5, 0.95]).tolist()
+    return low, middle, high
 
 
 def slide_recipe() -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,16 @@ from rich.console import Console
 
 from cadx.benchmarking import Benchmark, Run, Step, network_text
 from cadx.datasets import DatasetFolder
-from cadx.recipes import FEW_SAMPLES, experiment_sections, image_recipe, schedule, slide_recipe, volume_recipe
+from cadx.recipes import (
+    FEW_SAMPLES,
+    detector_recipe,
+    experiment_sections,
+    image_recipe,
+    lesion_sizes_px,
+    schedule,
+    slide_recipe,
+    volume_recipe,
+)
 from cadx.reporting import estimate_text
 from cadx.splitting import assign_splits, cross_validation
 from cadx.types import Kind, Task
@@ -29,7 +38,6 @@ from cadx.types import Kind, Task
 _MOST_FOLDS = 5
 _MARGIN = 1.15
 _STATE_BYTES = 16  # of a parameter: itself, its gradient, and AdamW's two moments
-_SMALLEST_LESION_PX = 8
 _CT = re.compile(r"\b(CT|computed tomography)\b", re.IGNORECASE)
 _NOT_CT_ALONE = re.compile(r"\b(MRI?|magnetic resonance|PET|SPECT|cone.beam)\b", re.IGNORECASE)
 
@@ -151,12 +159,9 @@ def facts_of(folder: DatasetFolder, fractions: Mapping[str, float]) -> Facts:
         steps = samples[["spacing_slice_mm", "spacing_row_mm", "spacing_column_mm"]].to_numpy()
         lengths = steps * samples[["depth_px", "height_px", "width_px"]].to_numpy()
         spacing_mm, extent_mm = np.median(steps, 0).tolist(), np.quantile(lengths, 0.95, axis=0).tolist()
-    lesion = None
-    boxes = folder.boxes
-    if info.task == "detection" and len(boxes):
-        sides = np.sqrt((boxes["x1"] - boxes["x0"]) * (boxes["y1"] - boxes["y0"]))
-        low, middle, high = np.quantile(sides, [0.05, 0.5, 0.95]).tolist()
-        lesion = (low, middle, high)
+    lesion_px = None
+    if info.task == "detection":
+        lesion_px = lesion_sizes_px(folder.boxes[["x0", "y0", "x1", "y1"]].to_numpy())
     return Facts(
         name=info.name,
         kind=info.kind,
@@ -173,7 +178,7 @@ def facts_of(folder: DatasetFolder, fractions: Mapping[str, float]) -> Facts:
         signed=bool(samples["dtype"].isin(["int16", "float32"]).all()),
         modality=info.modality,
         folds=_most_folds(folder, fractions) if is_small and classifies else None,
-        lesion_px=lesion,
+        lesion_px=lesion_px,
     )
 
 
@@ -313,39 +318,14 @@ def _candidates(facts: Facts) -> Iterator[Candidate]:
 
 
 def _detectors(facts: Facts) -> Iterator[Candidate]:
-    low, middle, high = facts.lesion_px or (16.0, 32.0, 64.0)
-    longest = max(facts.size_px[1:])
-    scale = min(1.0, 512 / longest)
-    made: dict[str, Any]
-    tiles: dict[str, Any] = {}
-    if low * scale < _SMALLEST_LESION_PX and scale < 1:
-        made, scale = {"height_px": 256, "width_px": 256, "fit": "tile"}, 1.0
-        tiles = {"patches_per_sample": 8, "positive_fraction": 0.8}
-    else:
-        side_px = min(512, 32 * math.ceil(longest / 32))
-        made = {"height_px": side_px, "width_px": side_px}
-    first = 8 if low * scale >= 32 else 4
-    last = first
-    while last < min(16, high * scale / 2):
-        last *= 2
-    strides = [stride for stride in (4, 8, 16) if first <= stride <= last]
-    sizes = [max(4, round(middle * scale * factor / 2)) for factor in (1, 2, 4, 8)]
-    shared = {
-        "preprocessing": {"channels": facts.channels} | made,
-        "augmentation": {"horizontal_flip": True, "scale_fraction": 0.15},
-        **tiles,
-    }
-    shared |= {"loss": {}, "sampler": "natural", "epochs": 30, "ema_decay": 0.995, "grad_clip": 10}
-    values = made["height_px"] * made["width_px"]
-    yolo = {"family": "yolo", "width": 0.5, "strides": strides}
-    yield Candidate({"model": yolo, **shared, "batch_size": 8}, "YOLOv5", None, values)
-    rcnn = {
-        "family": "faster_rcnn",
-        "depth": 50,
-        "fpn_channels": 256,
-        "anchor_sizes_px": [[px] for px in sizes],
-    }
-    yield Candidate({"model": rcnn, **shared, "batch_size": 4}, "Faster R-CNN", None, values)
+    families: tuple[tuple[Literal["yolo", "faster_rcnn"], str], ...] = (
+        ("yolo", "YOLOv5"),
+        ("faster_rcnn", "Faster R-CNN"),
+    )
+    for family, step in families:
+        train = detector_recipe(family, max(facts.size_px[1:]), facts.lesion_px, facts.channels)
+        made = train["preprocessing"]
+        yield Candidate(train, step, None, made["height_px"] * made["width_px"])
 
 
 def _volumes(facts: Facts) -> Iterator[Candidate]:

@@ -1,5 +1,6 @@
 """A hospital's own folder as an entry: what is recognised, what is said, and what is refused."""
 
+import json
 import os
 import shutil
 from itertools import product
@@ -17,6 +18,7 @@ from test_volumes import phantom, write_nifti, write_series
 from cadx.catalog import FolderEntry, TableEntry, load_catalog
 from cadx.describing import describe_folder
 from cadx.files import digest_path
+from cadx.layouts import list_items
 from cadx.loading import VolumePreprocessing
 from cadx.loading.patches import VolumeSource
 from cadx.phantom.cohort import Faults
@@ -241,7 +243,8 @@ def test_a_table_that_is_not_read_is_said_with_the_columns_that_it_needs(tmp_pat
         (own / "boxes.csv").write_text("file,class,x0,y0,x1,y1\na.png,x,1,1,9,9\n")
         described, _, notes, _ = describe_folder(own)
         assert described.boxes.table == "boxes.csv"
-        assert not any("boxes.csv" in note for note in notes)
+        (said,) = [note for note in notes if "boxes.csv" in note]
+        assert "to learn to find boxes, take the columns of labels out" in said
 
 
 def test_paths_that_windows_wrote_are_read(tmp_path):
@@ -517,6 +520,96 @@ def test_a_column_of_masks_names_files(tmp_path):
     assert isinstance(described, TableEntry)
     assert described.mask_column is None
     assert "column seg is passed over: some of its cells are no paths of files, from own on" in notes
+
+
+def boxed(folder: Path, form: str, *, by_split: bool = False) -> Path:
+    """Images 0 to 5, of which 0 and 3 have a box of a nodule and 0 one of a mass, in three forms."""
+    parts = {"train": (0, 1), "val": (2, 3), "test": (4, 5)} if by_split else {"": range(6)}
+    boxes = {0: [("nodule", 1, 2, 5, 7), ("mass", 0, 0, 8, 8)], 3: [("nodule", 2, 2, 4, 4)]}
+    place = {"coco": "pictures/all", "voc": "JPEGImages", "table": "images"}[form]
+    for number in range(6):
+        write_png(folder / place / f"{number}.png", 20 * number)
+    if form == "table":
+        (folder / "images.csv").write_text("file,sex\n" + "".join(f"{n}.png,F\n" for n in range(6)))
+        (folder / "demographics.csv").write_text("subject,weight\n1,70\n")
+        rows = [",".join(map(str, (f"{n}.png", *box))) for n, held in boxes.items() for box in held]
+        (folder / "boxes.csv").write_text(
+            "\n".join(["file,class,x0,y0,x1,y1", *rows, "1.png,none,,,,"]) + "\n"
+        )
+    elif form == "coco":
+        (folder / "annotations").mkdir()
+        categories = [{"id": 0, "name": "all"}, {"id": 1, "name": "nodule"}, {"id": 2, "name": "mass"}]
+        identity = {one["name"]: one["id"] for one in categories}
+        for split, numbers in parts.items():
+            content = {
+                "images": [{"id": n, "file_name": f"{n}.png"} for n in numbers],
+                "categories": categories,
+                "annotations": [
+                    {"image_id": n, "category_id": identity[name], "bbox": [x0, y0, x1 - x0, y1 - y0]}
+                    for n in numbers
+                    for name, x0, y0, x1, y1 in boxes.get(n, ())
+                ],
+            }
+            (folder / f"annotations/instances_{split}2017.json").write_text(json.dumps(content))
+    else:
+        write_png(folder / "SegmentationClass/0.png")
+        (folder / "Annotations").mkdir()
+        (folder / "ImageSets/Main").mkdir(parents=True)
+        for split, numbers in parts.items():
+            if split:
+                names = "".join(f"{n}\n" for n in numbers)
+                (folder / f"ImageSets/Main/{split}.txt").write_text(names)
+                (folder / f"ImageSets/Main/nodule_{split}.txt").write_text(names)
+        for number in range(6):
+            objects = "".join(
+                f"<object><name>{name}</name><bndbox><xmin>{x0 + 1}</xmin><ymin>{y0 + 1}</ymin><xmax>{x1}</xmax>"
+                f"<ymax>{y1}</ymax></bndbox></object>"
+                for name, x0, y0, x1, y1 in boxes.get(number, ())
+            )
+            (folder / f"Annotations/{number}.xml").write_text(f"<annotation>{objects}</annotation>")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("form", "by_split"),
+    [("table", False), ("coco", False), ("coco", True), ("voc", False), ("voc", True)],
+)
+def test_boxes_in_every_usual_form(tmp_path, form, by_split):
+    own = boxed(tmp_path / "own", form, by_split=by_split)
+    described, has_splits, notes, train = describe_folder(own)
+    assert (described.task, described.classes, described.positive) == ("detection", ("mass", "nodule"), None)
+    assert has_splits == by_split
+    items = sorted(list_items(described, own), key=lambda item: item.relative.name)
+    assert [item.relative.name for item in items] == [f"{number}.png" for number in range(6)]
+    assert items[0].boxes == [("nodule", 1, 2, 5, 7), ("mass", 0, 0, 8, 8)]
+    assert [item.given_split for item in items] == (
+        ["train", "train", "val", "val", "test", "test"] if by_split else [""] * 6
+    )
+    assert any("4 of 6 images have no box" in note for note in notes)
+    assert any("class 'mass' has 1 image:" in note for note in notes)
+    assert any("CSV with the columns file and patient beside boxes.csv" in note for note in notes)
+    assert ("categories without a box are passed over: all" in notes) == (form == "coco")
+    assert TrainParams.model_validate(train).model.family == "yolo"
+    assert train["preprocessing"] == {"channels": 1, "height_px": 32, "width_px": 32}
+    catalog = write_catalog(tmp_path / "c.yaml", own=described.model_dump(mode="json", exclude_defaults=True))
+    assert load_catalog(catalog) == {"own": described}
+
+
+def test_images_alone_in_a_set_of_boxes_are_said(tmp_path):
+    for form, place in (("coco", "pictures/all"), ("voc", "JPEGImages")):
+        own = boxed(tmp_path / form, form)
+        write_png(own / place / "6.png")
+        notes = describe_folder(own).notes
+        assert any(
+            "1 files are alone" in note and "set ingest.orphans to leave_out" in note for note in notes
+        )
+
+
+def test_small_lesions_of_large_images_are_seen_in_tiles(tmp_path):
+    own = boxed(tmp_path / "own", "table")
+    for path in (own / "images").iterdir():
+        Image.fromarray(np.full((1600, 1200), 60, np.uint8)).save(path)
+    assert describe_folder(own).train["preprocessing"]["fit"] == "tile"
 
 
 def test_slides_that_may_name_somebody_are_said_to_be_refused(tmp_path):
