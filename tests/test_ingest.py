@@ -13,6 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 from scipy.spatial import cKDTree
+from test_describing import boxed
 from test_volumes import phantom, write_nifti, write_series
 
 from cadx.datasets import DatasetFolder
@@ -467,6 +468,15 @@ def test_volumes_that_cadx_new_describes_can_be_ingested(run, tmp_path):
     assert samples["label_ill"].tolist() == [1, 1, 0]
     assert samples["patient"].nunique() == 3
     assert samples[["depth_px", "height_px", "width_px"]].to_numpy().tolist() == [[5, 6, 7]] * 3
+
+
+@pytest.mark.parametrize("form", ["table", "coco", "voc"])
+def test_boxes_that_cadx_new_describes_can_be_ingested(run, tmp_path, form):
+    described = describe_folder(boxed(tmp_path / "own", form)).entry
+    folder = run(described.model_dump(mode="json", exclude_defaults=True))
+    assert len(folder.samples) == 6
+    assert sorted(folder.boxes["class"]) == ["mass", "nodule", "nodule"]
+    assert folder.samples[["label_mass", "label_nodule"]].sum().tolist() == [1, 2]
 
 
 # --- Pieces of volumes --------------------------------------------------------------------------------
