@@ -35,7 +35,7 @@ from cadx.reading.folders import is_hidden
 from cadx.reading.identifiers import file_identifiers
 from cadx.reading.images import read_image
 from cadx.reading.slides import open_slide
-from cadx.reading.source import HEAD_BYTES, MAX_FILE_BYTES, read_bytes, sniff
+from cadx.reading.source import HEAD_BYTES, MAX_FILE_BYTES, read_bytes, sniff, sniff_file
 from cadx.reading.vocabulary import BURNED_IN, LABEL_IMAGES
 from cadx.reading.volumes import read_volume
 from cadx.recipes import detector_recipe, image_recipe, lesion_sizes_px, schedule, slide_recipe, volume_recipe
@@ -81,6 +81,11 @@ _ENTRIES: dict[str, type[FileEntry]] = {
     "table": TableEntry,
     "folder": FolderEntry,
 }
+_NO_CLASS = re.compile(
+    r"images?|jpegimages|bilder|masks?|masken|seg(mentation)?s?|labels?|annotations?|imagesets|rois?|box(es)?",
+    re.IGNORECASE,
+)
+"""Folders of what belongs to samples of all classes."""
 _SAMPLED_FILES = 24
 _SAMPLED_VOLUMES = 6  # which are read whole
 _MOST_CLASSES = 50
@@ -143,7 +148,8 @@ class _Seen:
     Attributes:
         number: how many were looked into.
         reasons: of those that cannot be read, why.
-        patients: whom the others name, once for each that names somebody.
+        patients: whom they name, once for each that names somebody.
+        nameless: how many of those that can be read name nobody.
         names: the words of each name in their headers.
         identifiers: what in their files may name a patient.
         modalities: what their headers say.
@@ -155,6 +161,7 @@ class _Seen:
     number: int
     reasons: list[str] = field(default_factory=list)
     patients: list[str] = field(default_factory=list)
+    nameless: int = 0
     names: list[set[str]] = field(default_factory=list)
     identifiers: set[str] = field(default_factory=set)
     modalities: set[str] = field(default_factory=set)
@@ -210,7 +217,13 @@ def describe_folder(folder: Path, *, positive: str = "") -> Described:
             f"{_BOX_TABLE} is passed over: beside a table with a row per sample it is read by its columns"
             f" {', '.join(_BOX_COLUMNS)} (pixels from 0, x1 and y1 one beyond)"
         )
+    if not layout.counts:
+        raise ValueError(f"{folder.name}: its annotations hold no box; there is nothing to learn to find")
     seen = _look_at(layout)
+    if seen.number == len(seen.reasons):
+        raise ValueError(
+            f"{folder.name}: none of {seen.number} sampled {layout.kind}s can be read; the first: {seen.reasons[0]}"
+        )
     _check_classes(folder.name, layout, seen)
     found = _positive(folder.name, layout, positive, notes)
     policy = _patient_policy(layout, seen, notes)
@@ -499,8 +512,8 @@ def _describe_coco(folder: Path, notes: list[str]) -> _Layout | None:
         by_split = {}
     elif sorted(by_split.values()) != sorted(found):
         raise ValueError(
-            f"{folder.name}: {len(found)} files are in COCO's form; name each after its split (train, val, test), or"
-            " join them into one"
+            f"{folder.name}: {len(found)} files are in COCO's form; name each after its split (train, val, test),"
+            " with file names from one folder of images, or join them into one"
         )
     try:
         names = [as_posix(image["file_name"]) for content in found.values() for image in content["images"]]
@@ -550,7 +563,9 @@ def _describe_voc(folder: Path) -> _Layout | None:
     annotations = [
         path
         for path, files in held.items()
-        if files and all(file.suffix.lower() == ".xml" for file in files) and _voc_names(files[0]) is not None
+        if files
+        and all(file.suffix.lower() == ".xml" for file in files)
+        and any(_voc_names(file) is not None for file in files)
     ]
     if len(annotations) != 1 or len(held) == 1:
         return None
@@ -593,6 +608,12 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
 
 
+def _how_a_table(folder: Path) -> str:
+    if _read_boxes(folder):
+        return f"add a CSV with the column file and a row for every image, beside {_BOX_TABLE}"
+    return "add a CSV with the columns file and label, and mask where there are masks"
+
+
 def _describe_class_folders(folder: Path, notes: list[str]) -> _Layout:
     inner = _folders(folder)
     splits = {path.name: SPLIT_WORDS[path.name.lower()] for path in inner if path.name.lower() in SPLIT_WORDS}
@@ -611,7 +632,11 @@ def _describe_class_folders(folder: Path, notes: list[str]) -> _Layout:
     if not 2 <= len(classes) <= _MOST_CLASSES:
         raise ValueError(
             f"{folder.name}: {len(classes)} folders with files where 2 to {_MOST_CLASSES}, one for each class, were"
-            " expected; make one for each class, or add a CSV with the columns file and label"
+            f" expected; make one for each class, or {_how_a_table(folder)}"
+        )
+    if others := [name for name in classes if _NO_CLASS.fullmatch(name)]:
+        raise ValueError(
+            f"{folder.name}: folder {', '.join(others)} is no class; make one for each class, or {_how_a_table(folder)}"
         )
     files = [path for found in held.values() for path in found]
     kind = _kind_of(folder.name, files)
@@ -878,10 +903,12 @@ def _look_at(layout: _Layout) -> _Seen:
     whole = set(_spread(sampled, _SAMPLED_VOLUMES)) if layout.kind == "volume" else set(sampled)
     seen = _Seen(len(sampled))
     for path in sampled:
+        before = len(seen.patients)
         try:
             _look_at_header(path, layout.kind, seen)
             if path in whole:
                 _look_at_sample(path, layout.kind, seen)
+            seen.nameless += len(seen.patients) == before
         except ValueError as error:
             seen.reasons.append(str(error))
         except OSError as error:
@@ -900,11 +927,11 @@ def _look_at_header(path: Path, kind: Kind, seen: _Seen) -> None:
         seen.identifiers.update(dicom_identifiers(header))
     else:
         seen.identifiers.update(file_identifiers(header, is_slide=kind == "slide"))
-    if kind == "slide":
-        return  # whose one file may be larger than memory
-    data = read_bytes(header)
-    if sniff(data[:HEAD_BYTES]) != "DICOM":
+    # Slides and NIfTI may be larger than memory.
+    form = sniff_file(header) if isinstance(header, Path) else sniff(header[:HEAD_BYTES])
+    if kind == "slide" or form != "DICOM":
         return
+    data = read_bytes(header)
     seen.names += _names_in(data)
     with discreet():
         elements = parse_header(data)
@@ -988,7 +1015,6 @@ def _names_in(data: bytes) -> list[set[str]]:
 
 def _patient_policy(layout: _Layout, seen: _Seen, notes: list[str]) -> str:
     """Whether patients are known, from a sample of the files and the table's columns."""
-    readable = seen.number - len(seen.reasons)
     columns = (
         f"file and patient beside {_BOX_TABLE}" if layout.task == "detection" else "file, label and patient"
     )
@@ -1018,9 +1044,9 @@ def _patient_policy(layout: _Layout, seen: _Seen, notes: list[str]) -> str:
     if "patient" in layout.fields.get("columns", {}):
         return "hmac"
     if seen.patients:
-        if lacking := readable - len(seen.patients):
+        if seen.nameless:
             notes.append(
-                f"{lacking} of {seen.number} sampled files name no patient: ingest refuses those; a CSV with the"
+                f"{seen.nameless} of {seen.number} sampled files name no patient: ingest refuses those; a CSV with the"
                 f" columns {columns} can name them"
             )
         return "hmac"

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import zipfile
 from itertools import product
 from pathlib import Path
 
@@ -283,6 +284,12 @@ def write_volume(path: Path) -> None:
     write_nifti(path, phantom())
 
 
+def write_zip(path: Path, member: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(member, "no slice")
+
+
 REFUSED = {
     "own: samples of several kinds .2 DICOM, PNG or JPEG, 1 NIfTI files, zips or folders of DICOM.*make an entry": (
         lambda own: write_volume(classes(own, ill=1, well=1) / "ill/Meier.NII")
@@ -295,6 +302,29 @@ REFUSED = {
     ],
     "own: 1 of 2 volumes lie deeper than in the folder of their class; give a CSV": lambda own: [
         write_volume(own / name) for name in ("ill/Meier/1.nii.gz", "well/2.nii.gz")
+    ],
+    "own: folder images, masks is no class; make one for each class, or add a CSV with the columns file and": (
+        lambda own: [write_volume(own / name) for name in ("images/1.nii.gz", "masks/1.nii.gz")]
+    ),
+    "own: none of 2 sampled volumes can be read; the first: zip of DICOM slices: no DICOM image in it": (
+        lambda own: [write_zip(own / name, "Meier.txt") for name in ("ill/Meier.zip", "well/Roth.zip")]
+    ),
+    "own: 1 folders with files .* or add a CSV with the column file and a row for every image, beside boxes.csv": (
+        lambda own: [path.unlink() for path in boxed(own, "table").glob("*.csv") if path.stem != "boxes"]
+    ),
+    "own: its annotations hold no box": lambda own: [
+        path.write_text("<annotation/>") for path in boxed(own, "voc").glob("Annotations/*")
+    ],
+    "own: image 1 in sorted order: its annotation is no XML": lambda own: [
+        path.write_text("<annotation><obj") for path in boxed(own, "voc").glob("Annotations/0.xml")
+    ],
+    "own: a file in COCO's form has an image without file_name, a category without id or name, or an": lambda own: [
+        path.write_text(path.read_text().replace('"category_id": 1', '"category_id": 9'))
+        for path in boxed(own, "coco").glob("annotations/*")
+    ],
+    "own: 3 files are in COCO's form; name each after its split": lambda own: [
+        path.rename(path.with_stem(f"part{number}"))
+        for number, path in enumerate(boxed(own, "coco", by_split=True).glob("annotations/*"))
     ],
     "2 of 2 classes are named like patients; make a folder for each class": named_like_patients,
     "2 of 2 classes are named like patients": named_like_their_files_patients,
@@ -456,6 +486,7 @@ def test_a_series_with_a_damaged_slice_is_said(tmp_path):
     described, _, notes, _ = describe_folder(own)
     assert described.kind == "volume"
     assert any("1 of 4 sampled files cannot be read: ingest will list them; the first: " in n for n in notes)
+    assert not any("name no patient" in note for note in notes), "all headers name one"
 
 
 @pytest.mark.parametrize(("suffix", "kind"), [("zip", "volume"), ("svs", "slide")])
