@@ -559,18 +559,13 @@ def _coco_content(path: Path) -> dict[str, Any] | None:
 
 def _describe_voc(folder: Path) -> _Layout | None:
     """Boxes in Pascal VOC's XML, a folder of them beside one of images; None where there is none."""
-    held = {path: candidate_files(path) for path in _folders(folder)}
-    annotations = [
-        path
-        for path, files in held.items()
-        if files
-        and all(file.suffix.lower() == ".xml" for file in files)
-        and any(_voc_names(file) is not None for file in files)
-    ]
-    if len(annotations) != 1 or len(held) == 1:
+    inner = _folders(folder)
+    annotations = [path for path in inner if _are_voc(path)]
+    if len(annotations) != 1 or len(inner) == 1:
         return None
-    notes = held.pop(annotations[0])
+    notes = candidate_files(annotations[0])
     stems = {path.stem for path in notes}
+    held = {path: candidate_files(path) for path in inner if path != annotations[0]}
     # Masks of a VOC data set have the names of its images, too.
     images = max(
         held, key=lambda one: (one.name == "JPEGImages", len(stems & {path.stem for path in held[one]}))
@@ -585,6 +580,14 @@ def _describe_voc(folder: Path) -> _Layout | None:
         fields["splits"] = lists
     counts = _images_per_class((name, path) for path in notes for name in _voc_names(path) or ())
     return _Layout("image", fields, counts, held[images], set(lists))
+
+
+def _are_voc(folder: Path) -> bool:
+    """Whether a folder holds XML alone, and one of its files is an annotation."""
+    files = candidate_files(folder) if any(folder.glob("*.xml")) else []
+    return all(file.suffix.lower() == ".xml" for file in files) and any(
+        _voc_names(file) is not None for file in files
+    )
 
 
 def _voc_names(path: Path) -> set[str] | None:
