@@ -220,7 +220,7 @@ def describe_folder(folder: Path, *, positive: str = "") -> Described:
     if not layout.counts:
         raise ValueError(f"{folder.name}: its annotations hold no box; there is nothing to learn to find")
     seen = _look_at(layout)
-    if seen.number == len(seen.reasons):
+    if seen.reasons and seen.number == len(seen.reasons):
         raise ValueError(
             f"{folder.name}: none of {seen.number} sampled {layout.kind}s can be read; the first: {seen.reasons[0]}"
         )

@@ -322,6 +322,9 @@ REFUSED = {
         path.write_text(path.read_text().replace('"category_id": 1', '"category_id": 9'))
         for path in boxed(own, "coco").glob("annotations/*")
     ],
+    "own: none of the source's images has its label: 6 of both are alone": lambda own: shutil.rmtree(
+        boxed(own, "coco") / "pictures"
+    ),
     "own: 3 files are in COCO's form; name each after its split": lambda own: [
         path.rename(path.with_stem(f"part{number}"))
         for number, path in enumerate(boxed(own, "coco", by_split=True).glob("annotations/*"))
