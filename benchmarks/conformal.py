@@ -148,7 +148,8 @@ def _text(lines: list[str]) -> str:
         "split, on the whole test split. How far it is from what was declared is the true shift between the two, which "
         "no method undoes without labels from there."
     )
-    head = "| experiment | class | cases | over halves | SD of halves | as promised | from calibration to test, by seed |"
+    columns = "experiment", "class", "cases", "over halves", "SD of halves", "as promised"
+    head = f"| {' | '.join(columns)} | from calibration to test, by seed |"
     return "\n".join([fill(prose, 120), "", head, "|---|---|---|---|---|---|---|", *lines])
 
 
