@@ -532,6 +532,11 @@ def _describe_coco(folder: Path, notes: list[str]) -> _Layout | None:
             f"{folder.name}: a file in COCO's form has an image without file_name, a category without id or name, or an"
             " annotation of neither; write it anew"
         ) from None
+    if away := sum(name.is_absolute() or ".." in name.parts for name in names):
+        raise ValueError(
+            f"{folder.name}: {away} of {len(names)} file names in COCO's form lead out of it; write them from there, or"
+            " from a folder in it"
+        )
     if unused := sorted(set(categories.values()) - counts.keys()):
         notes.append(f"categories without a box are passed over: {', '.join(unused)}")
     roots = [folder, *inner, *(path for place in inner for path in _folders(place))]

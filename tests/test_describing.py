@@ -325,6 +325,10 @@ REFUSED = {
     "own: none of the source's images has its label: 6 of both are alone": lambda own: shutil.rmtree(
         boxed(own, "coco") / "pictures"
     ),
+    "own: 1 of 6 file names in COCO's form lead out of it": lambda own: [
+        path.write_text(path.read_text().replace('"0.png"', '"/tmp/Meier.png"'))
+        for path in boxed(own, "coco").glob("annotations/*")
+    ],
     "own: 3 files are in COCO's form; name each after its split": lambda own: [
         path.rename(path.with_stem(f"part{number}"))
         for number, path in enumerate(boxed(own, "coco", by_split=True).glob("annotations/*"))
