@@ -734,6 +734,10 @@ def _describe_table(
         return None
     root, samples = _files_of(folder, table.name, rows, file_column)
     kind = _kind_of(folder.name, samples)
+    if kind != "image" and detects:
+        raise ValueError(
+            f"{folder.name}: boxes are of images, the samples are {kind}s; give them a column label"
+        )
     if kind == "image" and not detects and (slices := _number_of_slices(samples)):
         notes.append(_slices_are_images(slices, samples))
     mask_column = _mask_column(folder, rows, known["mask"], notes)

@@ -325,6 +325,10 @@ REFUSED = {
     "own: none of the source's images has its label: 6 of both are alone": lambda own: shutil.rmtree(
         boxed(own, "coco") / "pictures"
     ),
+    "own: boxes are of images, the samples are volumes; give them a column label": lambda own: (
+        [path.rename(path.with_suffix(".nii")) for path in boxed(own, "table").glob("images/*")]
+        and (own / "images.csv").write_text((own / "images.csv").read_text().replace(".png", ".nii"))
+    ),
     "own: 1 of 6 file names in COCO's form lead out of it": lambda own: [
         path.write_text(path.read_text().replace('"0.png"', '"/tmp/Meier.png"'))
         for path in boxed(own, "coco").glob("annotations/*")
