@@ -62,7 +62,17 @@ _SAYS_NO = re.compile(
 )
 _PERSON_NAME = re.compile(r"\w\^\w")
 _BOX_TABLE = "boxes.csv"
-_BOX_COLUMNS = ("file", "class", "x0", "y0", "x1", "y1")
+_BOX_NAMES = {
+    "file": (*_USUAL_NAMES["file"], "image_id"),
+    "class_name": ("class", "class_name", *_USUAL_NAMES["label"][2:], "label"),
+    "x0": ("x0", "x_min", "xmin", "x"),
+    "y0": ("y0", "y_min", "ymin", "y"),
+    "x1": ("x1", "x_max", "xmax"),
+    "y1": ("y1", "y_max", "ymax"),
+    "width": ("width", "w"),
+    "height": ("height", "h"),
+}
+"""The same of a table of boxes."""
 _NIFTI_SUFFIXES = (".nii", ".nii.gz")
 _FIRST_BYTES: dict[bytes, Kind] = {
     b"PK\x03\x04": "volume",
@@ -141,6 +151,18 @@ class _Labels(NamedTuple):
     flag: str = ""
 
 
+class _Boxes(NamedTuple):
+    """What a table says of its boxes.
+
+    Attributes:
+        fields: of the entry's `boxes`.
+        counts: images per class.
+    """
+
+    fields: dict[str, str]
+    counts: dict[str, int]
+
+
 @dataclass
 class _Seen:
     """What some of the samples hold.
@@ -212,10 +234,10 @@ def describe_folder(folder: Path, *, positive: str = "") -> Described:
             f"{folder.name}: {nifti} of {len(there)} files are volumes (NIfTI), the samples are {layout.kind}s; move"
             " the volumes away, into a folder of their own for an entry of their own"
         )
-    if (folder / _BOX_TABLE).is_file() and "boxes" not in layout.fields:
+    if (folder / _BOX_TABLE).is_file() and not any(_BOX_TABLE in note for note in notes):
         notes.append(
-            f"{_BOX_TABLE} is passed over: beside a table with a row per sample it is read by its columns"
-            f" {', '.join(_BOX_COLUMNS)} (pixels from 0, x1 and y1 one beyond)"
+            f"{_BOX_TABLE} is passed over: beside a table with a row per sample it is read by its columns file, class,"
+            " x0, y0, x1, y1 (pixels from 0, x1 and y1 one beyond) or other usual names of these"
         )
     if not layout.counts:
         raise ValueError(f"{folder.name}: its annotations hold no box; there is nothing to learn to find")
@@ -254,10 +276,9 @@ def describe_folder(folder: Path, *, positive: str = "") -> Described:
         what = type(error).__name__
         raise ValueError(f"{folder.name}: a file in it cannot be read ({what}); check its rights") from None
     boxes = [box for item in items for box in item.boxes]
-    if layout.task == "detection":
+    if layout.task == "detection" and (without := sum(not item.boxes for item in items)):
         notes.append(
-            f"{sum(not item.boxes for item in items)} of {len(items)} images have no box: they count as images in which"
-            " there is nothing to find"
+            f"{without} of {len(items)} images have no box: they count as images in which there is nothing to find"
         )
     train = _recipe(layout, seen, boxes)
     return Described(entry.model_copy(update={"digest": digest}), layout.has_splits, tuple(notes), train)
@@ -723,7 +744,7 @@ def _describe_tables(folder: Path, notes: list[str]) -> _Layout | None:
 
 
 def _describe_table(
-    folder: Path, table: Path, boxes: Sequence[Row], notes: list[str], *, detects: bool
+    folder: Path, table: Path, boxes: _Boxes | None, notes: list[str], *, detects: bool
 ) -> _Layout | None:
     """A table with a row per sample, with labels or, for what `detects`, without; None for any other."""
     rows = read_rows(table)
@@ -751,8 +772,8 @@ def _describe_table(
     if others := [name for name in rows[0] if name not in taken]:
         notes.append(f"columns passed over: {', '.join(others)}; name them {', '.join(known)} to be read")
     labels = (
-        _Labels({}, _images_per_class((row["class"], as_posix(row["file"])) for row in boxes))
-        if detects
+        _Labels({}, boxes.counts)
+        if boxes and detects
         else _describe_labels(table.name, rows, label_column, flags, notes)
     )
     fields = {"format": "table", "table": table.name, "file_column": file_column, **labels.fields}
@@ -762,23 +783,36 @@ def _describe_table(
         fields["mask_column"] = mask_column
     if optional := {meaning: name for meaning, name in known.items() if name and meaning != "mask"}:
         fields["columns"] = optional
-    if boxes and not detects:
-        notes.append(
-            f"{_BOX_TABLE} is kept beside the labels, which are learnt: to learn to find boxes, take the columns of"
-            " labels out of the table"
-        )
-    if boxes:
-        fields["boxes"] = {"table": _BOX_TABLE, "x1": "x1", "y1": "y1"}
+    if boxes and (others := sorted(boxes.counts.keys() - labels.counts.keys())):
+        notes.append(f"{_BOX_TABLE} is passed over: {', '.join(others)} are no labels")
+    elif boxes:
+        fields["boxes"] = boxes.fields
+        said = ", ".join(column for name, column in boxes.fields.items() if name != "table")
+        notes.append(f"{_BOX_TABLE} is read by its columns {said}: pixels from 0, an end lies one beyond")
+        if not detects:
+            notes.append(
+                "labels are learnt, boxes are kept beside them: to learn to find boxes, take the columns of labels out"
+                " of the table"
+            )
     return _Layout(kind, fields, labels.counts, samples, given, labels.flag)
 
 
-def _read_boxes(folder: Path) -> list[Row]:
-    """The rows of the table of boxes that have corners; none where its columns are others."""
-    table = folder / _BOX_TABLE
-    rows = read_rows(table, may_be_empty=True) if table.is_file() else []
-    if not rows or not set(_BOX_COLUMNS) <= set(rows[0]):
-        return []
-    return [row for row in rows if any(row[corner] for corner in _BOX_COLUMNS[2:])]
+def _read_boxes(folder: Path) -> _Boxes | None:
+    """The table of boxes; None where there is none, or no columns are named for files, classes and corners."""
+    path = folder / _BOX_TABLE
+    rows = read_rows(path, may_be_empty=True) if path.is_file() else []
+    known = _usual_columns(rows[0] if rows else (), _BOX_NAMES)
+    ends = ("x1", "y1") if known["x1"] and known["y1"] else ("width", "height")
+    columns = {name: column for name in ("file", "class_name", "x0", "y0", *ends) if (column := known[name])}
+    if len(columns) < 6:
+        return None
+    corners = [columns[name] for name in ("x0", "y0", *ends)]
+    found = [
+        (row[columns["class_name"]], as_posix(row[columns["file"]]))
+        for row in rows
+        if any(row[corner] for corner in corners)
+    ]
+    return _Boxes({"table": _BOX_TABLE, **columns}, _images_per_class(found)) if found else None
 
 
 def _images_per_class(boxes: Iterable[tuple[str, Any]]) -> dict[str, int]:
@@ -787,12 +821,14 @@ def _images_per_class(boxes: Iterable[tuple[str, Any]]) -> dict[str, int]:
     return {name: counts[name] for name in sorted(counts)}
 
 
-def _usual_columns(names: Iterable[str]) -> dict[str, str | None]:
+def _usual_columns(
+    names: Iterable[str], usual_names: Mapping[str, Sequence[str]] = _USUAL_NAMES
+) -> dict[str, str | None]:
     """What a column is for -> its name, however it is written; None where no column is for that."""
     columns = {re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_"): name for name in names}
     return {
         meaning: next((columns[usual] for usual in usuals if usual in columns), None)
-        for meaning, usuals in _USUAL_NAMES.items()
+        for meaning, usuals in usual_names.items()
     }
 
 

@@ -234,7 +234,7 @@ def test_a_table_that_is_not_read_is_said_with_the_columns_that_it_needs(tmp_pat
         (own / "ages.csv").write_text("patient,age\nA,60\n")
     else:
         own = classes(tmp_path / "own", x=1, y=1)
-    (own / "boxes.csv").write_text("image,label,xmin,ymin,xmax,ymax\na.png,x,1,1,9,9\n")
+    (own / "boxes.csv").write_text("image,label,left,top,right,bottom\na.png,x,1,1,9,9\n")
     notes = describe_folder(own).notes
     assert any(
         "boxes.csv is passed over: " in note and "file, class, x0, y0, x1, y1 (" in note for note in notes
@@ -244,8 +244,15 @@ def test_a_table_that_is_not_read_is_said_with_the_columns_that_it_needs(tmp_pat
         (own / "boxes.csv").write_text("file,class,x0,y0,x1,y1\na.png,x,1,1,9,9\n")
         described, _, notes, _ = describe_folder(own)
         assert described.boxes.table == "boxes.csv"
-        (said,) = [note for note in notes if "boxes.csv" in note]
-        assert "to learn to find boxes, take the columns of labels out" in said
+        assert (
+            "boxes.csv is read by its columns file, class, x0, y0, x1, y1: pixels from 0, an end lies one beyond"
+            in notes
+        )
+        assert any("to learn to find boxes, take the columns of labels out" in note for note in notes)
+        (own / "boxes.csv").write_text("file,class,x0,y0,x1,y1\na.png,z,1,1,9,9\n")
+        described, _, notes, _ = describe_folder(own)
+        assert described.boxes is None
+        assert "boxes.csv is passed over: z are no labels" in notes
 
 
 def test_paths_that_windows_wrote_are_read(tmp_path):
@@ -635,6 +642,19 @@ def test_boxes_in_every_usual_form(tmp_path, form, by_split):
     assert train["preprocessing"] == {"channels": 1, "height_px": 32, "width_px": 32}
     catalog = write_catalog(tmp_path / "c.yaml", own=described.model_dump(mode="json", exclude_defaults=True))
     assert load_catalog(catalog) == {"own": described}
+
+
+@pytest.mark.parametrize(
+    ("head", "box"),
+    [("Image Index,Finding,x_min,y_min,x_max,y_max", "1,2,5,7"), ("image,label,x,y,w,h", "1,2,4,5")],
+)
+def test_boxes_by_other_usual_columns(tmp_path, head, box):
+    own = boxed(tmp_path / "own", "table")
+    (own / "boxes.csv").write_text(f"{head}\n0.png,nodule,{box}\n1.png,No finding,,,,\n")
+    described, _, notes, _ = describe_folder(own)
+    assert described.classes == ("nodule",)
+    assert [item.boxes for item in list_items(described, own)] == [[("nodule", 1, 2, 5, 7)], *[[]] * 5]
+    assert any(f"boxes.csv is read by its columns {head.replace(',', ', ')}:" in note for note in notes)
 
 
 def test_images_alone_in_a_set_of_boxes_are_said(tmp_path):
