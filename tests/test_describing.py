@@ -19,7 +19,7 @@ from test_volumes import phantom, write_nifti, write_series
 from cadx.catalog import FolderEntry, TableEntry, load_catalog
 from cadx.describing import describe_folder
 from cadx.files import digest_path
-from cadx.layouts import list_items
+from cadx.layouts import Box, FileEntry, list_items
 from cadx.loading import VolumePreprocessing
 from cadx.loading.patches import VolumeSource
 from cadx.phantom.cohort import Faults
@@ -655,6 +655,23 @@ def test_boxes_by_other_usual_columns(tmp_path, head, box):
     assert described.classes == ("nodule",)
     assert [item.boxes for item in list_items(described, own)] == [[("nodule", 1, 2, 5, 7)], *[[]] * 5]
     assert any(f"boxes.csv is read by its columns {head.replace(',', ', ')}:" in note for note in notes)
+
+
+@pytest.mark.parametrize(("place", "known"), [("bccd/BCCD", "bccd"), ("nih_rsna_cxr", "nih-rsna-boxes")])
+def test_public_boxes_are_described_as_the_catalogue_does_by_hand(root, mirror, place, known):
+    described = describe_folder(mirror / place).entry
+    entry = load_catalog(root / "data/catalog.yaml")[known]
+    names = getattr(entry.boxes, "values", {}) if isinstance(entry, TableEntry) else {}
+
+    def boxes(one: FileEntry) -> dict[str, list[Box]]:
+        return {item.relative.name: item.boxes for item in list_items(one, mirror / place)}
+
+    assert entry.task == described.task == "detection"
+    ours, theirs = boxes(described), boxes(entry)
+    assert ours.keys() == theirs.keys()
+    for name, held in theirs.items():  # of one source of several, where the entry says so
+        assert set(held) <= {(names.get(label, label), *corners) for label, *corners in ours[name]}
+    assert sum(map(len, theirs.values())) >= 30
 
 
 def test_images_alone_in_a_set_of_boxes_are_said(tmp_path):
