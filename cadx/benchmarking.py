@@ -248,7 +248,19 @@ class Inference(Config):
     libraries_mb: float
 
 
-class Run(Config):
+class _Dated(Config):
+    """A figure that stays until it is measured again.
+
+    Attributes:
+        date: of the measurement, UTC.
+        commit: of the checkout that measured; "" where that is none.
+    """
+
+    date: str
+    commit: str
+
+
+class Run(_Dated):
     """A finished experiment.
 
     Attributes:
@@ -302,7 +314,7 @@ class Run(Config):
         return next(fitting, None)
 
 
-class Step(Config):
+class Step(_Dated):
     """Two steps of training on noise, then an answer for two samples: what was in memory at most.
 
     Attributes:
@@ -349,14 +361,10 @@ class Benchmark(Config):
     """The content of docs/benchmark.json.
 
     Attributes:
-        date: of the measurement, UTC.
-        commit: of the checkout that measured.
         machine: what answers and steps were measured on; each run's training names its own.
     """
 
-    schema_version: Literal[1] = 1
-    date: str
-    commit: str
+    schema_version: Literal[2] = 2
     machine: Machine
     runs: tuple[Run, ...]
     steps: tuple[Step, ...]
@@ -435,8 +443,6 @@ def measure(
         if steps:
             found_steps = tuple(_measured_steps(progress))
     return Benchmark(
-        date=datetime.now(UTC).strftime("%Y-%m-%d"),
-        commit=_commit(),
         machine=machine,
         runs=tuple(result for result in results if isinstance(result, Run)),
         steps=found_steps,
@@ -498,6 +504,8 @@ def measure_run(
     if here and (work / "dataset" / "dataset.json").is_file():
         inference = in_fresh_process(_answers, places[0], work / "dataset", splits, record["split"])
     return Run(
+        date=_today(),
+        commit=_commit(),
         experiment=name,
         data=entry.title,
         source=getattr(entry, "digest", None) or section["ingest"]["source"],
@@ -677,6 +685,8 @@ def _train_on_noise(place: Path, spec: StepSpec, checkpointing: bool) -> Step:
         fitted = fit(config, folder, splits, seed=0, checkpoints=Path(fresh))
     cuda = torch.cuda.is_available()
     return Step(
+        date=_today(),
+        commit=_commit(),
         name=spec.name,
         kind=spec.kind,
         task=spec.task,
@@ -724,6 +734,10 @@ def _machine() -> Machine:
         memory_gb=round(pages / 1e9, 1),
         versions=versions(),
     )
+
+
+def _today() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%d")
 
 
 def _commit() -> str:
@@ -936,11 +950,23 @@ def _is_marked(benchmark: Benchmark) -> bool:
 
 
 def _measured(benchmark: Benchmark) -> str:
+    """On what, and which of it when."""
     machine = benchmark.machine
+    days: dict[tuple[str, str], list[str]] = {}
+    for run in benchmark.runs:
+        days.setdefault((run.date, run.commit), []).append(run.experiment)
+    for step in benchmark.steps:
+        names = days.setdefault((step.date, step.commit), [])
+        names += ["training steps"] * ("training steps" not in names)
+    said = "; ".join(
+        f"on {date}, commit {commit or 'unknown'}, {', '.join(names)}"
+        for (date, commit), names in sorted(days.items(), reverse=True)
+    )
     return (
-        f"Measured by `{COMMAND}` on {benchmark.date}, commit {benchmark.commit or 'unknown'}: "
-        f"{machine.device}, {machine.cores} cores, {machine.threads} thread{'s' * (machine.threads > 1)}, "
-        f"{machine.memory_gb:g} GB, torch {machine.versions.get('torch', 'unknown')}."
+        f"Measured by `{COMMAND}` on {machine.device}, {machine.cores} cores, "
+        f"{machine.threads} thread{'s' * (machine.threads > 1)}, {machine.memory_gb:g} GB, "
+        f"torch {machine.versions.get('torch', 'unknown')}: {said}. The speed of such a machine changes: times "
+        "that were measured together compare."
     )
 
 
