@@ -12,7 +12,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +29,7 @@ from cadx.catalog import (
     digest_source,
     read_rows,
 )
-from cadx.layouts import UNKNOWN, Box, FileEntry, Item, Orphan, as_posix, list_items
+from cadx.layouts import UNKNOWN, FileEntry, Item, Orphan, as_posix, list_items
 from cadx.reading.dicom import dicom_identifiers, discreet, header_text, parse_header, patient_names
 from cadx.reading.folders import is_hidden
 from cadx.reading.identifiers import file_identifiers
@@ -92,7 +92,8 @@ _ENTRIES: dict[str, type[FileEntry]] = {
     "folder": FolderEntry,
 }
 _NO_CLASS = re.compile(
-    r"images?|jpegimages|bilder|masks?|masken|seg(mentation)?s?|labels?|annotations?|imagesets|rois?|box(es)?",
+    r"(images?|jpegimages|bilder|masks?|masken|seg(mentation)?s?|labels?|annotations?|imagesets|rois?|box(es)?)"
+    r"([_-]?(tr|ts|train|val|test))?",
     re.IGNORECASE,
 )
 """Folders of what belongs to samples of all classes."""
@@ -169,6 +170,7 @@ class _Seen:
 
     Attributes:
         number: how many were looked into.
+        read: how many of them were read whole.
         reasons: of those that cannot be read, why.
         patients: whom they name, once for each that names somebody.
         nameless: how many of those that can be read name nobody.
@@ -181,6 +183,7 @@ class _Seen:
     """
 
     number: int
+    read: int = 0
     reasons: list[str] = field(default_factory=list)
     patients: list[str] = field(default_factory=list)
     nameless: int = 0
@@ -221,6 +224,14 @@ def describe_folder(folder: Path, *, positive: str = "") -> Described:
     folder = folder.resolve()
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
+    try:
+        return _describe(folder, positive)
+    except OSError as error:  # its text repeats a file's name
+        what = type(error).__name__
+        raise ValueError(f"{folder.name}: a file in it cannot be read ({what}); check its rights") from None
+
+
+def _describe(folder: Path, positive: str) -> Described:
     there = candidate_files(folder)  # which itself refuses links, closed folders, and names that are no text
     notes = ["modality, licence and title are yours to fill in"]
     layout = (
@@ -239,12 +250,17 @@ def describe_folder(folder: Path, *, positive: str = "") -> Described:
             f"{_BOX_TABLE} is passed over: beside a table with a row per sample it is read by its columns file, class,"
             " x0, y0, x1, y1 (pixels from 0, x1 and y1 one beyond) or other usual names of these"
         )
+    if layout.fields["format"] in ("coco", "voc") and any(folder.glob("*.[ct]sv")):
+        notes.append(
+            "tables are passed over beside COCO's and Pascal VOC's files, as are other folders of images: to name"
+            f" patients, give a CSV with a row for every image, and {_BOX_TABLE} in their place"
+        )
     if not layout.counts:
         raise ValueError(f"{folder.name}: its annotations hold no box; there is nothing to learn to find")
     seen = _look_at(layout)
-    if seen.reasons and seen.number == len(seen.reasons):
+    if seen.reasons and not seen.read:
         raise ValueError(
-            f"{folder.name}: none of {seen.number} sampled {layout.kind}s can be read; the first: {seen.reasons[0]}"
+            f"{folder.name}: none of the sampled {layout.kind}s can be read; the first: {seen.reasons[0]}"
         )
     _check_classes(folder.name, layout, seen)
     found = _positive(folder.name, layout, positive, notes)
@@ -269,18 +285,18 @@ def describe_folder(folder: Path, *, positive: str = "") -> Described:
         entry = _ENTRIES[layout.fields["format"]].model_validate(content)
     except ValidationError as error:
         raise ValueError(f"{folder.name}: {error.errors(include_input=False)[0]['msg']}") from None
-    try:
-        items = _list(folder, entry, notes)
-        digest = digest_source(folder)
-    except OSError as error:  # its text repeats a file's name
-        what = type(error).__name__
-        raise ValueError(f"{folder.name}: a file in it cannot be read ({what}); check its rights") from None
-    boxes = [box for item in items for box in item.boxes]
+    items = _list(folder, entry, notes)
+    digest = digest_source(folder)
     if layout.task == "detection" and (without := sum(not item.boxes for item in items)):
         notes.append(
             f"{without} of {len(items)} images have no box: they count as images in which there is nothing to find"
         )
-    train = _recipe(layout, seen, boxes)
+    # A patch is labelled by its mask where the task is binary; a small one without may show nothing of its label.
+    ill = [item for item in items if found and item.labels.get(found) == 1]
+    has_masks = bool(ill) and all(item.mask for item in ill)
+    if layout.kind == "volume":
+        notes += _about_masks(found, items, has_masks=has_masks)
+    train = _recipe(layout, seen, items, has_masks=has_masks)
     return Described(entry.model_copy(update={"digest": digest}), layout.has_splits, tuple(notes), train)
 
 
@@ -444,18 +460,11 @@ def _about_kind(layout: _Layout, seen: _Seen) -> Iterator[str]:
             "deidentify is on: nothing in the data set repeats a file name or an identifier; "
             "turn it off if sample ids should be the file names and the files hold no identifiers"
         )
-    if layout.kind == "volume":
+    if layout.kind == "volume" and not _in_hu(seen):
         yield (
-            "a patch shows what masks mark"
-            if "mask_column" in layout.fields
-            else "no masks are named, so a patch holds a whole volume: small lesions need a CSV with the columns file,"
-            " label and mask"
+            "values are not known to be in HU: of CT, write so under modality and give preprocessing.window_hu,"
+            " such as [-1000, 1000]"
         )
-        if not _in_hu(seen):
-            yield (
-                "values are not known to be in HU: of CT, write so under modality and give preprocessing.window_hu,"
-                " such as [-1000, 1000]"
-            )
     if seen.coloured:
         yield (
             f"{seen.coloured} of {seen.number} sampled files are in colour, so preprocessing.channels is 3: set it to"
@@ -467,18 +476,38 @@ def _in_hu(seen: _Seen) -> bool:
     return seen.modalities == {"CT"} and all(is_signed for _, _, is_signed in seen.volumes)
 
 
-def _recipe(layout: _Layout, seen: _Seen, boxes: Sequence[Box]) -> dict[str, Any]:
-    """The `train` section that suits what was seen, and all boxes."""
+def _about_masks(positive: str | None, items: Sequence[Item], *, has_masks: bool) -> Iterator[str]:
+    masked = [item for item in items if item.mask]
+    if has_masks:
+        yield "a patch shows what masks mark"
+    elif masked:
+        yield (
+            f"{len(masked)} of {len(items)} volumes have a mask, so a patch holds a whole volume: small lesions need"
+            " two classes, and a mask of every volume that has what is looked for"
+        )
+    else:
+        yield (
+            "no masks are named, so a patch holds a whole volume: small lesions need a CSV with the columns file,"
+            " label and mask"
+        )
+    if positive and (others := sum(item.labels.get(positive) != 1 for item in masked)):
+        yield (
+            f"{others} volumes of the other class have a mask: what it marks is learnt as {positive!r}, so it has to be"
+            " empty; leave out masks of organs"
+        )
+
+
+def _recipe(layout: _Layout, seen: _Seen, items: Sequence[Item], *, has_masks: bool) -> dict[str, Any]:
+    """The `train` section that suits what was seen, all boxes, and masks if every positive sample has one."""
     channels = 3 if seen.coloured else 1
     if layout.task == "detection":
-        lesion_px = lesion_sizes_px(np.array([corners for _, *corners in boxes]))
+        lesion_px = lesion_sizes_px(np.array([corners for item in items for _, *corners in item.boxes]))
         return detector_recipe("yolo", int(np.median(seen.longest_px or [512])), lesion_px, channels)
     if layout.kind == "slide":
         return slide_recipe()
     if layout.kind == "image":
         train = image_recipe(224, channels, {"family": "resnet", "depth": 18})
         return train | schedule(len(layout.samples), 32)
-    has_masks = "mask_column" in layout.fields
     spacing_mm = size_px = None
     if seen.volumes:
         shapes, steps = (np.array([volume[at] for volume in seen.volumes]) for at in (0, 1))
@@ -543,6 +572,8 @@ def _describe_coco(folder: Path, notes: list[str]) -> _Layout | None:
             for path, content in found.items()
             for category in content["categories"]
         }
+        if not all(isinstance(name, str) for name in categories.values()):
+            raise TypeError
         counts = _images_per_class(
             (categories[path, box["category_id"]], (path, box["image_id"]))
             for path, content in found.items()
@@ -562,6 +593,15 @@ def _describe_coco(folder: Path, notes: list[str]) -> _Layout | None:
         notes.append(f"categories without a box are passed over: {', '.join(unused)}")
     roots = [folder, *inner, *(path for place in inner for path in _folders(place))]
     root = max(roots, key=lambda one: sum((one / name).is_file() for name in names))
+    for path, content in found.items():
+        if (
+            not any((root / as_posix(image["file_name"])).is_file() for image in content["images"])
+            and len(found) > 1
+        ):
+            raise ValueError(
+                f"{folder.name}: images of {path.stem} are in another folder than those of the other splits; put all"
+                f" into one, or let file names start from {folder.name}"
+            )
     files = {path: path.relative_to(folder).as_posix() for path in found}
     fields: dict[str, Any] = {
         "format": "coco",
@@ -672,9 +712,13 @@ def _describe_class_folders(folder: Path, notes: list[str]) -> _Layout:
     if kind == "volume":
         _check_class_volumes(folder.name, held)
     elif kind == "image" and (slices := _number_of_slices(files)):
-        if all(file.parent.parent == path for path, found in held.items() for file in found):
+        series = {path: sorted({file.parent for file in found}) for path, found in held.items()}
+        folders = [one for found in series.values() for one in found]
+        if all(one.parent == path for path, found in series.items() for one in found) and all(
+            _number_of_slices(candidate_files(one)) for one in _spread(folders, _SAMPLED_FILES)
+        ):
             kind = "volume"
-            held = {path: sorted({file.parent for file in found}) for path, found in held.items()}
+            held = series
             notes.append(
                 "kind is volume, as each folder in that of a class holds slices of a series; where slices have labels"
                 " of their own, give a CSV with a row per slice"
@@ -783,7 +827,9 @@ def _describe_table(
         fields["mask_column"] = mask_column
     if optional := {meaning: name for meaning, name in known.items() if name and meaning != "mask"}:
         fields["columns"] = optional
-    if boxes and (others := sorted(boxes.counts.keys() - labels.counts.keys())):
+    if boxes and kind != "image":
+        notes.append(f"{_BOX_TABLE} is passed over: the samples are {kind}s")
+    elif boxes and (others := sorted(boxes.counts.keys() - labels.counts.keys())):
         notes.append(f"{_BOX_TABLE} is passed over: {', '.join(others)} are no labels")
     elif boxes:
         fields["boxes"] = boxes.fields
@@ -834,16 +880,22 @@ def _usual_columns(
 
 def _mask_column(folder: Path, rows: Sequence[Row], column: str | None, notes: list[str]) -> str | None:
     """The column that names masks; None where its cells are no files, such as 0 and 1."""
-    cells = {row[column] for row in rows} - {""} if column else set()
-    if cells and all(
-        not (path := as_posix(cell)).is_absolute() and (folder / path).is_file() for cell in cells
-    ):
+    cells = {row[column] for row in rows if row[column].lower() not in UNKNOWN} if column else set()
+    if cells and all(_is_file_in(folder, cell) for cell in cells):
         return column
     if cells:
         notes.append(
             f"column {column} is passed over: some of its cells are no paths of files, from {folder.name} on"
         )
     return None
+
+
+def _is_file_in(folder: Path, cell: str) -> bool:
+    path = as_posix(cell)
+    try:
+        return not path.is_absolute() and (folder / path).is_file()
+    except OSError:  # a text too long for a path
+        return False
 
 
 def _official_splits(rows: Sequence[Row], known: dict[str, str | None], notes: list[str]) -> set[str]:
@@ -956,6 +1008,7 @@ def _look_at(layout: _Layout) -> _Seen:
             _look_at_header(path, layout.kind, seen)
             if path in whole:
                 _look_at_sample(path, layout.kind, seen)
+                seen.read += 1
             seen.nameless += len(seen.patients) == before
         except ValueError as error:
             seen.reasons.append(str(error))
@@ -970,16 +1023,15 @@ def _look_at_header(path: Path, kind: Kind, seen: _Seen) -> None:
     Raises:
         ValueError, OSError: if it cannot be read.
     """
-    header = _first_slice(path) if kind == "volume" else path
-    if isinstance(header, bytes):
-        seen.identifiers.update(dicom_identifiers(header))
+    if kind == "volume" and not _is_nifti(path):
+        data = _first_slice(path)
+        seen.identifiers.update(dicom_identifiers(data))
     else:
-        seen.identifiers.update(file_identifiers(header, is_slide=kind == "slide"))
-    # Slides and NIfTI may be larger than memory.
-    form = sniff_file(header) if isinstance(header, Path) else sniff(header[:HEAD_BYTES])
-    if kind == "slide" or form != "DICOM":
-        return
-    data = read_bytes(header)
+        seen.identifiers.update(file_identifiers(path, is_slide=kind == "slide"))
+        # Slides and NIfTI may be larger than memory.
+        if kind == "slide" or sniff_file(path) != "DICOM":
+            return
+        data = read_bytes(path)
     seen.names += _names_in(data)
     with discreet():
         elements = parse_header(data)
@@ -988,20 +1040,37 @@ def _look_at_header(path: Path, kind: Kind, seen: _Seen) -> None:
     seen.modalities |= {modality} - {""} if kind == "volume" else set()
 
 
-def _first_slice(path: Path) -> Path | bytes:
-    """The file of a volume that has a header: itself, or the first in a folder or, as bytes, in a zip."""
+def _first_slice(path: Path) -> bytes:
+    """The first file of a series, in a folder or a zip, that is DICOM and no table of contents (DICOMDIR).
+
+    Raises:
+        ValueError: one line, if there is none.
+    """
+    for data in _files_in(path):
+        if sniff(data[:HEAD_BYTES]) == "DICOM":
+            with discreet():
+                if "DirectoryRecordSequence" not in parse_header(data):
+                    return data
+    raise ValueError("DICOM series: no DICOM image in it; give one folder or zip per series")
+
+
+def _files_in(path: Path) -> Iterator[bytes]:
+    """The files of a folder, or of a zip but for what is too large; those of an operating system are left out.
+
+    Raises:
+        ValueError: one line, if the zip cannot be read.
+    """
     if path.is_dir():
-        return candidate_files(path)[0]
-    if _is_nifti(path) or not zipfile.is_zipfile(path):
-        return path
-    with zipfile.ZipFile(path) as archive:
-        members = [member for member in archive.infolist() if not member.is_dir()]
-        if not members or members[0].file_size > MAX_FILE_BYTES:
-            return path
-        try:
-            return archive.read(members[0])
-        except Exception as error:  # damaged, encrypted, packed in a way that nobody knows
-            raise ValueError(f"its zip cannot be read ({type(error).__name__})") from None
+        yield from map(read_bytes, candidate_files(path))
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                is_own = not any(map(is_hidden, PurePosixPath(member.filename).parts))
+                if is_own and not member.is_dir() and member.file_size <= MAX_FILE_BYTES:
+                    yield archive.read(member)
+    except Exception as error:  # damaged, encrypted, packed in a way that nobody knows
+        raise ValueError(f"its zip cannot be read ({type(error).__name__})") from None
 
 
 def _look_at_sample(path: Path, kind: Kind, seen: _Seen) -> None:

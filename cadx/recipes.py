@@ -140,11 +140,12 @@ def detector_recipe(
 
 
 def lesion_sizes_px(corners: np.ndarray) -> tuple[float, float, float] | None:
-    """Square root of the boxes' areas: 5th, 50th and 95th percentile; None where there is no box.
+    """Square root of the boxes' areas: 5th, 50th and 95th percentile; None where no box has an area.
 
     Args:
         corners: N 4, x0 y0 x1 y1 in pixels, half-open.
     """
+    corners = corners[np.all(corners[:, 2:] > corners[:, :2], axis=1)] if len(corners) else corners
     if not len(corners):
         return None
     x0, y0, x1, y1 = corners.T

@@ -57,7 +57,7 @@ class Facts(NamedTuple):
         channels: 3 if any image is in colour, else 1.
         spacing_mm: of volumes, median distance between slices, rows, columns; None where unknown.
         extent_mm: of volumes, depth, height, width within which 19 of 20 stay; None where unknown.
-        has_masks: some sample has one.
+        has_masks: the task is binary, and every positive sample has one.
         signed: values below 0 occur in its files' type, as in CT.
         modality: in the data set's own words.
         folds: most that cross-validation can have beside calibration and test, 5 at most; 0: not even two. None where
@@ -174,7 +174,8 @@ def facts_of(folder: DatasetFolder, fractions: Mapping[str, float]) -> Facts:
         channels=int(samples["channels"].max()),
         spacing_mm=spacing_mm,
         extent_mm=extent_mm,
-        has_masks=bool((samples["mask_path"] != "").any()),
+        has_masks=info.positive is not None
+        and bool((samples.loc[samples[f"label_{info.positive}"] == 1, "mask_path"] != "").all()),
         signed=bool(samples["dtype"].isin(["int16", "float32"]).all()),
         modality=info.modality,
         folds=_most_folds(folder, fractions) if is_small and classifies else None,
@@ -444,7 +445,7 @@ def _about_data(facts: Facts, train: Mapping[str, Any]) -> Iterator[str]:
     elif facts.kind == "volume":
         yield f"voxels of {facts.modality!r} are not known to be in HU: no window, each volume's own mean and spread"
     if facts.kind == "volume" and not facts.has_masks:
-        yield "no masks: a label is of a whole volume, and a patch holds all of it"
+        yield "no mask of every positive volume: a label is of all of it, and a patch holds nearly every one whole"
     if train["model"].get("stem") == "thick_slices":
         yield f"slices lie {_anisotropy(facts, train):.1f} times as far apart as pixels: a stem that keeps them"
     if facts.kind == "features" and facts.size_px[1] <= 1:

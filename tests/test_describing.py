@@ -12,6 +12,8 @@ import pytest
 import tifffile
 from PIL import Image
 from pydicom import dcmread
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, MediaStorageDirectoryStorage, generate_uid
 from test_catalog import write_catalog
 from test_dicom import dicom, encode
 from test_volumes import phantom, write_nifti, write_series
@@ -313,7 +315,7 @@ REFUSED = {
     "own: folder images, masks is no class; make one for each class, or add a CSV with the columns file and": (
         lambda own: [write_volume(own / name) for name in ("images/1.nii.gz", "masks/1.nii.gz")]
     ),
-    "own: none of 2 sampled volumes can be read; the first: zip of DICOM slices: no DICOM image in it": (
+    "own: none of the sampled volumes can be read; the first: DICOM series: no DICOM image in it": (
         lambda own: [write_zip(own / name, "Meier.txt") for name in ("ill/Meier.zip", "well/Roth.zip")]
     ),
     "own: 1 folders with files .* or add a CSV with the column file and a row for every image, beside boxes.csv": (
@@ -561,6 +563,54 @@ def test_a_patch_shows_what_masks_mark_or_holds_every_volume(tmp_path, has_masks
         grid_px = made.grid_px(VolumeSource.of_array(volume.voxels, volume.spacing_mm))
         is_whole = all(side <= most for side, most in zip(grid_px, made.patch_px, strict=True))
         assert is_whole == (not has_masks)
+
+
+def test_a_table_of_contents_hides_no_patient(tmp_path):
+    own = series(tmp_path / "own")
+    for place in own.glob("*/*"):
+        contents = Dataset()
+        contents.DirectoryRecordSequence = []
+        contents.file_meta = FileMetaDataset()
+        contents.file_meta.MediaStorageSOPClassUID = MediaStorageDirectoryStorage
+        contents.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+        contents.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        contents.save_as(place / "DICOMDIR", enforce_file_format=True)
+        (place / ".0").write_bytes(b"litter")
+    described = describe_folder(own).entry
+    assert (described.patient, described.modality) == ("hmac", "CT")
+
+
+def test_masks_decide_where_every_ill_volume_has_one(tmp_path):
+    for number in range(4):
+        for place in ("images", "masks"):
+            write_volume(tmp_path / "own" / place / f"{number}.nii.gz")
+    for missing, said in (("", "no patch"), ("1", "1 of 4 volumes")):
+        masks = [f"masks/{n}.nii.gz" if n % 2 and str(n) != missing else "" for n in range(4)]
+        masks[0] = "masks/0.nii.gz" if not missing else ""
+        rows = [f"{n}.nii.gz,{('well', 'ill')[n % 2]},{masks[n]}" for n in range(4)]
+        (tmp_path / "own/t.csv").write_text("\n".join(["file,label,mask", *rows]) + "\n")
+        notes = describe_folder(tmp_path / "own").notes
+        assert ("a patch shows what masks mark" in notes) == (not missing)
+        assert any("1 volumes of the other class have a mask" in note for note in notes) == (not missing)
+        assert any(said in note for note in notes) == bool(missing)
+
+
+@pytest.mark.parametrize("names", [("imagesTr", "labelsTr"), ("images_train", "masks-test")])
+def test_folders_of_decathlon_are_no_classes(tmp_path, names):
+    for name in names:
+        write_volume(tmp_path / "own" / name / "1.nii.gz")
+    with pytest.raises(ValueError, match="is no class"):
+        describe_folder(tmp_path / "own")
+
+
+def test_a_cell_too_long_for_a_path_is_not_repeated(tmp_path):
+    own = table(tmp_path / "own", "file,label,seg", "a.png,x,Meier " + 300 * "a", "b.png,y,")
+    assert not any("Meier" in note for note in describe_folder(own).notes)
+    table(own, "file,label", "a.png,x", "b.png,y")
+    (own / "labels.csv").write_text("file,label\na.png,x\nb.png,y\n" + "Meier" * 60 + ".png,x\n")
+    with pytest.raises(ValueError, match=r"own: a file in it cannot be read|row 4") as refusal:
+        describe_folder(own)
+    assert "Meier" not in str(refusal.value)
 
 
 def test_a_column_of_masks_names_files(tmp_path):
